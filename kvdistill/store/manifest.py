@@ -1,0 +1,195 @@
+"""What a store says about itself: three small JSON documents.
+
+``kvstore.json``                      the frozen plan: corpus fingerprint and shards. Written once.
+``teachers/<name>/teacher.json``      where a teacher's numbers came from and their geometry.
+``teachers/<name>/shards/<shard>/COMMIT.json``   counts and checksums; its presence is the commit.
+
+Teachers are found by listing folders rather than listed in ``kvstore.json``: array tasks of
+several teachers start at once, and concurrent rewrites of one file lose updates.
+Every document carries a checksum of itself, so a flipped byte is an error and not a surprise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kvdistill.errors import StoreFormatError
+from kvdistill.types import LayerGroup
+
+FORMAT_VERSION: Final = 1
+MAX_AXIS: Final = 2**31 - 1
+
+Backend = Literal["zarr", "safetensors"]
+CodecName = Literal["bf16", "fp16", "int8", "int4", "fp8_e4m3"]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+"""A name that is also a folder: no separators, no leading dot, so it cannot leave the store."""
+Axis = Annotated[int, Field(ge=1, le=65_536)]
+
+
+class Document(BaseModel):
+    """A frozen JSON document that refuses unknown fields and carries its own checksum."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def to_json(self) -> str:
+        """Indented JSON with a ``checksum`` of everything else in it."""
+        body = self.model_dump(mode="json")
+        return json.dumps({**body, "checksum": _checksum(body)}, indent=1, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> Self:
+        """Parse and check; ``where`` names the file in errors.
+
+        Raises:
+            StoreFormatError: not JSON, a wrong checksum, unknown fields, impossible values,
+                or a format version newer than this package reads.
+        """
+        try:
+            body = json.loads(text)
+        except ValueError as error:
+            raise StoreFormatError(f"{where}: not JSON ({error}); run `kvdistill verify`") from None
+        if not isinstance(body, dict):
+            raise StoreFormatError(f"{where}: expected a JSON object, got {type(body).__name__}")
+        version = body.get("format_version", FORMAT_VERSION)
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise StoreFormatError(
+                f"{where}: format version {version}, but this kvdistill reads up to "
+                f"{FORMAT_VERSION}; upgrade kvdistill"
+            )
+        stated = body.pop("checksum", None)
+        if stated != _checksum(body):
+            raise StoreFormatError(
+                f"{where}: checksum does not match its content; run `kvdistill verify`"
+            )
+        try:
+            return cls.model_validate(body)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise StoreFormatError(f"{where}: {field}: {first['msg']}") from None
+
+
+class ShardPlan(BaseModel):
+    """A shard: ``num_samples`` consecutive samples of the corpus, the same for every teacher."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shard_id: Name
+    first_sample: int = Field(ge=0)
+    num_samples: int = Field(ge=1, le=MAX_AXIS)
+    num_chars: int = Field(ge=0)
+    sha256: str
+    """SHA-256 of ``corpus/<shard_id>.jsonl``."""
+
+
+class StoreManifest(Document):
+    """``kvstore.json``: which corpus, cut into which shards. Never rewritten."""
+
+    format_version: int = FORMAT_VERSION
+    created_by: str
+    corpus_fingerprint: str
+    """SHA-256 over every sample's id, segments and task, in order."""
+    shards: tuple[ShardPlan, ...]
+
+
+class CodecSpec(BaseModel):
+    """How keys and values are stored. Codecs are defined in ``store/codecs.py``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: CodecName = "int8"
+    value: CodecName = "int8"
+
+
+class RotarySpec(BaseModel):
+    """Rotary embedding of one layer, enough to rotate its stored keys again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rotary_dim: int
+    """How many leading channels of a head are rotated (``head_dim`` unless partial)."""
+    inv_freq: tuple[float, ...]
+    """``rotary_dim / 2`` angular frequencies, radians per position, after any scaling."""
+    attention_scaling: float = 1.0
+    interleaved: bool = False
+    """True where channel pairs are (0,1), (2,3), … (GPT-J) instead of halves (Llama)."""
+
+
+class TeacherManifest(Document):
+    """``teacher.json``: provenance and geometry of one teacher's stored keys and values."""
+
+    format_version: int = FORMAT_VERSION
+    name: Name
+    model: str
+    revision: str | None
+    model_type: str
+    kind: Literal["decoder", "encoder", "encoder_decoder"]
+    stream: Literal["self", "encoder", "decoder", "cross"] = "self"
+    weights_fingerprint: str
+    tokenizer_fingerprint: str
+    template: str | None
+    extraction_fingerprint: str
+    """Hash of every setting that changes the stored numbers; differing extractions never mix."""
+    versions: dict[str, str]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    attn_implementation: str
+    backend: Backend
+    codec: CodecSpec
+    groups: tuple[LayerGroup, ...]
+    skipped_layers: dict[int, str] = {}
+    """Layers without keys and values, and why (hybrid models)."""
+    position_encoding: Literal["rotary", "absolute", "relative", "none"]
+    rotary: dict[int, RotarySpec] = {}
+    """Per stored layer; empty where positions are not rotary."""
+    key_norm: bool = False
+    """True where a norm is applied to keys before the rotation (Qwen3, Gemma 3): stored after it."""
+    hidden_size: Axis
+    has_importance: bool = False
+    has_hidden_at_cue: bool = False
+    own_text: bool = False
+    """True where the teacher wrote its own rationales; its shards carry that text."""
+    adapter: str
+    """Which capture adapter was used, and with what error it was verified."""
+    adapter_error: float
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """All stored layers, ascending."""
+        return tuple(sorted(layer for group in self.groups for layer in group.layers))
+
+
+class FileRecord(BaseModel):
+    """Size and checksum of one file of a shard."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size_bytes: int = Field(ge=0)
+    xxh3: str
+
+
+class Commit(Document):
+    """``COMMIT.json``: what a committed shard holds. Written last, published by one rename."""
+
+    format_version: int = FORMAT_VERSION
+    shard_id: Name
+    teacher: Name
+    extraction_fingerprint: str
+    num_samples: int = Field(ge=1, le=MAX_AXIS)
+    num_tokens: int = Field(ge=0, le=MAX_AXIS)
+    raw_bytes: int = Field(ge=0)
+    """Bytes the keys and values would take as bfloat16."""
+    files: dict[str, FileRecord]
+    """Every other file of the shard, by path relative to the shard's folder."""
+    seconds: float = 0.0
+    """Wall time that extraction of this shard took."""
+    attempt: dict[str, Any] = {}
+    """Where it was made: host, pid, Slurm ids. Information only."""
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    canonical = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
