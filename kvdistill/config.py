@@ -1,0 +1,315 @@
+"""One experiment, as frozen data: everything a run depends on, checked before anything starts.
+
+Unknown keys, wrong types and impossible combinations are refused here, so that nothing behind
+this door needs to ask. ``config_file.py`` reads YAML and ``--set`` overrides into ``Experiment``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from kvdistill.corpus import CorpusFormat
+from kvdistill.store.manifest import Backend, CodecSpec, Name
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of every part: frozen, unknown keys refused, docstrings become the schema's text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class CorpusConfig(Section):
+    """The texts that every teacher reads and the student learns from."""
+
+    path: Path | None = None
+    """JSONL file of `text`, of `prompt`/`rationale`/`answer`, or of GSM8K's `question`/`answer`."""
+    dataset: str | None = None
+    """Hugging Face dataset name, instead of `path` (extra `datasets`)."""
+    subset: str | None = None
+    """Configuration of the dataset, such as `main`."""
+    split: str = "train"
+    """Split of the dataset."""
+    format: CorpusFormat = "auto"
+    """How to read a row; `auto` decides by its keys."""
+    max_samples: Positive | None = None
+    """Read only the first samples."""
+    shard_chars: Positive = 100_000
+    """Cut the corpus into shards of about this many characters (one shard is one unit of work)."""
+    eval_path: Path | None = None
+    """JSONL file of held-out samples, never extracted and never trained on."""
+    eval_samples: Annotated[int, Field(ge=0)] = 0
+    """Without `eval_path`: hold out this many samples from the end of the corpus."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give exactly one of `path` and `dataset`")
+        if self.eval_path is not None and self.eval_samples:
+            raise ValueError("give `eval_path` or `eval_samples`, not both")
+        return self
+
+
+class TeacherConfig(Section):
+    """One teacher: a model, how it is prompted, and what of it is kept."""
+
+    model: str
+    """Hub id or local folder."""
+    revision: str | None = None
+    """Hub revision; pin a commit for a run that must be repeatable."""
+    gguf_file: str | None = None
+    """File name inside the model's folder, where the weights are GGUF."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer, where it is not the model's own."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you have read that code."""
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Layers to keep; all of them if not given."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Arithmetic of the teacher's forward pass."""
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    """Attention kernel of the teacher's forward pass."""
+    codec: CodecSpec | None = None
+    """How keys and values are stored; `extraction.codec` if not given."""
+
+
+class ExtractionConfig(Section):
+    """Stage 1: reading the teachers into the store."""
+
+    backend: Backend = "zarr"
+    """`zarr`: compressed, for disks and shared file systems. `safetensors`: fastest to read."""
+    codec: CodecSpec = CodecSpec()
+    """How keys and values are stored, per kind."""
+    batch_tokens: Positive = 4096
+    """Tokens per forward pass, padding included; halved by itself when memory runs out."""
+    long_text: Literal["error", "truncate", "skip"] = "error"
+    """What to do with a text that is longer than the teacher's positions."""
+    max_length: Positive | None = None
+    """Treat texts of more tokens than this as too long, even if the teacher could read them."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, …"""
+
+
+class StudentConfig(Section):
+    """The model that learns."""
+
+    model: str | None = None
+    """Hub id or folder of a pretrained causal LM to start from."""
+    architecture: dict[str, Any] | None = None
+    """Instead of `model`: a transformers config to start from scratch; needs `model_type`."""
+    tokenizer: str | None = None
+    """Hub id or folder; the model's own if not given."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you have read that code."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if (self.model is None) == (self.architecture is None):
+            raise ValueError("give exactly one of `model` and `architecture`")
+        if self.architecture is not None and "model_type" not in self.architecture:
+            raise ValueError("`architecture` needs `model_type`, such as llama")
+        if self.architecture is not None and self.tokenizer is None:
+            raise ValueError("a student from scratch needs `tokenizer`")
+        return self
+
+
+class AlignmentConfig(Section):
+    """How positions and layers of a teacher map to the student's."""
+
+    time: Literal["tokens", "segments", "global"] = "tokens"
+    """`tokens`: by shared characters. `segments`, `global`: linear resampling."""
+    tokens: Literal["iou"] = "iou"
+    """Weight of a teacher token: characters shared over characters in either."""
+    causal: bool = False
+    """Keep only teacher tokens that end no later than the student's token."""
+    layers: Literal["ratio"] = "ratio"
+    """How student layers pick a depth of the teacher."""
+
+
+class ProjectionConfig(Section):
+    """Between the teacher's head space and the student's."""
+
+    mode: Literal["student_to_teacher", "frozen"] = "student_to_teacher"
+    """`student_to_teacher`: regress the student's KV onto the fixed teacher KV.
+    `frozen`: a fixed teacher-to-student projector gives the target.
+    In both, the target cannot move towards the student."""
+    learning_rate: PositiveFloat | None = None
+    """Learning rate of trained projectors; `training.learning_rate` if not given."""
+
+
+class FusionConfig(Section):
+    """How several teachers make one target."""
+
+    method: Literal["fixed"] = "fixed"
+    """`fixed`: given weights."""
+    weights: dict[str, NonNegativeFloat] | None = None
+    """Weight per teacher, normalised to sum to one; uniform if not given."""
+
+
+class LossConfig(Section):
+    """Weights of the losses; zero switches one off."""
+
+    key: NonNegativeFloat = 3.0
+    """Error of keys, before rotation."""
+    value: NonNegativeFloat = 3.0
+    """Error of values."""
+    distance: Literal["mse", "smooth_l1"] = "mse"
+    """How a difference between keys or values is measured."""
+    cosine: NonNegativeFloat = 0.0
+    """1 - cosine of keys and values, per head."""
+    cross_entropy: NonNegativeFloat = 1.0
+    """Next-token cross-entropy on the text."""
+
+    @property
+    def uses_teachers(self) -> bool:
+        """Whether any loss needs the store."""
+        return self.key > 0 or self.value > 0 or self.cosine > 0
+
+
+class TrainingConfig(Section):
+    """Stage 2's optimisation."""
+
+    epochs: PositiveFloat = 1.0
+    """Passes over the corpus; ignored where `max_steps` is given."""
+    max_steps: Positive | None = None
+    """Optimizer steps."""
+    batch_size: Positive = 8
+    """Samples per device and step."""
+    gradient_accumulation_steps: Positive = 1
+    """Batches per optimizer step."""
+    max_length: Positive = 512
+    """Student tokens per sample; the rest of a longer text is cut off."""
+    learning_rate: PositiveFloat = 1e-3
+    """Peak learning rate of the student."""
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
+    """Learning-rate schedule after warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up."""
+    weight_decay: NonNegativeFloat = 0.01
+    """AdamW's decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this norm."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Mixed precision of the student; parameters stay float32."""
+    eval_steps: Positive | None = None
+    """Evaluate every so many steps (always at the end)."""
+    save_steps: Positive | None = None
+    """Write a checkpoint every so many steps (always at the end)."""
+    keep_checkpoints: Positive = 2
+    """Older checkpoints are deleted."""
+    log_steps: Positive = 10
+    """Log losses every so many steps."""
+    window_shards: Positive = 4
+    """Samples are shuffled inside a window of this many decoded shards."""
+    read_ahead: Positive = 2
+    """Shards decoded ahead of need."""
+    device: str = "auto"
+    """`auto` or `cpu`."""
+
+
+class SlurmProfile(Section):
+    """What to ask of Slurm for one kind of job."""
+
+    partition: str | None = None
+    """Partition (`--partition`)."""
+    account: str | None = None
+    """Account (`--account`)."""
+    qos: str | None = None
+    """Quality of service (`--qos`)."""
+    constraint: str | None = None
+    """Node features (`--constraint`)."""
+    nodes: Positive = 1
+    """Nodes per job; extraction tasks use one."""
+    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    """GPUs per node (`--gpus-per-node`)."""
+    cpus_per_task: Positive = 4
+    """CPU cores per task."""
+    memory_gb: Positive = 32
+    """Memory per node, GB."""
+    time_min: Positive = 240
+    """Time limit, minutes."""
+    array_parallelism: Positive = 64
+    """Array elements that run at once."""
+    tasks: Positive | None = None
+    """Array elements per teacher; `array_parallelism` if not given."""
+    setup: tuple[str, ...] = ()
+    """Shell lines before the command: module loads, environment activation, HF_HUB_OFFLINE=1."""
+    container: str | None = None
+    """Container image, for sites with Pyxis (`--container-image`)."""
+    extra: dict[str, str] = {}
+    """Any other sbatch option, by its long name."""
+
+
+class SlurmConfig(Section):
+    """Profiles by name; the command line picks one with `--profile`."""
+
+    profiles: dict[str, SlurmProfile] = {}
+    """Named sets of sbatch options."""
+    extract: str | None = None
+    """Profile of extraction arrays."""
+    train: str | None = None
+    """Profile of the training job."""
+
+    @model_validator(mode="after")
+    def _known_profiles(self) -> Self:
+        for role in (self.extract, self.train):
+            if role is not None and role not in self.profiles:
+                raise ValueError(f"no profile {role!r}; there are: {sorted(self.profiles)}")
+        return self
+
+
+class Experiment(Section):
+    """One experiment: one YAML file."""
+
+    name: Name = "experiment"
+    """Names the run's folder."""
+    store: Path
+    """Folder of the key/value store; made by `extract`, read by `train`."""
+    output_dir: Path = Path("runs")
+    """Each run gets a folder of its own in here."""
+    seed: int = 0
+    """Seeds the student's initialisation, the data order and dropout."""
+    corpus: CorpusConfig
+    teachers: dict[Name, TeacherConfig] = {}
+    """Teachers by name. The name is a folder in the store."""
+    student: StudentConfig
+    extraction: ExtractionConfig = ExtractionConfig()
+    alignment: AlignmentConfig = AlignmentConfig()
+    projection: ProjectionConfig = ProjectionConfig()
+    fusion: FusionConfig = FusionConfig()
+    losses: LossConfig = LossConfig()
+    training: TrainingConfig = TrainingConfig()
+    slurm: SlurmConfig = SlurmConfig()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if not self.teachers and self.losses.uses_teachers:
+            raise ValueError(
+                "losses.key, losses.value or losses.cosine need at least one teacher; "
+                "add one under `teachers`, or set these losses to 0"
+            )
+        if not (self.losses.uses_teachers or self.losses.cross_entropy):
+            raise ValueError("every loss is 0; there is nothing to train on")
+        strangers = set(self.fusion.weights or {}) - set(self.teachers)
+        if strangers:
+            raise ValueError(
+                f"fusion.weights names {sorted(strangers)}, but the teachers are "
+                f"{sorted(self.teachers)}"
+            )
+        missing = set(self.teachers) - set(self.fusion.weights or self.teachers)
+        if missing:
+            raise ValueError(f"fusion.weights has no weight for {sorted(missing)}")
+        if self.fusion.weights is not None and not any(self.fusion.weights.values()):
+            raise ValueError("fusion.weights are all 0")
+        return self
+
+    def codec(self, teacher: str) -> CodecSpec:
+        """The codec of one teacher: its own, or the extraction's."""
+        return self.teachers[teacher].codec or self.extraction.codec

@@ -1,0 +1,123 @@
+"""Reading an experiment from YAML, with overrides, into one clear line when it is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from kvdistill.config import Experiment
+from kvdistill.errors import ConfigError
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> Experiment:
+    """Read an experiment from a YAML file.
+
+    Args:
+        path: The file. Relative paths inside it are taken from the current folder.
+        overrides: ``a.b=value`` settings; the value is read as YAML.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key, a wrong type, or parts that do not
+            fit each other. The message is one line and names the key.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no config file at {path}; `kvdistill init {path}` writes one")
+    try:
+        body = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(body, dict):
+        raise ConfigError(f"{path}: expected keys and values, got {type(body).__name__}")
+    for override in overrides:
+        _override(body, override)
+    return parse(body, str(path))
+
+
+def parse(body: dict[str, Any], where: str = "config") -> Experiment:
+    """Validate a plain dictionary; ``where`` names its origin in errors.
+
+    Raises:
+        ConfigError: as for ``load``.
+    """
+    try:
+        return Experiment.model_validate(body)
+    except ValidationError as error:
+        problems = error.errors()
+        # An unknown key is usually the cause of a missing one, so it is reported first.
+        problem = min(problems, key=lambda item: item["type"] != "extra_forbidden")
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConfigError(f"{where}: {_line(problem)}{more}") from None
+
+
+def dump(experiment: Experiment) -> str:
+    """The whole experiment as YAML, defaults included; ``load`` reads it back."""
+    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _override(body: dict[str, Any], override: str) -> None:
+    dotted, sign, value = override.partition("=")
+    if not sign or not dotted.strip():
+        raise ConfigError(f"--set {override}: expected key=value, such as training.epochs=2")
+    *parents, last = dotted.strip().split(".")
+    place = body
+    for parent in parents:
+        if place.get(parent) is None:
+            place[parent] = {}
+        place = place[parent]
+        if not isinstance(place, dict):
+            raise ConfigError(f"--set {override}: {parent} is a value, not a section")
+    try:
+        place[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: the value is not YAML") from None
+
+
+def _line(problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    dotted = ".".join(location) or "experiment"
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"unknown key {dotted}; {hint}"
+    if problem["type"] == "missing":
+        return f"{dotted} is required"
+    if problem["type"] == "value_error":
+        return f"{dotted}: {problem['ctx']['error']}"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{dotted}: {message}, got {problem['input']!r}"
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    model: type[BaseModel] = Experiment
+    inside_mapping = False
+    for part in location:
+        if inside_mapping:
+            inside_mapping = False
+            continue
+        annotation = model.model_fields[part].annotation
+        section = _section(annotation)
+        if section is None:
+            return []
+        model = section
+        inside_mapping = typing.get_origin(annotation) is dict
+    return sorted(model.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model inside ``X``, ``X | None`` or ``dict[str, X]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (dict, typing.Union, types.UnionType):
+        for argument in typing.get_args(annotation):
+            found = _section(argument)
+            if found is not None:
+                return found
+    return None
