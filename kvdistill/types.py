@@ -21,6 +21,32 @@ SEGMENT_IDS: Final[dict[SegmentName, int]] = {"text": 0, "prompt": 1, "rationale
 SEGMENT_SPECIAL: Final = -1
 """Segment id of a token that stands for no character of the sample: BOS, template, padding."""
 
+TokenMethod = Literal["char_iou", "overlap", "nearest"]
+"""How a student token weighs the teacher tokens that share its characters."""
+TimeMethod = Literal["tokens", "segments", "global", "latent"]
+"""How student positions find teacher positions: by characters, by resampling, or by eviction."""
+LayerMethod = Literal["ratio", "uniform", "skip", "last_aligned", "cka", "explicit"]
+"""How student layers find teacher layers."""
+RopeMethod = Literal["none", "student", "linear", "ntk", "dynamic"]
+"""How position-free teacher keys are rotated where a loss needs rotated keys."""
+ProjectionMethod = Literal["linear", "full", "bottleneck", "student_to_teacher"]
+"""The map between teacher space and student space."""
+ProjectionMode = Literal["student_to_teacher", "frozen", "task", "joint"]
+"""Who may move: only ``joint`` lets the target come to the student, and warns about it."""
+ProjectionInit = Literal["grouped_mean", "orthogonal", "pca", "ridge"]
+"""Initial weights of a projection."""
+FusionMethod = Literal["fixed", "similarity", "mlp", "gate", "attention"]
+"""How the weights of several teachers are found."""
+Granularity = Literal["sample", "layer", "token"]
+"""What a learnable router gives its own weights to."""
+Similarity = Literal["cosine", "dot", "l2"]
+EvictionMethod = Literal[
+    "full", "right_crop", "uniform", "random", "importance", "rkv", "rkv_original"
+]
+"""Which teacher tokens are kept when a budget is smaller than the text."""
+ErrorMethod = Literal["mse", "smooth_l1"]
+"""Pointwise error between student and target."""
+
 
 @dataclass(frozen=True)
 class LayerGroup:
