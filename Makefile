@@ -1,0 +1,47 @@
+# `make demo` and `make test` are all a newcomer needs; each builds its own virtual environment.
+PYTHON ?= python3
+VENV   ?= .venv
+MODELS ?= models
+BIN     = $(VENV)/bin
+STAMP   = $(VENV)/.installed
+PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-real test-slurm check bench docs models clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@# torch first and alone: a range would otherwise pick a build with gigabytes of CUDA
+	$(PIP) --constraint constraints.txt torch
+	$(PIP) --constraint constraints.txt --editable '.[dev,docs]'
+	@touch $@
+
+demo: $(STAMP)  ## two real teachers, one student, one report (about 8 minutes on 2 cores)
+	$(BIN)/python examples/get_models.py $(MODELS) smollm2 minilm
+	PATH="$(abspath $(BIN)):$$PATH" MODELS=$(MODELS) examples/demo.sh
+
+test: $(STAMP)  ## the default tests: CPU, offline, a few minutes
+	$(BIN)/python -m pytest -q
+
+models: $(STAMP)
+	$(BIN)/python examples/get_models.py $(MODELS) smollm2 minilm gemma3
+
+test-real: models  ## tests on real weights
+	KVDISTILL_MODELS=$(MODELS) $(BIN)/python -m pytest -q -m real_model
+
+test-slurm: $(STAMP)  ## tests on a real Slurm; root, and the packages of .ci/slurm-packages
+	$(BIN)/python -m pytest -q -m slurm tests/slurm
+
+check: $(STAMP)  ## what CI checks besides the tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: models  ## every benchmark; prints ratios
+	for file in benchmarks/*.py; do KVDISTILL_MODELS=$(MODELS) $(BIN)/python $$file || exit 1; done
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf demo-output site build dist

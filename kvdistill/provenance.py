@@ -1,0 +1,60 @@
+"""Where a result came from: versions, commit, command, machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from kvdistill import __version__
+
+PACKAGES: Final = ("torch", "transformers", "accelerate", "tokenizers", "zarr", "zarrs", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, kvdistill and of every package whose version can change a number."""
+    found = {"python": platform.python_version(), "kvdistill": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit(folder: Path | None = None) -> str | None:
+    """Commit of the checkout that holds ``folder`` (this package's by default), or None.
+
+    Ends in ``+changes`` where tracked files differ from the commit.
+    """
+    folder = folder or Path(__file__).parent
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def describe() -> dict[str, Any]:
+    """Everything that ``run.json`` keeps about the process that made a run."""
+    return {
+        "command": shlex.join(sys.argv),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "git_commit": git_commit(),
+        "versions": versions(),
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
