@@ -16,12 +16,15 @@ from typing import Final, Literal
 Kind = Literal["key", "value"]
 KINDS: Final[tuple[Kind, Kind]] = ("key", "value")
 
+Stream = Literal["self", "encoder", "decoder", "cross"]
+"""Which attention of a teacher is read; ``self`` unless it is an encoder-decoder."""
+
 SegmentName = Literal["text", "prompt", "rationale", "answer"]
 SEGMENT_IDS: Final[dict[SegmentName, int]] = {"text": 0, "prompt": 1, "rationale": 2, "answer": 3}
 SEGMENT_SPECIAL: Final = -1
 """Segment id of a token that stands for no character of the sample: BOS, template, padding."""
 
-TokenMethod = Literal["char_iou", "overlap", "nearest"]
+TokenMethod = Literal["iou", "overlap", "nearest"]
 """How a student token weighs the teacher tokens that share its characters."""
 TimeMethod = Literal["tokens", "segments", "global", "latent"]
 """How student positions find teacher positions: by characters, by resampling, or by eviction."""
@@ -44,7 +47,7 @@ EvictionMethod = Literal[
     "full", "right_crop", "uniform", "random", "importance", "rkv", "rkv_original"
 ]
 """Which teacher tokens are kept when a budget is smaller than the text."""
-ErrorMethod = Literal["mse", "smooth_l1"]
+Distance = Literal["mse", "smooth_l1"]
 """Pointwise error between student and target."""
 
 

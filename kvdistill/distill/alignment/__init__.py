@@ -1,0 +1,18 @@
+"""Alignment: which teacher positions and layers a student position and layer is compared with."""
+
+from kvdistill.distill.alignment.band import Band, apply_band
+from kvdistill.distill.alignment.layers import LayerMap, layer_map
+from kvdistill.distill.alignment.spans import Spans
+from kvdistill.distill.alignment.time import align_global, align_segments
+from kvdistill.distill.alignment.tokens import align_tokens
+
+__all__ = [
+    "Band",
+    "LayerMap",
+    "Spans",
+    "align_global",
+    "align_segments",
+    "align_tokens",
+    "apply_band",
+    "layer_map",
+]

@@ -1,0 +1,104 @@
+"""Per-token losses against loops, and their one reduction."""
+
+import math
+
+import pytest
+import torch
+
+from kvdistill.distill.losses import cosine_error, kv_error, layer_std, reduce_tokens
+from kvdistill.errors import GeometryError
+
+SHAPE = (2, 3, 2, 5, 4)
+
+
+def pair(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(SHAPE, generator=generator).requires_grad_(),
+        3 * torch.randn(SHAPE, generator=generator),
+    )
+
+
+@pytest.mark.parametrize("distance", ["mse", "smooth_l1"])
+def test_errors_against_a_loop(distance):
+    student, target = pair()
+    got = kv_error(student, target, distance).detach()
+    assert got.dtype == torch.float32
+    for b in range(2):
+        for t in range(5):
+            total, d = 0.0, (student - target)[b, :, :, t].flatten().tolist()
+            for e in d:
+                if distance == "mse":
+                    total += e * e
+                else:
+                    total += 0.5 * e * e if abs(e) < 1 else abs(e) - 0.5
+            assert float(got[b, t]) == pytest.approx(total / len(d), rel=1e-5)
+
+
+def test_cosine_against_a_loop():
+    student, target = pair()
+    got = cosine_error(student, target).detach()
+    for b in range(2):
+        for t in range(5):
+            total = 0.0
+            for layer in range(3):
+                for h in range(2):
+                    x, y = student[b, layer, h, t].tolist(), target[b, layer, h, t].tolist()
+                    dot = sum(i * j for i, j in zip(x, y, strict=True))
+                    total += 1 - dot / math.sqrt(sum(i * i for i in x) * sum(i * i for i in y))
+            assert float(got[b, t]) == pytest.approx(total / 6, rel=1e-4)
+
+
+def test_cosine_of_zero_vectors_is_finite_with_finite_gradients():
+    student = torch.zeros(SHAPE, requires_grad=True)
+    loss = cosine_error(student, torch.zeros(SHAPE)).sum()
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert bool(student.grad.isfinite().all())
+
+
+def test_layer_std_counts_only_valid_elements():
+    target = torch.randn(2, 3, 2, 5, 4)
+    mask = torch.rand(2, 5) < 0.6
+    got = layer_std(target, mask)
+    for layer in range(3):
+        valid = target[:, layer].transpose(1, 2)[mask]
+        torch.testing.assert_close(got[layer], valid.std(correction=0))
+
+
+def test_layer_std_makes_a_loud_layer_count_like_a_quiet_one():
+    student, target = pair()
+    scale = torch.tensor([1.0, 10.0, 100.0])
+    whole = kv_error(student, target, layer_std_L=scale)
+    each = [kv_error(student[:, i : i + 1], target[:, i : i + 1]) / scale[i] for i in range(3)]
+    torch.testing.assert_close(whole, sum(each) / 3)
+
+
+def test_bfloat16_inputs_are_compared_in_float32():
+    student, target = pair()
+    got = kv_error(student.bfloat16(), target.bfloat16())
+    expected = kv_error(student.bfloat16().float(), target.bfloat16().float())
+    assert torch.equal(got, expected)
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    student, target = pair()
+    for loss in (kv_error, cosine_error):
+        with pytest.raises(GeometryError, match="align and project first"):
+            loss(student, target[:, :1])
+
+
+def test_reduction_does_not_depend_on_the_cut():
+    torch.manual_seed(0)
+    losses, mask = torch.rand(6, 7), torch.rand(6, 7) < 0.5
+    whole = reduce_tokens(losses, mask)
+    torch.testing.assert_close(whole, losses[mask].mean())
+    count = mask.sum()
+    parts = sum(reduce_tokens(losses[i:j], mask[i:j], count) for i, j in [(0, 1), (1, 4), (4, 6)])
+    torch.testing.assert_close(parts, whole)
+
+
+def test_reduction_of_nothing_is_zero_and_masked_nan_is_not_read():
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    assert float(reduce_tokens(torch.full((2, 3), float("nan")), nothing)) == 0.0
+    assert float(reduce_tokens(torch.ones(2, 3), nothing, num_valid=8)) == 0.0
