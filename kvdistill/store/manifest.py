@@ -146,7 +146,7 @@ class TeacherManifest(Document):
     rotary: dict[int, RotarySpec] = {}
     """Per stored layer; empty where positions are not rotary."""
     key_norm: bool = False
-    """True where a norm is applied to keys before the rotation (Qwen3, Gemma 3): stored after it."""
+    """True where keys are normed before the rotation (Qwen3, Gemma 3); they are stored normed."""
     hidden_size: Axis
     has_importance: bool = False
     has_hidden_at_cue: bool = False
@@ -180,10 +180,14 @@ class Commit(Document):
     extraction_fingerprint: str
     num_samples: int = Field(ge=1, le=MAX_AXIS)
     num_tokens: int = Field(ge=0, le=MAX_AXIS)
+    num_blocks: int = Field(ge=0, le=MAX_AXIS)
+    """Quantisation blocks of 64 tokens; they restart at every sample."""
     raw_bytes: int = Field(ge=0)
     """Bytes the keys and values would take as bfloat16."""
     files: dict[str, FileRecord]
     """Every other file of the shard, by path relative to the shard's folder."""
+    tensors: dict[str, str] = {}
+    """safetensors only: xxh3 of every tensor's bytes, so that one can be checked by itself."""
     seconds: float = 0.0
     """Wall time that extraction of this shard took."""
     attempt: dict[str, Any] = {}

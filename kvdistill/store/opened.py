@@ -1,0 +1,169 @@
+"""One committed shard, open: which arrays it has, and how to select and decode them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvdistill.corpus import Sample
+from kvdistill.errors import GeometryError, ShardCorrupt
+from kvdistill.store.backend import Backend, OpenShard
+from kvdistill.store.codecs import CODECS, part_name
+from kvdistill.store.integrity import REMEDY, check_content
+from kvdistill.store.layout import TEXTS
+from kvdistill.store.manifest import Commit, TeacherManifest
+from kvdistill.store.schema import TOKEN_COLUMNS, ArraySpec, Counts, group_prefix, shard_arrays
+from kvdistill.store.shard import BLOCK_TOKENS, TokenTable, block_ptr
+from kvdistill.store.statistics import ChannelStatistics
+from kvdistill.store.zarr_backend import ZarrBackend
+from kvdistill.types import Kind
+
+BACKENDS: Final[dict[str, Backend]] = {"zarr": ZarrBackend()}
+
+Positions = tuple[list[int] | None, list[int] | None]
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedShard:
+    """An open shard with what is needed to make sense of its arrays."""
+
+    folder: Path
+    manifest: TeacherManifest
+    commit: Commit
+    specs: dict[str, ArraySpec]
+    data: OpenShard
+    sample_ptr: NDArray[np.int64]
+
+    def token_table(self) -> TokenTable:
+        """The token table, read anew."""
+        sample_ids = self.data.attributes["sample_ids"]
+        if not isinstance(sample_ids, list) or len(sample_ids) != self.commit.num_samples:
+            raise ShardCorrupt(f"{self.folder}: its sample ids do not match its commit; {REMEDY}")
+        columns = {name: self.data.read(name) for name in TOKEN_COLUMNS}
+        return TokenTable(tuple(sample_ids), self.sample_ptr, **columns)
+
+    def own_texts(self) -> tuple[Sample, ...] | None:
+        """The teacher's own text, where it generated its rationales."""
+        if not self.manifest.own_text:
+            return None
+        check_content(self.folder, TEXTS, self.commit)
+        return read_samples((self.folder / TEXTS).read_text(encoding="utf-8"))
+
+    def read(
+        self, layers: Sequence[int] | None, heads: Sequence[int] | None, kinds: Sequence[Kind]
+    ) -> dict[str, np.ndarray]:
+        """Stored arrays of the selected layers, heads and kinds. See ``KVStore.read_shard``."""
+        _refuse_unknown_layers(self.manifest, layers)
+        arrays = {}
+        for name in self._names(kinds):
+            positions = _positions(self.specs[name], layers, heads)
+            if positions is not None:
+                arrays[name] = self.data.read(name, *positions)
+        return arrays
+
+    def decode(
+        self, sample_idx: int, layer: int, head: int, kind: Kind, tokens: slice
+    ) -> NDArray[np.float32]:
+        """Decoded float32 ``[tokens, D]`` of one sample, layer and head. See ``KVStore.read``."""
+        _refuse_unknown_layers(self.manifest, [layer])
+        first, last = (int(i) for i in self.sample_ptr[sample_idx : sample_idx + 2])
+        start, stop, step = tokens.indices(last - first)
+        if step != 1:
+            raise GeometryError(f"tokens must be a slice without a step, got {tokens}")
+        stop = max(start, stop)
+        block = int(block_ptr(self.sample_ptr)[sample_idx])
+        spans = {
+            "token": slice(first + start, first + stop),
+            "block": slice(block + start // BLOCK_TOKENS, block - (-stop // BLOCK_TOKENS)),
+        }
+        group_idx = next(i for i, g in enumerate(self.manifest.groups) if layer in g.layers)
+        stem = f"{group_prefix(self.manifest, group_idx)}{kind}"
+        codec = CODECS[getattr(self.manifest.codec, kind)]
+        parts = {}
+        for part in codec.parts(kind):
+            spec = self.specs[part_name(stem, part.suffix)]
+            positions = _positions(spec, [layer], [head])
+            if positions is not None:
+                parts[part.suffix] = self.data.read(spec.name, *positions, spans[part.per])[0, 0]
+        token_blocks = np.arange(start, stop) // BLOCK_TOKENS - start // BLOCK_TOKENS
+        return codec.decode_numpy(parts, kind, token_blocks)
+
+    def statistics(self) -> dict[str, ChannelStatistics]:
+        """This shard's statistics by ``"key"``, ``"value"`` (``"g0/key"`` …)."""
+        end = "_statistics"
+        return {
+            name.removesuffix(end): ChannelStatistics.from_array(self.data.read(name))
+            for name in self.specs
+            if name.endswith(end)
+        }
+
+    def _names(self, kinds: Sequence[Kind]) -> list[str]:
+        """What ``read`` returns: parts of the kinds asked for, importance, hidden states."""
+        stems = [f"{group_prefix(self.manifest, i)}" for i in range(len(self.manifest.groups))]
+        names = [
+            part_name(f"{stem}{kind}", part.suffix)
+            for stem in stems
+            for kind in kinds
+            for part in CODECS[getattr(self.manifest.codec, kind)].parts(kind)
+        ]
+        names += [f"{stem}importance" for stem in stems] + ["hidden_at_cue"]
+        return [name for name in names if name in self.specs]
+
+
+def open_shard(folder: Path, manifest: TeacherManifest, commit: Commit) -> OpenedShard:
+    """Open a committed shard after checking that its metadata is what manifest and commit say.
+
+    Raises:
+        ShardCorrupt: metadata or token boundaries do not match.
+    """
+    counts = Counts(commit.num_samples, commit.num_tokens, commit.num_blocks)
+    specs = shard_arrays(manifest, counts)
+    data = BACKENDS[manifest.backend].open(folder, commit, specs)
+    sample_ptr = data.read("sample_ptr")
+    rising = sample_ptr[0] == 0 and bool((np.diff(sample_ptr) >= 0).all())
+    if not rising or sample_ptr[-1] != counts.num_tokens:
+        raise ShardCorrupt(f"{folder}: sample_ptr does not rise from 0 to {counts.num_tokens}")
+    if block_ptr(sample_ptr)[-1] != counts.num_blocks:
+        raise ShardCorrupt(f"{folder}: its blocks do not match its commit; {REMEDY}")
+    return OpenedShard(folder, manifest, commit, specs, data, sample_ptr)
+
+
+def read_samples(text: str) -> tuple[Sample, ...]:
+    """Samples from JSON lines."""
+    return tuple(Sample.from_json(line) for line in text.split("\n") if line)
+
+
+def _positions(
+    spec: ArraySpec, layers: Sequence[int] | None, heads: Sequence[int] | None
+) -> Positions | None:
+    """Positions on the layer and head axes; None if this array has none of the layers."""
+    if spec.group is None:
+        return (None, None)
+    num_heads = spec.group.num_key_value_heads
+    if heads is not None and (
+        not heads or len(set(heads)) != len(heads) or not set(heads) <= set(range(num_heads))
+    ):
+        raise GeometryError(
+            f"heads {list(heads)} asked of layers with {num_heads} key/value heads: expected "
+            f"different numbers from 0 to {num_heads - 1}"
+        )
+    head_idx = None if heads is None else sorted(heads)
+    if layers is None:
+        return (None, head_idx)
+    chosen = [i for i, layer in enumerate(spec.group.layers) if layer in set(layers)]
+    return (chosen, head_idx) if chosen else None
+
+
+def _refuse_unknown_layers(manifest: TeacherManifest, layers: Sequence[int] | None) -> None:
+    if layers is None:
+        return
+    if not layers or len(set(layers)) != len(layers) or not set(layers) <= set(manifest.layers):
+        raise GeometryError(
+            f"teacher {manifest.name!r} stores the layers {list(manifest.layers)}; asked for "
+            f"{list(layers)}"
+        )

@@ -1,0 +1,263 @@
+"""Reading a store: whole shards in order, or any sample × layer × head × kind × tokens.
+
+Opening reads ``kvstore.json`` and nothing else; teachers and committed shards are found by
+listing folders, and a shard's own manifest is read when the shard is. Nothing is cached without
+a bound, so a process can stream a store of any size.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvdistill.corpus import Sample
+from kvdistill.errors import ShardCorrupt, ShardNotFound, StoreFormatError, StoreNotFound
+from kvdistill.store.integrity import REMEDY
+from kvdistill.store.layout import COMMIT, StorePaths
+from kvdistill.store.manifest import Commit, ShardPlan, StoreManifest, TeacherManifest
+from kvdistill.store.opened import OpenedShard, open_shard, read_samples
+from kvdistill.store.shard import EncodedShard
+from kvdistill.store.statistics import ChannelStatistics, merge_all
+from kvdistill.types import KINDS, Kind
+
+OPEN_SHARDS: Final = 16
+"""How many shards stay open for random access."""
+
+
+class KVStore:
+    """A store, opened for reading. Safe to share between threads."""
+
+    def __init__(self, paths: StorePaths, manifest: StoreManifest) -> None:
+        self.paths = paths
+        self.manifest = manifest
+        self._plans = {plan.shard_id: plan for plan in manifest.shards}
+        self._teachers: dict[str, TeacherManifest] = {}
+        self._open: OrderedDict[tuple[str, str], OpenedShard] = OrderedDict()
+        self._index: dict[str, tuple[str, int]] | None = None
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def open(path: Path | str) -> KVStore:
+        """Open the store at ``path``.
+
+        Raises:
+            StoreNotFound: there is no ``kvstore.json``.
+            StoreFormatError: it is malformed, or of a newer format.
+        """
+        paths = StorePaths(Path(path))
+        try:
+            text = paths.manifest.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise StoreNotFound(
+                f"no store at {paths.root}: {paths.manifest.name} is missing; "
+                "`kvdistill extract` creates one"
+            ) from None
+        return KVStore(paths, StoreManifest.from_json(text, str(paths.manifest)))
+
+    @property
+    def shard_ids(self) -> tuple[str, ...]:
+        """All shards of the plan, in the order of the corpus."""
+        return tuple(self._plans)
+
+    def plan(self, shard_id: str) -> ShardPlan:
+        """One shard of the plan.
+
+        Raises:
+            ShardNotFound: the plan has no such shard.
+        """
+        if shard_id not in self._plans:
+            raise ShardNotFound(
+                f"{self.paths.root}: the plan has no shard {shard_id!r}; it has "
+                f"{len(self._plans)}, from {self.shard_ids[0]} to {self.shard_ids[-1]}"
+            )
+        return self._plans[shard_id]
+
+    def teachers(self) -> list[str]:
+        """Names of all teachers that have a manifest, sorted."""
+        if not self.paths.teachers.is_dir():
+            return []
+        return sorted(
+            folder.name
+            for folder in self.paths.teachers.iterdir()
+            if self.paths.teacher_manifest(folder.name).is_file()
+        )
+
+    def teacher(self, name: str) -> TeacherManifest:
+        """One teacher's manifest.
+
+        Raises:
+            ShardNotFound: no such teacher; names those that exist.
+            StoreFormatError: its manifest is malformed, newer, or of another name.
+        """
+        if name not in self._teachers:
+            path = self.paths.teacher_manifest(name)
+            if not path.is_file():
+                raise ShardNotFound(
+                    f"{self.paths.root} has no teacher {name!r}; it has {self.teachers()}"
+                )
+            manifest = TeacherManifest.from_json(path.read_bytes(), str(path))
+            if manifest.name != name:
+                raise StoreFormatError(f"{path}: names {manifest.name!r}, but lies under {name!r}")
+            self._teachers[name] = manifest
+        return self._teachers[name]
+
+    def committed(self, teacher: str) -> frozenset[str]:
+        """Shards of the plan that this teacher has. Lists one folder; reads no file."""
+        folder = self.paths.shards(teacher)
+        found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+        return frozenset(found & self._plans.keys())
+
+    def is_committed(self, teacher: str, shard_id: str) -> bool:
+        """Whether this one shard is there. Cheaper than ``committed`` for one question."""
+        return (self.paths.shard(teacher, self.plan(shard_id).shard_id) / COMMIT).is_file()
+
+    def missing(self, teacher: str) -> list[str]:
+        """Shards of the plan that this teacher lacks, in order."""
+        committed = self.committed(teacher)
+        return [shard_id for shard_id in self._plans if shard_id not in committed]
+
+    def samples(self, shard_id: str) -> tuple[Sample, ...]:
+        """The samples of a shard, as the corpus has them.
+
+        Raises:
+            ShardCorrupt: the file is missing, or is not the one that the plan was made from.
+        """
+        plan = self.plan(shard_id)
+        path = self.paths.samples(shard_id)
+        text = path.read_bytes() if path.is_file() else b""
+        if sha256(text).hexdigest() != plan.sha256:
+            raise ShardCorrupt(f"{path}: missing, or not what the plan was made from")
+        return read_samples(text.decode("utf-8"))
+
+    def commit(self, teacher: str, shard_id: str) -> Commit:
+        """The commit of a shard: counts and checksums.
+
+        Raises:
+            ShardNotFound: it is not committed.
+            StoreFormatError: it is malformed or newer.
+            ShardCorrupt: it belongs to another shard or another extraction.
+        """
+        return self._read_commit(self.teacher(teacher), shard_id)
+
+    def read_shard(
+        self,
+        teacher: str,
+        shard_id: str,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+        kinds: Sequence[Kind] = KINDS,
+    ) -> EncodedShard:
+        """A whole shard, or some layers, heads and kinds of it, as stored codes.
+
+        ``layers`` are the teacher's own layer indices, all when None; the arrays' layer axis
+        then holds these, ascending, and groups without any of them are left out. ``heads`` are
+        key/value head indices, ascending on the head axis.
+
+        Raises:
+            ShardNotFound: it is not committed.
+            ShardCorrupt: bytes are missing, truncated or flipped.
+            GeometryError: a layer or head that the teacher does not have.
+        """
+        opened = self._opened(teacher, shard_id)
+        return EncodedShard(
+            opened.token_table(), opened.read(layers, heads, kinds), opened.own_texts()
+        )
+
+    def read(
+        self,
+        teacher: str,
+        sample_id: str,
+        layer: int,
+        head: int,
+        kind: Kind,
+        *,
+        tokens: slice = slice(None),
+    ) -> NDArray[np.float32]:
+        """Decoded keys or values of one sample, layer and head: float32 ``[tokens, D]``.
+
+        The first call builds an index of all sample ids; for a whole corpus, read shards.
+
+        Raises:
+            ShardNotFound: no such sample, or its shard is not committed.
+            ShardCorrupt: bytes are missing, truncated or flipped.
+            GeometryError: no such layer or head, or a slice with a step.
+        """
+        shard_id, sample_idx = self.find(sample_id)
+        return self._opened(teacher, shard_id).decode(sample_idx, layer, head, kind, tokens)
+
+    def find(self, sample_id: str) -> tuple[str, int]:
+        """The shard of a sample, and its position in it.
+
+        Raises:
+            ShardNotFound: the corpus has no such sample.
+        """
+        with self._lock:
+            if self._index is None:
+                self._index = {
+                    sample.sample_id: (shard_id, i)
+                    for shard_id in self._plans
+                    for i, sample in enumerate(self.samples(shard_id))
+                }
+        if sample_id not in self._index:
+            raise ShardNotFound(f"{self.paths.root}: the corpus has no sample {sample_id!r}")
+        return self._index[sample_id]
+
+    def statistics(self, teacher: str) -> dict[str, ChannelStatistics]:
+        """Merged over all committed shards, by ``"key"``, ``"value"`` (``"g0/key"`` …).
+
+        Raises:
+            ShardNotFound: nothing is committed yet.
+        """
+        committed = self.committed(teacher)
+        if not committed:
+            raise ShardNotFound(f"{self.paths.root}: teacher {teacher!r} has no shard yet")
+        shards = (
+            self._opened(teacher, shard_id) for shard_id in self._plans if shard_id in committed
+        )
+        found: dict[str, list[ChannelStatistics]] = {}
+        for opened in shards:
+            for name, part in opened.statistics().items():
+                found.setdefault(name, []).append(part)
+        return {name: merge_all(parts) for name, parts in found.items()}
+
+    def _opened(self, teacher: str, shard_id: str) -> OpenedShard:
+        key = (teacher, shard_id)
+        with self._lock:
+            if key in self._open:
+                self._open.move_to_end(key)
+                return self._open[key]
+        manifest = self.teacher(teacher)
+        commit = self._read_commit(manifest, shard_id)
+        opened = open_shard(self.paths.shard(teacher, shard_id), manifest, commit)
+        with self._lock:
+            self._open[key] = opened
+            while len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return opened
+
+    def _read_commit(self, manifest: TeacherManifest, shard_id: str) -> Commit:
+        plan = self.plan(shard_id)
+        path = self.paths.shard(manifest.name, shard_id) / COMMIT
+        try:
+            text = path.read_bytes()
+        except FileNotFoundError:
+            raise ShardNotFound(
+                f"{self.paths.root}: teacher {manifest.name!r} has not committed shard "
+                f"{shard_id}; `kvdistill extract` makes it"
+            ) from None
+        commit = Commit.from_json(text, str(path))
+        found = (commit.teacher, commit.shard_id, commit.num_samples, commit.extraction_fingerprint)
+        asked = (manifest.name, shard_id, plan.num_samples, manifest.extraction_fingerprint)
+        if found != asked:
+            raise ShardCorrupt(
+                f"{path}: (teacher, shard, samples, extraction) is {found}, expected {asked}; "
+                f"{REMEDY}"
+            )
+        return commit

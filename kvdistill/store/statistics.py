@@ -1,0 +1,114 @@
+"""Mean and variance of every channel, kept with each shard and merged without a second pass.
+
+Updating Formulae and a Pairwise Algorithm for Computing Sample Variances (Chan, Golub, LeVeque,
+1979): for two sets with counts ``n``, means ``m`` and sums of squared deviations ``M2``,
+
+    m = m_a + (m_b − m_a) · n_b / n        M2 = M2_a + M2_b + (m_b − m_a)² · n_a · n_b / n
+
+Everything is float64, and shards are merged in the order of the plan, so the result does not
+depend on which shard was finished first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvdistill.errors import GeometryError
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelStatistics:
+    """Count of tokens, and per (layer, head, channel) their mean and ``M2``.
+
+    ``mean`` and ``m2`` are float64 ``[L, H, D]``, of the values *before* quantisation.
+    """
+
+    count: int
+    mean: NDArray[np.float64]
+    m2: NDArray[np.float64]
+
+    @property
+    def variance(self) -> NDArray[np.float64]:
+        """Population variance ``[L, H, D]``; zero where nothing was counted."""
+        return np.asarray(self.m2 / max(self.count, 1))
+
+    @property
+    def std(self) -> NDArray[np.float64]:
+        """Population standard deviation ``[L, H, D]``."""
+        return np.sqrt(self.variance)
+
+    def merge(self, other: ChannelStatistics) -> ChannelStatistics:
+        """Statistics of both sets together (Chan's formula).
+
+        Raises:
+            GeometryError: the shapes differ.
+        """
+        if self.mean.shape != other.mean.shape:
+            raise GeometryError(
+                f"cannot merge statistics of shapes {self.mean.shape} and {other.mean.shape}"
+            )
+        count = self.count + other.count
+        if count == 0:
+            return self
+        delta = other.mean - self.mean
+        mean = self.mean + delta * (other.count / count)
+        m2 = self.m2 + other.m2 + delta**2 * (self.count * other.count / count)
+        return ChannelStatistics(count, mean, m2)
+
+    def to_array(self) -> NDArray[np.float64]:
+        """The stored form: float64 ``[3, L, H, D]`` of count, mean and M2."""
+        return np.stack([np.full_like(self.mean, self.count), self.mean, self.m2])
+
+    @staticmethod
+    def from_array(array: NDArray[np.float64]) -> ChannelStatistics:
+        """Read what ``to_array`` wrote."""
+        count = int(array[0].flat[0]) if array[0].size else 0
+        return ChannelStatistics(count, array[1], array[2])
+
+    @staticmethod
+    def empty(shape: tuple[int, int, int]) -> ChannelStatistics:
+        """Nothing counted yet: ``merge`` with it changes nothing. ``shape`` is ``(L, H, D)``."""
+        return ChannelStatistics(0, np.zeros(shape), np.zeros(shape))
+
+    @staticmethod
+    def from_samples(samples: Iterable[Any], shape: tuple[int, int, int]) -> ChannelStatistics:
+        """Statistics over samples ``[L, H, T, D]`` (numpy or torch, any device or float dtype).
+
+        Each sample is reduced in float64 where it lies; pass only the tokens to be counted.
+        """
+        total = ChannelStatistics.empty(shape)
+        for sample in samples:
+            total = total.merge(_of_sample(sample))
+        return total
+
+
+def merge_all(parts: Iterable[ChannelStatistics]) -> ChannelStatistics:
+    """Merge in the order given; at least one is needed.
+
+    Raises:
+        GeometryError: nothing to merge, or shapes differ.
+    """
+    total: ChannelStatistics | None = None
+    for part in parts:
+        total = part if total is None else total.merge(part)
+    if total is None:
+        raise GeometryError("no statistics to merge: expected at least one shard")
+    return total
+
+
+def _of_sample(sample_LHTD: Any) -> ChannelStatistics:
+    if isinstance(sample_LHTD, np.ndarray):
+        x = sample_LHTD.astype(np.float64)
+        num_tokens = x.shape[2]
+        mean = x.sum(axis=2) / max(num_tokens, 1)
+        return ChannelStatistics(num_tokens, mean, ((x - mean[:, :, None]) ** 2).sum(axis=2))
+    x = sample_LHTD.double()
+    num_tokens = int(x.shape[2])
+    mean = x.sum(dim=2) / max(num_tokens, 1)
+    m2 = ((x - mean[:, :, None]) ** 2).sum(dim=2)
+    return ChannelStatistics(num_tokens, mean.cpu().numpy(), m2.cpu().numpy())

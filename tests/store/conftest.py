@@ -1,0 +1,146 @@
+"""Small teachers and shards without any model: random keys and values, real encoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kvdistill.corpus import Sample, Shard, cut
+from kvdistill.store.codecs import CODECS, part_name
+from kvdistill.store.manifest import TeacherManifest
+from kvdistill.store.reader import KVStore
+from kvdistill.store.schema import group_prefix
+from kvdistill.store.shard import EncodedShard, TokenTable
+from kvdistill.store.statistics import ChannelStatistics
+from kvdistill.store.writer import add_teacher, create, publish_shard
+from kvdistill.types import KINDS, LayerGroup
+
+
+@dataclass(frozen=True)
+class Made:
+    """A shard as it went in, with the values before encoding."""
+
+    shard: EncodedShard
+    statistics: dict[str, ChannelStatistics]
+    values: dict[str, list[torch.Tensor]]
+    """Per "key", "g0/value" … one ``[L, H, T, D]`` per sample."""
+
+
+def make_teacher(**changes: Any) -> TeacherManifest:
+    body: dict[str, Any] = {
+        "name": "tiny",
+        "model": "models/tiny",
+        "revision": None,
+        "model_type": "llama",
+        "kind": "decoder",
+        "weights_fingerprint": "w" * 64,
+        "tokenizer_fingerprint": "t" * 64,
+        "template": None,
+        "extraction_fingerprint": "e" * 64,
+        "versions": {"torch": "2"},
+        "dtype": "float32",
+        "attn_implementation": "eager",
+        "backend": "zarr",
+        "codec": {"key": "int8", "value": "int8"},
+        "groups": (LayerGroup((0, 1, 3), 2, 8, 4),),
+        "position_encoding": "none",
+        "hidden_size": 6,
+        "adapter": "test",
+        "adapter_error": 0.0,
+    }
+    return TeacherManifest.model_validate({**body, **changes})
+
+
+TWO_GROUPS = (LayerGroup((0, 2), 1, 8, 8), LayerGroup((1,), 3, 4, 4))
+
+
+def make_shard(
+    teacher: TeacherManifest, sample_ids: Sequence[str], lengths: Sequence[int], seed: int = 0
+) -> Made:
+    generator = torch.Generator().manual_seed(seed)
+    ptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    num_tokens = int(ptr[-1])
+    starts = np.concatenate([np.arange(n) for n in lengths] or [[]]).astype(np.int32)
+    table = TokenTable(
+        tuple(sample_ids),
+        ptr,
+        np.arange(num_tokens, dtype=np.int32),
+        starts,
+        starts + 1,
+        np.zeros(num_tokens, np.int8),
+    )
+    arrays, statistics, values = dict[str, np.ndarray](), {}, {}
+    for group_idx, group in enumerate(teacher.groups):
+        prefix = group_prefix(teacher, group_idx)
+        lead = (len(group.layers), group.num_key_value_heads)
+        for kind in KINDS:
+            name, dim = f"{prefix}{kind}", group.head_dim(kind)
+            codec = CODECS[getattr(teacher.codec, kind)]
+            samples = [torch.randn(*lead, n, dim, generator=generator) * 3 for n in lengths]
+            encoded = [codec.encode(x, kind) for x in samples]
+            for part in codec.parts(kind):
+                pieces = [parts[part.suffix].numpy() for parts in encoded]
+                arrays[part_name(name, part.suffix)] = np.concatenate(pieces, axis=2)
+            statistics[name] = ChannelStatistics.from_samples(samples, (*lead, dim))
+            values[name] = samples
+        if teacher.has_importance:
+            importance = torch.rand(*lead, num_tokens, generator=generator)
+            arrays[f"{prefix}importance"] = importance.half().numpy()
+    if teacher.has_hidden_at_cue:
+        shape = (len(teacher.layers) + 1, len(lengths), teacher.hidden_size)
+        arrays["hidden_at_cue"] = torch.randn(*shape, generator=generator).numpy()
+    texts = None
+    if teacher.own_text:
+        texts = tuple(Sample(i, (("text", "own\n\u2028text"),)) for i in sample_ids)
+    return Made(EncodedShard(table, arrays, texts), statistics, values)
+
+
+def make_corpus(num_shards: int = 2, samples_per_shard: int = 3) -> list[Shard]:
+    texts = ["0123456789" * 20] * (num_shards * samples_per_shard)
+    samples = [Sample(f"s{i}", (("text", text),)) for i, text in enumerate(texts)]
+    return list(cut(samples, shard_chars=200 * samples_per_shard))
+
+
+LENGTHS = (130, 0, 64)
+
+
+def make_store(
+    path: Path, teacher: TeacherManifest, num_shards: int = 2
+) -> tuple[KVStore, dict[str, Made]]:
+    """A store with every shard of one teacher committed."""
+    shards = make_corpus(num_shards)
+    store = create(path, shards)
+    add_teacher(store, teacher)
+    made = {}
+    for seed, shard in enumerate(shards):
+        ids = [sample.sample_id for sample in shard.samples]
+        made[shard.shard_id] = make_shard(teacher, ids, LENGTHS, seed)
+        one = made[shard.shard_id]
+        assert publish_shard(store, teacher.name, shard.shard_id, one.shard, one.statistics)
+    return store, made
+
+
+@pytest.fixture
+def build() -> Any:
+    """The builders above; tests reach them by this fixture, as folders are not packages."""
+
+    class Build:
+        teacher: Callable[..., TeacherManifest] = staticmethod(make_teacher)
+        shard: Callable[..., Made] = staticmethod(make_shard)
+        corpus: Callable[..., list[Shard]] = staticmethod(make_corpus)
+        store: Callable[..., tuple[KVStore, dict[str, Made]]] = staticmethod(make_store)
+        two_groups = TWO_GROUPS
+        lengths = LENGTHS
+
+    return Build
+
+
+@pytest.fixture(params=["zarr"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
