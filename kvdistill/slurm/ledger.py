@@ -1,0 +1,232 @@
+"""The folder in which tasks leave word of themselves: attempts, claims, failures, jobs.
+
+    attempts/<attempt>.json           who works, on what, and when it last said so
+    claims/<unit>                     the attempt that has a unit in hand
+    failures/<unit>/<attempt>.json    one file per failure, so that nobody loses another's count
+    jobs/                             what was submitted, and the logs
+
+None of it decides what is true: a unit is done when its result is published, and two workers on
+one unit are harmless. It saves work and tells people what happened. Every file appears whole or
+not at all (temporary file, then rename or link), and none is ever appended to.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import uuid
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+Outcome = Literal["complete", "incomplete", "interrupted", "failed"]
+FailureKind = Literal["error", "out_of_memory", "time_limit", "killed"]
+QUARANTINE_AFTER: Final = 3
+"""Failures after which a unit is left alone until someone looks at it (``kvdistill retry``)."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One process working through the units of one task."""
+
+    attempt_id: str
+    task: int
+    num_tasks: int
+    host: str
+    pid: int
+    machine: str
+    """Kernel and pid namespace; only within the same one does a pid mean anything."""
+    process_start: int
+    """Start time of the pid in clock ticks, which tells a recycled pid from ours."""
+    job: str | None
+    """``<array>_<element>`` or a plain job id; None outside Slurm."""
+    restart: int
+    log: str | None
+    log_offset: int
+    """Slurm appends to a requeued job's log; this attempt's lines begin here."""
+    started: float
+    heartbeat: float
+    unit: str | None = None
+    units_done: int = 0
+    work_done: int = 0
+    """In the workload's own measure: tokens, for extraction."""
+    work_seconds: float = 0.0
+    stop: str | None = None
+    """The signal that asked it to stop."""
+    ended: float | None = None
+    outcome: Outcome | None = None
+    message: str | None = None
+    traceback: str | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one attempt at one unit came to nothing."""
+
+    unit: str
+    attempt_id: str
+    kind: FailureKind
+    message: str
+    traceback: str | None
+    job: str | None
+    log: str | None
+    time: float
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One job that was handed to Slurm: which units each of its array elements owns."""
+
+    job_id: str
+    name: str
+    submitted: float
+    elements: tuple[tuple[str, ...], ...]
+
+
+Record = TypeVar("Record", Attempt, Failure, Submission)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Owner of every file name below one folder."""
+
+    folder: Path
+
+    @property
+    def jobs(self) -> Path:
+        """Scripts, logs and submissions."""
+        return self.folder / "jobs"
+
+    def write_attempt(self, attempt: Attempt) -> None:
+        """Publish the newest word of an attempt, replacing the one before."""
+        _replace(self._attempt_path(attempt.attempt_id), asdict(attempt))
+
+    def attempt(self, attempt_id: str) -> Attempt | None:
+        """An attempt by its id; None if it never left word."""
+        return _read(Attempt, self._attempt_path(attempt_id))
+
+    def attempts(self) -> list[Attempt]:
+        """All attempts, oldest first."""
+        found = (_read(Attempt, path) for path in _files(self.folder / "attempts"))
+        return sorted((a for a in found if a is not None), key=lambda a: a.started)
+
+    def claim(self, unit: str, attempt_id: str) -> bool:
+        """Take a unit that nobody has in hand; False if someone does."""
+        return _create(self._claim_path(unit), attempt_id)
+
+    def take_over(self, unit: str, attempt_id: str) -> None:
+        """Take a unit from an attempt that is known to be dead."""
+        _replace(self._claim_path(unit), attempt_id)
+
+    def holder(self, unit: str) -> str | None:
+        """Id of the attempt that has a unit in hand."""
+        body = _load(self._claim_path(unit))
+        return body if isinstance(body, str) else None
+
+    def claims(self) -> dict[str, str]:
+        """Attempt id by unit, for every unit in hand."""
+        units = [path.stem for path in _files(self.folder / "claims")]
+        held = ((unit, self.holder(unit)) for unit in units)
+        return {unit: holder for unit, holder in held if holder is not None}
+
+    def release(self, unit: str, attempt_id: str) -> None:
+        """Let go of a unit, unless another attempt has taken it over meanwhile."""
+        if self.holder(unit) == attempt_id:
+            self._claim_path(unit).unlink(missing_ok=True)
+
+    def record_failure(self, failure: Failure) -> None:
+        """Count a failure once, however many workers come to know of it."""
+        _create(self._failures_of(failure.unit) / f"{failure.attempt_id}.json", asdict(failure))
+
+    def failures(self, unit: str) -> list[Failure]:
+        """Failures of one unit, oldest first."""
+        found = (_read(Failure, path) for path in _files(self._failures_of(unit)))
+        return sorted((f for f in found if f is not None), key=lambda f: f.time)
+
+    def failed_units(self) -> dict[str, list[Failure]]:
+        """Failures of every unit that has any."""
+        folder = self.folder / "failures"
+        units = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+        found = {unit: self.failures(unit) for unit in units}
+        return {unit: failures for unit, failures in found.items() if failures}
+
+    def is_quarantined(self, unit: str) -> bool:
+        """Whether a unit has failed too often to be tried again by itself."""
+        return len(self.failures(unit)) >= QUARANTINE_AFTER
+
+    def forgive(self, unit: str) -> int:
+        """Forget a unit's failures, so that it is tried again; how many there were."""
+        paths = _files(self._failures_of(unit))
+        for path in paths:
+            path.unlink(missing_ok=True)
+        return len(paths)
+
+    def record_submission(self, submission: Submission) -> None:
+        """Remember a job, so that ``status`` and ``cancel`` find it again."""
+        _create(self.jobs / f"submission-{submission.job_id}.json", asdict(submission))
+
+    def submissions(self) -> list[Submission]:
+        """All jobs that were handed to Slurm, oldest first."""
+        paths = [p for p in _files(self.jobs) if p.name.startswith("submission-")]
+        found = (_read(Submission, path) for path in paths)
+        return sorted((s for s in found if s is not None), key=lambda s: s.submitted)
+
+    def _attempt_path(self, attempt_id: str) -> Path:
+        return self.folder / "attempts" / f"{attempt_id}.json"
+
+    def _claim_path(self, unit: str) -> Path:
+        return self.folder / "claims" / f"{unit}.json"
+
+    def _failures_of(self, unit: str) -> Path:
+        return self.folder / "failures" / unit
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.suffix == ".json")
+
+
+def _load(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        # NFS: the file was replaced between our open and read; the next look finds the new one.
+        if error.errno == errno.ESTALE:
+            return None
+        raise
+
+
+def _read(kind: type[Record], path: Path) -> Record | None:
+    body = _load(path)
+    if not isinstance(body, dict):
+        return None
+    if kind is Submission:
+        body["elements"] = tuple(tuple(units) for units in body["elements"])
+    known = {field.name for field in fields(kind)}
+    return kind(**{key: value for key, value in body.items() if key in known})
+
+
+def _temporary(path: Path, body: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary.write_text(json.dumps(body, ensure_ascii=False), encoding="utf-8")
+    return temporary
+
+
+def _replace(path: Path, body: Any) -> None:
+    _temporary(path, body).replace(path)
+
+
+def _create(path: Path, body: Any) -> bool:
+    """Create a file whole, or leave the one that is there; link() is exclusive on NFS too."""
+    temporary = _temporary(path, body)
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True

@@ -1,0 +1,105 @@
+"""What a worker is given: units by name, and a callable that knows what to do with one.
+
+A task is plain data that fits a line of JSON, so that it is frozen when it is submitted and can be
+read by a person. Task ``i`` of ``n`` owns the units ``u % n == i``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from kvdistill.errors import SlurmError
+from kvdistill.slurm.attempts import HEARTBEAT_SECONDS
+from kvdistill.slurm.ledger import Outcome
+
+TRY_AGAIN: Final = 75
+"""Exit code (``EX_TEMPFAIL``): run the same task again."""
+
+
+class Workload(Protocol):
+    """What a task does. Made by the task's callable; cheap until ``prepare``."""
+
+    def is_done(self, unit: str) -> bool:
+        """Whether the unit's result is published. The only truth there is."""
+
+    def prepare(self) -> None:
+        """Load what every unit needs; called once, and only if there is something to do."""
+
+    def run(self, unit: str, should_stop: Callable[[], bool]) -> int:
+        """Do and publish one unit; returns how much work it was.
+
+        Raises:
+            Interrupted: ``should_stop`` said so and the unit was abandoned.
+        """
+
+    def clear(self, unit: str) -> None:
+        """Remove what a killed worker left half-made of this unit."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Units for one worker, as plain data."""
+
+    target: str
+    """``package.module:function`` that returns a ``Workload``."""
+    arguments: Mapping[str, Any]
+    folder: Path
+    units: tuple[str, ...]
+    task: int = 0
+    num_tasks: int = 1
+    heartbeat_seconds: float = HEARTBEAT_SECONDS
+    warning_seconds: float = 120.0
+    """How long before a time limit Slurm sends USR2."""
+
+    def to_json(self) -> str:
+        """One line; ``from_json`` reads it back."""
+        return json.dumps({**dataclasses.asdict(self), "folder": str(self.folder)})
+
+    @staticmethod
+    def from_json(line: str) -> Task:
+        """Read what ``to_json`` wrote."""
+        body = json.loads(line)
+        return Task(**{**body, "folder": Path(body["folder"]), "units": tuple(body["units"])})
+
+    def workload(self) -> Workload:
+        """Import the target and call it.
+
+        Raises:
+            SlurmError: there is no such callable.
+        """
+        module, _, name = self.target.partition(":")
+        try:
+            factory = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise SlurmError(f"task target {self.target!r} cannot be imported: {error}") from error
+        made: Workload = factory(**self.arguments)
+        return made
+
+
+def share(units: Sequence[str], task: int, num_tasks: int) -> tuple[str, ...]:
+    """The units that task ``task`` of ``num_tasks`` owns."""
+    if not 0 <= task < num_tasks:
+        raise SlurmError(f"task {task} of {num_tasks}: tasks count from 0 to {num_tasks - 1}")
+    return tuple(units[task::num_tasks])
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a task ended. ``again``: a fresh process should go on with it."""
+
+    outcome: Outcome
+    message: str
+    again: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """0 complete, 75 come again, 1 something needs a person."""
+        if self.outcome == "complete":
+            return 0
+        return TRY_AGAIN if self.again else 1
