@@ -241,10 +241,31 @@ class SlurmProfile(Section):
     """Array elements per teacher; `array_parallelism` if not given."""
     setup: tuple[str, ...] = ()
     """Shell lines before the command: module loads, environment activation, HF_HUB_OFFLINE=1."""
+    workers: Positive = 1
+    """Worker processes per array element, for sites that give out whole nodes; they share its
+    GPUs evenly."""
+    signal_delay_s: Positive = 120
+    """Seconds before the time limit (or a preemption) at which a job is warned, stops cleanly
+    and puts itself back into the queue."""
+    max_restarts: Annotated[int, Field(ge=0)] = 20
+    """How often one array element, or the training job, may put itself back into the queue."""
+    python: str | None = None
+    """Python that jobs run, such as the one inside a container; this one if not given."""
     container: str | None = None
     """Container image, for sites with Pyxis (`--container-image`)."""
+    container_mounts: tuple[str, ...] = ()
+    """Folders to show inside the container (`--container-mounts`)."""
     extra: dict[str, str] = {}
     """Any other sbatch option, by its long name."""
+
+    @model_validator(mode="after")
+    def _warned_in_time(self) -> Self:
+        if self.signal_delay_s >= 60 * self.time_min:
+            raise ValueError(
+                f"signal_delay_s ({self.signal_delay_s}) must be shorter than time_min "
+                f"({self.time_min} min)"
+            )
+        return self
 
 
 class SlurmConfig(Section):
