@@ -6,6 +6,8 @@ this door needs to ask. ``config_file.py`` reads YAML and ``--set`` overrides in
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -334,3 +336,17 @@ class Experiment(Section):
     def codec(self, teacher: str) -> CodecSpec:
         """The codec of one teacher: its own, or the extraction's."""
         return self.teachers[teacher].codec or self.extraction.codec
+
+    def extraction_fingerprint(self, teacher: str) -> str:
+        """SHA-256 of every setting that changes one teacher's stored numbers.
+
+        Not of the weights, the tokenizer or the corpus: these have fingerprints of their own.
+        """
+        body = self.teachers[teacher].model_dump(
+            mode="json", exclude={"model", "tokenizer", "trust_remote_code", "codec"}
+        )
+        body["codec"] = self.codec(teacher).model_dump(mode="json")
+        body["extraction"] = self.extraction.model_dump(
+            mode="json", include={"long_text", "max_length"}
+        )
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
