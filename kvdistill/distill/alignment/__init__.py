@@ -2,11 +2,13 @@
 
 from kvdistill.distill.alignment.band import Band, apply_band
 from kvdistill.distill.alignment.layers import LayerMap, layer_map
+from kvdistill.distill.alignment.quality import AlignmentQuality, quality
 from kvdistill.distill.alignment.spans import Spans
 from kvdistill.distill.alignment.time import align_global, align_segments
 from kvdistill.distill.alignment.tokens import align_tokens
 
 __all__ = [
+    "AlignmentQuality",
     "Band",
     "LayerMap",
     "Spans",
@@ -15,4 +17,5 @@ __all__ = [
     "align_tokens",
     "apply_band",
     "layer_map",
+    "quality",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvdistill.errors import GeometryError
@@ -33,13 +34,16 @@ class Band:
 def apply_band(band: Band, x_BLHTD: Tensor) -> Tensor:
     """Weighted teacher positions for every student position.
 
+    Every (sample, layer, head, student position) is a bag of ``W`` rows of ``x``, so this is one
+    weighted ``embedding_bag``: ``x`` is read where it lies, and neither a dense ``T_s × T_t``
+    matrix nor ``W`` gathered copies are made (``benchmarks/align.py``).
+
     Args:
         band: alignment of the batch.
-        x_BLHTD: teacher keys or values ``[B, L, H, T_t, D]``, floating.
+        x_BLHTD: teacher keys or values ``[B, L, H, T_t, D]``, floating and finite (padding too).
 
     Returns:
-        ``[B, L, H, T_s, D]`` in ``x``'s dtype; zeros where a row is not covered. Positions that
-        no covered row weighs may hold anything, NaN included, without being read into it.
+        ``[B, L, H, T_s, D]`` in ``x``'s dtype; zeros where a row is not covered.
 
     Raises:
         GeometryError: the batch sizes differ.
@@ -50,14 +54,20 @@ def apply_band(band: Band, x_BLHTD: Tensor) -> Tensor:
             f"got {tuple(x_BLHTD.shape)}"
         )
     b, num_layers, num_heads, num_columns, dim = x_BLHTD.shape
-    num_rows = band.start.shape[1]
+    num_rows, width = band.weight.shape[1:]
     shape = (b, num_layers, num_heads, num_rows, dim)
-    out = x_BLHTD.new_zeros(shape)
-    if num_columns == 0:
-        return out
-    for offset in range(band.weight.shape[-1]):
-        index = (band.start + offset).clamp_max(num_columns - 1)
-        part = x_BLHTD.gather(3, index[:, None, None, :, None].expand(shape))
-        weight = band.weight[..., offset].to(x_BLHTD.dtype)[:, None, None, :, None]
-        out = out + torch.where(weight != 0, part * weight, 0.0)
-    return out
+    if 0 in x_BLHTD.shape or num_rows == 0:
+        return x_BLHTD.new_zeros(shape)
+    columns = (band.start.unsqueeze(-1) + torch.arange(width, device=band.start.device)).clamp_max(
+        num_columns - 1
+    )
+    first_row = num_columns * torch.arange(b * num_layers * num_heads, device=columns.device)
+    index = columns.unsqueeze(1) + first_row.view(b, -1, 1, 1)
+    weight = band.weight.to(x_BLHTD.dtype).unsqueeze(1).expand(index.shape)
+    out = F.embedding_bag(
+        index.reshape(-1, width),
+        x_BLHTD.reshape(-1, dim),
+        per_sample_weights=weight.reshape(-1, width),
+        mode="sum",
+    )
+    return out.view(shape)
