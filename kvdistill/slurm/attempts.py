@@ -44,7 +44,7 @@ def new_attempt(
     name = f"{job}.r{restart}" if job else "local"
     now = time.time()
     return Attempt(
-        attempt_id=f"{name}.{_safe(host)}.{pid}.{start}",
+        attempt_id=f"{name}.{_safe(host)}.{pid}.{time.time_ns():x}",
         task=task,
         num_tasks=num_tasks,
         host=environment.get("SLURMD_NODENAME", host),

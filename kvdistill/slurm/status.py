@@ -19,7 +19,7 @@ from typing import Final, Literal
 
 from kvdistill.slurm import client
 from kvdistill.slurm.attempts import HEARTBEAT_SECONDS, cause_of_death, condition
-from kvdistill.slurm.ledger import QUARANTINE_AFTER, Attempt, Failure, Ledger
+from kvdistill.slurm.ledger import QUARANTINE_AFTER, Attempt, Failure, Ledger, Submission
 
 UnitState = Literal["done", "running", "stale", "quarantined", "failed", "pending"]
 UNIT_STATES: Final[tuple[UnitState, ...]] = (
@@ -44,7 +44,7 @@ class Status:
     workers: Sequence[Attempt]
     """Living attempts."""
     broken: Sequence[Attempt]
-    """Latest attempts of their task that could not even start."""
+    """Attempts that could not even start, where their task was not tried again since."""
     waiting: Sequence[client.QueuedJob]
     """Array elements that Slurm has not started, with its reason."""
     work_per_second: float
@@ -85,7 +85,7 @@ def read_status(
     """
     attempts = {attempt.attempt_id: attempt for attempt in ledger.attempts()}
     living = {a for a, seen in attempts.items() if condition(seen, heartbeat_seconds) == "running"}
-    claims = ledger.claims()
+    claims, jobs = ledger.claims(), ledger.submissions()
     failures = {u: f for u, f in ledger.failed_units().items() if u not in done}
     states: dict[str, UnitState] = {}
     stale: dict[str, str] = {}
@@ -101,8 +101,8 @@ def read_status(
         failures=failures,
         stale=stale,
         workers=workers,
-        broken=_broken(attempts.values(), living),
-        waiting=_waiting(ledger) if ask_slurm and client.is_available() else [],
+        broken=_broken(attempts.values(), max((j.submitted for j in jobs), default=0.0)),
+        waiting=_waiting(jobs) if ask_slurm and client.is_available() else [],
         work_per_second=speed,
         eta_seconds=_eta(states, workers),
     )
@@ -140,21 +140,12 @@ def _eta(states: Mapping[str, UnitState], workers: Sequence[Attempt]) -> float |
     return left / pace if pace else None
 
 
-def _broken(attempts: Iterable[Attempt], living: Collection[str]) -> list[Attempt]:
-    """Attempts that failed outside any unit, unless the task was tried again since."""
-    latest: dict[tuple[str | None, int], Attempt] = {}
-    for attempt in attempts:
-        latest[attempt.job, attempt.task] = attempt
-    newest = max((a.started for a in latest.values()), default=0.0)
-    return [
-        attempt
-        for attempt in latest.values()
-        if attempt.outcome == "failed"
-        and not any(latest_id in living for latest_id in (attempt.attempt_id,))
-        and newest - attempt.started < 3600
-    ]
+def _broken(attempts: Iterable[Attempt], since: float) -> list[Attempt]:
+    """Tasks whose latest attempt failed outside any unit, as far as the newest submission goes."""
+    latest = {(a.task, a.num_tasks): a for a in attempts if a.started >= since}
+    return [attempt for attempt in latest.values() if attempt.outcome == "failed"]
 
 
-def _waiting(ledger: Ledger) -> list[client.QueuedJob]:
-    jobs = client.queue(submission.job_id for submission in ledger.submissions())
+def _waiting(submissions: Iterable[Submission]) -> list[client.QueuedJob]:
+    jobs = client.queue(submission.job_id for submission in submissions)
     return [job for job in jobs.values() if job.state == "PENDING"]

@@ -113,7 +113,9 @@ class _Shift:
         except Interrupted:
             self._blame_time_limit(unit)
         except Exception as error:
-            if not workload.is_done(unit) and self._holds(unit):
+            if not self._holds(unit):
+                self.busy.append(unit)  # taken over while we were out of sight
+            elif not workload.is_done(unit):
                 self.failed_in_a_row += 1
                 self._record(unit, _kind(error), _line(error), traceback.format_exc())
         else:
