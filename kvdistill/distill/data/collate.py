@@ -1,0 +1,171 @@
+"""Samples to one padded batch of tensors: the student's tokens, the teachers' codes, the bands.
+
+Codes stay codes: they are dequantised on the device (a quarter to a half of the bytes to move).
+Alignment is built here, on the CPU, from offsets alone, so that the number of tokens that the
+loss is divided by is known before the step starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvdistill.config import AlignmentConfig
+from kvdistill.corpus import Sample
+from kvdistill.distill.alignment import (
+    Band,
+    Spans,
+    align_global,
+    align_segments,
+    align_tokens,
+)
+from kvdistill.distill.data.tokens import StudentTokens, tokenize
+from kvdistill.store.codecs import CODECS, part_name
+from kvdistill.store.manifest import CodecSpec
+from kvdistill.store.shard import EncodedShard
+from kvdistill.types import KINDS, Kind
+
+Batch = dict[str, Any]
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One sample of a batch: its text, and where it lies in each teacher's shard."""
+
+    sample: Sample
+    shards: Mapping[str, tuple[EncodedShard, int]]
+    """Per teacher: the shard, and the sample's index in it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Collate:
+    """Makes batches. ``tokenizer`` is the student's; ``pad_id`` fills its input_ids."""
+
+    tokenizer: Any
+    max_length: int
+    alignment: AlignmentConfig
+    codecs: Mapping[str, CodecSpec]
+    """Per teacher, how its shards are encoded."""
+
+    def __call__(self, items: Sequence[Item]) -> Batch:
+        """A batch of tensors:
+
+        ``input_ids``, ``attention_mask``, ``labels``  ``[B, T_s]`` (labels -100 where ignored)
+        ``text_mask``  ``[B, T_s]``: True for tokens that stand for characters
+        ``teachers``   per teacher ``key`` and ``value`` parts ``[B, L, H, T_t, D]`` as stored,
+                       and the band ``start``, ``weight``, ``covered`` of the alignment
+        """
+        samples = [item.sample for item in items]
+        tokens = tokenize(self.tokenizer, samples, self.max_length)
+        batch = student_batch(tokens, self.tokenizer.pad_token_id or 0)
+        length = batch["input_ids"].shape[1]
+        spans = Spans(
+            _padded([t.char_start for t in tokens], 0, length),
+            _padded([t.char_end for t in tokens], 0, length),
+            _padded([t.segment for t in tokens], -1, length),
+            batch["text_mask"],
+        )
+        names = items[0].shards if items else {}
+        batch["teachers"] = {
+            name: self._teacher(name, [item.shards[name] for item in items], spans)
+            for name in names
+        }
+        return batch
+
+    def _teacher(self, name: str, rows: list[tuple[EncodedShard, int]], student: Spans) -> Batch:
+        spans = _teacher_spans(rows)
+        band = self._align(student, spans)
+        batch: Batch = {"start": band.start, "weight": band.weight, "covered": band.covered}
+        for kind in KINDS:
+            batch[kind] = _padded_parts(rows, kind, self.codecs[name])
+        return batch
+
+    def _align(self, student: Spans, teacher: Spans) -> Band:
+        match self.alignment.time:
+            case "segments":
+                return align_segments(student, teacher)
+            case "global":
+                return align_global(student.mask, teacher.mask)
+            case _:
+                return align_tokens(student, teacher, self.alignment.tokens, self.alignment.causal)
+
+
+def student_batch(tokens: Sequence[StudentTokens], pad_id: int) -> Batch:
+    """Right-padded student tensors of a batch, without teachers."""
+    # A row without a single token would leave attention nothing to attend to.
+    longest = max((len(t.input_ids) for t in tokens), default=1) or 1
+    input_ids = _padded([t.input_ids for t in tokens], pad_id, longest)
+    present = _padded([np.ones_like(t.input_ids) for t in tokens], 0, longest).bool()
+    segment = _padded([t.segment for t in tokens], -1, longest)
+    attention_mask = present.clone()
+    attention_mask[:, 0] = True
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask.long(),
+        "labels": input_ids.masked_fill(~present, IGNORED_LABEL),
+        "text_mask": segment >= 0,
+    }
+
+
+def without_weight(batch: Batch) -> Batch:
+    """The same batch with nothing in it that a loss counts.
+
+    A rank that gets no sample of an epoch's last batch still has to take part in the step.
+    """
+    teachers = {
+        name: {**teacher, "covered": torch.zeros_like(teacher["covered"])}
+        for name, teacher in batch["teachers"].items()
+    }
+    labels = torch.full_like(batch["labels"], IGNORED_LABEL)
+    return {**batch, "labels": labels, "teachers": teachers}
+
+
+def _teacher_spans(rows: list[tuple[EncodedShard, int]]) -> Spans:
+    tables = [(shard.tokens, shard.tokens.span(idx)) for shard, idx in rows]
+    segment = _padded([table.segment[span] for table, span in tables], -1)
+    return Spans(
+        _padded([table.char_start[span] for table, span in tables], 0),
+        _padded([table.char_end[span] for table, span in tables], 0),
+        segment,
+        segment >= 0,
+    )
+
+
+def _padded(arrays: Sequence[np.ndarray], fill: int, length: int | None = None) -> Tensor:
+    """Stack ragged 1-D integer arrays to ``[B, T]`` long."""
+    if length is None:
+        length = max((len(array) for array in arrays), default=0)
+    out = np.full((len(arrays), length), fill, np.int64)
+    for row, array in enumerate(arrays):
+        out[row, : len(array)] = array
+    return torch.from_numpy(out)
+
+
+def _padded_parts(
+    rows: list[tuple[EncodedShard, int]], kind: Kind, spec: CodecSpec
+) -> dict[str, Tensor]:
+    """Codes and scales of one kind, padded with zeros to ``[B, L, H, T or blocks, width]``.
+
+    Quantisation blocks restart at every sample, so block ``t // 64`` holds in a padded row too.
+    """
+    codec = CODECS[spec.key if kind == "key" else spec.value]
+    out = {}
+    for part in codec.parts(kind):
+        pieces = []
+        for shard, idx in rows:
+            tokens = shard.tokens
+            span = tokens.span(idx) if part.per == "token" else tokens.block_span(idx)
+            pieces.append(shard.arrays[part_name(kind, part.suffix)][:, :, span])
+        longest = max(piece.shape[2] for piece in pieces)
+        num_layers, num_heads, _, width = pieces[0].shape
+        padded = np.zeros((len(pieces), num_layers, num_heads, longest, width), pieces[0].dtype)
+        for row, piece in enumerate(pieces):
+            padded[row, :, :, : piece.shape[2]] = piece
+        out[part.suffix] = torch.from_numpy(padded)
+    return out

@@ -1,0 +1,136 @@
+"""The student: building or loading it, and reading its keys and values during a forward pass.
+
+Keys are read before rotation, from the same places that teachers are read from. Gradients flow
+through what is read, gradient checkpointing (non-reentrant) included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvdistill.config import StudentConfig
+from kvdistill.distill.projection import HeadShape
+from kvdistill.errors import StudentError
+from kvdistill.extract.adapters import DECODERS, Adapter, Heads
+
+
+@dataclass(frozen=True)
+class StudentGeometry:
+    """Layers and key/value heads of the student."""
+
+    num_layers: int
+    heads: HeadShape
+    hidden_size: int
+
+
+def build_student(config: StudentConfig, tokenizer: Any, seed: int) -> Any:
+    """The student to be trained: pretrained, or from scratch with a given seed.
+
+    Args:
+        config: which model, or which architecture.
+        tokenizer: the student's; sets the vocabulary size of a student from scratch.
+        seed: initialisation of a student from scratch; the same seed, the same weights.
+
+    Returns:
+        A transformers causal LM in float32.
+
+    Raises:
+        StudentError: not found, an impossible architecture, or a vocabulary that is too small.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        if config.model is not None:
+            student = AutoModelForCausalLM.from_pretrained(
+                config.model, dtype=torch.float32, trust_remote_code=config.trust_remote_code
+            )
+        else:
+            given = dict(config.architecture or {})
+            tokens = {
+                f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
+                for name in ("bos", "eos", "pad")
+            }
+            architecture = {"vocab_size": len(tokenizer), **tokens, **given}
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                student = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = config.model or config.architecture
+        first_line = str(error).strip().split("\n")[0]
+        raise StudentError(f"cannot build the student {what!r}: {first_line}") from error
+    rows = student.get_input_embeddings().num_embeddings
+    if rows < len(tokenizer):
+        raise StudentError(
+            f"the student has {rows} embeddings but its tokenizer has {len(tokenizer)} tokens; "
+            "they must belong together (student.tokenizer)"
+        )
+    return student
+
+
+class KVCapture:
+    """Reads the unrotated keys and values of every layer while the student runs."""
+
+    def __init__(self, student: Any) -> None:
+        config = student.config.get_text_config()
+        self.adapter = _adapter(config.model_type)
+        self.geometry = student_geometry(student)
+        self._cut_heads = Heads(config.num_attention_heads, *self.geometry.heads)
+        base = getattr(student, student.base_model_prefix, student)
+        layers = base.get_submodule(self.adapter.layers)
+        self._attention = [layer.get_submodule(self.adapter.attention) for layer in layers]
+
+    @contextmanager
+    def __call__(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Collect ``(key, value)``, each ``[B, H, T, D]``, layer by layer, while inside."""
+        found: list[tuple[Tensor, Tensor]] = []
+        handles = []
+        for attention in self._attention:
+            outputs: dict[str, Tensor] = {}
+            for tap in self.adapter.taps:
+                module: nn.Module = attention.get_submodule(tap)
+                hook = self._hook(tap, outputs, found)
+                handles.append(module.register_forward_hook(hook))
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(
+        self, tap: str, outputs: dict[str, Tensor], found: list[tuple[Tensor, Tensor]]
+    ) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            outputs[tap] = output
+            if len(outputs) == len(self.adapter.taps):
+                cut = self.adapter.cut(
+                    tuple(outputs[name] for name in self.adapter.taps), self._cut_heads
+                )
+                found.append((cut.key, cut.value))
+                outputs.clear()
+
+        return hook
+
+
+def _adapter(model_type: str) -> Adapter:
+    if model_type not in DECODERS:
+        raise StudentError(
+            f"no adapter says where a student of type {model_type!r} has its keys and values; "
+            f"known decoder types: {', '.join(sorted(DECODERS))}"
+        )
+    return DECODERS[model_type]
+
+
+def student_geometry(student: Any) -> StudentGeometry:
+    """Layers, key/value heads and hidden size, from the student's config."""
+    config = student.config.get_text_config()
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return StudentGeometry(
+        config.num_hidden_layers, HeadShape(num_heads, head_dim), config.hidden_size
+    )

@@ -1,0 +1,192 @@
+"""``transformers.Trainer`` for a ``Distiller``: everything that Trainer does well stays Trainer's.
+
+What is added: batches come from a ``KVStream``; losses are divided by token counts summed over
+accumulation steps and ranks; every part of the loss is logged; projectors get their own learning
+rate; checkpoints hold an ordinary Hugging Face student, the projectors beside it, and the place
+in the stream.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from kvdistill.config import Experiment
+from kvdistill.corpus import Sample
+from kvdistill.distill.data.collate import IGNORED_LABEL, Batch
+from kvdistill.distill.data.stream import KVStream
+from kvdistill.distill.distiller import Distiller
+from kvdistill.distill.evaluate import evaluate
+
+PROJECTORS: Final = "projectors.safetensors"
+STREAM: Final = "stream.json"
+STUDENT_PREFIX: Final = "student."
+
+
+class KVDistillTrainer(Trainer):  # type: ignore[misc]
+    """Trains a ``Distiller`` on a ``KVStream``; evaluates by perplexity and bits per character."""
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        *,
+        stream: KVStream,
+        tokenizer: Any,
+        experiment: Experiment,
+        arguments: TrainingArguments,
+        evaluation: Sequence[Sample],
+        callbacks: list[Any] | None = None,
+    ) -> None:
+        self.stream, self.experiment, self.evaluation = stream, experiment, evaluation
+        self.optimizer: Any = None
+        self.control: Any = None
+        self._parts: dict[str, Tensor] = {}
+        self._parts_since = 0
+        super().__init__(
+            model=distiller,
+            args=arguments,
+            train_dataset=stream,
+            eval_dataset=list(evaluation),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        # compute_loss divides by the token counts of the whole step, not of one micro-batch.
+        self.model_accepts_loss_kwargs = True
+
+    def get_train_dataloader(self) -> DataLoader[Batch]:
+        """The stream as it is: it already yields this rank's whole batches."""
+        return DataLoader(self.stream, batch_size=None, num_workers=0)
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], dict[str, Tensor]]:
+        """Micro-batches of one step, and the token counts of the step over all ranks."""
+        batches = []
+        for _ in range(num_batches):
+            batch = next(epoch_iterator, None)
+            if batch is None:
+                break
+            batches.append(batch)
+        counts = torch.zeros(2, device=device)
+        for batch in batches:
+            counts += _counts(batch).to(device)
+        counts = self.accelerator.reduce(counts, "sum")
+        return batches, {"num_labels": counts[0], "num_covered": counts[1]}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The weighted loss of one micro-batch as its share of the step's."""
+        parts = model(inputs, **num_items_in_batch)
+        for name, value in parts.items():
+            self._parts[name] = self._parts.get(name, 0) + value.detach()
+        # Data parallelism averages gradients over ranks; the counts are already global.
+        loss = parts["loss"] * self.accelerator.num_processes
+        return (loss, parts) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add every part of the loss, as its mean per step since the last log."""
+        if "loss" in logs and self._parts:
+            steps = max(self.state.global_step - self._parts_since, 1)
+            for name, value in self._parts.items():
+                total = self.accelerator.reduce(value, "sum")
+                logs["loss" if name == "loss" else f"loss_{name}"] = float(total) / steps
+            self._parts, self._parts_since = {}, self.state.global_step
+        super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        """Perplexity and bits per character of the student on the held-out texts."""
+        distiller: Any = self.accelerator.unwrap_model(self.model)
+        training = self.experiment.training
+        metrics = evaluate(
+            distiller.student,
+            self.processing_class,
+            self.evaluation,
+            max_length=training.max_length,
+            batch_size=training.batch_size,
+        )
+        named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.to_dict().items()}
+        self.log(named)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
+        return named
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """AdamW with weight decay on matrices alone, and the projectors' own learning rate."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            decay = set(self.get_decay_parameter_names(model))
+            rate = self.experiment.projection.learning_rate or self.args.learning_rate
+            groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    student = name.startswith(STUDENT_PREFIX)
+                    key = (
+                        self.args.weight_decay if name in decay else 0.0,
+                        self.args.learning_rate if student else rate,
+                    )
+                    groups.setdefault(key, []).append(parameter)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = kind(
+                [{"params": p, "weight_decay": d, "lr": lr} for (d, lr), p in groups.items()],
+                **options,
+            )
+        return self.optimizer
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        """The student as a Hugging Face folder; projectors and the stream's place beside it."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        distiller: Any = self.accelerator.unwrap_model(self.model)
+        state = state_dict or distiller.state_dict()
+        student, projectors = {}, {}
+        for name, value in state.items():
+            if name.startswith(STUDENT_PREFIX):
+                student[name.removeprefix(STUDENT_PREFIX)] = value
+            else:
+                projectors[name] = value.contiguous()
+        distiller.student.save_pretrained(folder, state_dict=student)
+        self.processing_class.save_pretrained(folder)
+        if projectors:
+            save_file(projectors, folder / PROJECTORS)
+        (folder / STREAM).write_text(json.dumps(self.stream.state_dict()), encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Restore the student, the projectors and the stream's place."""
+        folder = Path(resume_from_checkpoint)
+        distiller: Any = self.accelerator.unwrap_model(model or self.model)
+        saved = type(distiller.student).from_pretrained(folder, dtype=torch.float32)
+        distiller.student.load_state_dict(saved.state_dict())
+        if (folder / PROJECTORS).is_file():
+            distiller.load_state_dict(load_file(folder / PROJECTORS), strict=False)
+        self.stream.load_state_dict(json.loads((folder / STREAM).read_text(encoding="utf-8")))
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Where to go on: the stream knows, on whatever number of ranks it is restored."""
+        epochs, batches = super()._init_training_state(*args, **kwargs)
+        if self.state.global_step == 0:
+            return epochs, batches
+        return self.stream.epoch, self.stream.batches_done
+
+
+def _counts(batch: Batch) -> Tensor:
+    """Predicted tokens, and tokens that some teacher covers: ``[2]``."""
+    labels = (batch["labels"][:, 1:] != IGNORED_LABEL).sum()
+    covered = [teacher["covered"] for teacher in batch["teachers"].values()]
+    num_covered = torch.stack(covered).any(0).sum() if covered else torch.zeros_like(labels)
+    return torch.stack([labels, num_covered]).float()

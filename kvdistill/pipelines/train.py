@@ -1,0 +1,152 @@
+"""Stage 2, whole: open the store, check it against the config, train, evaluate, save.
+
+No teacher is loaded and no code that could load one is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvdistill.config import Experiment
+from kvdistill.corpus import fingerprint
+from kvdistill.errors import IncompleteStore, StoreMismatch
+from kvdistill.pipelines.corpus import Splits, load_corpus
+from kvdistill.pipelines.runs import RunFolder, begin
+from kvdistill.store.reader import KVStore
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """How a run ended."""
+
+    folder: Path
+    metrics: dict[str, float]
+    resumed: bool
+    already_finished: bool = False
+
+
+def train(experiment: Experiment) -> TrainingReport:
+    """Distil the store into a student; a run that was interrupted goes on where it stopped.
+
+    Raises:
+        StoreNotFound: there is no store yet.
+        IncompleteStore: shards are missing (exit code 3).
+        StoreMismatch: the store was made from another corpus, or by other teachers.
+        StudentError: the student or its tokenizer cannot be used.
+    """
+    splits = load_corpus(experiment.corpus)
+    store = KVStore.open(experiment.store)
+    check_store(store, experiment, splits)
+    folder = begin(experiment)
+    record = folder.read_record()
+    if record["finished"]:
+        return TrainingReport(folder.path, record["metrics"], False, already_finished=True)
+    checkpoint = folder.checkpoint()
+    began = time.monotonic()
+    trainer = build_trainer(experiment, store, splits, folder)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    metrics = trainer.evaluate() if splits.evaluation else {}
+    trainer.save_model(str(folder.student))
+    if trainer.is_world_process_zero():
+        _finish(folder, trainer, metrics, time.monotonic() - began)
+    return TrainingReport(folder.path, metrics, checkpoint is not None)
+
+
+def check_store(store: KVStore, experiment: Experiment, splits: Splits) -> None:
+    """Refuse a store that is not what the config asks for; names both sides.
+
+    Raises:
+        IncompleteStore: a teacher has not been extracted at all.
+        StoreMismatch: another corpus, model, revision or codec.
+    """
+    asked, found = fingerprint(splits.train), store.manifest.corpus_fingerprint
+    if found != asked:
+        raise StoreMismatch(
+            f"{store.paths.root} was made from the corpus {found[:12]}, "
+            f"the config names the corpus {asked[:12]}; use another store path, or that corpus"
+        )
+    present = store.teachers()
+    for name, teacher in experiment.teachers.items():
+        if name not in present:
+            raise IncompleteStore(
+                f"{store.paths.root} has no teacher {name!r} (it has {present}); "
+                "run `kvdistill extract` with this config first"
+            )
+        stored = store.teacher(name)
+        sides = {
+            "model": (stored.model, teacher.model),
+            "revision": (stored.revision, teacher.revision),
+            "codec": (stored.codec, experiment.codec(name)),
+        }
+        for what, (there, here) in sides.items():
+            if there != here:
+                raise StoreMismatch(
+                    f"{store.paths.root}: teacher {name!r} was extracted with {what} {there}, "
+                    f"the config says {here}; give it another name, or match the config"
+                )
+
+
+def build_trainer(experiment: Experiment, store: KVStore, splits: Splits, folder: RunFolder) -> Any:
+    """Student, distiller, stream and trainer of a run, ready to train."""
+    from kvdistill.distill.callbacks import JsonLines, ProgressBar
+    from kvdistill.distill.data.collate import Collate
+    from kvdistill.distill.data.stream import KVStream, Rank, StoreSource
+    from kvdistill.distill.distiller import Distiller
+    from kvdistill.distill.spaces import teacher_space
+    from kvdistill.distill.student import build_student, student_geometry
+    from kvdistill.distill.tokenizer import load_tokenizer
+    from kvdistill.distill.trainer import KVDistillTrainer
+    from kvdistill.distill.training_arguments import training_arguments
+
+    config = experiment.student
+    tokenizer = load_tokenizer(config.tokenizer or str(config.model), config.trust_remote_code)
+    student = build_student(config, tokenizer, experiment.seed)
+    num_layers = student_geometry(student).num_layers
+    names = list(experiment.teachers) if experiment.losses.uses_teachers else []
+    teachers = [teacher_space(store, name, num_layers, experiment.alignment) for name in names]
+    distiller = Distiller(
+        student, teachers, experiment.projection, experiment.fusion, experiment.losses
+    )
+    training = experiment.training
+    arguments = training_arguments(experiment, folder.path, bool(splits.evaluation))
+    source = StoreSource(store, {space.name: space.layer_map.needed for space in teachers})
+    codecs = {space.name: space.codec for space in teachers}
+    stream = KVStream(
+        source,
+        Collate(tokenizer, training.max_length, experiment.alignment, codecs),
+        batch_size=training.batch_size,
+        seed=experiment.seed,
+        window_shards=training.window_shards,
+        read_ahead=training.read_ahead,
+        rank=Rank(arguments.process_index, arguments.world_size),
+    )
+    return KVDistillTrainer(
+        distiller,
+        stream=stream,
+        tokenizer=tokenizer,
+        experiment=experiment,
+        arguments=arguments,
+        evaluation=splits.evaluation,
+        callbacks=[JsonLines(folder.log), ProgressBar(experiment.name)],
+    )
+
+
+def _finish(folder: RunFolder, trainer: Any, metrics: dict[str, float], seconds: float) -> None:
+    from kvdistill.distill.diagnostics import diagnose
+
+    diagnostics = diagnose(trainer.accelerator.unwrap_model(trainer.model), trainer.stream)
+    folder.diagnostics.write_text(json.dumps(diagnostics), encoding="utf-8")
+    record = folder.read_record()
+    folder.write_record(
+        record
+        | {
+            "finished": True,
+            "metrics": metrics,
+            "steps": trainer.state.global_step,
+            "seconds": seconds,
+        }
+    )
