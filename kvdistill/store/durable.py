@@ -56,6 +56,21 @@ def publish_folder(folder: Path, final: Path) -> bool:
     return True
 
 
+def publish_file(file: Path, final: Path) -> bool:
+    """Flush ``file`` and link it to ``final``; False if something is already there.
+
+    For a folder that may already hold other things, where a rename of the folder would be refused.
+    """
+    flush(file)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        final.hardlink_to(file)
+    except FileExistsError:
+        return False
+    flush(final.parent)
+    return True
+
+
 def flush(path: Path) -> None:
     """Force one file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -20,7 +20,7 @@ from kvdistill import __version__
 from kvdistill.corpus import Shard, fingerprint
 from kvdistill.errors import StoreError, StoreMismatch
 from kvdistill.store.checks import check_shard
-from kvdistill.store.durable import publish_folder, staging_folder
+from kvdistill.store.durable import publish_file, publish_folder, staging_folder
 from kvdistill.store.integrity import folder_records
 from kvdistill.store.layout import COMMIT, MANIFEST, TEACHER, TEXTS, StorePaths
 from kvdistill.store.manifest import Commit, ShardPlan, StoreManifest, TeacherManifest
@@ -62,8 +62,8 @@ def add_teacher(store: KVStore, manifest: TeacherManifest) -> TeacherManifest:
         paths.teachers.mkdir(exist_ok=True)
         with staging_folder(paths.root / "tmp", manifest.name) as folder:
             (folder / TEACHER).write_text(manifest.to_json(), encoding="utf-8")
-            (folder / "shards").mkdir()
-            publish_folder(folder, paths.teacher(manifest.name))
+            # The teacher's folder may be there before it: array tasks leave word of themselves.
+            publish_file(folder / TEACHER, paths.teacher_manifest(manifest.name))
     stored = store.teacher(manifest.name)
     _refuse_other_teacher(stored, manifest, store)
     return stored
