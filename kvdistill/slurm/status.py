@@ -76,9 +76,11 @@ def read_status(
     """Read a folder's state.
 
     Args:
+        ledger: The folder.
         units: All units, in order.
         done: Those whose result is published; the caller's truth, never guessed from here.
         ask_slurm: Ask ``squeue`` for reasons, where there is one and jobs were submitted.
+        heartbeat_seconds: How often workers say that they live.
 
     Raises:
         SlurmError: Slurm was to be asked and did not answer.

@@ -24,7 +24,7 @@ from kvdistill.slurm.attempts import (
     condition,
     new_attempt,
 )
-from kvdistill.slurm.ledger import Failure, FailureKind, Ledger
+from kvdistill.slurm.ledger import Attempt, Failure, FailureKind, Ledger
 from kvdistill.slurm.signals import StopFlag, stop_flag
 from kvdistill.slurm.task import Ending, Task, Workload
 
@@ -68,6 +68,9 @@ class _Shift:
     failed_in_a_row: int = 0
     prepared: bool = False
     busy: list[str] = field(default_factory=list)
+    """Units that others had in hand."""
+    failed: list[str] = field(default_factory=list)
+    """Units that failed here."""
 
     def work_through(self) -> Ending:
         workload = self.task.workload()
@@ -142,20 +145,27 @@ class _Shift:
         return True
 
     def _is_dead(self, attempt_id: str) -> bool:
-        other, me = self.ledger.attempt(attempt_id), self.heart.attempt
-        if other is None:
+        other = self.ledger.attempt(attempt_id)
+        if other is None or self._supersedes(other):
             return True
-        # Slurm started this element again, so it gave the earlier run up, even if that still
-        # breathes on a node out of sight; both may finish, and the first copy wins.
-        superseded = other.job is not None and other.job == me.job and other.restart < me.restart
-        return superseded or condition(other, self.task.heartbeat_seconds) != "running"
+        return condition(other, self.task.heartbeat_seconds) != "running"
+
+    def _supersedes(self, other: Attempt) -> bool:
+        """Whether Slurm started this element again after the other run of it.
+
+        It gave that one up, even if it still breathes on a node out of sight; both may finish,
+        and the first copy wins.
+        """
+        me = self.heart.attempt
+        return other.job is not None and other.job == me.job and other.restart < me.restart
 
     def _bury(self, workload: Workload, unit: str, attempt_id: str) -> None:
         dead = self.ledger.attempt(attempt_id)
         if dead is not None and dead.unit == unit and dead.ended is None:
             mine = self.heart.attempt
             kind = cause_of_death(dead, mine.log_offset if mine.log == dead.log else None)
-            if kind is not None:
+            lost = kind == "killed" and self._supersedes(dead)  # a node that went away
+            if kind is not None and not lost:
                 message = f"the worker died of it ({kind.replace('_', ' ')}) on {dead.host}"
                 self.ledger.record_failure(
                     Failure(
@@ -205,6 +215,7 @@ class _Shift:
 
     def _record(self, unit: str, kind: FailureKind, message: str, trace: str | None) -> None:
         mine = self.heart.attempt
+        self.failed.append(unit)
         self.ledger.record_failure(
             Failure(unit, mine.attempt_id, kind, message, trace, mine.job, mine.log, time.time())
         )
@@ -217,7 +228,7 @@ class _Shift:
         if self.stop.requested:
             return Ending("interrupted", f"{self.stop.reason}; {len(missing)} to go", again=True)
         open_ = set(missing) - set(quarantined)
-        theirs = {unit for unit in open_ if unit in self.busy and not self.ledger.failures(unit)}
+        theirs = open_ & set(self.busy) - set(self.failed)
         if open_ == theirs and not quarantined:
             return Ending("complete", f"{len(theirs)} units are in other workers' hands")
         message = f"{len(missing)} units missing, {len(quarantined)} of them quarantined"

@@ -72,7 +72,7 @@ GRES_CONF = "".join(
 )
 
 
-class ClusterFailure(RuntimeError):
+class ClusterError(RuntimeError):
     """The test Slurm did not come up, or did not do in time what a test waited for."""
 
 
@@ -100,7 +100,7 @@ class Cluster:
             command, env=self.environment, capture_output=True, text=True, timeout=60, check=False
         )
         if check and done.returncode:
-            raise ClusterFailure(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+            raise ClusterError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
         return done.stdout.strip()
 
     def states(self, job_id: str) -> dict[str, str]:
@@ -136,7 +136,7 @@ def wait_for(what: str, condition: Callable[[], bool], seconds: float = 60.0) ->
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
-            raise ClusterFailure(f"waited {seconds:.0f} s in vain for: {what}")
+            raise ClusterError(f"waited {seconds:.0f} s in vain for: {what}")
         time.sleep(0.2)
 
 
@@ -197,8 +197,8 @@ def _start(cluster: Cluster) -> None:
         _daemon(cluster, f"slurmd.{node}", ["slurmd", "-D", "-N", node, "-f", f"{root}/slurm.conf"])
     try:
         wait_for("two idle nodes", lambda: _idle(cluster), 45)
-    except ClusterFailure as failure:
-        raise ClusterFailure(f"{failure}\n{cluster.logs()}") from None
+    except ClusterError as failure:
+        raise ClusterError(f"{failure}\n{cluster.logs()}") from None
 
 
 def _idle(cluster: Cluster) -> bool:
@@ -220,7 +220,7 @@ def _stop(cluster: Cluster) -> None:
         process.send_signal(signal.SIGCONT)
     if "slurmctld" in cluster.processes:
         cluster.client("scancel", "--full", "--user=root", check=False)
-        with contextlib.suppress(ClusterFailure):
+        with contextlib.suppress(ClusterError):
             wait_for("jobs to end", lambda: not cluster.client("squeue", "-h", check=False), 20)
     for process in reversed(cluster.processes.values()):
         process.terminate()

@@ -19,7 +19,7 @@ from kvdistill.slurm.status import UNIT_STATES, read_status
 from kvdistill.slurm.task import TRY_AGAIN, Task, share
 from kvdistill.slurm.worker import work
 from tests.slurm.cluster import wait_for
-from tests.slurm.toy import done, leftovers, ledger, toy_task
+from tests.slurm.toy import done, ledger, leftovers, toy_task
 
 ROOT = Path(__file__).parents[2]
 
