@@ -1,0 +1,1 @@
+"""Stage 1: reading teachers into the store."""

@@ -1,0 +1,219 @@
+"""Where each family of models has the queries, keys and values of a layer, before any rotation.
+
+An adapter is data: the path of the layers, of the attention module inside one, of the modules
+whose outputs are tapped, and how to cut these outputs into heads. Nothing here is trusted: an
+adapter is verified on the model in hand before it is used (``verify.py``), so a model that is
+not in the table can be tried with every adapter that fits its module names.
+
+Keys are tapped *after* a key norm and *before* the rotation: un-rotating a cached bfloat16 key
+is inexact (errors up to 0.18 on SmolLM2), a tap is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvdistill.types import Stream
+
+
+class QKV(NamedTuple):
+    """Queries ``[B, HQ, T, D]``, keys and values ``[B, H, T, D]``, none of them rotated."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class Heads(NamedTuple):
+    """What the cuts need to know: query heads, key/value heads, head dim."""
+
+    num_query: int
+    num_key_value: int
+    head_dim: int
+
+
+Cut = Callable[[tuple[Tensor, ...], Heads], QKV]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Where one family keeps Q, K and V."""
+
+    name: str
+    layers: str
+    """Path of the list of layers, from the base model."""
+    attention: str
+    """Path of the attention module, from a layer. A layer without it has no keys."""
+    taps: tuple[str, ...]
+    """Modules whose outputs hold Q, K and V, from the attention module."""
+    cut: Cut
+    key_norm: bool = False
+    """Whether a norm is applied to keys before the tap."""
+    stream: Stream = "self"
+    kind: str = "decoder"
+
+
+def separate(outputs: tuple[Tensor, ...], heads: Heads) -> QKV:
+    """Three modules, ``[B, T, H·D]`` or already split ``[B, T, H, D]``."""
+    query, key, value = (_split(x, heads.head_dim) for x in outputs)
+    return QKV(query, key, value)
+
+
+def separate_heads_first(outputs: tuple[Tensor, ...], heads: Heads) -> QKV:
+    """As ``separate``, but a module that splits heads gives ``[B, H, T, D]`` (Gemma 3)."""
+    query, key, value = (x if x.ndim == 4 else _split(x, heads.head_dim) for x in outputs)
+    return QKV(query, key, value)
+
+
+def fused(outputs: tuple[Tensor, ...], heads: Heads) -> QKV:
+    """One module, ``[all Q | all K | all V]`` (GPT-2, Phi-3, ModernBERT)."""
+    (qkv,) = outputs
+    widths = [heads.num_query, heads.num_key_value, heads.num_key_value]
+    query, key, value = torch.split(qkv, [n * heads.head_dim for n in widths], dim=-1)
+    return QKV(*(_split(x, heads.head_dim) for x in (query, key, value)))
+
+
+def fused_per_head(outputs: tuple[Tensor, ...], heads: Heads) -> QKV:
+    """One module, ``q k v`` of head 0, then of head 1, … (GPT-NeoX)."""
+    (qkv,) = outputs
+    query, key, value = _unflatten(qkv, heads.num_query, 3, heads.head_dim).unbind(-2)
+    return QKV(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+
+
+def fused_per_group(outputs: tuple[Tensor, ...], heads: Heads) -> QKV:
+    """One module, per key/value head its queries, its key, its value (Falcon).
+
+    Falcon's plain multi-head form is one query per group, its multi-query form one group.
+    """
+    (qkv,) = outputs
+    groups = heads.num_key_value
+    width = heads.num_query // groups + 2
+    split = _unflatten(qkv, groups, width, heads.head_dim)
+    query = split[..., :-2, :].flatten(2, 3)
+    return QKV(*(x.transpose(1, 2) for x in (query, split[..., -2, :], split[..., -1, :])))
+
+
+def _split(x: Tensor, head_dim: int) -> Tensor:
+    """``[B, T, H·D]`` or ``[B, T, H, D]`` → ``[B, H, T, D]``."""
+    if x.ndim == 3:
+        x = _unflatten(x, -1, head_dim)
+    return x.transpose(1, 2)
+
+
+def _unflatten(x: Tensor, *sizes: int) -> Tensor:
+    return x.reshape(*x.shape[:-1], *sizes)
+
+
+PLAIN: Final = Adapter(
+    "separate projections", "layers", "self_attn", ("q_proj", "k_proj", "v_proj"), separate
+)
+NORMED: Final = replace(
+    PLAIN,
+    name="separate projections, q/k norms",
+    taps=("q_norm", "k_norm", "v_proj"),
+    key_norm=True,
+)
+NORMED_HEADS_FIRST: Final = replace(
+    NORMED, name="separate projections, q/k norms after the heads", cut=separate_heads_first
+)
+LAYERNORMED: Final = replace(
+    NORMED,
+    name="separate projections, q/k layernorms",
+    taps=("q_layernorm", "k_layernorm", "v_proj"),
+)
+FUSED: Final = Adapter("fused qkv", "layers", "self_attn", ("qkv_proj",), fused)
+GPT2: Final = Adapter("GPT-2", "h", "attn", ("c_attn",), fused)
+GPTJ: Final = replace(PLAIN, name="GPT-J", layers="h", attention="attn")
+GPT_NEOX: Final = Adapter("GPT-NeoX", "layers", "attention", ("query_key_value",), fused_per_head)
+FALCON: Final = Adapter("Falcon", "h", "self_attention", ("query_key_value",), fused_per_group)
+OPT: Final = replace(PLAIN, name="OPT", layers="decoder.layers")
+BERT: Final = Adapter(
+    "BERT", "encoder.layer", "attention.self", ("query", "key", "value"), separate, kind="encoder"
+)
+DISTILBERT: Final = Adapter(
+    "DistilBERT",
+    "transformer.layer",
+    "attention",
+    ("q_lin", "k_lin", "v_lin"),
+    separate,
+    kind="encoder",
+)
+MODERNBERT: Final = Adapter("ModernBERT", "layers", "attn", ("Wqkv",), fused, kind="encoder")
+
+BART: Final[dict[Stream, Adapter]] = {
+    "encoder": replace(PLAIN, name="BART encoder", layers="encoder.layers", stream="encoder"),
+    "decoder": replace(PLAIN, name="BART decoder", layers="decoder.layers", stream="decoder"),
+    "cross": replace(
+        PLAIN, name="BART cross", layers="decoder.layers", attention="encoder_attn", stream="cross"
+    ),
+}
+_T5 = Adapter("T5", "encoder.block", "layer.0.SelfAttention", ("q", "k", "v"), separate)
+T5: Final[dict[Stream, Adapter]] = {
+    "encoder": replace(_T5, name="T5 encoder", stream="encoder"),
+    "decoder": replace(_T5, name="T5 decoder", layers="decoder.block", stream="decoder"),
+    "cross": replace(
+        _T5,
+        name="T5 cross",
+        layers="decoder.block",
+        attention="layer.1.EncDecAttention",
+        stream="cross",
+    ),
+}
+
+DECODERS: Final[dict[str, Adapter]] = {
+    **dict.fromkeys(
+        (
+            "llama",
+            "mistral",
+            "ministral",
+            "qwen2",
+            "qwen2_moe",
+            "mixtral",
+            "gemma",
+            "gemma2",
+            "granite",
+            "granitemoe",
+            "starcoder2",
+            "smollm3",
+            "phi",
+            "phimoe",
+            "stablelm",
+            "olmo",
+            "cohere",
+            "cohere2",
+            "glm",
+            "glm4",
+            "helium",
+            "arcee",
+        ),
+        PLAIN,
+    ),
+    **dict.fromkeys(("qwen3", "qwen3_moe", "qwen3_next", "olmo2", "olmo3", "olmoe"), NORMED),
+    **dict.fromkeys(("gemma3", "gemma3_text"), NORMED_HEADS_FIRST),
+    **dict.fromkeys(("lfm2", "lfm2_moe"), LAYERNORMED),
+    "phi3": FUSED,
+    "gpt2": GPT2,
+    "gptj": GPTJ,
+    "gpt_neox": GPT_NEOX,
+    "falcon": FALCON,
+    "opt": OPT,
+}
+ENCODERS: Final[dict[str, Adapter]] = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie"), BERT),
+    "distilbert": DISTILBERT,
+    "modernbert": MODERNBERT,
+}
+ENCODER_DECODERS: Final[dict[str, dict[Stream, Adapter]]] = {
+    **dict.fromkeys(("t5", "mt5", "umt5"), T5),
+    **dict.fromkeys(("bart", "mbart", "marian", "pegasus", "blenderbot", "m2m_100"), BART),
+}
+REFUSED: Final[dict[str, str]] = dict.fromkeys(
+    ("deepseek_v2", "deepseek_v3", "deepseek_v32", "minicpm3", "kimi_linear", "longcat_flash"),
+    "multi-head latent attention: a key is a latent and a shared rotary part, and one stored "
+    "key per head would have its rotary channels at the end, which the store cannot describe",
+)

@@ -1,0 +1,99 @@
+"""Reading a teacher's weights and tokenizer, with one clear line when that is not possible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from kvdistill.config import TeacherConfig
+from kvdistill.errors import TeacherError
+
+
+def load_model(name: str, config: TeacherConfig, device: torch.device) -> tuple[Any, set[str]]:
+    """The base model, without any head, in eval mode on ``device``.
+
+    Also the names of parameters that the checkpoint lacks, which transformers fills at random:
+    none of them may belong to a layer.
+
+    Raises:
+        TeacherError: not found, gated, unreadable, pickled weights, or incomplete weights.
+    """
+    from transformers import AutoModel
+
+    options: dict[str, Any] = {"gguf_file": config.gguf_file} if config.gguf_file else {}
+    try:
+        with _without_progress_bars():
+            model, info = AutoModel.from_pretrained(
+                config.model,
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                dtype=getattr(torch, config.dtype),
+                attn_implementation=config.attn_implementation,
+                use_safetensors=None if config.gguf_file else True,
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise TeacherError(_reason(name, config.model, error)) from error
+    missing = set(info["missing_keys"])
+    lacking = sorted(key for key in missing if "pooler" not in key)
+    if lacking:
+        raise TeacherError(
+            f"teacher {name!r}: the weights in {config.model} lack {len(lacking)} parameters of "
+            f"{type(model).__name__}, such as {lacking[0]}; they would be random"
+        )
+    return model.eval().requires_grad_(False).to(device), missing
+
+
+def load_tokenizer(name: str, config: TeacherConfig) -> Any:
+    """The teacher's fast tokenizer.
+
+    Raises:
+        TeacherError: not found, or without character offsets.
+    """
+    from transformers import AutoTokenizer
+
+    source = config.tokenizer or config.model
+    own = config.tokenizer is None
+    options: dict[str, Any] = {"gguf_file": config.gguf_file} if own and config.gguf_file else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source,
+            revision=config.revision if own else None,
+            trust_remote_code=config.trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise TeacherError(_reason(name, source, error)) from error
+    if not tokenizer.is_fast:
+        raise TeacherError(
+            f"teacher {name!r}: {type(tokenizer).__name__} gives no character offsets, and "
+            f"alignment needs them; set teachers.{name}.tokenizer to one with a tokenizer.json"
+        )
+    return tokenizer
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """transformers draws a bar over the weights, across whatever bars are already drawn."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _reason(name: str, source: str, error: Exception) -> str:
+    """One line: transformers' messages are long, and their first sentence says what is wrong."""
+    first = " ".join(str(error).split())[:300]
+    return (
+        f"teacher {name!r}: cannot load {source!r}: {first} (is the name right, is it downloaded, "
+        "and do you have access? `kvdistill fetch` downloads ahead of time)"
+    )

@@ -1,0 +1,231 @@
+"""An adapter is believed only after it reproduces what the model's own attention is given.
+
+A few tokens run through the model while a spy records the arguments of every attention product.
+The tapped Q and K, rotated by the model's frequencies in float32, and the tapped V must equal
+them. The same run tells what no config says uniformly: which layers rotate, whether channel
+pairs are halves or neighbours, and by how much scores are scaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from kvdistill.errors import TeacherError
+from kvdistill.extract.adapters import QKV
+from kvdistill.extract.capture import Site, capture
+from kvdistill.extract.rotary import rotate
+from kvdistill.store.manifest import RotarySpec
+
+TOLERANCE: Final = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Largest difference, relative to the largest entry, that arithmetic alone explains."""
+
+_PRODUCTS: Final = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
+@dataclass(frozen=True, eq=False)
+class VerifiedLayer:
+    """One layer, as measured on the model in hand."""
+
+    layer_idx: int
+    num_key_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    rotary: RotarySpec | None
+    scaling: float
+    """Factor between ``q · k`` of the tapped queries and keys and the attention's scores."""
+    error: float
+    """Largest difference to the attention's own inputs, relative to their largest entry."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Inputs:
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float | None
+    """None where the product was seen, but not what it was multiplied by."""
+
+
+class AttentionSpy(TorchFunctionMode):
+    """Records the Q, K, V that reach ``scaled_dot_product_attention`` or a pair of products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_idx: int | None = None
+        self.seen: dict[int, _Inputs] = {}
+        self._products: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Look at attention products of the layer that is running; change nothing."""
+        kwargs = kwargs or {}
+        layer_idx = self.layer_idx
+        if layer_idx is not None and layer_idx not in self.seen:
+            if func is F.scaled_dot_product_attention:
+                query, key, value = _bound(args, kwargs)
+                scaling = kwargs.get("scale") or query.shape[-1] ** -0.5
+                self.seen[layer_idx] = _Inputs(query, key, value, scaling)
+            elif func in _PRODUCTS and args[0].ndim == 4 and args[1].ndim == 4:
+                self._products.append((args[0], args[1]))
+                if len(self._products) == 2:
+                    (query, key_turned), (_, value) = self._products
+                    self.seen[layer_idx] = _Inputs(query, key_turned.transpose(2, 3), value, None)
+        return func(*args, **kwargs)
+
+    def enter(self, layer_idx: int) -> None:
+        """A layer's attention begins."""
+        self.layer_idx, self._products = layer_idx, []
+
+    def leave(self) -> None:
+        """A layer's attention ends."""
+        self.layer_idx = None
+
+
+def verify(
+    model: Any,
+    sites: Sequence[Site],
+    rotations: Sequence[Sequence[RotarySpec]],
+    run: Callable[[], object],
+) -> list[VerifiedLayer]:
+    """Run ``run`` (one forward pass of one unpadded sequence) and compare at every site.
+
+    Raises:
+        TeacherError: a layer's tapped tensors are not what its attention is given.
+    """
+    tapped: dict[int, QKV] = {}
+    spy = AttentionSpy()
+    with (
+        _watching(sites, spy),
+        _visible_attention(model),
+        capture(sites, tapped.__setitem__),
+        spy,
+        torch.no_grad(),
+    ):
+        run()
+    verified = []
+    for site in sites:
+        if site.layer_idx not in spy.seen or site.layer_idx not in tapped:
+            raise TeacherError(
+                f"layer {site.layer_idx}: the attention of {type(site.attention).__name__} was "
+                "not seen; this model cannot be verified with attn_implementation sdpa or eager"
+            )
+        seen, taps = spy.seen[site.layer_idx], tapped[site.layer_idx]
+        verified.append(_compare(site, taps, seen, rotations[site.layer_idx]))
+    return verified
+
+
+def _compare(
+    site: Site, taps: QKV, seen: _Inputs, rotations: Sequence[RotarySpec]
+) -> VerifiedLayer:
+    options: list[tuple[float, float, RotarySpec | None]] = []
+    for spec in (*rotations, None):
+        if spec is not None and spec.rotary_dim > taps.key.shape[-1]:
+            continue
+        query, factor = _best_factor(_turned(taps.query, spec), seen.query)
+        error = max(
+            _difference(query, seen.query),
+            _difference(_turned(taps.key, spec), seen.key),
+            _difference(taps.value.float(), seen.value),
+        )
+        options.append((error, factor, spec))
+    error, factor, spec = min(options, key=lambda option: option[0])
+    tolerance = TOLERANCE[taps.key.dtype]
+    if not error <= tolerance:
+        raise TeacherError(
+            f"adapter {site.adapter.name!r} does not fit {type(site.attention).__name__}, layer "
+            f"{site.layer_idx}: its keys and values differ from the attention's own inputs by "
+            f"{error:.1e} (relative), where {tolerance:.0e} is rounding; this architecture needs "
+            "an adapter of its own (kvdistill/extract/adapters.py)"
+        )
+    _, num_heads, _, key_dim = taps.key.shape
+    scaling = seen.scaling or getattr(site.attention, "scaling", key_dim**-0.5)
+    return VerifiedLayer(
+        site.layer_idx, num_heads, key_dim, taps.value.shape[-1], spec, factor * scaling, error
+    )
+
+
+def _turned(x: Tensor, spec: RotarySpec | None) -> Tensor:
+    if spec is None:
+        return x.float()
+    return rotate(x, torch.arange(x.shape[-2], device=x.device), spec)
+
+
+def _best_factor(query: Tensor, seen: Tensor) -> tuple[Tensor, float]:
+    """Some models scale queries before the product (OPT): find the factor, then apply it."""
+    if query.shape != seen.shape:
+        return query, 1.0
+    factor = float((query * seen.float()).sum() / (query * query).sum().clamp_min(1e-30))
+    factor = 1.0 if abs(factor - 1.0) < 1e-3 else factor
+    return query * factor, factor
+
+
+def _difference(tapped: Tensor, seen: Tensor) -> float:
+    """Relative to the largest entry; attention may have repeated key/value heads for queries."""
+    if tapped.shape != seen.shape:
+        repeats, rest = divmod(seen.shape[1], tapped.shape[1])
+        if rest or not repeats:
+            return float("inf")
+        tapped = tapped.repeat_interleave(repeats, dim=1)
+        if tapped.shape != seen.shape:
+            return float("inf")
+    seen = seen.float()
+    return float((tapped - seen).abs().max() / seen.abs().max().clamp_min(1e-30))
+
+
+def _bound(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    names = ("query", "key", "value")
+    query, key, value = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
+    return query, key, value
+
+
+@contextmanager
+def _watching(sites: Sequence[Site], spy: AttentionSpy) -> Iterator[None]:
+    handles = []
+    try:
+        for site in sites:
+            handles.append(site.attention.register_forward_pre_hook(_entering(spy, site)))
+            handles.append(site.attention.register_forward_hook(_leaving(spy)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _entering(spy: AttentionSpy, site: Site) -> Callable[[nn.Module, Any], None]:
+    def hook(module: nn.Module, args: Any) -> None:
+        spy.enter(site.layer_idx)
+
+    return hook
+
+
+def _leaving(spy: AttentionSpy) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        spy.leave()
+
+    return hook
+
+
+@contextmanager
+def _visible_attention(model: Any) -> Iterator[None]:
+    """Use a kernel that the spy can see, and go back to the chosen one afterwards.
+
+    ``sdpa`` also says by what scores are scaled; ``eager`` multiplies out of the spy's sight.
+    """
+    chosen = model.config._attn_implementation
+    if chosen == "sdpa" or not (model._supports_sdpa and model._can_set_attn_implementation()):
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(chosen)

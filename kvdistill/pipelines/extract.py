@@ -1,0 +1,247 @@
+"""Stage 1: every teacher reads every shard once, and the store remembers.
+
+The truth is the store's folders: a shard is done when it is committed. So running again does
+nothing, a killed run is completed by running it again, and any number of processes may work at
+once: task ``i`` of ``n`` owns shards ``u % n == i``, and of two copies the first wins.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from kvdistill.config import Experiment
+from kvdistill.corpus import cut
+from kvdistill.errors import ConfigError, Interrupted
+from kvdistill.extract.shard import ExtractedShard, extract_samples
+from kvdistill.extract.teacher import Teacher, load_teacher
+from kvdistill.pipelines.corpus import load_corpus
+from kvdistill.store.layout import StorePaths
+from kvdistill.store.reader import KVStore
+from kvdistill.store.writer import add_teacher, create, publish_shard
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Told after every batch and every shard."""
+
+    teacher: str
+    shard_id: str
+    shards_done: int
+    shards_total: int
+    """Shards this task owns for this teacher, committed ones included."""
+    tokens: int
+    """Tokens read since the last word."""
+    committed: bool
+    """True when this is word of a shard that was just published."""
+
+
+@dataclass(frozen=True)
+class TeacherReport:
+    """What one run did for one teacher."""
+
+    teacher: str
+    shards: int = 0
+    """Shards published by this run."""
+    already_done: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    """Wall time of reading, encoding and writing, without loading the teacher."""
+    truncated: int = 0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class ExtractionReport:
+    """What one run did."""
+
+    store: Path
+    teachers: tuple[TeacherReport, ...] = ()
+    missing: dict[str, int] = field(default_factory=dict)
+    """Shards still missing per teacher, other tasks' shares included."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every teacher has every shard."""
+        return not any(self.missing.values())
+
+
+OnProgress = Callable[[Progress], None]
+ShouldStop = Callable[[], bool]
+
+
+def prepare(experiment: Experiment) -> KVStore:
+    """Create the store of an experiment's corpus, or open the one that is there.
+
+    No teacher is loaded: each registers itself when its first shard is extracted.
+
+    Raises:
+        CorpusError: the corpus is missing, empty or malformed.
+        StoreMismatch: the store was made from another corpus, or cut differently.
+    """
+    samples = load_corpus(experiment.corpus).train
+    return create(experiment.store, list(cut(samples, experiment.corpus.shard_chars)))
+
+
+def extract(
+    experiment: Experiment,
+    teachers: Sequence[str] | None = None,
+    task: int = 0,
+    num_tasks: int = 1,
+    *,
+    progress: OnProgress | None = None,
+    should_stop: ShouldStop | None = None,
+) -> ExtractionReport:
+    """Extract all missing shards that this task owns, teacher by teacher.
+
+    Raises:
+        ConfigError: an unknown teacher, or a task outside ``0 <= task < num_tasks``.
+        TeacherError, CorpusError, StoreError: see ``load_teacher``, ``prepare``, ``publish_shard``.
+        Interrupted: ``should_stop`` said so; everything published so far stays.
+    """
+    if not 0 <= task < num_tasks:
+        raise ConfigError(f"task {task} of {num_tasks}: expected 0 <= task < num_tasks")
+    names = _names(experiment, teachers)
+    store = prepare(experiment)
+    run = _Run(store, experiment, progress, should_stop)
+    owned = store.shard_ids[task::num_tasks]
+    reports = tuple(_extract_teacher(run, name, owned) for name in names)
+    missing = {name: len(store.missing(name)) for name in names}
+    return ExtractionReport(store.paths.root, reports, missing)
+
+
+def open_teacher(store: KVStore, experiment: Experiment, name: str) -> Teacher:
+    """Load a teacher and register it in the store.
+
+    Raises:
+        TeacherError: it cannot be loaded or verified.
+        StoreMismatch: the store holds another extraction under this name.
+    """
+    teacher = load_teacher(name, experiment)
+    add_teacher(store, teacher.manifest)
+    return teacher
+
+
+def extract_shard(
+    store: KVStore,
+    experiment: Experiment,
+    teacher: Teacher,
+    shard_id: str,
+    *,
+    on_batch: Callable[[int], None] | None = None,
+    attempt: dict[str, Any] | None = None,
+) -> tuple[ExtractedShard, bool]:
+    """Read one shard with one teacher and publish it; False if another copy was first.
+
+    Raises:
+        TeacherError: a sample cannot be read by this teacher.
+        NonFiniteError: NaN or infinity; names layer, head and sample.
+        StoreError: nothing could be written; nothing was published.
+    """
+    started = time.monotonic()
+    extracted = extract_samples(
+        teacher,
+        store.samples(shard_id),
+        batch_tokens=experiment.extraction.batch_tokens,
+        long_text=experiment.extraction.long_text,
+        on_batch=on_batch,
+    )
+    published = publish_shard(
+        store,
+        teacher.manifest.name,
+        shard_id,
+        extracted.shard,
+        extracted.statistics,
+        seconds=time.monotonic() - started,
+        attempt={
+            "truncated": list(extracted.truncated),
+            "skipped": list(extracted.skipped),
+            **(attempt or {}),
+        },
+    )
+    return extracted, published
+
+
+@dataclass(frozen=True)
+class _Run:
+    store: KVStore
+    experiment: Experiment
+    progress: OnProgress | None
+    should_stop: ShouldStop | None
+
+    def check_stop(self) -> None:
+        if self.should_stop is not None and self.should_stop():
+            raise Interrupted(
+                f"asked to stop; finished shards stay in {self.store.paths.root}: run the same "
+                "command again to continue"
+            )
+
+    def tell(self, teacher: str, shard_id: str, done: int, total: int) -> Callable[..., None]:
+        def tell(tokens: int, committed: bool = False) -> None:
+            if self.progress is not None:
+                now = done + committed
+                self.progress(Progress(teacher, shard_id, now, total, tokens, committed))
+
+        return tell
+
+
+def _extract_teacher(run: _Run, name: str, owned: Sequence[str]) -> TeacherReport:
+    store, experiment = run.store, run.experiment
+    pending = [shard_id for shard_id in owned if not _is_done(store, experiment, name, shard_id)]
+    report = TeacherReport(name, already_done=len(owned) - len(pending))
+    if not pending:
+        return report
+    teacher = open_teacher(store, experiment, name)
+    for position, shard_id in enumerate(pending, start=report.already_done):
+        run.check_stop()
+        tell = run.tell(name, shard_id, position, len(owned))
+        started = time.monotonic()
+        extracted, first = extract_shard(store, experiment, teacher, shard_id, on_batch=tell)
+        tell(0, committed=True)
+        report = replace(
+            report,
+            shards=report.shards + first,
+            tokens=report.tokens + extracted.shard.tokens.num_tokens,
+            seconds=report.seconds + time.monotonic() - started,
+            truncated=report.truncated + len(extracted.truncated),
+            skipped=report.skipped + len(extracted.skipped),
+        )
+    return report
+
+
+def _is_done(store: KVStore, experiment: Experiment, name: str, shard_id: str) -> bool:
+    """Committed, and by the extraction that the config asks for.
+
+    Anything doubtful counts as pending: the teacher is then loaded, and the comparison of
+    manifests says precisely what differs.
+    """
+    if not StorePaths(store.paths.root).teacher_manifest(name).is_file():
+        return False
+    manifest = store.teacher(name)
+    same = (
+        manifest.extraction_fingerprint == experiment.extraction_fingerprint(name)
+        and manifest.model == experiment.teachers[name].model
+        and manifest.backend == experiment.extraction.backend
+    )
+    return same and store.is_committed(name, shard_id)
+
+
+def _names(experiment: Experiment, teachers: Sequence[str] | None) -> list[str]:
+    names = list(experiment.teachers) if teachers is None else list(dict.fromkeys(teachers))
+    unknown = [name for name in names if name not in experiment.teachers]
+    if unknown or not names:
+        raise ConfigError(
+            f"no teacher {unknown or ''}; the config has {sorted(experiment.teachers)}"
+        )
+    return names
+
+
+def _stop_if(should_stop: ShouldStop | None, store: KVStore) -> None:
+    if should_stop is not None and should_stop():
+        raise Interrupted(
+            f"asked to stop; finished shards stay in {store.paths.root}: run the same command "
+            "again to continue"
+        )
