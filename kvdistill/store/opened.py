@@ -17,13 +17,17 @@ from kvdistill.store.codecs import CODECS, part_name
 from kvdistill.store.integrity import REMEDY, check_content
 from kvdistill.store.layout import TEXTS
 from kvdistill.store.manifest import Commit, TeacherManifest
+from kvdistill.store.safetensors_backend import SafetensorsBackend
 from kvdistill.store.schema import TOKEN_COLUMNS, ArraySpec, Counts, group_prefix, shard_arrays
 from kvdistill.store.shard import BLOCK_TOKENS, TokenTable, block_ptr
 from kvdistill.store.statistics import ChannelStatistics
 from kvdistill.store.zarr_backend import ZarrBackend
 from kvdistill.types import Kind
 
-BACKENDS: Final[dict[str, Backend]] = {"zarr": ZarrBackend()}
+BACKENDS: Final[dict[str, Backend]] = {
+    "zarr": ZarrBackend(),
+    "safetensors": SafetensorsBackend(),
+}
 
 Positions = tuple[list[int] | None, list[int] | None]
 
@@ -91,7 +95,7 @@ class OpenedShard:
             if positions is not None:
                 parts[part.suffix] = self.data.read(spec.name, *positions, spans[part.per])[0, 0]
         token_blocks = np.arange(start, stop) // BLOCK_TOKENS - start // BLOCK_TOKENS
-        return codec.decode_numpy(parts, kind, token_blocks)
+        return codec.decode(parts, kind, token_blocks)
 
     def statistics(self) -> dict[str, ChannelStatistics]:
         """This shard's statistics by ``"key"``, ``"value"`` (``"g0/key"`` …)."""

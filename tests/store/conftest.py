@@ -141,6 +141,6 @@ def build() -> Any:
     return Build
 
 
-@pytest.fixture(params=["zarr"])
+@pytest.fixture(params=["zarr", "safetensors"])
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)

@@ -81,7 +81,7 @@ def test_random_access_equals_decoding_the_shard(tmp_path: Any, build: Any, teac
         prefix = f"g{group_idx}/" if len(teacher.groups) > 1 else ""
         for kind in ("key", "value"):
             codec = CODECS[getattr(teacher.codec, kind)]
-            whole = codec.decode_numpy(
+            whole = codec.decode(
                 parts_of(shard.arrays, prefix + kind), kind, block_idx(shard.tokens.sample_ptr)
             )
             for i, layer in enumerate(group.layers):

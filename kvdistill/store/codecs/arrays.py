@@ -1,0 +1,102 @@
+"""The few operations that numpy and torch spell differently, and scales that never clip.
+
+Each is exact or a single correctly rounded IEEE operation, hence the same bits on either side.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import numpy as np
+
+from kvdistill.store.shard import BLOCK_TOKENS
+
+if TYPE_CHECKING:
+    import torch
+
+    Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
+TINY: Final = 2.0**-24
+"""Smallest positive fp16: what a block of zeros is divided by."""
+
+
+def to_float32(x: Array) -> Array:
+    """Numbers to float32; exact for every stored dtype."""
+    return x.astype(np.float32) if isinstance(x, np.ndarray) else x.float()
+
+
+def bits_to_float32(bits: Array, logical: str) -> Array:
+    """Stored bits of ``bfloat16`` or ``float8_e4m3fn`` to float32; exact."""
+    if isinstance(bits, np.ndarray):
+        if logical == "bfloat16":
+            return (bits.astype(np.uint32) << 16).view(np.float32)
+        return np.take(_e4m3_values(), bits)
+    import torch
+
+    return bits.view(getattr(torch, logical)).float()
+
+
+def concatenate(pieces: list[Array], axis: int) -> Array:
+    """Join along one axis."""
+    if isinstance(pieces[0], np.ndarray):
+        return np.concatenate(pieces, axis=axis)
+    import torch
+
+    return torch.cat(pieces, dim=axis)
+
+
+def per_token(side: Array, num_tokens: int, block_idx: Array | None) -> Array:
+    """Block scales ``[..., blocks, D]`` → one per token ``[..., T, D]``.
+
+    ``block_idx [T]`` names every token's block; ``t // 64`` when None.
+    """
+    if isinstance(side, np.ndarray):
+        idx = np.arange(num_tokens) // BLOCK_TOKENS if block_idx is None else block_idx
+        return np.take(side, idx, axis=-2)
+    import torch
+
+    if block_idx is None:
+        block_idx = torch.arange(num_tokens, device=side.device) // BLOCK_TOKENS
+    return side.index_select(-2, block_idx)
+
+
+def as_blocks(x: torch.Tensor) -> torch.Tensor:
+    """``[..., T, D]`` → ``[..., ceil(T / 64), 64, D]``, the last token repeated as padding."""
+    import torch
+
+    missing = -x.shape[-2] % BLOCK_TOKENS
+    if missing:
+        last = x[..., -1:, :].expand(*x.shape[:-2], missing, x.shape[-1])
+        x = torch.cat([x, last], dim=-2)
+    return x.reshape(*x.shape[:-2], x.shape[-2] // BLOCK_TOKENS, BLOCK_TOKENS, x.shape[-1])
+
+
+def half_at_least(x: torch.Tensor) -> torch.Tensor:
+    """The smallest fp16 that is not below ``x >= 0``; NaN and infinity stay."""
+    import torch
+
+    half = x.to(torch.float16)
+    below = (half.float() < x).to(torch.int16)
+    return (half.view(torch.int16) + below).view(torch.float16)
+
+
+def half_at_most(x: torch.Tensor) -> torch.Tensor:
+    """The largest fp16 that is not above ``x``; NaN and infinity stay."""
+    import torch
+
+    half = x.to(torch.float16)
+    bits = half.view(torch.int16)
+    above = (half.float() > x).to(torch.int16)
+    return (bits + torch.where(bits < 0, above, -above)).view(torch.float16)
+
+
+@cache
+def _e4m3_values() -> np.ndarray:
+    """All 256 float8_e4m3fn values: sign, 4 exponent bits (bias 7), 3 mantissa bits."""
+    bits = np.arange(256)
+    exponent, mantissa = (bits >> 3) & 15, bits & 7
+    normal = 2.0 ** (exponent - 7.0) * (1 + mantissa / 8)
+    value = np.where(exponent == 0, 2.0**-6 * mantissa / 8, normal)
+    value[(bits & 127) == 127] = np.nan
+    return np.where(bits >= 128, -value, value).astype(np.float32)

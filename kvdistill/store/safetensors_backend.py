@@ -1,0 +1,191 @@
+"""Shards as one safetensors file each, read by mapping it into memory: no decoding, no copy.
+
+Every layer and head has its own tensors, ``layer.05.head.00.key`` ``[T, D]`` and so on, which
+any safetensors reader finds by name. They lie in order, so all layers and heads of one array are
+one piece of memory and a whole-shard read is a view; the map is private, so writing to a view
+changes no file. Nothing is compressed: the speed of memory for the size of the codes.
+
+Sizes are checked on opening, and each tensor's checksum when it is first touched.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import xxhash
+
+from kvdistill.errors import ShardCorrupt
+from kvdistill.store.backend import OpenShard, Specs
+from kvdistill.store.integrity import REMEDY, check_size
+from kvdistill.store.manifest import Commit
+from kvdistill.store.schema import ArraySpec
+
+FILE: Final = "shard.safetensors"
+HEADER: Final = "__header__"
+DTYPES: Final = {
+    "int8": "I8",
+    "uint8": "U8",
+    "uint16": "U16",
+    "int32": "I32",
+    "int64": "I64",
+    "float16": "F16",
+    "float32": "F32",
+    "float64": "F64",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+}
+
+
+class SafetensorsBackend:
+    """One memory-mapped file per shard."""
+
+    def write(
+        self,
+        folder: Path,
+        arrays: Mapping[str, np.ndarray],
+        specs: Specs,
+        attributes: Mapping[str, object],
+    ) -> dict[str, str]:
+        """See ``Backend.write``; returns the checksum of every tensor and of the header."""
+        header = _header(specs, attributes)
+        checksums = {HEADER: xxhash.xxh3_64_hexdigest(header)}
+        with (folder / FILE).open("wb") as file:
+            file.write(header)
+            for spec in _ordered(specs):
+                array = np.ascontiguousarray(arrays[spec.name])
+                for name, index in _tensors(spec):
+                    tensor = array[index]
+                    file.write(tensor.data if tensor.size else b"")
+                    checksums[name] = _checksum(tensor)
+        return checksums
+
+    def open(self, folder: Path, commit: Commit, specs: Specs) -> OpenShard:
+        """See ``Backend.open``."""
+        check_size(folder, FILE, commit)
+        path = folder / FILE
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        header = _found_header(data)
+        if xxhash.xxh3_64_hexdigest(header) != commit.tensors.get(HEADER):
+            raise ShardCorrupt(f"{path}: its header is not the committed one; {REMEDY}")
+        attributes = json.loads(json.loads(header[8:])["__metadata__"]["attributes"])
+        if header != _header(specs, attributes):
+            raise ShardCorrupt(f"{path}: its tensors are not what the manifest asks for; {REMEDY}")
+        arrays = {spec.name: _view(data, spec, at) for spec, at in _offsets(specs, len(header))}
+        return _MappedShard(path, commit, specs, arrays, attributes)
+
+
+class _MappedShard:
+    def __init__(
+        self,
+        path: Path,
+        commit: Commit,
+        specs: Specs,
+        arrays: Mapping[str, np.ndarray],
+        attributes: Mapping[str, object],
+    ) -> None:
+        self._path, self._commit, self._specs, self._arrays = path, commit, specs, arrays
+        self._checked: set[str] = set()
+        self.attributes = attributes
+
+    def read(
+        self,
+        name: str,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+        span: slice | None = None,
+    ) -> np.ndarray:
+        """See ``OpenShard.read``. Neighbouring layers and all heads come without a copy."""
+        spec, array = self._specs[name], self._arrays[name]
+        self._check(spec, array, layers, heads)
+        if layers is not None:
+            run = range(layers[0], layers[-1] + 1)
+            array = array[run.start : run.stop] if len(run) == len(layers) else array[list(layers)]
+        if heads is not None:
+            run = range(heads[0], heads[-1] + 1)
+            whole = len(run) == len(heads)
+            array = array[:, run.start : run.stop] if whole else array[:, list(heads)]
+        return array if span is None else array[:, :, span]
+
+    def _check(
+        self,
+        spec: ArraySpec,
+        array: np.ndarray,
+        layers: Sequence[int] | None,
+        heads: Sequence[int] | None,
+    ) -> None:
+        for name, index in _tensors(spec, layers, heads):
+            if name in self._checked:
+                continue
+            if _checksum(array[index]) != self._commit.tensors.get(name):
+                raise ShardCorrupt(
+                    f"{self._path}: tensor {name} does not match its checksum; {REMEDY}"
+                )
+            self._checked.add(name)
+
+
+def _ordered(specs: Specs) -> list[ArraySpec]:
+    """Widest elements first, so that every tensor is aligned; then by name."""
+    return sorted(specs.values(), key=lambda spec: (-np.dtype(spec.dtype).itemsize, spec.name))
+
+
+def _tensors(
+    spec: ArraySpec, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Tensor names of an array, with their index into it."""
+    if spec.group is None:
+        yield spec.name, ...
+        return
+    stem = spec.name.rpartition("/")[2]
+    layers = range(spec.shape[0]) if layers is None else layers
+    heads = range(spec.shape[1]) if heads is None else heads
+    for layer_idx, head in product(layers, heads):
+        yield f"layer.{spec.group.layers[layer_idx]:02d}.head.{head:02d}.{stem}", (layer_idx, head)
+
+
+def _offsets(specs: Specs, start: int) -> Iterator[tuple[ArraySpec, int]]:
+    for spec in _ordered(specs):
+        yield spec, start
+        start += _num_bytes(spec.shape, spec.dtype)
+
+
+def _num_bytes(shape: Sequence[int], dtype: str) -> int:
+    return math.prod(shape) * np.dtype(dtype).itemsize
+
+
+def _header(specs: Specs, attributes: Mapping[str, object]) -> bytes:
+    """The file up to its data, padded to 64 bytes. A pure function, so a reader can compare."""
+    entries: dict[str, Any] = {"__metadata__": {"attributes": json.dumps(attributes)}}
+    at = 0
+    for spec in _ordered(specs):
+        logical = str(spec.attributes.get("logical_dtype"))
+        dtype = DTYPES.get(logical, DTYPES[spec.dtype])
+        for name, index in _tensors(spec):
+            shape = spec.shape if index is ... else spec.shape[2:]
+            end = at + _num_bytes(shape, spec.dtype)
+            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+            at = end
+    body = json.dumps(entries, separators=(",", ":")).encode()
+    body += b" " * (-(8 + len(body)) % 64)
+    return struct.pack("<Q", len(body)) + body
+
+
+def _found_header(data: mmap.mmap) -> bytes:
+    length = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else 0
+    return data[: 8 + min(length, len(data))]
+
+
+def _view(data: mmap.mmap, spec: ArraySpec, offset: int) -> np.ndarray:
+    return np.ndarray(spec.shape, spec.dtype, buffer=data, offset=offset)
+
+
+def _checksum(tensor: np.ndarray) -> str:
+    return xxhash.xxh3_64_hexdigest(tensor.data if tensor.size else b"")
