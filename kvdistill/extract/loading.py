@@ -78,7 +78,7 @@ def load_tokenizer(name: str, config: TeacherConfig) -> Any:
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """transformers draws a bar over the weights, across whatever bars are already drawn."""
+    """Loading draws a bar over the weights, across whatever bars are already drawn."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -1,0 +1,73 @@
+"""``kvdistill extract``: stage 1."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvdistill.commands.options import config_argument, json_option, overrides_option
+
+
+@click.command()
+@config_argument
+@overrides_option
+@json_option
+@click.option("--teacher", "teachers", multiple=True, help="Only this teacher; repeat for more.")
+@click.option("--task", default=0, show_default=True, help="This process's share of the shards.")
+@click.option("--num-tasks", default=1, show_default=True, help="How many shares there are.")
+def extract(
+    *,
+    config: Path,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    teachers: tuple[str, ...],
+    task: int,
+    num_tasks: int,
+) -> None:
+    """Stage 1: read every teacher once into the store.
+
+    Committed shards are skipped, so running again continues, or does nothing.
+    """
+    from kvdistill.commands.progress import extraction_bars
+    from kvdistill.config_file import load
+    from kvdistill.pipelines.extract import extract as run
+
+    experiment = load(config, overrides)
+    with extraction_bars(quiet=as_json) as progress:
+        report = run(experiment, teachers or None, task, num_tasks, progress=progress)
+    if as_json:
+        click.echo(json.dumps(_as_dict(report)))
+        return
+    for teacher in report.teachers:
+        click.echo(_line(teacher))
+    if report.complete:
+        click.echo(f"{report.store} is complete; next: kvdistill train {config}")
+    else:
+        left = ", ".join(f"{count} of {name}" for name, count in report.missing.items() if count)
+        click.echo(f"{report.store}: shards still missing: {left}")
+
+
+def _as_dict(report: Any) -> dict[str, Any]:
+    return {
+        "store": str(report.store),
+        "complete": report.complete,
+        "missing": report.missing,
+        "teachers": [vars(teacher) for teacher in report.teachers],
+    }
+
+
+def _line(teacher: Any) -> str:
+    if not teacher.shards:
+        return f"{teacher.teacher}: nothing to do, {teacher.already_done} shards are there"
+    rate = teacher.tokens / max(teacher.seconds, 1e-9)
+    notes = [f"{teacher.already_done} were there"] if teacher.already_done else []
+    notes += [f"{teacher.truncated} texts truncated"] if teacher.truncated else []
+    notes += [f"{teacher.skipped} texts skipped"] if teacher.skipped else []
+    extra = f" ({', '.join(notes)})" if notes else ""
+    return (
+        f"{teacher.teacher}: {teacher.shards} shards, {teacher.tokens:,} tokens in "
+        f"{teacher.seconds:.1f} s, {rate:,.0f} tokens/s{extra}"
+    )

@@ -1,0 +1,117 @@
+"""One tiny random model per family, as keyword arguments of its config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.extract.models import BASE
+
+_B: dict[str, Any] = {**BASE, "vocab_size": 64}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_SEQ2SEQ = {
+    "d_model": 32,
+    "encoder_layers": 3,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "vocab_size": 64,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+}
+_FALCON = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
+_GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "vocab_size": 64}
+
+DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _B),
+    "llama, MQA": ("llama", {**_B, "num_key_value_heads": 1}),
+    "mistral, sliding": ("mistral", {**_B, "sliding_window": 4}),
+    "qwen2": ("qwen2", _B),
+    "qwen3": ("qwen3", {**_B, "head_dim": 16}),
+    "gemma": ("gemma", {**_B, "head_dim": 16}),
+    "gemma2, sliding": ("gemma2", {**_B, "head_dim": 16, "sliding_window": 4}),
+    "gemma3, sliding": (
+        "gemma3_text",
+        {
+            **_B,
+            "head_dim": 16,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "phi3, fused": ("phi3", _B),
+    "phi, partial rotary": ("phi", _B),
+    "gpt2, fused": ("gpt2", _GPT),
+    "opt, scaled queries": (
+        "opt",
+        {
+            **{k: _B[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads")},
+            **{"ffn_dim": 48, "vocab_size": 64, "max_position_embeddings": 128},
+            "word_embed_proj_dim": 32,
+        },
+    ),
+    "pythia, partial rotary": ("gpt_neox", {**_B, "rotary_pct": 0.25}),
+    "gptj, interleaved": ("gptj", {**_GPT, "rotary_dim": 4}),
+    "cohere, interleaved": ("cohere", _B),
+    "falcon, MQA": ("falcon", {**_FALCON, "multi_query": True}),
+    "falcon, grouped": (
+        "falcon",
+        {**_FALCON, "num_kv_heads": 2, "new_decoder_architecture": True},
+    ),
+    "falcon, alibi": ("falcon", {**_FALCON, "multi_query": False, "alibi": True}),
+    "mixtral, MoE": ("mixtral", {**_B, "num_local_experts": 4}),
+    "olmoe, MoE": ("olmoe", {**_B, **_MOE}),
+    "olmo2": ("olmo2", _B),
+    "smollm3, layers without rotary": ("smollm3", {**_B, "no_rope_layers": [1, 0, 1]}),
+    "granite": ("granite", {**_B, "attention_multiplier": 0.3}),
+    "lfm2, hybrid": ("lfm2", {**_B, "layer_types": ["conv", "full_attention", "conv"]}),
+    "llama, scaled rotary": (
+        "llama",
+        {
+            **_B,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+}
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("bert", _B),
+    "roberta": ("roberta", _B),
+    "distilbert": (
+        "distilbert",
+        {"dim": 32, "hidden_dim": 48, "n_layers": 3, "n_heads": 4, "vocab_size": 64},
+    ),
+    "modernbert, sliding": (
+        "modernbert",
+        {
+            **{k: v for k, v in _B.items() if k != "num_key_value_heads"},
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "local_attention": 4,
+        },
+    ),
+}
+ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": (
+        "t5",
+        {
+            "d_model": 32,
+            "d_kv": 16,
+            "d_ff": 48,
+            "num_layers": 3,
+            "num_decoder_layers": 2,
+            "num_heads": 4,
+            "vocab_size": 64,
+            "decoder_start_token_id": 0,
+        },
+    ),
+    "bart": ("bart", _SEQ2SEQ),
+    "marian": ("marian", _SEQ2SEQ),
+}
