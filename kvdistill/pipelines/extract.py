@@ -190,7 +190,7 @@ class _Run:
 
 def _extract_teacher(run: _Run, name: str, owned: Sequence[str]) -> TeacherReport:
     store, experiment = run.store, run.experiment
-    pending = [shard_id for shard_id in owned if not _is_done(store, experiment, name, shard_id)]
+    pending = [shard_id for shard_id in owned if not is_done(store, experiment, name, shard_id)]
     report = TeacherReport(name, already_done=len(owned) - len(pending))
     if not pending:
         return report
@@ -212,7 +212,7 @@ def _extract_teacher(run: _Run, name: str, owned: Sequence[str]) -> TeacherRepor
     return report
 
 
-def _is_done(store: KVStore, experiment: Experiment, name: str, shard_id: str) -> bool:
+def is_done(store: KVStore, experiment: Experiment, name: str, shard_id: str) -> bool:
     """Committed, and by the extraction that the config asks for.
 
     Anything doubtful counts as pending: the teacher is then loaded, and the comparison of
