@@ -1,0 +1,203 @@
+"""``kvdistill status``, ``logs``, ``cancel`` and ``retry``: looking after many tasks."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from kvdistill.commands.options import Decorator, json_option, overrides_option
+from kvdistill.errors import ConfigError, IncompleteStore
+
+if TYPE_CHECKING:
+    from kvdistill.commands.overview import Overview, TeacherOverview
+    from kvdistill.slurm.ledger import Failure, Ledger
+
+WATCH_SECONDS = 5.0
+
+target_argument: Decorator = click.argument("target", type=click.Path(path_type=Path))
+teacher_option: Decorator = click.option(
+    "--teacher", "teachers", multiple=True, help="Only this teacher; repeat for more."
+)
+
+
+@click.command()
+@target_argument
+@overrides_option
+@teacher_option
+@json_option
+@click.option("--watch", is_flag=True, help="Look again every few seconds until all is done.")
+@click.option("--check", is_flag=True, help="Exit with 3 if any shard is missing.")
+def status(
+    target: Path,
+    overrides: tuple[str, ...],
+    teachers: tuple[str, ...],
+    as_json: bool,
+    watch: bool,
+    check: bool,
+) -> None:
+    """Say what is done and what is missing in TARGET: an experiment file or a store.
+
+    It reads the store's folder; Slurm, where there is one, is asked only why jobs wait.
+    """
+    from kvdistill.commands.overview import overview
+
+    while True:
+        seen = overview(target, overrides, teachers)
+        if watch and sys.stdout.isatty():
+            click.clear()
+        click.echo(json.dumps(seen.as_dict()) if as_json else "\n".join(_lines(seen, target)))
+        if not watch or seen.is_complete:
+            break
+        time.sleep(WATCH_SECONDS)
+    if check and not seen.is_complete:
+        left = ", ".join(f"{count} of {name}" for name, count in seen.missing().items())
+        raise IncompleteStore(f"{seen.store}: shards missing: {left}; run `kvdistill extract`")
+
+
+@click.command()
+@target_argument
+@click.argument("units", nargs=-1)
+@overrides_option
+@teacher_option
+@click.option("--lines", default=20, show_default=True, help="Lines of each log.")
+def logs(
+    target: Path,
+    units: tuple[str, ...],
+    overrides: tuple[str, ...],
+    teachers: tuple[str, ...],
+    lines: int,
+) -> None:
+    """Show tracebacks and the last log lines of failed shards (or of UNITS) in TARGET."""
+    for teacher, ledger, seen in _teachers(target, overrides, teachers):
+        for attempt in seen.status.broken:
+            click.echo(f"{teacher}: task {attempt.task} {attempt.message}\n{attempt.traceback}")
+            click.echo(_tail(attempt.log, lines))
+        wanted = units or tuple(seen.status.failures)
+        for unit in wanted:
+            for failure in ledger.failures(unit):
+                click.echo(f"{teacher} {_failure_line(failure)}")
+                click.echo(failure.traceback or _tail(failure.log, lines))
+
+
+@click.command()
+@target_argument
+@overrides_option
+@teacher_option
+def cancel(target: Path, overrides: tuple[str, ...], teachers: tuple[str, ...]) -> None:
+    """Cancel all jobs of TARGET that are still in Slurm's queue. Published shards stay."""
+    from kvdistill import config_file
+    from kvdistill.commands.distribute import training_ledger
+    from kvdistill.slurm import client
+
+    client.require()
+    ledgers = [ledger for _, ledger, _ in _teachers(target, overrides, teachers)]
+    if not target.is_dir() and not teachers:
+        ledgers.append(training_ledger(config_file.load(target, overrides)))
+    ids = {job.job_id for ledger in ledgers for job in ledger.submissions()}
+    living = {job.partition("_")[0] for job in client.queue(ids)}
+    client.cancel(living)
+    click.echo(f"cancelled {', '.join(sorted(living))}" if living else "nothing is queued")
+
+
+@click.command()
+@target_argument
+@click.argument("units", nargs=-1)
+@overrides_option
+@teacher_option
+def retry(
+    target: Path, units: tuple[str, ...], overrides: tuple[str, ...], teachers: tuple[str, ...]
+) -> None:
+    """Forget the failures of quarantined shards (or of UNITS), so that they are tried again."""
+    total = 0
+    for teacher, ledger, seen in _teachers(target, overrides, teachers):
+        for unit in units or seen.status.of("quarantined"):
+            count = ledger.forgive(unit)
+            total += bool(count)
+            if count:
+                click.echo(f"{teacher} {unit}: {count} failures forgotten")
+    click.echo(f"{total} shards will be tried again; next: the same `kvdistill extract` command")
+
+
+def _teachers(
+    target: Path, overrides: tuple[str, ...], only: tuple[str, ...]
+) -> Iterator[tuple[str, Ledger, TeacherOverview]]:
+    from kvdistill.commands.overview import overview
+    from kvdistill.slurm.ledger import Ledger
+    from kvdistill.store.layout import StorePaths
+
+    seen = overview(target, overrides, only)
+    strangers = set(only) - {each.teacher for each in seen.teachers}
+    if strangers:
+        raise ConfigError(f"{target} has no teacher {sorted(strangers)}")
+    for each in seen.teachers:
+        yield each.teacher, Ledger(StorePaths(seen.store.absolute()).teacher(each.teacher)), each
+
+
+def _lines(seen: Overview, target: Path) -> Iterator[str]:
+    for each in seen.teachers:
+        yield from _teacher_lines(each)
+    if seen.training is not None:
+        yield f"training: {seen.training}"
+    if seen.is_complete:
+        yield f"{seen.store} is complete"
+    elif any(each.status.of("quarantined") for each in seen.teachers):
+        yield f"next: kvdistill logs {target}, then kvdistill retry {target}"
+
+
+def _teacher_lines(each: TeacherOverview) -> Iterator[str]:
+    from kvdistill.slurm.status import UNIT_STATES
+
+    status = each.status
+    counts = [f"{status.count(state)} {state}" for state in UNIT_STATES if status.count(state)]
+    parts = [", ".join(counts), f"of {len(status.units)}", _size(each.stored_bytes)]
+    if status.work_per_second:
+        parts.append(f"{status.work_per_second:,.0f} tokens/s")
+    if status.eta_seconds:
+        parts.append(f"about {_duration(status.eta_seconds)} to go")
+    yield f"{each.teacher}: {' · '.join(parts)}"
+    reasons: dict[str, int] = {}
+    for job in status.waiting:
+        reasons[job.reason] = reasons.get(job.reason, 0) + 1
+    for reason, count in reasons.items():
+        yield f"  {count} queued: {reason}"
+    for attempt in status.broken:
+        yield f"  task {attempt.task} on {attempt.host}: {attempt.message}"
+    for unit, why in status.stale.items():
+        yield f"  {unit} stale: {why}"
+    for unit, failures in status.failures.items():
+        yield f"  {_failure_line(failures[-1])} ({len(failures)}×, {status.units[unit]})"
+    for unit in status.of("quarantined"):
+        yield from (f"    {line}" for line in _tail(status.failures[unit][-1].log, 3).splitlines())
+
+
+def _failure_line(failure: Failure) -> str:
+    where = f" in job {failure.job}" if failure.job else ""
+    return f"{failure.unit} {failure.kind.replace('_', ' ')}{where}: {failure.message}"
+
+
+def _tail(log: str | None, lines: int) -> str:
+    if log is None or not Path(log).exists():
+        return ""
+    text = Path(log).read_bytes()[-200_000:].decode(errors="replace")
+    return "\n".join(text.splitlines()[-lines:])
+
+
+def _size(size_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.1f} TB"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,215 @@
+"""Extraction and training on many processes: a pool here, arrays on Slurm, or scripts to submit.
+
+Every way runs the same worker over the same folder, so they may be mixed: a shard that a pool
+has done is not submitted, and what an array left is done by the next command.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvdistill.commands.work import done_units, extraction_tasks, freeze, ledger_of
+from kvdistill.config import Experiment, SlurmProfile
+from kvdistill.errors import ConfigError
+from kvdistill.pipelines.extract import prepare
+from kvdistill.slurm import client, script
+from kvdistill.slurm.launch import Launch
+from kvdistill.slurm.ledger import Ledger, Submission
+from kvdistill.slurm.local import run_pool
+from kvdistill.slurm.submit import array_name, split, submit_array, submit_calls
+from kvdistill.slurm.task import Ending, Task, share
+from kvdistill.slurm.worker import work
+
+MODULE = ("-m", "kvdistill.cli")
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """What is to be done for one teacher."""
+
+    teacher: str
+    units: tuple[str, ...]
+    """Shards that are missing and that nobody has in the queue."""
+    queued: tuple[str, ...]
+    """Missing shards that a queued or running array element already owns."""
+    quarantined: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """Arrays that were submitted for one teacher."""
+
+    plan: TeacherPlan
+    job_ids: tuple[str, ...]
+    elements: int
+
+
+def choose_profile(experiment: Experiment, name: str | None, role: str) -> SlurmProfile:
+    """The profile named on the command line, or the config's own for this role.
+
+    Raises:
+        ConfigError: there is no such profile, or none to choose.
+    """
+    profiles = experiment.slurm.profiles
+    chosen = name or getattr(experiment.slurm, role) or (next(iter(profiles), None))
+    if chosen is None:
+        raise ConfigError("the config has no slurm.profiles; add one, docs/slurm.md shows how")
+    if chosen not in profiles:
+        raise ConfigError(f"no profile {chosen!r}; slurm.profiles has {sorted(profiles)}")
+    return profiles[chosen]
+
+
+def plan_teacher(experiment: Experiment, teacher: str) -> TeacherPlan:
+    """Find out what one teacher still needs. Creates the store if there is none."""
+    store = prepare(experiment)
+    done = done_units(store, experiment, teacher)
+    missing = [unit for unit in store.shard_ids if unit not in done]
+    ledger = ledger_of(experiment, teacher)
+    in_queue = units_in_queue(ledger)
+    failed = {unit for unit in ledger.failed_units() if ledger.is_quarantined(unit)}
+    return TeacherPlan(
+        teacher,
+        units=tuple(u for u in missing if u not in in_queue and u not in failed),
+        queued=tuple(u for u in missing if u in in_queue),
+        quarantined=tuple(u for u in missing if u in failed and u not in in_queue),
+    )
+
+
+def units_in_queue(ledger: Ledger) -> set[str]:
+    """Units that a queued or running array element owns."""
+    submissions = ledger.submissions()
+    if not submissions or not client.is_available():
+        return set()
+    living = client.queue(submission.job_id for submission in submissions)
+    return {unit for job in submissions for unit in _owned(job, living)}
+
+
+def _owned(submission: Submission, living: dict[str, client.QueuedJob]) -> list[str]:
+    count = len(submission.elements)
+    return [
+        unit
+        for index, units in enumerate(submission.elements)
+        if array_name(submission.job_id, index, count) in living
+        for unit in units
+    ]
+
+
+def submit_extraction(
+    experiment: Experiment, teachers: Sequence[str], profile: SlurmProfile
+) -> list[Submitted]:
+    """Submit one array per teacher over its missing shards.
+
+    Raises:
+        SlurmError: no Slurm here, or it refused.
+        CorpusError, StoreError: the plan cannot be made.
+    """
+    client.require()
+    submitted = []
+    for teacher in teachers:
+        plan = plan_teacher(experiment, teacher)
+        warning = float(profile.signal_delay_s)
+        tasks = extraction_tasks(experiment, teacher, plan.units, num_tasks(profile), warning)
+        ids = submit_array(tasks, profile, f"kv-{teacher}") if plan.units else []
+        submitted.append(Submitted(plan, tuple(ids), len(tasks) if ids else 0))
+    return submitted
+
+
+def num_tasks(profile: SlurmProfile) -> int:
+    """Array elements per teacher."""
+    return profile.tasks or profile.array_parallelism
+
+
+def extract_share(
+    experiment: Experiment, teacher: str, task: int, tasks: int, workers: int
+) -> Ending:
+    """Do one task's share of all shards on this machine; what written scripts call."""
+    store = prepare(experiment)
+    whole = extraction_tasks(experiment, teacher, store.shard_ids, 1)[0]
+    owned = share(store.shard_ids, task, tasks)
+    own = dataclasses.replace(whole, units=owned, task=task, num_tasks=tasks)
+    return work(own) if workers == 1 else run_pool(split(own, workers))
+
+
+def extract_pool(
+    experiment: Experiment,
+    teacher: str,
+    workers: int,
+    on_poll: Callable[[], None] | None = None,
+) -> Ending:
+    """Extract what one teacher is missing with several worker processes on this machine."""
+    plan = plan_teacher(experiment, teacher)
+    if not plan.units:
+        return Ending("complete", "nothing to do")
+    tasks: list[Task] = extraction_tasks(experiment, teacher, plan.units, workers)
+    return run_pool(tasks, on_poll=on_poll)
+
+
+def submit_training(
+    experiment: Experiment, profile: SlurmProfile, after: Sequence[str] = ()
+) -> str:
+    """Submit the training job, to start when all of ``after`` have ended, however they ended.
+
+    ``afterany``, not ``afterok``: one failed element would block it for ever, even once that
+    element was requeued and completed. Training itself refuses an incomplete store.
+    """
+    ledger = training_ledger(experiment)
+    frozen = freeze(experiment, ledger.jobs)
+    dependency = f"afterany:{':'.join(after)}" if after else None
+    launch = training_launch(profile, str(frozen))
+    name = f"kv-train-{experiment.name}"
+    job_id = submit_calls([launch], profile, name, ledger, dependency)
+    ledger.record_submission(Submission(job_id, name, time.time(), (("training",),)))
+    return job_id
+
+
+def training_ledger(experiment: Experiment) -> Ledger:
+    """Where the training job's scripts and logs go."""
+    return Ledger(experiment.output_dir.absolute() / f"{experiment.name}.slurm")
+
+
+def training_launch(profile: SlurmProfile, config: str) -> Launch:
+    """The training job: plain on one process, behind a check and torchrun on several."""
+    processes = max(1, profile.gpus_per_node)
+    several = profile.nodes * processes > 1
+    return Launch(
+        command=(*MODULE, "train", config),
+        gate=(*MODULE, "status", config, "--check") if several else (),
+        nodes=profile.nodes,
+        processes_per_node=processes,
+        max_restarts=profile.max_restarts,
+        patience_seconds=profile.signal_delay_s / 2,
+    )
+
+
+def extraction_script(
+    experiment: Experiment, teacher: str, profile: SlurmProfile, config: Path
+) -> str:
+    """A batch script of one teacher's array that needs no Python to submit."""
+    count = num_tasks(profile)
+    arguments = [*MODULE, "extract", str(config.absolute()), "--teacher", teacher]
+    workers = [f"--workers={profile.workers}"] if profile.workers > 1 else []
+    command = " ".join(
+        [
+            script.python_command(profile),
+            shlex.join(["-u", *arguments]),
+            f"--task=$SLURM_ARRAY_TASK_ID --num-tasks={count}",
+            *workers,
+        ]
+    )
+    jobs = ledger_of(experiment, teacher).jobs
+    jobs.mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for a log, it just loses it
+    return script.render(profile, f"kv-{teacher}", command, jobs, elements=count)
+
+
+def training_script(experiment: Experiment, profile: SlurmProfile, config: Path) -> str:
+    """A batch script of the training job."""
+    launch = training_launch(profile, str(config.absolute()))
+    command = f"{script.python_command(profile)} -u -m kvdistill.slurm.launch {launch.to_shell()}"
+    jobs = training_ledger(experiment).jobs
+    jobs.mkdir(parents=True, exist_ok=True)
+    return script.render(profile, f"kv-train-{experiment.name}", command, jobs)

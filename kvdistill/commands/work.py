@@ -1,0 +1,123 @@
+"""Extraction as work for ``kvdistill.slurm``: a shard is a unit, the store says what is done.
+
+``slurm`` knows nothing of teachers and ``pipelines`` nothing of Slurm; this is where they meet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from kvdistill import config_file
+from kvdistill.config import Experiment
+from kvdistill.errors import Interrupted
+from kvdistill.pipelines.extract import extract_shard, is_done, open_teacher
+from kvdistill.slurm.ledger import Ledger
+from kvdistill.slurm.task import Task, share
+from kvdistill.store.layout import StorePaths
+from kvdistill.store.reader import KVStore
+
+if TYPE_CHECKING:
+    from kvdistill.extract.teacher import Teacher
+
+TARGET: Final = "kvdistill.commands.work:extraction_work"
+
+
+class ExtractionWork:
+    """One teacher reading shards. The teacher is loaded by ``prepare``, not before."""
+
+    def __init__(self, experiment: Experiment, teacher: str) -> None:
+        self._experiment = experiment
+        self._name = teacher
+        # Opened, not prepared: the plan was made where it was submitted, and a compute node may
+        # reach neither the corpus nor the hub.
+        self._store = KVStore.open(experiment.store)
+
+    @cached_property
+    def _teacher(self) -> Teacher:
+        return open_teacher(self._store, self._experiment, self._name)
+
+    def is_done(self, unit: str) -> bool:
+        """Committed, by the extraction that the config asks for."""
+        return is_done(self._store, self._experiment, self._name, unit)
+
+    def prepare(self) -> None:
+        """Load and verify the teacher."""
+        _ = self._teacher
+
+    def run(self, unit: str, should_stop: Callable[[], bool]) -> int:
+        """Read and publish one shard; returns its tokens. Stops between two batches."""
+
+        def look_up(_tokens: int) -> None:
+            if should_stop():
+                raise Interrupted(f"shard {unit} of {self._name} abandoned")
+
+        look_up(0)
+        extracted, _ = extract_shard(
+            self._store, self._experiment, self._teacher, unit, on_batch=look_up
+        )
+        return extracted.shard.tokens.num_tokens
+
+    def clear(self, unit: str) -> None:
+        """Remove staging folders of a shard whose writer is dead."""
+        for folder in self._store.paths.temporary(self._name).glob(f"{unit}.*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def extraction_work(config: str, teacher: str) -> ExtractionWork:
+    """The target of extraction tasks; ``config`` is a frozen experiment file."""
+    return ExtractionWork(config_file.load(Path(config)), teacher)
+
+
+def ledger_of(experiment: Experiment, teacher: str) -> Ledger:
+    """Where a teacher's tasks leave word."""
+    return Ledger(StorePaths(experiment.store.absolute()).teacher(teacher))
+
+
+def done_units(store: KVStore, experiment: Experiment, teacher: str) -> frozenset[str]:
+    """Shards that are committed by the extraction that the config asks for."""
+    committed = store.committed(teacher)
+    # One extraction per teacher's name, so that one shard speaks for all.
+    same = any(is_done(store, experiment, teacher, unit) for unit in sorted(committed)[:1])
+    return committed if same else frozenset()
+
+
+def extraction_tasks(
+    experiment: Experiment,
+    teacher: str,
+    units: tuple[str, ...],
+    num_tasks: int,
+    warning_seconds: float = 120.0,
+) -> list[Task]:
+    """Share units of one teacher out among ``num_tasks`` tasks (fewer if there are fewer units)."""
+    ledger = ledger_of(experiment, teacher)
+    frozen = freeze(experiment, ledger.jobs)
+    num = max(1, min(num_tasks, len(units)))
+    return [
+        Task(
+            target=TARGET,
+            arguments={"config": str(frozen), "teacher": teacher},
+            folder=ledger.folder,
+            units=share(units, task, num),
+            task=task,
+            num_tasks=num,
+            warning_seconds=warning_seconds,
+        )
+        for task in range(num)
+    ]
+
+
+def freeze(experiment: Experiment, folder: Path) -> Path:
+    """Write an experiment down as it is now, so that a later edit changes no queued job."""
+    text = config_file.dump(experiment)
+    path = folder / f"experiment-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        staged = path.with_suffix(f".{id(text):x}.tmp")
+        staged.write_text(text, encoding="utf-8")
+        staged.replace(path)
+    return path
