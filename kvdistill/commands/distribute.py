@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kvdistill.commands.work import done_units, extraction_tasks, freeze, ledger_of
 from kvdistill.config import Experiment, SlurmProfile
-from kvdistill.errors import ConfigError
+from kvdistill.errors import ConfigError, StoreNotFound
 from kvdistill.pipelines.extract import prepare
 from kvdistill.slurm import client, script
 from kvdistill.slurm.launch import Launch
@@ -24,6 +24,7 @@ from kvdistill.slurm.local import run_pool
 from kvdistill.slurm.submit import array_name, split, submit_array, submit_calls
 from kvdistill.slurm.task import Ending, Task, share
 from kvdistill.slurm.worker import work
+from kvdistill.store.reader import KVStore
 
 MODULE = ("-m", "kvdistill.cli")
 
@@ -80,6 +81,12 @@ def plan_teacher(experiment: Experiment, teacher: str) -> TeacherPlan:
     )
 
 
+def queued_jobs(experiment: Experiment, teachers: Sequence[str]) -> list[str]:
+    """Ids of earlier arrays of these teachers that have not ended."""
+    ids = {job.job_id for name in teachers for job in ledger_of(experiment, name).submissions()}
+    return sorted({job.partition("_")[0] for job in client.queue(ids)})
+
+
 def units_in_queue(ledger: Ledger) -> set[str]:
     """Units that a queued or running array element owns."""
     submissions = ledger.submissions()
@@ -128,11 +135,19 @@ def extract_share(
     experiment: Experiment, teacher: str, task: int, tasks: int, workers: int
 ) -> Ending:
     """Do one task's share of all shards on this machine; what written scripts call."""
-    store = prepare(experiment)
+    store = open_store(experiment)
     whole = extraction_tasks(experiment, teacher, store.shard_ids, 1)[0]
     owned = share(store.shard_ids, task, tasks)
     own = dataclasses.replace(whole, units=owned, task=task, num_tasks=tasks)
     return work(own) if workers == 1 else run_pool(split(own, workers))
+
+
+def open_store(experiment: Experiment) -> KVStore:
+    """Open the store, or make it. Where it is there the corpus is not read again."""
+    try:
+        return KVStore.open(experiment.store)
+    except StoreNotFound:
+        return prepare(experiment)
 
 
 def extract_pool(

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from kvdistill.commands.options import config_argument, json_option, overrides_option
+from kvdistill.commands.spread import Spread, extract_task, spread_extraction, spread_options
 
 
 @click.command()
@@ -16,16 +17,18 @@ from kvdistill.commands.options import config_argument, json_option, overrides_o
 @overrides_option
 @json_option
 @click.option("--teacher", "teachers", multiple=True, help="Only this teacher; repeat for more.")
-@click.option("--task", default=0, show_default=True, help="This process's share of the shards.")
+@click.option("--task", type=int, help="Do only this share of the shards, counted from 0.")
 @click.option("--num-tasks", default=1, show_default=True, help="How many shares there are.")
+@spread_options
 def extract(
     *,
     config: Path,
     overrides: tuple[str, ...],
     as_json: bool,
     teachers: tuple[str, ...],
-    task: int,
+    task: int | None,
     num_tasks: int,
+    spread: Spread,
 ) -> None:
     """Stage 1: read every teacher once into the store.
 
@@ -36,8 +39,15 @@ def extract(
     from kvdistill.pipelines.extract import extract as run
 
     experiment = load(config, overrides)
+    if task is not None:
+        share = {"task": task, "num_tasks": num_tasks, "workers": spread.workers or 1}
+        extract_task(experiment, config, teachers, **share)
+        return
+    if spread.wanted:
+        spread_extraction(experiment, config, teachers, spread)
+        return
     with extraction_bars(quiet=as_json) as progress:
-        report = run(experiment, teachers or None, task, num_tasks, progress=progress)
+        report = run(experiment, teachers or None, progress=progress)
     if as_json:
         click.echo(json.dumps(_as_dict(report)))
         return

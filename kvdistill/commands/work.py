@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TextIO
 
 from kvdistill import config_file
 from kvdistill.config import Experiment
 from kvdistill.errors import Interrupted
-from kvdistill.pipelines.extract import extract_shard, is_done, open_teacher
+from kvdistill.pipelines.extract import extract_shard, is_done, open_teacher, prepare
 from kvdistill.slurm.ledger import Ledger
 from kvdistill.slurm.task import Task, share
 from kvdistill.store.layout import StorePaths
@@ -121,3 +122,25 @@ def freeze(experiment: Experiment, folder: Path) -> Path:
         staged.write_text(text, encoding="utf-8")
         staged.replace(path)
     return path
+
+
+@contextmanager
+def pool_progress(
+    experiment: Experiment, teacher: str, stream: TextIO
+) -> Iterator[Callable[[], None]]:
+    """Yields what a pool calls a few times a second; says how many shards are there."""
+    store = prepare(experiment)
+    total = len(store.shard_ids)
+    shown = -1
+
+    def tell() -> None:
+        nonlocal shown
+        count = len(store.committed(teacher))
+        if count != shown:
+            shown = count
+            end = "" if stream.isatty() and count < total else "\n"
+            start = "\r" if stream.isatty() else ""
+            print(f"{start}{teacher} {count}/{total} shards", end=end, file=stream, flush=True)
+
+    yield tell
+    tell()
