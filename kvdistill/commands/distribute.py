@@ -16,7 +16,7 @@ from pathlib import Path
 from kvdistill.commands.work import done_units, extraction_tasks, freeze, ledger_of
 from kvdistill.config import Experiment, SlurmProfile
 from kvdistill.errors import ConfigError, StoreNotFound
-from kvdistill.pipelines.extract import prepare
+from kvdistill.pipelines.stored import prepare
 from kvdistill.slurm import client, script
 from kvdistill.slurm.launch import Launch
 from kvdistill.slurm.ledger import Ledger, Submission
@@ -201,6 +201,14 @@ def training_launch(profile: SlurmProfile, config: str) -> Launch:
     )
 
 
+def make_log_folders(experiment: Experiment, teachers: Sequence[str]) -> None:
+    """Slurm makes no folder for a log, it just loses it. The store's plan must be there first."""
+    open_store(experiment)
+    ledgers = [ledger_of(experiment, name) for name in teachers]
+    for ledger in (*ledgers, training_ledger(experiment)):
+        ledger.jobs.mkdir(parents=True, exist_ok=True)
+
+
 def extraction_script(
     experiment: Experiment, teacher: str, profile: SlurmProfile, config: Path
 ) -> str:
@@ -217,7 +225,6 @@ def extraction_script(
         ]
     )
     jobs = ledger_of(experiment, teacher).jobs
-    jobs.mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for a log, it just loses it
     return script.render(profile, f"kv-{teacher}", command, jobs, elements=count)
 
 
@@ -226,5 +233,4 @@ def training_script(experiment: Experiment, profile: SlurmProfile, config: Path)
     launch = training_launch(profile, str(config.absolute()))
     command = f"{script.python_command(profile)} -u -m kvdistill.slurm.launch {launch.to_shell()}"
     jobs = training_ledger(experiment).jobs
-    jobs.mkdir(parents=True, exist_ok=True)
     return script.render(profile, f"kv-train-{experiment.name}", command, jobs)

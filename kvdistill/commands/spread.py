@@ -134,6 +134,7 @@ def _scripts(
     if folder is None:
         click.echo("\n".join(f"# {name}\n{text}" for name, text in scripts.items()))
         return
+    distribute.make_log_folders(experiment, names)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in scripts.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -144,6 +145,9 @@ def _scripts(
 def _submit(
     experiment: Experiment, config: Path, names: Sequence[str], spread: Spread, train: bool
 ) -> list[str]:
+    from kvdistill.slurm import client
+
+    client.require()
     from kvdistill.commands import distribute
 
     profile = distribute.choose_profile(experiment, spread.profile, "extract")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, TextIO
 from kvdistill import config_file
 from kvdistill.config import Experiment
 from kvdistill.errors import Interrupted
-from kvdistill.pipelines.extract import extract_shard, is_done, open_teacher, prepare
+from kvdistill.pipelines.stored import is_done, prepare
 from kvdistill.slurm.ledger import Ledger
 from kvdistill.slurm.task import Task, share
 from kvdistill.store.layout import StorePaths
@@ -40,6 +40,8 @@ class ExtractionWork:
 
     @cached_property
     def _teacher(self) -> Teacher:
+        from kvdistill.pipelines.extract import open_teacher
+
         return open_teacher(self._store, self._experiment, self._name)
 
     def is_done(self, unit: str) -> bool:
@@ -52,6 +54,7 @@ class ExtractionWork:
 
     def run(self, unit: str, should_stop: Callable[[], bool]) -> int:
         """Read and publish one shard; returns its tokens. Stops between two batches."""
+        from kvdistill.pipelines.extract import extract_shard
 
         def look_up(_tokens: int) -> None:
             if should_stop():

@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from kvdistill.config import Experiment
-from kvdistill.corpus import cut
 from kvdistill.errors import ConfigError, Interrupted
 from kvdistill.extract.shard import ExtractedShard, extract_samples
 from kvdistill.extract.teacher import Teacher, load_teacher
-from kvdistill.pipelines.corpus import load_corpus
-from kvdistill.store.layout import StorePaths
+from kvdistill.pipelines.stored import is_done, prepare
 from kvdistill.store.reader import KVStore
-from kvdistill.store.writer import add_teacher, create, publish_shard
+from kvdistill.store.writer import add_teacher, publish_shard
 
 
 @dataclass(frozen=True)
@@ -71,19 +69,6 @@ class ExtractionReport:
 
 OnProgress = Callable[[Progress], None]
 ShouldStop = Callable[[], bool]
-
-
-def prepare(experiment: Experiment) -> KVStore:
-    """Create the store of an experiment's corpus, or open the one that is there.
-
-    No teacher is loaded: each registers itself when its first shard is extracted.
-
-    Raises:
-        CorpusError: the corpus is missing, empty or malformed.
-        StoreMismatch: the store was made from another corpus, or cut differently.
-    """
-    samples = load_corpus(experiment.corpus).train
-    return create(experiment.store, list(cut(samples, experiment.corpus.shard_chars)))
 
 
 def extract(
@@ -210,23 +195,6 @@ def _extract_teacher(run: _Run, name: str, owned: Sequence[str]) -> TeacherRepor
             skipped=report.skipped + len(extracted.skipped),
         )
     return report
-
-
-def is_done(store: KVStore, experiment: Experiment, name: str, shard_id: str) -> bool:
-    """Committed, and by the extraction that the config asks for.
-
-    Anything doubtful counts as pending: the teacher is then loaded, and the comparison of
-    manifests says precisely what differs.
-    """
-    if not StorePaths(store.paths.root).teacher_manifest(name).is_file():
-        return False
-    manifest = store.teacher(name)
-    same = (
-        manifest.extraction_fingerprint == experiment.extraction_fingerprint(name)
-        and manifest.model == experiment.teachers[name].model
-        and manifest.backend == experiment.extraction.backend
-    )
-    return same and store.is_committed(name, shard_id)
 
 
 def _names(experiment: Experiment, teachers: Sequence[str] | None) -> list[str]:

@@ -44,6 +44,7 @@ def parameters(profile: SlurmProfile, name: str, dependency: str | None = None) 
         "signal_delay_s": profile.signal_delay_s,
         "array_parallelism": profile.array_parallelism,
         "srun_args": srun,
+        "wckey": None,  # submitit's own; sites that check wckeys refuse it
         "additional_parameters": {"requeue": True, "chdir": str(Path.cwd()), **profile.extra},
         **{key: value for key, value in optional.items() if value is not None},
     }
