@@ -38,6 +38,7 @@ class LinearProjection(nn.Module):
         ]
         self.dim_LDE = nn.Parameter(torch.stack(dims))
         self.head_LHG = nn.Parameter(heads.repeat(num_layers, 1, 1))
+        self.bias_LGE = nn.Parameter(torch.zeros(num_layers, *target))
 
     def forward(self, x_BLHTD: Tensor) -> Tensor:
         """``[B, L, H_t, T, D_t]`` to ``[B, L, H_s, T, D_s]``.
@@ -47,4 +48,5 @@ class LinearProjection(nn.Module):
         """
         check_kv(x_BLHTD, self.num_layers, self.source, "projection")
         narrowed = torch.einsum("blhtd,lde->blhte", x_BLHTD, self.dim_LDE)
-        return torch.einsum("blhte,lhg->blgte", narrowed, self.head_LHG)
+        mixed = torch.einsum("blhte,lhg->blgte", narrowed, self.head_LHG)
+        return mixed + self.bias_LGE[:, :, None]

@@ -7,11 +7,10 @@ heads and channels of a layer; it is thrown away after training (FitNets, arXiv 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
+from kvdistill.distill.projection.layerwise import layerwise, uniform_weights
 from kvdistill.distill.projection.shapes import HeadShape, check_kv
 
 
@@ -21,9 +20,7 @@ class StudentToTeacher(nn.Module):
     def __init__(self, num_layers: int, source: HeadShape, target: HeadShape) -> None:
         super().__init__()
         self.num_layers, self.source, self.target = num_layers, source, target
-        bound = 1 / math.sqrt(source.width)
-        weight = torch.empty(num_layers, source.width, target.width).uniform_(-bound, bound)
-        self.weight_LIO = nn.Parameter(weight)
+        self.weight_LIO = uniform_weights(num_layers, source, target)
         self.bias_LO = nn.Parameter(torch.zeros(num_layers, target.width))
 
     def forward(self, student_BLHTD: Tensor) -> Tensor:
@@ -33,7 +30,4 @@ class StudentToTeacher(nn.Module):
             GeometryError: layers, heads or dim are not the declared ones.
         """
         check_kv(student_BLHTD, self.num_layers, self.source, "student-to-teacher regression")
-        b, num_layers, _, t, _ = student_BLHTD.shape
-        flat = student_BLHTD.transpose(2, 3).reshape(b, num_layers, t, self.source.width)
-        guess = torch.einsum("blti,lio->blto", flat, self.weight_LIO) + self.bias_LO[:, None]
-        return guess.view(b, num_layers, t, *self.target).transpose(2, 3)
+        return layerwise(student_BLHTD, self.weight_LIO, self.bias_LO, self.target)
