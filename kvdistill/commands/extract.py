@@ -36,7 +36,6 @@ def extract(
     """
     from kvdistill.commands.progress import extraction_bars
     from kvdistill.config_file import load
-    from kvdistill.pipelines.extract import extract as run
 
     experiment = load(config, overrides)
     if task is not None:
@@ -46,6 +45,8 @@ def extract(
     if spread.wanted:
         spread_extraction(experiment, config, teachers, spread)
         return
+    from kvdistill.pipelines.extract import extract as run  # brings torch, which submitting needs not
+
     with extraction_bars(quiet=as_json) as progress:
         report = run(experiment, teachers or None, progress=progress)
     if as_json:
