@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kvdistill.commands.options import config_argument, json_option, overrides_option
 from kvdistill.commands.spread import Spread, extract_task, spread_extraction, spread_options
+
+if TYPE_CHECKING:
+    from kvdistill.pipelines.extract import ExtractionReport
 
 
 @click.command()
@@ -45,17 +48,25 @@ def extract(
     if spread.wanted:
         spread_extraction(experiment, config, teachers, spread)
         return
-    from kvdistill.pipelines.extract import extract as run  # brings torch, which submitting needs not
+    # Not above: it brings torch, and submitting needs none.
+    from kvdistill.pipelines.extract import extract as run
 
     with extraction_bars(quiet=as_json) as progress:
         report = run(experiment, teachers or None, progress=progress)
     if as_json:
         click.echo(json.dumps(_as_dict(report)))
         return
+    print_report(report)
+    if report.complete:
+        click.echo(f"next: kvdistill train {config}")
+
+
+def print_report(report: ExtractionReport) -> None:
+    """Say what an extraction did, and what is still missing."""
     for teacher in report.teachers:
         click.echo(_line(teacher))
     if report.complete:
-        click.echo(f"{report.store} is complete; next: kvdistill train {config}")
+        click.echo(f"{report.store} is complete")
     else:
         left = ", ".join(f"{count} of {name}" for name, count in report.missing.items() if count)
         click.echo(f"{report.store}: shards still missing: {left}")

@@ -33,6 +33,11 @@ class Spread:
         """Whether anything but this one process is asked for."""
         return bool(self.workers or self.slurm or self.dry_run or self.write_sbatch)
 
+    @property
+    def local(self) -> bool:
+        """Whether the work is done on this machine, and done when the command returns."""
+        return not (self.slurm or self.dry_run or self.write_sbatch)
+
 
 def spread_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options and pass them on as one ``spread``."""
