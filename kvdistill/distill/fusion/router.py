@@ -1,0 +1,114 @@
+"""Learned fusion weights: the student's hidden state decides which teacher counts.
+
+``mlp``        softmax over teachers of a small network's logits
+``gate``       an independent sigmoid per teacher, then normalised: several may be fully open
+``attention``  softmax of a query against one key per teacher, learned or set from prototypes
+
+A router that is trained on the K/V loss alone picks the teacher that is easiest to imitate, not
+the one that helps; train it through an injected cache (``inject``) if that is what is wanted.
+Every router starts near uniform weights.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from kvdistill.errors import ConfigError, GeometryError
+from kvdistill.types import Granularity
+
+NO_TASK = 0
+"""Task id of a sample without a tag; real tags count from 1."""
+
+
+class Router(nn.Module):
+    """Weights ``alpha [N, B, L, T]`` from hidden states; B real, L and T by granularity."""
+
+    def __init__(
+        self,
+        method: Literal["mlp", "gate", "attention"],
+        num_teachers: int,
+        hidden_size: int,
+        *,
+        granularity: Granularity = "sample",
+        num_layers: int = 1,
+        num_tasks: int = 0,
+        width: int = 64,
+    ) -> None:
+        super().__init__()
+        if num_teachers < 1:
+            raise ConfigError("fusion: a router needs at least one teacher")
+        self.method, self.granularity = method, granularity
+        self.num_teachers, self.hidden_size = num_teachers, hidden_size
+        self.num_outputs = num_layers if granularity == "layer" else 1
+        self.norm = nn.LayerNorm(hidden_size)
+        self.task = nn.Embedding(num_tasks + 1, hidden_size) if num_tasks else None
+        if self.task is not None:
+            nn.init.zeros_(self.task.weight)
+        self.enter = nn.Linear(hidden_size, width)
+        # Small, not zero: at exactly uniform weights nothing could flow back to ``enter``.
+        leave = torch.randn(num_teachers * self.num_outputs, width) * (0.02 / math.sqrt(width))
+        self.key_OW = nn.Parameter(leave)
+
+    def forward(self, hidden: Tensor, task_B: Tensor | None = None) -> Tensor:
+        """Fusion weights, summing to one over teachers, float32.
+
+        Args:
+            hidden: the student's hidden state: the prompt's mean ``[B, E]``, or every token's
+                ``[B, T, E]`` for granularity ``token``. Detach it if the student should not
+                learn from routing.
+            task_B: task ids ``[B]``, 0 where a sample has none; for a router with tasks.
+
+        Returns:
+            ``[N, B, 1, 1]`` (sample), ``[N, B, L, 1]`` (layer) or ``[N, B, 1, T]`` (token).
+
+        Raises:
+            GeometryError: hidden states of another shape than the granularity needs.
+        """
+        if hidden.dim() != (3 if self.granularity == "token" else 2):
+            raise GeometryError(
+                f"router: granularity {self.granularity} needs hidden states "
+                f"{'[B, T, E]' if self.granularity == 'token' else '[B, E]'}, "
+                f"got {tuple(hidden.shape)}"
+            )
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = self._logits(hidden.float(), task_B)
+        if self.method == "gate":
+            gates = logits.sigmoid()
+            alpha: Tensor = gates / gates.sum(0, keepdim=True)
+        else:
+            alpha = logits.softmax(0)
+        return alpha
+
+    def _logits(self, hidden: Tensor, task_B: Tensor | None) -> Tensor:
+        query = self.norm(hidden)
+        if self.task is not None and task_B is not None:
+            tag = self.task(task_B)
+            query = query + (tag.unsqueeze(1) if hidden.dim() == 3 else tag)
+        inner = self.enter(query)
+        if self.method == "attention":
+            scores = inner @ self.key_OW.T / math.sqrt(inner.shape[-1])
+        else:
+            scores = nn.functional.gelu(inner) @ self.key_OW.T
+        scores = scores.unflatten(-1, (self.num_teachers, self.num_outputs))
+        if self.granularity == "token":
+            return scores.squeeze(-1).permute(2, 0, 1).unsqueeze(2)
+        return scores.permute(1, 0, 2).unsqueeze(-1)
+
+    @torch.no_grad()
+    def set_teacher_keys(self, prototypes_NE: Tensor) -> None:
+        """Start an attention router from prototypes in the student's space, ``[N, E]``.
+
+        Raises:
+            GeometryError: not one prototype per teacher, or of another width.
+        """
+        if tuple(prototypes_NE.shape) != (self.num_teachers, self.hidden_size):
+            raise GeometryError(
+                f"router: expected prototypes [{self.num_teachers}, {self.hidden_size}], "
+                f"got {tuple(prototypes_NE.shape)}"
+            )
+        keys = self.enter(self.norm(prototypes_NE.float()))
+        self.key_OW.copy_(keys.repeat_interleave(self.num_outputs, dim=0))
