@@ -61,6 +61,16 @@ def dump(experiment: Experiment) -> str:
     return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def flatten(body: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested sections as ``{"training.epochs": 2, …}``."""
+    if not isinstance(body, dict):
+        return {prefix: body}
+    flat: dict[str, Any] = {}
+    for key, value in body.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
 def _override(body: dict[str, Any], override: str) -> None:
     dotted, sign, value = override.partition("=")
     if not sign or not dotted.strip():

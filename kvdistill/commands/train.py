@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from kvdistill.commands.options import config_argument, json_option, overrides_option
+from kvdistill.commands.spread import Spread, spread_extraction, spread_options
+
+if TYPE_CHECKING:
+    from kvdistill.pipelines.train import TrainingReport
 
 
 @click.command()
@@ -15,7 +20,7 @@ from kvdistill.commands.options import config_argument, json_option, overrides_o
 @overrides_option
 @json_option
 def train(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Distil the store that CONFIG names into its student.
+    """Stage 2: distil the store that CONFIG names into its student.
 
     A run that was interrupted goes on from its last checkpoint; a finished one is left alone.
     """
@@ -25,14 +30,37 @@ def train(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     report = run_training(config_file.load(config, overrides))
     if as_json:
         click.echo(json.dumps({"folder": str(report.folder), "metrics": report.metrics}))
-        return
-    state = "was finished already" if report.already_finished else "finished"
-    click.echo(f"training {state}: {report.folder}")
-    for name in ("eval_perplexity", "eval_bits_per_character"):
-        if name in report.metrics:
-            label = name.removeprefix("eval_").replace("_", " ")
-            click.echo(f"  held-out {label}: {report.metrics[name]:.4g}")
-    click.echo(f"next: `kvdistill report {report.folder}`, or load {report.folder / 'student'}")
+    else:
+        _print(report)
+
+
+@click.command()
+@config_argument
+@overrides_option
+@spread_options
+def run(*, config: Path, overrides: tuple[str, ...], spread: Spread) -> None:
+    """Extract with every teacher, then train: `extract` and `train` in one.
+
+    Both stages skip what is done, so the same command continues what was interrupted.
+    With --slurm, arrays extract and a job trains once they have ended.
+    """
+    from kvdistill import config_file
+
+    experiment = config_file.load(config, overrides)
+    if spread.wanted:
+        spread_extraction(experiment, config, (), spread, train=True)
+        if not spread.local:
+            return
+    # Not above: these bring torch, and submitting needs none.
+    from kvdistill.commands.extract import print_report
+    from kvdistill.commands.progress import extraction_bars
+    from kvdistill.pipelines.extract import extract
+    from kvdistill.pipelines.train import train as run_training
+
+    with extraction_bars() as progress:
+        extraction = extract(experiment, progress=progress)
+    print_report(extraction)
+    _print(run_training(experiment))
 
 
 @click.command()
@@ -59,3 +87,13 @@ def evaluate(
         return
     for name, value in metrics.items():
         click.echo(f"{name.replace('_', ' ')}: {value:.6g}")
+
+
+def _print(report: TrainingReport) -> None:
+    state = "was finished already" if report.already_finished else "finished"
+    click.echo(f"training {state}: {report.folder}")
+    for name in ("eval_perplexity", "eval_bits_per_character"):
+        if name in report.metrics:
+            label = name.removeprefix("eval_").replace("_", " ")
+            click.echo(f"  held-out {label}: {report.metrics[name]:.4g}")
+    click.echo(f"next: kvdistill report {report.folder}; the student is in {report.folder}/student")

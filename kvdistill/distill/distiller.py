@@ -67,7 +67,7 @@ class TeacherHead(nn.Module):
             self.projector = LinearProjection(num_layers, shape, student).requires_grad_(False)
 
     def target(self, parts: Mapping[str, Tensor], band: Band) -> Tensor:
-        """Standardised teacher KV at the student's layers and tokens: ``[B, L_s, H_t, T_s, D_t]``."""
+        """Standardised teacher KV at the student's places: ``[B, L_s, H_t, T_s, D_t]``."""
         teacher_BLHTD = self.standardise(self.codec.decode(parts, self.kind))
         # Both maps are linear and commute; layers first, since fewer layers are then aligned.
         mapped_BLHTD = self.layer_map.apply(teacher_BLHTD, self.layer_map.needed)

@@ -100,8 +100,8 @@ def begin(experiment: Experiment) -> RunFolder:
 
 
 def _refuse_other_config(folder: RunFolder, experiment: Experiment) -> None:
-    stored = _flat(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
-    asked = _flat(experiment.model_dump(mode="json"))
+    stored = config_file.flatten(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
+    asked = config_file.flatten(experiment.model_dump(mode="json"))
     different = sorted(key for key in stored | asked if stored.get(key) != asked.get(key))
     if different:
         key = different[0]
@@ -110,12 +110,3 @@ def _refuse_other_config(folder: RunFolder, experiment: Experiment) -> None:
             f"{folder.path} holds a run with {key}={stored.get(key)!r}, this config has "
             f"{asked.get(key)!r}{more}; choose another name (--set name=…) or remove the folder"
         )
-
-
-def _flat(body: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(body, dict):
-        return {prefix: body}
-    flat: dict[str, Any] = {}
-    for key, value in body.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat

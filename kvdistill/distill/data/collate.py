@@ -54,7 +54,7 @@ class Collate:
     """Per teacher, how its shards are encoded."""
 
     def __call__(self, items: Sequence[Item]) -> Batch:
-        """A batch of tensors:
+        """A batch of tensors.
 
         ``input_ids``, ``attention_mask``, ``labels``  ``[B, T_s]`` (labels -100 where ignored)
         ``text_mask``  ``[B, T_s]``: True for tokens that stand for characters

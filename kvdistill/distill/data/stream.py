@@ -1,4 +1,4 @@
-"""Batches of all teachers, aligned sample by sample, as an iterable that can be stopped and resumed.
+"""Batches of all teachers, aligned sample by sample; can be stopped and resumed anywhere.
 
 The epoch's global order (``order.py``) is cut into global batches, and each rank takes its share
 of every one. State is one number, the global position; a run that stopped on two ranks goes on
@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -117,12 +118,12 @@ class KVStream(IterableDataset[Batch]):
 
     def __len__(self) -> int:
         """Batches per epoch; the last may be smaller."""
-        return -(-self.num_samples // self.global_batch)
+        return ceil(self.num_samples / self.global_batch)
 
     @property
     def batches_done(self) -> int:
         """Batches of this epoch that count as done, so that done + left = ``len(self)``."""
-        return len(self) - -(-(self.num_samples - self.position) // self.global_batch)
+        return len(self) - ceil((self.num_samples - self.position) / self.global_batch)
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream is: the epoch, and the samples that all ranks have taken of it."""

@@ -1,0 +1,162 @@
+"""One self-contained page from finished runs: what was compared, and how it went."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from kvdistill.config_file import flatten
+from kvdistill.errors import ConfigError
+from kvdistill.pipelines import plots
+from kvdistill.pipelines.runs import RunFolder
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, read back from its folder."""
+
+    name: str
+    config: dict[str, Any]
+    record: dict[str, Any]
+    logs: list[dict[str, Any]]
+    diagnostics: dict[str, Any]
+
+    def curve(self, key: str) -> tuple[list[float], list[float]]:
+        """Steps and values of one logged quantity; the last value of a step that was redone."""
+        points = {row["step"]: row[key] for row in self.logs if key in row}
+        return [float(step) for step in sorted(points)], [points[step] for step in sorted(points)]
+
+
+def read_run(path: Path) -> Run:
+    """Read a run's folder.
+
+    Raises:
+        ConfigError: not a run, or one that has not finished.
+    """
+    folder = RunFolder(path)
+    record = folder.read_record()
+    if not record:
+        raise ConfigError(f"{path} is not a run's folder (it has no run.json)")
+    if not record["finished"]:
+        raise ConfigError(f"{path} has not finished; run `kvdistill train` with its config again")
+    logs = [json.loads(line) for line in folder.log.read_text(encoding="utf-8").splitlines()]
+    diagnostics = json.loads(folder.diagnostics.read_text(encoding="utf-8"))
+    config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+    return Run(record["name"], config, record, logs, diagnostics)
+
+
+def write_report(paths: list[Path], output: Path) -> None:
+    """Write one HTML page that compares the runs; no other file is needed to read it.
+
+    Raises:
+        ConfigError: a path is not a finished run.
+    """
+    runs = [read_run(path) for path in paths]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(
+        runs=[_row(run, runs[-1]) for run in runs],
+        figures=_figures(runs),
+        differences=_differences(runs),
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page, encoding="utf-8")
+
+
+def _figures(runs: list[Run]) -> list[dict[str, str]]:
+    figures = []
+
+    def add(figure: Any, caption: str) -> None:
+        figures.append({"source": plots.data_uri(figure), "caption": caption})
+
+    wanted = {
+        "eval_bits_per_character": (
+            "bits per character",
+            "Held-out text",
+            "How well the student predicts text it has not seen; lower is better.",
+        ),
+        "loss_cross_entropy": (
+            "nats per token",
+            "Training: cross-entropy",
+            "Next-token loss on the training text.",
+        ),
+        "loss_key": (
+            "error (1 = the mean)",
+            "Training: key loss",
+            "Error of the student's keys, before weighting.",
+        ),
+        "loss_value": (
+            "error (1 = the mean)",
+            "Training: value loss",
+            "Error of the student's values, before weighting.",
+        ),
+    }
+    for key, (label, title, caption) in wanted.items():
+        series = {run.name: run.curve(key) for run in runs if any(key in row for row in run.logs)}
+        if series:
+            add(plots.curves(series, label, title), caption)
+    for run in runs:
+        for figure, caption in _run_figures(run):
+            add(figure, caption)
+    return figures
+
+
+def _run_figures(run: Run) -> list[tuple[Any, str]]:
+    if not run.diagnostics:
+        return []
+    teachers = run.diagnostics["teachers"]
+    depths = {name: teacher["layer_map"] for name, teacher in teachers.items()}
+    found = [
+        (plots.layer_map(depths), f"{run.name}: which teacher layer a student layer learns from."),
+        (
+            plots.error_by_layer({run.name: run.diagnostics["error_by_layer"]}),
+            f"{run.name}: error after training; 1 is what predicting the mean scores.",
+        ),
+    ]
+    for name, teacher in teachers.items():
+        caption = f"{run.name}: the first text, the student's tokens against {name}'s."
+        found.append((plots.alignment(teacher["alignment"], name), caption))
+    return found
+
+
+def _row(run: Run, baseline: Run) -> dict[str, Any]:
+    metrics, reference = run.record["metrics"], baseline.record["metrics"]
+    last = run.record["attempts"][-1]
+    row = {
+        "name": run.name,
+        "teachers": ", ".join(run.config["teachers"]) if run.diagnostics else "none",
+        "perplexity": metrics.get("eval_perplexity"),
+        "bits": metrics.get("eval_bits_per_character"),
+        "change": None,
+        "steps": run.record["steps"],
+        "seconds": run.record["seconds"],
+        "seed": run.record["seed"],
+        "command": last["command"],
+        "commit": last["git_commit"] or "not a checkout",
+        "started": last["started"],
+        "versions": ", ".join(f"{name} {version}" for name, version in last["versions"].items()),
+    }
+    if row["perplexity"] and reference.get("eval_perplexity") and run is not baseline:
+        row["change"] = 100 * (row["perplexity"] / reference["eval_perplexity"] - 1)
+    return row
+
+
+def _differences(runs: list[Run]) -> list[dict[str, Any]]:
+    """Settings that are not the same in every run: what the comparison is about."""
+    flat = [flatten(run.config) for run in runs]
+    keys = sorted({key for settings in flat for key in settings} - {"name"})
+    return [
+        {"key": key, "values": [settings.get(key) for settings in flat]}
+        for key in keys
+        if len({json.dumps(settings.get(key)) for settings in flat}) > 1
+    ]
