@@ -77,11 +77,8 @@ class Router(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             logits = self._logits(hidden.float(), task_B)
         if self.method == "gate":
-            gates = logits.sigmoid()
-            alpha: Tensor = gates / gates.sum(0, keepdim=True)
-        else:
-            alpha = logits.softmax(0)
-        return alpha
+            logits = nn.functional.logsigmoid(logits)  # softmax of log g is g / Σ g, stably
+        return logits.softmax(0)
 
     def _logits(self, hidden: Tensor, task_B: Tensor | None) -> Tensor:
         query = self.norm(hidden)
@@ -89,6 +86,7 @@ class Router(nn.Module):
             tag = self.task(task_B)
             query = query + (tag.unsqueeze(1) if hidden.dim() == 3 else tag)
         inner = self.enter(query)
+        scores: Tensor
         if self.method == "attention":
             scores = inner @ self.key_OW.T / math.sqrt(inner.shape[-1])
         else:
