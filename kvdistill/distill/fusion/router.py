@@ -91,7 +91,7 @@ class Router(nn.Module):
             scores = inner @ self.key_OW.T / math.sqrt(inner.shape[-1])
         else:
             scores = nn.functional.gelu(inner) @ self.key_OW.T
-        scores = scores.unflatten(-1, (self.num_teachers, self.num_outputs))
+        scores = scores.view(*scores.shape[:-1], self.num_teachers, self.num_outputs)
         if self.granularity == "token":
             return scores.squeeze(-1).permute(2, 0, 1).unsqueeze(2)
         return scores.permute(1, 0, 2).unsqueeze(-1)
