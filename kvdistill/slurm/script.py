@@ -25,6 +25,7 @@ def parameters(profile: SlurmProfile, name: str, dependency: str | None = None) 
         srun.append(f"--container-image={profile.container}")
     if profile.container_mounts:
         srun.append(f"--container-mounts={','.join(profile.container_mounts)}")
+    extra = {option: value or True for option, value in profile.extra.items()}
     optional = {
         "partition": profile.partition,
         "account": profile.account,
@@ -45,7 +46,7 @@ def parameters(profile: SlurmProfile, name: str, dependency: str | None = None) 
         "array_parallelism": profile.array_parallelism,
         "srun_args": srun,
         "wckey": None,  # submitit's own; sites that check wckeys refuse it
-        "additional_parameters": {"requeue": True, "chdir": str(Path.cwd()), **profile.extra},
+        "additional_parameters": {"requeue": True, "chdir": str(Path.cwd()), **extra},
         **{key: value for key, value in optional.items() if value is not None},
     }
 

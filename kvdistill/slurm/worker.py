@@ -208,7 +208,8 @@ class _Shift:
         if self.stop.reason != "SIGUSR2" or mine.units_done:
             return
         left = client.seconds_left(mine.job) if mine.job is not None else None
-        if left is None or left <= 2 * self.task.warning_seconds:  # else it warns of a preemption
+        # With more time left it was a preemption. Slurm may warn up to a minute early.
+        if left is None or left <= self.task.warning_seconds + 60:
             minutes = (time.time() - mine.started) / 60
             message = f"not finished in the whole of an attempt ({minutes:.1f} min)"
             self._record(unit, "time_limit", message, None)

@@ -72,13 +72,21 @@ def write_experiment(folder: Path, models: Path, **profile: Any) -> Path:
         "student": {
             "tokenizer": str(models / "llama"),
             "architecture": {
-                "model_type": "llama", "hidden_size": 16, "intermediate_size": 24,
-                "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+                "model_type": "llama",
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
             },
-        },  # fmt: skip
+        },
         "training": {
-            "max_steps": 6, "batch_size": 2, "max_length": 64, "save_steps": 2, "device": "cpu",
-        },  # fmt: skip
+            "max_steps": 6,
+            "batch_size": 2,
+            "max_length": 64,
+            "save_steps": 2,
+            "device": "cpu",
+        },
         "slurm": {"profiles": {"site": {**PROFILE, **profile}}},
     }
     path = folder / "experiment.yaml"

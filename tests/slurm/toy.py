@@ -1,7 +1,8 @@
 """A workload without models, whose units misbehave by name.
 
 ``slow-*`` take their time, ``fail-*`` raise, ``die-*`` kill their process, ``once-*`` fail the
-first time, ``memory-*`` raise MemoryError; everything else just works.
+first time, ``memory-*`` raise MemoryError, ``eat-*`` take 400 MB while ``seconds`` is not 0;
+everything else just works.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Toy:
         self._misbehave(unit)
         draft = self.results / f"half.{unit}.{os.getpid()}"
         draft.write_text(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
-        end = time.monotonic() + (self.seconds if unit.startswith("slow") else 0)
+        eaten = bytearray(b"x" * 400_000_000) if unit.startswith("eat") and self.seconds else b""
+        end = time.monotonic() + (self.seconds if unit.startswith("slow") or eaten else 0)
         while time.monotonic() < end:
             if should_stop():
                 draft.unlink()

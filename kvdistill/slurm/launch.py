@@ -1,0 +1,102 @@
+"""One command as a Slurm job: on one process, or through torchrun over all GPUs of all nodes.
+
+The command must be able to go on where it stopped: when Slurm warns or ends the job, the command
+is asked to stop, and the job puts itself back into the queue. Exit codes pass through, so that a
+command which finds something missing (3) is not run again and again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any, Final
+
+from kvdistill.slurm.signals import stop_flag
+from kvdistill.slurm.submit import leave
+from kvdistill.slurm.task import TRY_AGAIN, Ending
+
+FIRST_PORT: Final = 20_000
+POLL_SECONDS: Final = 0.5
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the job runs, as plain data; call it inside the job, once per node."""
+
+    command: tuple[str, ...]
+    """Arguments after ``python``, beginning with ``-m module``."""
+    gate: tuple[str, ...] = ()
+    """Arguments of a quick check before it; its exit code, if not 0, is the job's.
+    torchrun turns every failure into 1, so what must keep its code is checked outside it."""
+    nodes: int = 1
+    processes_per_node: int = 1
+    max_restarts: int = 20
+    patience_seconds: float = 60.0
+    """How long the command may take to stop before it is killed."""
+
+    def __call__(self) -> None:
+        """Run, and leave with the command's exit code."""
+        if self.gate:
+            code = subprocess.run([sys.executable, *self.gate], check=False).returncode
+            if code:
+                sys.exit(code)
+        code, reason = self._run(launch_command(self, dict(os.environ)))
+        if code == 0 or (code != TRY_AGAIN and reason is None):
+            sys.exit(code)
+        if os.environ.get("SLURM_NODEID", "0") != "0":
+            sys.exit(TRY_AGAIN)  # one node asks for all, or the job would be requeued once per node
+        leave(Ending("interrupted", f"stopped by {reason}", again=True), self.max_restarts)
+
+    def to_shell(self) -> str:
+        """Quoted argument of ``python -m kvdistill.slurm.launch``."""
+        return shlex.quote(json.dumps(dataclasses.asdict(self)))
+
+    def _run(self, command: list[str]) -> tuple[int, str | None]:
+        with stop_flag(0.0) as stop:
+            process = subprocess.Popen(command)
+            while process.poll() is None and not stop.requested:
+                time.sleep(POLL_SECONDS)
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                try:
+                    process.wait(self.patience_seconds)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+            return process.wait(), stop.reason
+
+
+def launch_command(launch: Launch, environment: dict[str, str]) -> list[str]:
+    """The command line of this node, torchrun around it where there are several processes."""
+    if launch.nodes * launch.processes_per_node == 1:
+        return [sys.executable, *launch.command]
+    job = int(environment.get("SLURM_JOB_ID", "0"))
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nnodes={launch.nodes}",
+        f"--nproc-per-node={launch.processes_per_node}",
+        f"--node-rank={environment.get('SLURM_NODEID', '0')}",
+        # The node that the batch script runs on is the job's first node, rank 0.
+        f"--master-addr={environment.get('SLURM_LAUNCH_NODE_IPADDR', '127.0.0.1')}",
+        f"--master-port={FIRST_PORT + job % 20_000}",
+        *launch.command,
+    ]
+
+
+def main() -> None:
+    """Entry point of written scripts: a launch as JSON, the first argument."""
+    body: dict[str, Any] = json.loads(sys.argv[1])
+    lists = {"command": tuple(body["command"]), "gate": tuple(body["gate"])}
+    Launch(**{**body, **lists})()
+
+
+if __name__ == "__main__":
+    main()
