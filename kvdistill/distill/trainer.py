@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.utils.logging import disable_progress_bar
 
 from kvdistill.config import Experiment
 from kvdistill.corpus import Sample
@@ -50,6 +51,7 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         self.control: Any = None
         self._parts: dict[str, Tensor] = {}
         self._parts_since = 0
+        self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         super().__init__(
             model=distiller,
             args=arguments,
@@ -58,6 +60,8 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        self.remove_callback(PrinterCallback)  # JsonLines and ProgressBar say it better
+        disable_progress_bar()  # one bar per saved checkpoint says nothing
         # compute_loss divides by the token counts of the whole step, not of one micro-batch.
         self.model_accepts_loss_kwargs = True
 
@@ -107,7 +111,13 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """Perplexity and bits per character of the student on the held-out texts."""
+        """Perplexity and bits per character of the student on the held-out texts.
+
+        Asked twice at the same step, it answers from memory.
+        """
+        step, named = self._evaluated
+        if step == self.state.global_step:
+            return named
         distiller: Any = self.accelerator.unwrap_model(self.model)
         training = self.experiment.training
         metrics = evaluate(
@@ -118,6 +128,7 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             batch_size=training.batch_size,
         )
         named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.to_dict().items()}
+        self._evaluated = (self.state.global_step, named)
         self.log(named)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
