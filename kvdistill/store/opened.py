@@ -115,7 +115,8 @@ class OpenedShard:
             for kind in kinds
             for part in CODECS[getattr(self.manifest.codec, kind)].parts(kind)
         ]
-        names += [f"{stem}importance" for stem in stems] + ["hidden_at_cue"]
+        names += [f"{stem}importance" for stem in stems]
+        names += [name for name, spec in self.specs.items() if "sample" in spec.axes]
         return [name for name in names if name in self.specs]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from kvdistill.corpus import Sample
 from kvdistill.errors import ShardCorrupt, ShardNotFound, StoreFormatError, StoreNotFound
+from kvdistill.store import statistics_cache
 from kvdistill.store.integrity import REMEDY
 from kvdistill.store.layout import COMMIT, StorePaths
 from kvdistill.store.manifest import Commit, ShardPlan, StoreManifest, TeacherManifest
 from kvdistill.store.opened import OpenedShard, open_shard, read_samples
 from kvdistill.store.shard import EncodedShard
-from kvdistill.store.statistics import ChannelStatistics, merge_all
+from kvdistill.store.statistics import ChannelStatistics
 from kvdistill.types import KINDS, Kind
 
 OPEN_SHARDS: Final = 16
@@ -42,6 +43,9 @@ class KVStore:
         self._open: OrderedDict[tuple[str, str], OpenedShard] = OrderedDict()
         self._index: dict[str, tuple[str, int]] | None = None
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Callable[[Path], KVStore], tuple[Path]]:
+        return KVStore.open, (self.paths.root,)
 
     @staticmethod
     def open(path: Path | str) -> KVStore:
@@ -218,14 +222,34 @@ class KVStore:
         committed = self.committed(teacher)
         if not committed:
             raise ShardNotFound(f"{self.paths.root}: teacher {teacher!r} has no shard yet")
-        shards = (
-            self._opened(teacher, shard_id) for shard_id in self._plans if shard_id in committed
-        )
-        found: dict[str, list[ChannelStatistics]] = {}
-        for opened in shards:
-            for name, part in opened.statistics().items():
-                found.setdefault(name, []).append(part)
-        return {name: merge_all(parts) for name, parts in found.items()}
+        shard_ids = [shard_id for shard_id in self._plans if shard_id in committed]
+        cached = statistics_cache.cache_file(self.paths.teacher(teacher), shard_ids)
+        merged = statistics_cache.load(cached)
+        if merged is None:
+            merged = self._merge_statistics(teacher, shard_ids)
+            statistics_cache.save(cached, merged)
+        return merged
+
+    def shard_statistics(self, teacher: str, shard_id: str) -> dict[str, ChannelStatistics]:
+        """Statistics of one shard, by ``"key"``, ``"value"`` (``"g0/key"`` …)."""
+        return self._opened(teacher, shard_id).statistics()
+
+    def forget(self, teacher: str, shard_id: str | None = None) -> None:
+        """Drop what is kept open of a teacher, or of one of its shards, after it was moved."""
+        with self._lock:
+            for key in [key for key in self._open if key == (teacher, shard_id or key[1])]:
+                del self._open[key]
+            if shard_id is None:
+                self._teachers.pop(teacher, None)
+
+    def _merge_statistics(
+        self, teacher: str, shard_ids: Sequence[str]
+    ) -> dict[str, ChannelStatistics]:
+        merged: dict[str, ChannelStatistics] = {}
+        for shard_id in shard_ids:
+            for name, part in self.shard_statistics(teacher, shard_id).items():
+                merged[name] = merged[name].merge(part) if name in merged else part
+        return merged
 
     def _opened(self, teacher: str, shard_id: str) -> OpenedShard:
         key = (teacher, shard_id)

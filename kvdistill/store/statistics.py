@@ -87,20 +87,6 @@ class ChannelStatistics:
         return total
 
 
-def merge_all(parts: Iterable[ChannelStatistics]) -> ChannelStatistics:
-    """Merge in the order given; at least one is needed.
-
-    Raises:
-        GeometryError: nothing to merge, or shapes differ.
-    """
-    total: ChannelStatistics | None = None
-    for part in parts:
-        total = part if total is None else total.merge(part)
-    if total is None:
-        raise GeometryError("no statistics to merge: expected at least one shard")
-    return total
-
-
 def _of_sample(sample_LHTD: Any) -> ChannelStatistics:
     if isinstance(sample_LHTD, np.ndarray):
         x = sample_LHTD.astype(np.float64)

@@ -97,7 +97,7 @@ def make_shard(
         arrays["hidden_at_cue"] = torch.randn(*shape, generator=generator).numpy()
     texts = None
     if teacher.own_text:
-        texts = tuple(Sample(i, (("text", "own\n\u2028text"),)) for i in sample_ids)
+        texts = tuple(Sample(i, (("text", "own\n\u2028text" * 20),)) for i in sample_ids)
     return Made(EncodedShard(table, arrays, texts), statistics, values)
 
 

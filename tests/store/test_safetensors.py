@@ -41,7 +41,7 @@ def test_two_groups_share_one_name_space(tmp_path: Any, build: Any) -> None:
 def test_reading_copies_nothing_and_writing_to_a_view_changes_no_file(
     tmp_path: Any, build: Any
 ) -> None:
-    store, made = build.store(tmp_path / "store", build.teacher(backend="safetensors"))
+    store, _ = build.store(tmp_path / "store", build.teacher(backend="safetensors"))
     before = (tmp_path / SHARD).read_bytes()
     first = store.read_shard("tiny", "00000").arrays["key"]
     second = store.read_shard("tiny", "00000", layers=[1, 3], heads=[1]).arrays["key"]
