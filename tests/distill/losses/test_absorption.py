@@ -1,0 +1,96 @@
+"""The monitor warns where a joint projector absorbs the loss, and is quiet where it cannot."""
+
+import pytest
+import torch
+from torch import nn
+
+from kvdistill.distill.losses import kv_error, reduce_tokens
+from kvdistill.distill.losses.absorption import (
+    AbsorptionMonitor,
+    explained_variance,
+    gradient_norm,
+    gradient_share,
+    target_variance,
+)
+from kvdistill.distill.projection import FullProjection, HeadShape, StudentToTeacher
+from kvdistill.errors import ConfigError
+
+
+def test_target_variance_counts_valid_tokens_only():
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 2, 7, 4) * torch.tensor([1.0, 2.0, 3.0, 4.0]) + 5
+    mask = torch.rand(3, 7) < 0.6
+    x = x.masked_fill(~mask[:, None, None, :, None], float("nan"))
+    per_channel = x.permute(0, 3, 1, 2, 4)[mask].var(0, correction=0)
+    torch.testing.assert_close(target_variance(x, mask), per_channel.mean())
+
+
+def test_explained_variance():
+    assert explained_variance(0.25, 1.0) == 0.75
+    assert explained_variance(2.0, 1.0) == -1.0
+
+
+def test_gradient_share_by_hand_and_the_graph_survives():
+    a, b = torch.tensor([3.0], requires_grad=True), torch.tensor([1.0], requires_grad=True)
+    kv, rest = 3 * a.sum() + 4 * b.sum(), 5 * a.sum()
+    assert gradient_norm(kv, [a, b]) == pytest.approx(5)
+    assert gradient_share(kv, rest, [a, b]) == pytest.approx(0.5)
+    assert gradient_share(kv, rest, [b]) == 1.0
+    assert gradient_share(kv.detach(), rest.detach(), [a, b]) == 0.0
+    (kv + rest).backward()
+    assert float(a.grad) == 8
+
+
+def test_one_warning_when_a_figure_stays_low_none_for_one_odd_batch():
+    monitor = AbsorptionMonitor(settle=2)
+    told = [monitor.update(target_variance=v) for v in (1, 1, 1, 0.01, 1, 0.9, 0.8)]
+    assert not any(told)
+    told = [monitor.update(target_variance=v) for v in (0.1, 0.1, 0.1, 0.1)]
+    assert [len(warnings) for warnings in told] == [0, 1, 0, 0]
+    assert "fell from 1 to 0.1" in told[1][0]
+    with pytest.raises(ConfigError, match="settle"):
+        AbsorptionMonitor(settle=0)
+
+
+def train(joint, steps=200):
+    """A small student against a teacher that it cannot fully follow; warnings, and what it knows.
+
+    Joint: the teacher is projected to the student by a map that learns too. Otherwise the
+    student's KV is regressed onto the standardised teacher.
+    """
+    torch.manual_seed(0)
+    teacher_shape, student_shape = HeadShape(2, 8), HeadShape(1, 4)
+    student = nn.Linear(6, 4)
+    nn.init.normal_(student.weight, std=0.02)
+    truth = torch.randn(6, 16)
+    projector = (
+        FullProjection(1, teacher_shape, student_shape)
+        if joint
+        else StudentToTeacher(1, student_shape, teacher_shape)
+    )
+    optimizer = torch.optim.Adam([*student.parameters(), *projector.parameters()], 0.01)
+    monitor, warnings, history = AbsorptionMonitor(), [], []
+    mask = torch.ones(16, 1, dtype=torch.bool)
+    for step in range(steps):
+        text = torch.randn(16, 6)
+        teacher = (text @ truth / 6**0.5 + 0.5 * torch.randn(16, 16)).view(16, 1, 2, 1, 8)
+        own = student(text).view(16, 1, 1, 1, 4)
+        guess, target = (own, projector(teacher)) if joint else (projector(own), teacher)
+        loss = reduce_tokens(kv_error(guess, target), mask)
+        if step % 5 == 0:
+            variance = float(target_variance(target, mask))
+            history.append(explained_variance(loss.detach(), variance))
+            warnings += monitor.update(target_variance=variance)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return warnings, history, loss.item()
+
+
+def test_joint_training_is_caught_and_a_fixed_target_is_not():
+    warnings, _, loss = train(joint=True)
+    assert len(warnings) == 1
+    assert loss < 0.1  # a loss that looks like success
+    quiet, history, _ = train(joint=False)
+    assert quiet == []
+    assert sum(history[-5:]) / 5 > sum(history[:5]) / 5 + 0.2
