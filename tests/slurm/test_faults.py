@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from kvdistill.slurm.ledger import Attempt
 from kvdistill.slurm.status import Status, read_status
 from kvdistill.slurm.submit import submit_array
 from kvdistill.slurm.task import Task, share
-from tests.slurm.cluster import Cluster, wait_for
+from tests.slurm.cluster import CREDENTIAL_SECONDS, Cluster, run_until_idle, wait_for
 from tests.slurm.toy import done, ledger, leftovers, toy_task
 
 pytestmark = pytest.mark.slurm
@@ -55,19 +56,6 @@ def holder(folder: Path, unit: str) -> Attempt:
     attempt = ledger(folder).attempt(ledger(folder).holder(unit) or "")
     assert attempt is not None
     return attempt
-
-
-def run_until_idle(cluster: Cluster, job_id: str, seconds: float = 60) -> None:
-    """Let a job's elements end, without the wait that Slurm puts before a requeued one."""
-
-    def idle() -> bool:
-        living = client.queue([job_id])
-        for job in living.values():
-            if job.reason == "BeginTime":
-                cluster.client("scontrol", "update", f"jobid={job.job}", "StartTime=now")
-        return not living
-
-    wait_for(f"job {job_id} to end", idle, seconds)
 
 
 def test_an_array_does_every_unit_once(login: Cluster, tmp_path: Path) -> None:
@@ -155,7 +143,8 @@ def test_a_node_goes_down_while_its_copy_still_runs(login: Cluster, tmp_path: Pa
     login.freeze(first.host)
     try:
         login.set_node(first.host, "down")
-        login.client("scontrol", "update", f"jobid={job_id}", "StartTime=now")
+        time.sleep(CREDENTIAL_SECONDS)
+        login.start_now(job_id)
         wait_for("the second copy", lambda: holder(tmp_path, "slow-1").restart == 1)
         second = holder(tmp_path, "slow-1")
         assert process_start(first.pid) == first.process_start, "the first copy must still run"
