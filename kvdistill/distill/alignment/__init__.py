@@ -4,6 +4,7 @@ from kvdistill.distill.alignment.band import Band, apply_band
 from kvdistill.distill.alignment.cka import linear_cka, monotone_map
 from kvdistill.distill.alignment.groups import GroupMap, by_group
 from kvdistill.distill.alignment.layers import LayerMap, layer_map
+from kvdistill.distill.alignment.place import place
 from kvdistill.distill.alignment.quality import AlignmentQuality, quality
 from kvdistill.distill.alignment.rope import inverse_frequencies, rotate, scale_frequencies
 from kvdistill.distill.alignment.spans import Spans
@@ -25,6 +26,7 @@ __all__ = [
     "layer_map",
     "linear_cka",
     "monotone_map",
+    "place",
     "quality",
     "rotate",
     "scale_frequencies",

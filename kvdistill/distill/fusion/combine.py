@@ -19,10 +19,10 @@ def fuse(alpha_NBLT: Tensor, teachers_BLHTD: Sequence[Tensor]) -> Tensor:
 
     Args:
         alpha_NBLT: renormalised weights (``renormalise``); B, L, T may be 1.
-        teachers_BLHTD: N tensors of one shape ``[B, L, H, T, D]``.
+        teachers_BLHTD: N tensors of one shape ``[B, L, H, T, D]``, finite.
 
     Returns:
-        ``[B, L, H, T, D]``. A token of weight zero is not read, whatever it holds.
+        ``[B, L, H, T, D]``; zeros where no teacher covers a token.
 
     Raises:
         GeometryError: the teachers' shapes differ, or there are not N of them.
@@ -33,8 +33,9 @@ def fuse(alpha_NBLT: Tensor, teachers_BLHTD: Sequence[Tensor]) -> Tensor:
             f"fusion: expected {alpha_NBLT.shape[0]} teachers of one shape [B, L, H, T, D], "
             f"got {[tuple(teacher.shape) for teacher in teachers_BLHTD]}; project them first"
         )
-    fused = torch.zeros_like(teachers_BLHTD[0])
-    for alpha_BLT, teacher_BLHTD in zip(alpha_NBLT, teachers_BLHTD, strict=True):
-        alpha = alpha_BLT[:, :, None, :, None].to(teacher_BLHTD.dtype)
-        fused = fused + torch.where(alpha > 0, alpha * teacher_BLHTD, 0.0)
+    first, *others = teachers_BLHTD
+    alpha_NBLHTD = alpha_NBLT[:, :, :, None, :, None].to(first.dtype)
+    fused = first * alpha_NBLHTD[0]
+    for alpha, teacher in zip(alpha_NBLHTD[1:], others, strict=True):
+        fused = torch.addcmul(fused, teacher, alpha)
     return fused

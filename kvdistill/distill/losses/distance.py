@@ -30,8 +30,12 @@ def kv_error(
     """
     _same_shape(student_BLHTD, target_BLHTD)
     student, target = student_BLHTD.float(), target_BLHTD.float()
-    measure = F.mse_loss if distance == "mse" else F.smooth_l1_loss
-    error = measure(student, target, reduction="none").mean(dim=(2, 4))
+    if distance == "mse":
+        # As a norm: the squares are summed as they are made, in either direction, never stored.
+        norm = torch.linalg.vector_norm(student - target, dim=(2, 4))
+        error = norm.square() / (student.shape[2] * student.shape[4])
+    else:
+        error = F.smooth_l1_loss(student, target, reduction="none").mean(dim=(2, 4))
     if layer_std_L is not None:
         error = error / layer_std_L.detach().float().clamp_min(1e-6)[:, None]
     return error.mean(1)

@@ -47,6 +47,9 @@ class LinearProjection(nn.Module):
             GeometryError: layers, heads or dim are not the declared ones.
         """
         check_kv(x_BLHTD, self.num_layers, self.source, "projection")
-        narrowed = torch.einsum("blhtd,lde->blhte", x_BLHTD, self.dim_LDE)
-        mixed = torch.einsum("blhte,lhg->blgte", narrowed, self.head_LHG)
+        b, num_layers, num_heads, t, dim = x_BLHTD.shape
+        # Both products read the heads where they lie; an einsum would first reorder all of x.
+        rows = x_BLHTD.reshape(b, num_layers, num_heads * t, dim) @ self.dim_LDE
+        columns = rows.view(b, num_layers, num_heads, t * self.target.head_dim)
+        mixed = (self.head_LHG.mT @ columns).view(b, num_layers, -1, t, self.target.head_dim)
         return mixed + self.bias_LGE[:, :, None]

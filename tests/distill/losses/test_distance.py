@@ -35,6 +35,20 @@ def test_errors_against_a_loop(distance):
             assert float(got[b, t]) == pytest.approx(total / len(d), rel=1e-5)
 
 
+@pytest.mark.parametrize("distance", ["mse", "smooth_l1"])
+def test_gradients_equal_those_of_the_plain_mean(distance):
+    student, target = pair()
+    with torch.no_grad():
+        target[0, :, :, 0] = student[0, :, :, 0]  # a perfect token has a gradient of zero
+    upstream = torch.rand(2, 5)
+    (got,) = torch.autograd.grad((kv_error(student, target, distance) * upstream).sum(), student)
+    plain = (
+        torch.nn.functional.mse_loss if distance == "mse" else torch.nn.functional.smooth_l1_loss
+    )(student, target, reduction="none")
+    (want,) = torch.autograd.grad((plain.mean(dim=(1, 2, 4)) * upstream).sum(), student)
+    torch.testing.assert_close(got, want)
+
+
 def test_cosine_against_a_loop():
     student, target = pair()
     got = cosine_error(student, target).detach()

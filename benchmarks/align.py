@@ -1,0 +1,204 @@
+"""How much of a training step do alignment, projection and fusion take?
+
+Three teachers of the sizes of SmolLM2-135M, Gemma 3 270M and MiniLM feed a student of SmolLM2's
+size (random weights; arithmetic does not care), batch 8 x 512 tokens, in both modes whose target
+cannot move. Also: the banded product against a dense matrix product and against gathers.
+
+Processor seconds, by default of one thread: on a shared machine they are what can be compared.
+
+    python benchmarks/align.py            # a few minutes
+    python benchmarks/align.py --quick    # batch 2 x 256
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvdistill.distill.alignment import (
+    Band,
+    LayerMap,
+    Spans,
+    align_tokens,
+    apply_band,
+    layer_map,
+    place,
+)
+from kvdistill.distill.fusion import fixed_weights, fuse, renormalise
+from kvdistill.distill.losses import kv_error, reduce_tokens
+from kvdistill.distill.projection import HeadShape, LinearProjection, StudentToTeacher
+
+STUDENT_LAYERS, STUDENT = 30, HeadShape(3, 64)
+TEACHERS = {  # layers, KV heads x dim, characters per token
+    "SmolLM2-135M": (30, HeadShape(3, 64), 3.9),
+    "Gemma 3 270M": (18, HeadShape(1, 256), 4.1),
+    "MiniLM": (6, HeadShape(12, 32), 4.4),
+}
+STUDENT_CHARS = 3.5
+KINDS = 2
+
+
+@dataclass
+class Teacher:
+    """One teacher's stored KV, and everything that was made for it before the step."""
+
+    mapping: LayerMap
+    kv: list[Tensor]
+    band: Band
+    heads: list[StudentToTeacher]
+    frozen: list[LinearProjection]
+
+
+def spans(batch: int, tokens: int, chars_per_token: float, seed: int) -> Spans:
+    """Token lengths of a made-up tokenizer over one long text per sample."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.poisson(torch.full((batch, tokens), chars_per_token - 1), generator) + 1
+    end = lengths.cumsum(1).long()
+    start = end - lengths.long()
+    limit = int(tokens * STUDENT_CHARS)
+    return Spans(start, end, torch.zeros_like(start), start < limit)
+
+
+def seconds(work: Callable[[], object], repeats: int) -> float:
+    work()
+    times = []
+    for _ in range(repeats):
+        started = time.process_time()
+        work()
+        times.append(time.process_time() - started)
+    return sorted(times)[len(times) // 2]
+
+
+def make_teachers(batch: int, tokens: int, student: Spans) -> list[Teacher]:
+    out = []
+    for seed, (layers, shape, chars) in enumerate(TEACHERS.values(), start=1):
+        length = int(tokens * STUDENT_CHARS / chars) + 1
+        teacher = spans(batch, length, chars, seed)
+        mapping = layer_map("ratio", STUDENT_LAYERS, range(layers))
+        sizes = (batch, len(mapping.needed), shape.num_heads, length, shape.head_dim)
+        out.append(
+            Teacher(
+                mapping,
+                [torch.randn(sizes) for _ in range(KINDS)],
+                align_tokens(student, teacher),
+                [StudentToTeacher(STUDENT_LAYERS, STUDENT, shape) for _ in range(KINDS)],
+                [LinearProjection(STUDENT_LAYERS, shape, STUDENT) for _ in range(KINDS)],
+            )
+        )
+    return out
+
+
+def target(teacher: Teacher, kind: int) -> Tensor:
+    return place(teacher.kv[kind], teacher.band, teacher.mapping, teacher.mapping.needed)
+
+
+def regress(teachers: list[Teacher], student_kv: list[Tensor], mask: Tensor) -> None:
+    """``student_to_teacher``, forward and backward down to the student's KV."""
+    loss = torch.zeros(())
+    for kind in range(KINDS):
+        for teacher in teachers:
+            guess = teacher.heads[kind](student_kv[kind])
+            loss = loss + reduce_tokens(kv_error(guess, target(teacher, kind)), mask)
+    loss.backward()
+
+
+def compare_with_fused(teachers: list[Teacher], student_kv: list[Tensor], mask: Tensor) -> None:
+    """``frozen``: project and fuse without gradient, then compare with the student's KV."""
+    covered = torch.stack([teacher.band.covered for teacher in teachers])
+    alpha = renormalise(fixed_weights([1.0] * len(teachers)), covered)
+    loss = torch.zeros(())
+    for kind in range(KINDS):
+        with torch.no_grad():
+            projected = [teacher.frozen[kind](target(teacher, kind)) for teacher in teachers]
+            fused = fuse(alpha, projected)
+        loss = loss + reduce_tokens(kv_error(student_kv[kind], fused), mask)
+    loss.backward()
+
+
+def dense_product(band: Band, x_BLHTD: Tensor) -> Tensor:
+    b, rows, width = band.weight.shape
+    matrix = torch.zeros(b, rows, x_BLHTD.shape[3] + width)
+    matrix.scatter_add_(2, band.start.unsqueeze(-1) + torch.arange(width), band.weight)
+    return matrix[:, None, None, :, : x_BLHTD.shape[3]] @ x_BLHTD
+
+
+def gathered(band: Band, x_BLHTD: Tensor) -> Tensor:
+    b, layers, heads, columns, dim = x_BLHTD.shape
+    out = x_BLHTD.new_zeros(b, layers, heads, band.start.shape[1], dim)
+    for offset in range(band.weight.shape[-1]):
+        index = (band.start + offset).clamp_max(columns - 1)[:, None, None, :, None]
+        weight = band.weight[:, None, None, :, offset, None]
+        out += x_BLHTD.gather(3, index.expand(out.shape)) * weight
+    return out
+
+
+def student_step(batch: int, tokens: int) -> Callable[[], None]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    ids = torch.randint(0, 49_152, (batch, tokens))
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    batch, tokens = (2, 256) if args.quick else (8, 512)
+    torch.manual_seed(0)
+    student = spans(batch, tokens, STUDENT_CHARS, 0)
+    teachers = make_teachers(batch, tokens, student)
+    shape = (batch, STUDENT_LAYERS, STUDENT.num_heads, tokens, STUDENT.head_dim)
+    student_kv = [torch.randn(shape, requires_grad=True) for _ in range(KINDS)]
+    big, band = teachers[0].kv[0], teachers[0].band
+    torch.testing.assert_close(apply_band(band, big), dense_product(band, big))
+    works: dict[str, Callable[[], object]] = {
+        "build_band": lambda: align_tokens(student, student),
+        "banded_product": lambda: apply_band(band, big),
+        "dense_product": lambda: dense_product(band, big),
+        "gathered_product": lambda: gathered(band, big),
+        "student_to_teacher": lambda: regress(teachers, student_kv, student.mask),
+        "frozen": lambda: compare_with_fused(teachers, student_kv, student.mask),
+        "student_step": student_step(batch, tokens),
+    }
+    cost = {name: seconds(work, args.repeats) for name, work in works.items()}
+    ratios = {
+        "dense_over_banded": cost["dense_product"] / cost["banded_product"],
+        "gathered_over_banded": cost["gathered_product"] / cost["banded_product"],
+        "student_to_teacher_share": cost["student_to_teacher"] / cost["student_step"],
+        "frozen_share": cost["frozen"] / cost["student_step"],
+    }
+    figures = {f"{name}_cpu_s": value for name, value in cost.items()} | ratios
+    print(
+        json.dumps(
+            {
+                "batch": batch,
+                "tokens": tokens,
+                "threads": args.threads,
+                "band_width": band.weight.shape[-1],
+                **{name: float(f"{value:.3g}") for name, value in figures.items()},
+            },
+            indent=1,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
