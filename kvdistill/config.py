@@ -72,14 +72,37 @@ class TeacherConfig(Section):
     """Hub id or folder of the tokenizer, where it is not the model's own."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you have read that code."""
+    stream: Literal["encoder", "decoder", "cross"] | None = None
+    """Which attention of an encoder-decoder is read; only for these, and required for them."""
+    template: str | None = None
+    """How a sample is put to this teacher, such as `"Q: {prompt}\\nA:{rationale}{answer}"`; the
+    text as it is if not given. The same model under two templates is two teachers."""
+    chat: bool = False
+    """Put samples into the tokenizer's chat template: the prompt is the user's turn."""
+    system: str | None = None
+    """System message of the chat template."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Begin-of-sequence token. `auto`: as the tokenizer does it, and always for Gemma."""
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Layers to keep; all of them if not given."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic of the teacher's forward pass."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     """Attention kernel of the teacher's forward pass."""
+    device_map: Literal["auto"] | None = None
+    """`auto`: spread a model that is too large for one GPU over all visible ones."""
     codec: CodecSpec | None = None
     """How keys and values are stored; `extraction.codec` if not given."""
+
+    @model_validator(mode="after")
+    def _one_view(self) -> Self:
+        if self.chat and self.template is not None:
+            raise ValueError("give `template` or `chat`, not both")
+        if self.system is not None and not self.chat:
+            raise ValueError("`system` needs `chat: true`")
+        if self.stream == "decoder" and (self.chat or self.template is not None):
+            raise ValueError("stream `decoder` reads the prompt and the rest; it has no template")
+        return self
 
 
 class ExtractionConfig(Section):
@@ -95,6 +118,16 @@ class ExtractionConfig(Section):
     """What to do with a text that is longer than the teacher's positions."""
     max_length: Positive | None = None
     """Treat texts of more tokens than this as too long, even if the teacher could read them."""
+    importance: bool = True
+    """Keep the attention that every token receives from the answer; evictions rank by it."""
+    hidden_at_cue: bool = False
+    """Keep every layer's hidden state at the token before the answer (for the CODI loss)."""
+    summaries: bool = False
+    """Keep every sample's mean and first hidden state, and the router's prototypes of them."""
+    prototypes: Positive = 8
+    """Centres of the k-means prototypes, where `summaries` are kept."""
+    writers: Positive = 1
+    """Shards that may wait to be compressed and written while the next one is read."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, …"""
 
@@ -258,7 +291,7 @@ class SlurmProfile(Section):
     container_mounts: tuple[str, ...] = ()
     """Folders to show inside the container (`--container-mounts`)."""
     extra: dict[str, str] = {}
-    """Any other sbatch option, by its long name."""
+    """Any other sbatch option, by its long name; an empty value makes it a flag."""
 
     @model_validator(mode="after")
     def _warned_in_time(self) -> Self:
@@ -343,10 +376,11 @@ class Experiment(Section):
         Not of the weights, the tokenizer or the corpus: these have fingerprints of their own.
         """
         body = self.teachers[teacher].model_dump(
-            mode="json", exclude={"model", "tokenizer", "trust_remote_code", "codec"}
+            mode="json", exclude={"model", "tokenizer", "trust_remote_code", "device_map", "codec"}
         )
         body["codec"] = self.codec(teacher).model_dump(mode="json")
         body["extraction"] = self.extraction.model_dump(
-            mode="json", include={"long_text", "max_length"}
+            mode="json",
+            include={"long_text", "max_length", "importance", "hidden_at_cue", "summaries"},
         )
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

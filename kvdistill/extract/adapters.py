@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Heads(NamedTuple):
     head_dim: int
 
 
+TeacherKind = Literal["decoder", "encoder", "encoder_decoder"]
 Cut = Callable[[tuple[Tensor, ...], Heads], QKV]
 
 
@@ -55,7 +56,7 @@ class Adapter:
     key_norm: bool = False
     """Whether a norm is applied to keys before the tap."""
     stream: Stream = "self"
-    kind: str = "decoder"
+    kind: TeacherKind = "decoder"
 
 
 def separate(outputs: tuple[Tensor, ...], heads: Heads) -> QKV:
@@ -145,14 +146,22 @@ DISTILBERT: Final = Adapter(
 )
 MODERNBERT: Final = Adapter("ModernBERT", "layers", "attn", ("Wqkv",), fused, kind="encoder")
 
+_BART = replace(PLAIN, kind="encoder_decoder")
 BART: Final[dict[Stream, Adapter]] = {
-    "encoder": replace(PLAIN, name="BART encoder", layers="encoder.layers", stream="encoder"),
-    "decoder": replace(PLAIN, name="BART decoder", layers="decoder.layers", stream="decoder"),
+    "encoder": replace(_BART, name="BART encoder", layers="encoder.layers", stream="encoder"),
+    "decoder": replace(_BART, name="BART decoder", layers="decoder.layers", stream="decoder"),
     "cross": replace(
-        PLAIN, name="BART cross", layers="decoder.layers", attention="encoder_attn", stream="cross"
+        _BART, name="BART cross", layers="decoder.layers", attention="encoder_attn", stream="cross"
     ),
 }
-_T5 = Adapter("T5", "encoder.block", "layer.0.SelfAttention", ("q", "k", "v"), separate)
+_T5 = Adapter(
+    "T5",
+    "encoder.block",
+    "layer.0.SelfAttention",
+    ("q", "k", "v"),
+    separate,
+    kind="encoder_decoder",
+)
 T5: Final[dict[Stream, Adapter]] = {
     "encoder": replace(_T5, name="T5 encoder", stream="encoder"),
     "decoder": replace(_T5, name="T5 decoder", layers="decoder.block", stream="decoder"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvdistill.extract.text import Encoded
@@ -21,6 +22,14 @@ class Batch:
     lengths: tuple[int, ...]
     input_ids: Tensor
     """``[B, T]`` long."""
+    source_lengths: tuple[int, ...] = ()
+    source_ids: Tensor | None = None
+    """``[B, T_source]`` long: what the encoder reads, where ``input_ids`` are the decoder's."""
+
+    @property
+    def real_mask(self) -> Tensor:
+        """``[B, T]`` bool, True on real tokens."""
+        return _mask(self.input_ids, self.lengths)
 
     @property
     def attention_mask(self) -> Tensor:
@@ -28,10 +37,11 @@ class Batch:
         return self.real_mask.long()
 
     @property
-    def real_mask(self) -> Tensor:
-        """``[B, T]`` bool, True on real tokens."""
-        positions = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
-        return positions < torch.tensor(self.lengths, device=self.input_ids.device)[:, None]
+    def source_mask(self) -> Tensor | None:
+        """``[B, T_source]`` long, 1 on real tokens of the encoder's input."""
+        if self.source_ids is None:
+            return None
+        return _mask(self.source_ids, self.source_lengths).long()
 
     def halves(self) -> tuple[Batch, Batch]:
         """The same samples in two batches, for when one does not fit into memory."""
@@ -39,8 +49,17 @@ class Batch:
         return self._part(slice(None, middle)), self._part(slice(middle, None))
 
     def _part(self, part: slice) -> Batch:
-        lengths = self.lengths[part]
-        return Batch(self.sample_idx[part], lengths, self.input_ids[part, : max(lengths)])
+        lengths, source_lengths = self.lengths[part], self.source_lengths[part]
+        source_ids = self.source_ids
+        if source_ids is not None:
+            source_ids = source_ids[part, : max(source_lengths)]
+        return Batch(
+            self.sample_idx[part],
+            lengths,
+            self.input_ids[part, : max(lengths)],
+            source_lengths,
+            source_ids,
+        )
 
 
 def plan(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -61,8 +80,23 @@ def collate(
     encoded: Sequence[Encoded], sample_idx: Sequence[int], pad_id: int, device: torch.device
 ) -> Batch:
     """Pad the chosen samples into one batch on ``device``."""
-    lengths = tuple(encoded[i].num_tokens for i in sample_idx)
-    ids = np.full((len(lengths), max(lengths)), pad_id, np.int64)
-    for row, i in enumerate(sample_idx):
-        ids[row, : lengths[row]] = encoded[i].token_ids
-    return Batch(tuple(sample_idx), lengths, torch.from_numpy(ids).to(device))
+    chosen = [encoded[i] for i in sample_idx]
+    lengths, ids = _padded([sample.token_ids for sample in chosen], pad_id)
+    sources = [sample.source_ids for sample in chosen if sample.source_ids is not None]
+    if not sources:
+        return Batch(tuple(sample_idx), lengths, ids.to(device))
+    source_lengths, source_ids = _padded(sources, pad_id)
+    return Batch(tuple(sample_idx), lengths, ids.to(device), source_lengths, source_ids.to(device))
+
+
+def _padded(rows: Sequence[NDArray[np.int32]], pad_id: int) -> tuple[tuple[int, ...], Tensor]:
+    lengths = tuple(len(row) for row in rows)
+    ids = np.full((len(rows), max(1, *lengths)), pad_id, np.int64)
+    for position, row in enumerate(rows):
+        ids[position, : len(row)] = row
+    return lengths, torch.from_numpy(ids)
+
+
+def _mask(ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    return positions < torch.tensor(lengths, device=ids.device)[:, None]

@@ -25,6 +25,7 @@ class Site:
     """One layer that has keys and values, in a model in hand."""
 
     layer_idx: int
+    layer: nn.Module
     attention: nn.Module
     taps: tuple[nn.Module, ...]
     heads: Heads
@@ -49,7 +50,8 @@ def sites(model: nn.Module, adapter: Adapter) -> tuple[list[Site], dict[int, str
         if attention is None or len(present) < len(taps):
             skipped[layer_idx] = f"{type(layer).__name__} without {adapter.attention}"
             continue
-        found.append(Site(layer_idx, attention, present, _heads(attention, model), adapter))
+        heads = _heads(attention, model)
+        found.append(Site(layer_idx, layer, attention, present, heads, adapter))
     if not found:
         wanted = f"{adapter.attention}.{{{','.join(adapter.taps)}}}"
         raise TeacherError(f"{type(model).__name__}: no layer has {wanted}")

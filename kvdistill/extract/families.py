@@ -41,6 +41,11 @@ def adapters_for(name: str, model: Any, stream: Stream | None = None) -> list[Ad
                 f"{', '.join(streams)}"
             )
         return [streams[stream]]
+    if stream is not None:
+        raise TeacherError(
+            f"teacher {name!r} ({model_type}) has one stream of tokens; leave out "
+            f"teachers.{name}.stream, which chooses among those of an encoder-decoder"
+        )
     if model_type in DECODERS:
         return [DECODERS[model_type]]
     if model_type in ENCODERS:

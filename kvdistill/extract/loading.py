@@ -24,6 +24,8 @@ def load_model(name: str, config: TeacherConfig, device: torch.device) -> tuple[
     from transformers import AutoModel
 
     options: dict[str, Any] = {"gguf_file": config.gguf_file} if config.gguf_file else {}
+    if config.device_map is not None:
+        options["device_map"] = config.device_map
     try:
         with _without_progress_bars():
             model, info = AutoModel.from_pretrained(
@@ -45,7 +47,8 @@ def load_model(name: str, config: TeacherConfig, device: torch.device) -> tuple[
             f"teacher {name!r}: the weights in {config.model} lack {len(lacking)} parameters of "
             f"{type(model).__name__}, such as {lacking[0]}; they would be random"
         )
-    return model.eval().requires_grad_(False).to(device), missing
+    model = model.eval().requires_grad_(False)
+    return model if config.device_map is not None else model.to(device), missing
 
 
 def load_tokenizer(name: str, config: TeacherConfig) -> Any:

@@ -10,10 +10,30 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvdistill.store.statistics import ChannelStatistics
 from kvdistill.types import KINDS, Kind, LayerGroup
+
+Moments = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
+"""Per sample: count ``[B]``, mean and M2 ``[B, H, D]``."""
+
+
+def moments(x_BHTD: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and M2 over the tokens under the mask: float64 ``[B, H, D]`` each.
+
+    Sums run in float64 over float32 differences, on the device.
+    """
+    mask = mask_BT[:, None, :, None]
+    divisor = mask_BT.sum(dim=1).clamp_min(1).double()[:, None, None]
+    x = x_BHTD.float().where(mask, 0.0)
+    mean_BHD = x.sum(dim=2, dtype=torch.float64) / divisor
+    rounded = mean_BHD.float()
+    m2_BHD = (x - rounded[:, :, None]).where(mask, 0.0).square().sum(dim=2, dtype=torch.float64)
+    # The mean was rounded to float32 before it was subtracted; this takes that out again.
+    drift = (mean_BHD - rounded).square() * divisor
+    return mean_BHD, (m2_BHD - drift).clamp_min(0)
 
 
 class SampleMoments:
@@ -34,30 +54,14 @@ class SampleMoments:
         self._mean = {key: np.zeros(shape) for key, shape in shapes.items()}
         self._m2 = {key: np.zeros(shape) for key, shape in shapes.items()}
 
-    def add(
-        self,
-        group_idx: int,
-        row: int,
-        kind: Kind,
-        *,
-        sample_idx: Sequence[int],
-        x_BHTD: Tensor,
-        mask_BT: Tensor,
+    def put(
+        self, group_idx: int, row: int, kind: Kind, sample_idx: list[int], found: Moments
     ) -> None:
-        """Count the tokens under ``mask_BT`` of one layer (``row`` of its group)."""
-        mask = mask_BT[:, None, :, None]
-        count_B = mask_BT.sum(dim=1)
-        divisor = count_B.clamp_min(1).double()[:, None, None]
-        x = x_BHTD.float() * mask
-        mean_BHD = x.sum(dim=2, dtype=torch.float64) / divisor
-        centred = (x - mean_BHD.float()[:, :, None]) * mask
-        # The mean was rounded to float32 before it was subtracted; this takes that out again.
-        drift = (mean_BHD - mean_BHD.float()) ** 2 * divisor
-        m2_BHD = (centred**2).sum(dim=2, dtype=torch.float64) - drift
-        index = list(sample_idx)
-        self._count[index] = count_B.cpu().numpy()
-        self._mean[group_idx, kind][index, row] = mean_BHD.cpu().numpy()
-        self._m2[group_idx, kind][index, row] = m2_BHD.clamp_min(0).cpu().numpy()
+        """Keep the moments of a batch's samples, of one layer (``row`` of its group)."""
+        count, mean, m2 = found
+        self._count[sample_idx] = count
+        self._mean[group_idx, kind][sample_idx, row] = mean
+        self._m2[group_idx, kind][sample_idx, row] = m2
 
     def merged(self, group_idx: int, kind: Kind) -> ChannelStatistics:
         """All samples together: Chan's formula for any number of parts at once."""

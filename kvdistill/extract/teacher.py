@@ -6,26 +6,28 @@ config: heads, dims, rotations and score scales come from the verification run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from kvdistill import provenance
 from kvdistill.config import Experiment, TeacherConfig
+from kvdistill.corpus import Sample
 from kvdistill.errors import TeacherError
-from kvdistill.extract.adapters import Adapter
+from kvdistill.extract.batches import Batch
 from kvdistill.extract.capture import Site, sites
+from kvdistill.extract.describe import Loaded, Verified, describe, max_length
 from kvdistill.extract.families import adapters_for
-from kvdistill.extract.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from kvdistill.extract.loading import load_model, load_tokenizer
 from kvdistill.extract.rotary import candidates
-from kvdistill.extract.text import View
+from kvdistill.extract.streams import forward, read_pair
+from kvdistill.extract.text import Bos, Encoded, Reader
 from kvdistill.extract.verify import VerifiedLayer, verify
+from kvdistill.extract.view import chat, parse
 from kvdistill.store.manifest import TeacherManifest
-from kvdistill.types import LayerGroup
+from kvdistill.types import Stream
 
 PROBE_TOKENS: Final = 13
 """Length of the verification run; prime, so that no axis is mistaken for the token axis."""
@@ -36,8 +38,7 @@ class Teacher:
     """A loaded model, what is read from it, and how it is described in the store."""
 
     model: Any
-    tokenizer: Any
-    view: View
+    reader: Reader
     sites: tuple[Site, ...]
     layers: tuple[VerifiedLayer, ...]
     manifest: TeacherManifest
@@ -45,15 +46,29 @@ class Teacher:
     """Most tokens of a text: the model's positions, or the config's limit if that is less."""
 
     @property
+    def tokenizer(self) -> Any:
+        """The fast tokenizer."""
+        return self.reader.tokenizer
+
+    @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        device: torch.device = self.model.get_input_embeddings().weight.device
-        return device
+        return _input_device(self.model)
+
+    def read(self, samples: Sequence[Sample], max_length: int | None = None) -> list[Encoded]:
+        """Tokens of samples as this teacher reads them, truncated to ``max_length`` if given.
+
+        Raises:
+            TeacherError: the view does not fit a sample, or offsets are wrong; names the sample.
+        """
+        if self.manifest.stream == "decoder":
+            return read_pair(self.reader, self.model, samples, max_length)
+        return self.reader.read(samples, max_length)
 
     @torch.inference_mode()
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        """One pass over right-padded ``[B, T]``, without a cache and without an LM head."""
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    def forward(self, batch: Batch) -> Tensor:
+        """One pass over a right-padded batch; the final hidden state ``[B, T, E]``."""
+        return forward(self.model, self.manifest.stream, batch)
 
 
 def load_teacher(name: str, experiment: Experiment) -> Teacher:
@@ -64,51 +79,30 @@ def load_teacher(name: str, experiment: Experiment) -> Teacher:
             without offsets, layers that do not exist, or an architecture that does not verify.
     """
     config = experiment.teachers[name]
-    device = _device(experiment.extraction.device)
-    model, missing = load_model(name, config, device)
+    model, missing = load_model(name, config, _device(experiment.extraction.device))
+    reader = _reader(name, config, model)
+    verified = _verified(name, model, config.stream)
+    chosen = _chosen(name, config, verified.layers)
+    layers = tuple(layer for layer in verified.layers if layer.layer_idx in chosen)
+    found = tuple(site for site in verified.sites if site.layer_idx in chosen)
+    manifest = describe(name, experiment, reader, Loaded(model, missing, verified, layers))
+    limit = max_length(model, experiment.extraction.max_length)
+    return Teacher(model, reader, found, layers, manifest, limit)
+
+
+def _reader(name: str, config: TeacherConfig, model: Any) -> Reader:
     tokenizer = load_tokenizer(name, config)
-    adapter, found, skipped, layers = _verified(name, model)
-    chosen = _chosen(name, config, layers)
-    kept = tuple(site for site in found if site.layer_idx in chosen)
-    max_length = _max_length(model, experiment.extraction.max_length)
-    manifest = TeacherManifest(
-        name=name,
-        model=config.model,
-        revision=config.revision,
-        model_type=model.config.model_type,
-        kind=adapter.kind,
-        stream=adapter.stream,
-        weights_fingerprint=weights_fingerprint(model, missing),
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        template=None,
-        extraction_fingerprint=experiment.extraction_fingerprint(name),
-        versions=provenance.versions(),
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-        backend=experiment.extraction.backend,
-        codec=experiment.codec(name),
-        groups=_groups([layer for layer in layers if layer.layer_idx in chosen]),
-        skipped_layers=skipped,
-        position_encoding=_position_encoding(model, layers),
-        rotary={
-            layer.layer_idx: layer.rotary
-            for layer in layers
-            if layer.rotary is not None and layer.layer_idx in chosen
-        },
-        key_norm=adapter.key_norm,
-        hidden_size=model.config.get_text_config().hidden_size,
-        adapter=adapter.name,
-        adapter_error=max(layer.error for layer in layers),
-    )
-    kept_layers = tuple(layer for layer in layers if layer.layer_idx in chosen)
-    return Teacher(model, tokenizer, View(), kept, kept_layers, manifest, max_length)
+    view = chat(tokenizer, config.system) if config.chat else parse(config.template)
+    needs_bos = model.config.model_type.startswith("gemma")
+    bos: Bos = "add" if config.bos == "always" or needs_bos else "keep"
+    if config.bos == "never":
+        bos = "remove"
+    return Reader(tokenizer, view, add_special_tokens=not config.chat, bos=bos)
 
 
-def _verified(
-    name: str, model: Any
-) -> tuple[Adapter, list[Site], dict[int, str], list[VerifiedLayer]]:
+def _verified(name: str, model: Any, stream: Stream | None) -> Verified:
     problems: list[str] = []
-    for adapter in adapters_for(name, model):
+    for adapter in adapters_for(name, model, stream):
         try:
             found, skipped = sites(model, adapter)
             rotations = candidates(model, max(site.layer_idx for site in found) + 1)
@@ -116,20 +110,28 @@ def _verified(
         except TeacherError as error:
             problems.append(str(error))
             continue
-        return adapter, found, skipped, layers
+        return Verified(adapter, found, skipped, layers)
     raise TeacherError(f"teacher {name!r}: {problems[0]}")
 
 
 @torch.inference_mode()
 def _probe(model: Any) -> None:
-    device = model.get_input_embeddings().weight.device
+    """A pass over a few random tokens, through every stream that the model has."""
     vocab_size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocab_size, (1, PROBE_TOKENS), generator=generator).to(device)
-    model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    ids = torch.randint(vocab_size, (1, PROBE_TOKENS), generator=generator)
+    inputs = {"input_ids": ids.to(_input_device(model))}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, :-2]
+    model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), use_cache=False)
 
 
-def _chosen(name: str, config: TeacherConfig, layers: list[VerifiedLayer]) -> set[int]:
+def _input_device(model: Any) -> torch.device:
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
+
+
+def _chosen(name: str, config: TeacherConfig, layers: Sequence[VerifiedLayer]) -> set[int]:
     available = {layer.layer_idx for layer in layers}
     if config.layers is None:
         return available
@@ -140,41 +142,6 @@ def _chosen(name: str, config: TeacherConfig, layers: list[VerifiedLayer]) -> se
             f"change teachers.{name}.layers"
         )
     return set(config.layers)
-
-
-def _groups(layers: list[VerifiedLayer]) -> tuple[LayerGroup, ...]:
-    def geometry(layer: VerifiedLayer) -> tuple[int, int, int]:
-        return layer.num_key_value_heads, layer.key_head_dim, layer.value_head_dim
-
-    ordered = sorted(layers, key=lambda layer: (geometry(layer), layer.layer_idx))
-    groups = (
-        LayerGroup(tuple(layer.layer_idx for layer in members), *shape)
-        for shape, members in groupby(ordered, geometry)
-    )
-    return tuple(sorted(groups, key=lambda group: group.layers))
-
-
-def _position_encoding(model: Any, layers: list[VerifiedLayer]) -> Any:
-    if any(layer.rotary is not None for layer in layers):
-        return "rotary"
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    if names & {"wpe", "position_embeddings", "embed_positions", "embed_position"}:
-        return "absolute"
-    config = model.config.get_text_config()
-    relative = "relative_attention_bias" in names or getattr(config, "alibi", False)
-    return "relative" if relative else "none"
-
-
-def _max_length(model: Any, limit: int | None) -> int | None:
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    table = next(
-        (m for n, m in model.named_modules() if n.endswith("embeddings.position_embeddings")), None
-    )
-    if positions and table is not None and table.padding_idx is not None:
-        positions -= table.padding_idx + 1  # RoBERTa counts positions from after the padding's
-    known = [length for length in (positions, limit) if length]
-    return min(known, default=None)
 
 
 def _device(name: str) -> torch.device:

@@ -1,26 +1,24 @@
-r"""Samples as a teacher reads them: rendered, tokenised, and mapped back to their own characters.
+"""Samples in a teacher's tokens, each token mapped back to characters of the sample's own text.
 
-A view is a template such as ``"Question: {prompt}\nAnswer:{rationale}{answer}"``; without one a
-teacher reads the sample's text as it is. Every token keeps the characters of the *sample* that
-it stands for, so views and tokenizers differ freely and still align. Tokens that stand for none
-(BOS, template words, padding) have segment -1 and an empty span.
+Tokens that stand for no character (BOS, template words, padding) have segment -1 and an empty
+span. A token across two segments belongs to the one that its first character is in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from string import Formatter
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvdistill.corpus import Sample
 from kvdistill.errors import TeacherError
+from kvdistill.extract.view import AS_IT_IS, Rendered, View
 from kvdistill.types import SEGMENT_SPECIAL
 
-PLACEHOLDERS: Final = ("text", "prompt", "rationale", "answer")
+Bos = Literal["keep", "add", "remove"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +29,18 @@ class Encoded:
     char_start: NDArray[np.int32]
     char_end: NDArray[np.int32]
     segment: NDArray[np.int8]
+    source_ids: NDArray[np.int32] | None = None
+    """What an encoder-decoder's encoder reads, where these are its decoder's tokens."""
 
     @property
     def num_tokens(self) -> int:
         """How many tokens, special ones included."""
         return int(self.token_ids.shape[0])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer side: an encoder's input counts where it is apart."""
+        return max(self.num_tokens, 0 if self.source_ids is None else len(self.source_ids))
 
     @staticmethod
     def empty() -> Encoded:
@@ -44,104 +49,81 @@ class Encoded:
         return Encoded(none, none, none, np.zeros(0, np.int8))
 
 
-@dataclass(frozen=True)
-class View:
-    """A parsed template: literals, and names of segments to fill in."""
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A tokenizer, a view, and the rules for special tokens."""
 
-    pieces: tuple[tuple[str, str | None], ...] = (("", "text"),)
+    tokenizer: Any
+    view: View = AS_IT_IS
+    add_special_tokens: bool = True
+    """False where the view, a chat template, brings them."""
+    bos: Bos = "keep"
+    """Whether the first token is made, or made not, to be the begin-of-sequence token."""
 
-    @staticmethod
-    def parse(template: str | None) -> View:
-        """Read a template.
+    def read(self, samples: Sequence[Sample], max_length: int | None = None) -> list[Encoded]:
+        """Tokenise; ``max_length`` truncates, and keeps the special tokens at the end.
 
         Raises:
-            TeacherError: an unknown placeholder, an unbalanced brace, or no placeholder at all.
+            TeacherError: the tokenizer's offsets are wrong, or the view does not fit a sample;
+                names the sample.
         """
-        if template is None:
-            return View()
-        try:
-            parsed = [(literal, name) for literal, name, _, _ in Formatter().parse(template)]
-        except ValueError as error:
-            raise TeacherError(f"template {template!r}: {error}; double a literal brace") from None
-        names = [name for _, name in parsed if name is not None]
-        unknown = [name for name in names if name not in PLACEHOLDERS]
-        if unknown or not names:
-            raise TeacherError(
-                f"template {template!r}: expected one or more of "
-                f"{', '.join('{' + name + '}' for name in PLACEHOLDERS)}; got {unknown or 'none'}"
+        if not samples:
+            return []
+        rendered = [self.view.render(sample) for sample in samples]
+        room = None if max_length is None else max_length - (self.bos == "add")
+        output = self.tokenizer(
+            [r.text for r in rendered],
+            add_special_tokens=self.add_special_tokens,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            truncation=room is not None,
+            max_length=room,
+            verbose=False,
+        )
+        return [
+            self._begin(_map_back(ids, np.asarray(at, np.int32).reshape(-1, 2), source, sample))
+            for ids, at, source, sample in zip(
+                output["input_ids"], output["offset_mapping"], rendered, samples, strict=True
             )
-        return View(tuple(parsed))
+        ]
 
-    def render(self, sample: Sample) -> Rendered:
-        """The string a teacher reads, and which parts of it are which part of the sample.
-
-        Raises:
-            TeacherError: the template names segments, but the sample is plain text.
-        """
-        parts: list[str] = []
-        ranges: list[tuple[int, int, int]] = []
-        length = 0
-        spans = _named_spans(sample)
-        for literal, name in self.pieces:
-            parts.append(literal)
-            length += len(literal)
-            if name is None:
-                continue
-            if name not in spans and "text" in dict(sample.segments):
-                raise TeacherError(
-                    f"sample {sample.sample_id!r} is plain text, but the template asks for "
-                    f"{{{name}}}; use {{text}} in the template"
-                )
-            start, end = spans.get(name, (0, 0))
-            parts.append(sample.text[start:end])
-            _append(ranges, (length, length + end - start, start))
-            length += end - start
-        return Rendered("".join(parts), tuple(ranges))
+    def _begin(self, encoded: Encoded) -> Encoded:
+        if self.bos == "keep":
+            return encoded
+        bos = self.tokenizer.bos_token_id
+        if bos is None:
+            raise TeacherError(
+                f"{type(self.tokenizer).__name__} has no begin-of-sequence token; set the "
+                "teacher's `bos` to auto"
+            )
+        has = encoded.num_tokens > 0 and int(encoded.token_ids[0]) == bos
+        if has == (self.bos == "add"):
+            return encoded
+        return _with_token(encoded, bos, position=0) if self.bos == "add" else _without(encoded)
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """Text for the tokenizer; ``ranges`` are ``(start, end, start in the sample's text)``."""
-
-    text: str
-    ranges: tuple[tuple[int, int, int], ...]
-
-
-def encode(
-    tokenizer: Any,
-    samples: Sequence[Sample],
-    view: View,
-    add_special_tokens: bool = True,
-    max_length: int | None = None,
-) -> list[Encoded]:
-    """Tokenise samples; ``max_length`` truncates, and keeps the special tokens at the end.
-
-    Raises:
-        TeacherError: the tokenizer has no offsets, or wrong ones; names the sample.
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        raise TeacherError(
-            f"{type(tokenizer).__name__} gives no character offsets, and alignment needs them; "
-            "set the teacher's `tokenizer` to one with a tokenizer.json"
-        )
-    if not samples:
-        return []
-    rendered = [view.render(sample) for sample in samples]
-    output = tokenizer(
-        [r.text for r in rendered],
-        add_special_tokens=add_special_tokens,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        truncation=max_length is not None,
-        max_length=max_length,
-        verbose=False,
+def _with_token(encoded: Encoded, token_id: int, position: int) -> Encoded:
+    """Insert a special token."""
+    before = int(encoded.char_end[position - 1]) if position else 0
+    return replace(
+        encoded,
+        token_ids=np.insert(encoded.token_ids, position, token_id),
+        char_start=np.insert(encoded.char_start, position, before),
+        char_end=np.insert(encoded.char_end, position, before),
+        segment=np.insert(encoded.segment, position, SEGMENT_SPECIAL),
     )
-    return [
-        _map_back(ids, np.asarray(offsets, np.int32).reshape(-1, 2), source, sample)
-        for ids, offsets, source, sample in zip(
-            output["input_ids"], output["offset_mapping"], rendered, samples, strict=True
-        )
-    ]
+
+
+def _without(encoded: Encoded) -> Encoded:
+    """Drop the first token."""
+    return Encoded(
+        encoded.token_ids[1:], encoded.char_start[1:], encoded.char_end[1:], encoded.segment[1:]
+    )
+
+
+def with_start(encoded: Encoded, token_id: int, source: Encoded) -> Encoded:
+    """A decoder's tokens after its start token, beside what its encoder reads."""
+    return replace(_with_token(encoded, token_id, position=0), source_ids=source.token_ids)
 
 
 def _map_back(
@@ -149,10 +131,8 @@ def _map_back(
 ) -> Encoded:
     starts, ends = offsets[:, 0], offsets[:, 1]
     _check_offsets(starts, ends, source, sample)
-    char_start = np.zeros_like(starts)
-    char_end = np.zeros_like(starts)
+    char_start, char_end = np.zeros_like(starts), np.zeros_like(starts)
     for start, end, origin in source.ranges:
-        # A token across two parts belongs to the one that its first character is in.
         inside = (np.maximum(starts, start) < np.minimum(ends, end)) & (char_start == char_end)
         char_start[inside] = np.maximum(starts[inside], start) - start + origin
         char_end[inside] = np.minimum(ends[inside], end) - start + origin
@@ -168,29 +148,12 @@ def _map_back(
     )
 
 
-def _append(ranges: list[tuple[int, int, int]], new: tuple[int, int, int]) -> None:
-    """Join parts that follow each other both as read and in the sample."""
-    if ranges:
-        start, end, origin = ranges[-1]
-        if end == new[0] and origin + end - start == new[2]:
-            ranges[-1] = (start, new[1], origin)
-            return
-    ranges.append(new)
-
-
 def _segments(char_start: NDArray[np.int32], sample: Sample) -> NDArray[np.int8]:
     spans = [span for span in sample.spans if span[0] < span[1]]
     if not spans:
         return np.zeros(char_start.shape, np.int8)
     owner = np.searchsorted([start for start, _, _ in spans], char_start, side="right") - 1
     return np.asarray([segment for _, _, segment in spans], np.int8)[np.maximum(owner, 0)]
-
-
-def _named_spans(sample: Sample) -> dict[str, tuple[int, int]]:
-    spans: dict[str, tuple[int, int]] = {"text": (0, len(sample.text))}
-    for (name, _), (start, end, _) in zip(sample.segments, sample.spans, strict=True):
-        spans[name] = (start, end)
-    return spans
 
 
 def _check_offsets(

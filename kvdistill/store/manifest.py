@@ -150,6 +150,8 @@ class TeacherManifest(Document):
     hidden_size: Axis
     has_importance: bool = False
     has_hidden_at_cue: bool = False
+    has_summaries: bool = False
+    """True where shards hold ``hidden_summary``: every sample's mean and first hidden state."""
     own_text: bool = False
     """True where the teacher wrote its own rationales; its shards carry that text."""
     adapter: str

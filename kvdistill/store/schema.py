@@ -61,6 +61,9 @@ def _specs(manifest: TeacherManifest, counts: Counts) -> Iterator[ArraySpec]:
     if manifest.has_hidden_at_cue:
         shape = (len(manifest.layers) + 1, counts.num_samples, manifest.hidden_size)
         yield ArraySpec("hidden_at_cue", ("layer", "sample", "hidden"), shape, "float32")
+    if manifest.has_summaries:
+        shape = (2, counts.num_samples, manifest.hidden_size)
+        yield ArraySpec("hidden_summary", ("mean_first", "sample", "hidden"), shape, "float32")
     for group_idx, group in enumerate(manifest.groups):
         prefix = group_prefix(manifest, group_idx)
         yield from _group_specs(manifest, counts, group, prefix)

@@ -60,7 +60,8 @@ def tiny_tokenizer(vocab_size: int = 300, bos: bool = False) -> PreTrainedTokeni
 def save_teacher(folder: Path, model_type: str = "llama", **options: Any) -> Path:
     """A tiny teacher with its tokenizer, as a folder that `from_pretrained` reads."""
     tokenizer = tiny_tokenizer(bos=options.pop("bos", False))
-    model = tiny_model(model_type, **{**BASE, "vocab_size": len(tokenizer), **options})
+    base = options.pop("base", BASE)
+    model = tiny_model(model_type, **{**base, **options, "vocab_size": len(tokenizer)})
     transformers.utils.logging.set_verbosity_error()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

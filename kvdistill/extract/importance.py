@@ -1,0 +1,113 @@
+"""How much attention every token receives, per layer and key/value head, without full attention.
+
+    I[l, h, i] = mean over queries q of softmax_i( max over the query heads of h of q·k_i · scale )
+
+KaVa: Latent Reasoning via Compressed KV-Cache Distillation (arXiv 2510.02312): the queries are
+the answer's tokens, the softmax runs over the rationale's tokens only. Without segments the
+queries are the last 8 tokens (R-KV: Redundancy-aware KV Cache Compression, arXiv 2505.24133).
+``scale`` is the model's own. Only these few queries meet the keys, so the cost grows with the
+text's length and not with its square. Additive position biases (T5, ALiBi) are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvdistill.extract.rotary import rotate
+from kvdistill.store.manifest import RotarySpec
+from kvdistill.types import SEGMENT_IDS, SEGMENT_SPECIAL
+
+LAST_QUERIES: Final = 8
+CHUNK: Final = 64
+"""Queries at a time: bounds the scores in memory to ``[B, H·G, 64, T]``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Attended:
+    """Which tokens of a batch ask, and which are asked."""
+
+    query_idx_BQ: Tensor
+    """Positions of the queries, long, padded with 0."""
+    query_mask_BQ: Tensor
+    key_mask_BT: Tensor
+
+    def to(self, device: torch.device) -> Attended:
+        """The same on another device."""
+        return Attended(*(x.to(device) for x in vars(self).values()))
+
+
+def choose(segments: Sequence[NDArray[np.int8]]) -> Attended:
+    """Queries and keys of a right-padded batch, from every sample's segments ``[T]``."""
+    queries = [np.flatnonzero(_queries(segment)) for segment in segments]
+    longest_query = max(1, *(len(q) for q in queries))
+    longest = max(1, *(len(segment) for segment in segments))
+    query_idx = np.zeros((len(segments), longest_query), np.int64)
+    query_mask = np.zeros(query_idx.shape, bool)
+    key_mask = np.zeros((len(segments), longest), bool)
+    for row, (segment, query) in enumerate(zip(segments, queries, strict=True)):
+        query_idx[row, : len(query)] = query
+        query_mask[row, : len(query)] = True
+        key_mask[row, : len(segment)] = _keys(segment)
+    return Attended(*(torch.from_numpy(x) for x in (query_idx, query_mask, key_mask)))
+
+
+def importance(
+    query_BHTD: Tensor,
+    key_BHTD: Tensor,
+    attended: Attended,
+    scaling: float,
+    rotary: RotarySpec | None,
+    *,
+    causal: bool,
+) -> Tensor:
+    """Attention received by every token: float32 ``[B, H, T]``, rows sum to 1 over the keys.
+
+    Queries ``[B, H·G, T, D]`` and keys ``[B, H, T, D]`` are unrotated; they are rotated here, in
+    float32, at their positions. Samples without a query or without a key get zeros. With
+    ``causal``, a query sees no later key.
+    """
+    num_heads, num_tokens = key_BHTD.shape[1], key_BHTD.shape[2]
+    idx_BQ = attended.query_idx_BQ
+    picked = idx_BQ[:, None, :, None].expand(-1, query_BHTD.shape[1], -1, query_BHTD.shape[3])
+    query = query_BHTD.gather(2, picked).float() * scaling
+    key = key_BHTD.float()
+    positions = torch.arange(num_tokens, device=key.device)
+    if rotary is not None:
+        query = rotate(query, idx_BQ[:, None], rotary)
+        key = rotate(key, positions, rotary)
+    query = query.unflatten(1, (num_heads, -1))  # type: ignore[no-untyped-call]
+    received = torch.zeros(*key.shape[:3], device=key.device)
+    for start in range(0, idx_BQ.shape[1], CHUNK):
+        part = slice(start, start + CHUNK)
+        scores = torch.einsum("bhgqd,bhtd->bhgqt", query[:, :, :, part], key).amax(dim=2)
+        allowed = attended.key_mask_BT[:, None, :] & attended.query_mask_BQ[:, part, None]
+        if causal:
+            allowed = allowed & (positions <= idx_BQ[:, part, None])
+        scores = scores.masked_fill(~allowed[:, None], float("-inf"))
+        received += scores.softmax(dim=-1).nan_to_num(0.0).sum(dim=2)
+    asked = attended.query_mask_BQ.sum(dim=1).clamp_min(1)
+    return received / asked[:, None, None]
+
+
+def _queries(segment: NDArray[np.int8]) -> NDArray[np.bool]:
+    answer = np.equal(segment, SEGMENT_IDS["answer"])
+    if answer.any():
+        return answer
+    last = np.zeros(segment.shape, bool)
+    last[np.flatnonzero(segment != SEGMENT_SPECIAL)[-LAST_QUERIES:]] = True
+    return last
+
+
+def _keys(segment: NDArray[np.int8]) -> NDArray[np.bool]:
+    """The rationale, or without one every token of text that is not the answer."""
+    rationale = np.equal(segment, SEGMENT_IDS["rationale"])
+    if rationale.any():
+        return rationale
+    return np.isin(segment, (SEGMENT_SPECIAL, SEGMENT_IDS["answer"]), invert=True)

@@ -1,0 +1,203 @@
+"""Collects the encoded layers of a shard's batches into its packed arrays.
+
+Layers are encoded where and when they are computed, inside the forward pass, so that the
+largest thing in memory is one layer of one batch besides the codes themselves. A batch is
+encoded in one go with every sample's last token repeated as its padding; that is exactly what a
+codec does to fill a sample's last block, so the codes do not depend on the batch. Nothing is
+waited for during the pass: codes travel to pinned memory and are put in place afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvdistill.errors import NonFiniteError
+from kvdistill.extract.adapters import QKV
+from kvdistill.extract.batches import Batch
+from kvdistill.extract.importance import Attended, choose, importance
+from kvdistill.extract.moments import SampleMoments, moments
+from kvdistill.extract.verify import VerifiedLayer
+from kvdistill.store.codecs import CODECS, part_name
+from kvdistill.store.manifest import TeacherManifest
+from kvdistill.store.schema import Counts, group_prefix, shard_arrays
+from kvdistill.store.shard import EncodedShard, TokenTable, block_ptr
+from kvdistill.store.statistics import ChannelStatistics
+from kvdistill.types import KINDS, SEGMENT_SPECIAL, Kind
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where a layer goes: its group, and its row on the group's layer axis."""
+
+    group_idx: int
+    row: int
+    prefix: str
+    layer: VerifiedLayer
+
+
+class ShardPacker:
+    """The packed arrays of one shard of one teacher, filled batch by batch."""
+
+    def __init__(
+        self, manifest: TeacherManifest, layers: Sequence[VerifiedLayer], tokens: TokenTable
+    ) -> None:
+        self.tokens = tokens
+        self.ptr = {"token": tokens.sample_ptr, "block": block_ptr(tokens.sample_ptr)}
+        self.manifest = manifest
+        counts = Counts(tokens.num_samples, tokens.num_tokens, tokens.num_blocks)
+        self.arrays = {
+            name: np.zeros(spec.shape, spec.dtype)
+            for name, spec in shard_arrays(manifest, counts).items()
+            if spec.group is not None or spec.name.startswith("hidden_")
+        }
+        self.places = _places(manifest, layers)
+        self.codecs = {"key": CODECS[manifest.codec.key], "value": CODECS[manifest.codec.value]}
+        self.moments = SampleMoments(manifest.groups, tokens.num_samples)
+
+    def begin(self, batch: Batch) -> BatchPacker:
+        """Start a batch; nothing of it is kept before its ``finish``."""
+        return BatchPacker(self, batch)
+
+    def shard(self) -> EncodedShard:
+        """The finished shard."""
+        return EncodedShard(self.tokens, self.arrays)
+
+    def statistics(self) -> dict[str, ChannelStatistics]:
+        """Channel statistics over the tokens that stand for text, by array prefix and kind."""
+        return {
+            f"{group_prefix(self.manifest, group_idx)}{kind}": self.moments.merged(group_idx, kind)
+            for group_idx in range(len(self.manifest.groups))
+            for kind in KINDS
+        }
+
+    def segments(self, batch: Batch) -> list[NDArray[np.int8]]:
+        """Segments of a batch's samples, ``[T]`` each."""
+        return [self.tokens.segment[self.tokens.span(i)] for i in batch.sample_idx]
+
+
+class BatchPacker:
+    """One batch on its way into a shard: encoded during the forward pass, placed after it."""
+
+    def __init__(self, shard: ShardPacker, batch: Batch) -> None:
+        self._shard, self._batch = shard, batch
+        segments = shard.segments(batch)
+        self._text_mask = text_mask(segments, batch)
+        self._attended = choose(segments) if shard.manifest.has_importance else None
+        self._codes: list[tuple[_Place, str, str, Tensor]] = []
+        self._means: list[tuple[_Place, Kind, Tensor, Tensor]] = []
+
+    def add(self, layer_idx: int, qkv: QKV) -> None:
+        """Encode one layer on the device it was computed on. Does not wait for the device."""
+        place = self._shard.places[layer_idx]
+        counted = self._text_mask.to(qkv.key.device, non_blocking=True)
+        for kind in KINDS:
+            x_BHTD = qkv.key if kind == "key" else qkv.value
+            mean, m2 = moments(x_BHTD, counted)
+            self._means.append((place, kind, _off(mean), _off(m2)))
+            codec = self._shard.codecs[kind]
+            encoded = codec.encode(hold_last(x_BHTD, self._batch.lengths), kind)
+            for part in codec.parts(kind):
+                name = part_name(place.prefix + kind, part.suffix)
+                self._codes.append((place, name, part.per, _off(encoded[part.suffix])))
+        if self._attended is not None:
+            received = self._importance(place, qkv, self._attended.to(qkv.key.device))
+            name = f"{place.prefix}importance"
+            self._codes.append((place, name, "token", _off(received.to(torch.float16))))
+
+    def finish(self) -> None:
+        """Wait for the device, check, and put everything where it belongs.
+
+        Raises:
+            NonFiniteError: NaN or infinity; names layer, head and sample.
+        """
+        _wait(self._batch.input_ids.device)
+        index = list(self._batch.sample_idx)
+        count = self._text_mask.sum(dim=1).numpy()
+        for place, kind, mean, m2 in self._means:
+            self._refuse_non_finite(place, kind, mean)
+            self._shard.moments.put(
+                place.group_idx, place.row, kind, index, (count, mean.numpy(), m2.numpy())
+            )
+        for place, name, per, codes in self._codes:
+            target = self._shard.arrays[name][place.row]
+            self._scatter(codes.numpy(), target, self._shard.ptr[per])
+
+    def _importance(self, place: _Place, qkv: QKV, attended: Attended) -> Tensor:
+        return importance(
+            qkv.query,
+            qkv.key,
+            attended,
+            place.layer.scaling,
+            place.layer.rotary,
+            causal=self._shard.manifest.kind != "encoder"
+            and self._shard.manifest.stream != "encoder",
+        )
+
+    def _scatter(
+        self, part: NDArray[np.generic], target: NDArray[np.generic], ptr: NDArray[np.int64]
+    ) -> None:
+        for row, sample_idx in enumerate(self._batch.sample_idx):
+            start, end = int(ptr[sample_idx]), int(ptr[sample_idx + 1])
+            target[:, start:end] = part[row, :, : end - start]
+
+    def _refuse_non_finite(self, place: _Place, kind: Kind, mean_BHD: Tensor) -> None:
+        finite = mean_BHD.isfinite().all(dim=2)
+        if bool(finite.all()):
+            return
+        row, head = (int(i) for i in (~finite).nonzero()[0])
+        sample_id = self._shard.tokens.sample_ids[self._batch.sample_idx[row]]
+        raise NonFiniteError(
+            f"teacher {self._shard.manifest.name!r}, layer {place.layer.layer_idx}, head {head}, "
+            f"sample {sample_id!r}: its {kind}s are not finite in {self._shard.manifest.dtype}; "
+            "try dtype float32 or bfloat16"
+        )
+
+
+def text_mask(segments: Sequence[NDArray[np.int8]], batch: Batch) -> Tensor:
+    """``[B, T]`` bool, on the CPU: tokens that stand for text.
+
+    Statistics count these alone: the first token is often an attention sink whose keys are so
+    large that they would drown the rest.
+    """
+    mask = np.zeros(tuple(batch.input_ids.shape), bool)
+    for row, segment in enumerate(segments):
+        mask[row, : len(segment)] = segment != SEGMENT_SPECIAL
+    return torch.from_numpy(mask)
+
+
+def hold_last(x_BHTD: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Replace padding by each sample's last real token."""
+    if min(lengths) == x_BHTD.shape[2]:
+        return x_BHTD
+    positions = torch.arange(x_BHTD.shape[2], device=x_BHTD.device)
+    last = torch.tensor(lengths, device=x_BHTD.device)[:, None] - 1
+    idx_BHTD = torch.minimum(positions, last)[:, None, :, None].expand_as(x_BHTD)
+    return x_BHTD.gather(2, idx_BHTD)
+
+
+def _places(manifest: TeacherManifest, layers: Sequence[VerifiedLayer]) -> dict[int, _Place]:
+    measured = {layer.layer_idx: layer for layer in layers}
+    return {
+        layer_idx: _Place(group_idx, row, group_prefix(manifest, group_idx), measured[layer_idx])
+        for group_idx, group in enumerate(manifest.groups)
+        for row, layer_idx in enumerate(group.layers)
+    }
+
+
+def _off(x: Tensor) -> Tensor:
+    """Start a copy to pinned memory; on the CPU, the tensor itself."""
+    if x.device.type != "cuda":
+        return x.cpu()
+    pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return pinned.copy_(x, non_blocking=True)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,188 @@
+"""What teachers of every kind leave in the store: streams, views, hidden states, importance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kvdistill.config import Experiment
+from kvdistill.config_file import parse
+from kvdistill.errors import ConfigError, TeacherError
+from kvdistill.extract.hidden import cue
+from kvdistill.extract.teacher import load_teacher
+from kvdistill.pipelines.extract import extract
+from kvdistill.store.reader import KVStore
+from tests.extract.families import ENCODER_DECODERS
+from tests.extract.models import save_teacher
+
+CORPUS = (
+    '{"prompt": "Two and two?", "rationale": "2+2=4.", "answer": "4"}\n'
+    '{"prompt": "Three and four make how much?", "rationale": "It is 3+4=7.", "answer": "7"}\n'
+)
+PLAIN = '{"text": "Natalia sold clips to 48 of her friends."}\n'
+
+
+def make(
+    folder: Path, teacher: dict[str, Any], text: str = CORPUS, **extraction: Any
+) -> Experiment:
+    (folder / "corpus.jsonl").write_text(text, encoding="utf-8")
+    return parse(
+        {
+            "store": str(folder / "store"),
+            "corpus": {"path": str(folder / "corpus.jsonl")},
+            "teachers": {"t": {"model": str(folder / "t"), **teacher}},
+            "extraction": {"device": "cpu", **extraction},
+            "student": {"model": "none"},
+        }
+    )
+
+
+def only_shard(experiment: Experiment) -> tuple[KVStore, Any]:
+    assert extract(experiment).complete
+    store = KVStore.open(experiment.store)
+    return store, store.read_shard("t", store.shard_ids[0])
+
+
+@pytest.mark.parametrize("text", [CORPUS, PLAIN], ids=["segments", "plain"])
+@pytest.mark.parametrize("stream", ["encoder", "decoder", "cross"])
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_streams(tmp_path: Path, family: str, stream: str, text: str) -> None:
+    model_type, options = ENCODER_DECODERS[family]
+    save_teacher(tmp_path / "t", model_type, **options, base={})
+    experiment = make(tmp_path, {"stream": stream}, text)
+    store, shard = only_shard(experiment)
+    manifest = store.teacher("t")
+    layers = 3 if stream == "encoder" else 2
+    assert (manifest.kind, manifest.stream) == ("encoder_decoder", stream)
+    assert shard.arrays["key"].shape[0] == layers
+    assert manifest.has_importance == (stream != "cross")
+    (first, *_) = store.samples(store.shard_ids[0])
+    span = shard.tokens.span(0)
+    starts, ends = shard.tokens.char_start[span], shard.tokens.char_end[span]
+    covered = [first.text[start:end] for start, end in zip(starts, ends, strict=True)]
+    whole = stream != "decoder" or text == PLAIN
+    assert "".join(covered) == (first.text if whole else "\n2+2=4.\n4")
+    assert (shard.tokens.segment[0] == -1) == (stream == "decoder")
+
+
+def test_a_decoder_stream_depends_on_what_its_encoder_reads(tmp_path: Path) -> None:
+    model_type, options = ENCODER_DECODERS["bart"]
+    save_teacher(tmp_path / "t", model_type, **options, base={})
+    _, one = only_shard(make(tmp_path, {"stream": "decoder"}))
+    (tmp_path / "store").rename(tmp_path / "first")
+    _, other = only_shard(
+        make(tmp_path, {"stream": "decoder"}, CORPUS.replace("Two and two?", "One and three?"))
+    )
+    assert one.tokens.token_ids.tolist() == other.tokens.token_ids.tolist()
+    own, theirs = one.arrays["value_scale"], other.arrays["value_scale"]
+    span = one.tokens.span(0)
+    np.testing.assert_array_equal(own[0], theirs[0])  # the first layer has read no source yet
+    assert (own[1, :, span] != theirs[1, :, span]).any()
+    np.testing.assert_array_equal(own[1, :, span.stop :], theirs[1, :, span.stop :])
+
+
+def test_an_encoder_decoder_needs_a_stream(tmp_path: Path) -> None:
+    model_type, options = ENCODER_DECODERS["bart"]
+    save_teacher(tmp_path / "t", model_type, **options, base={})
+    with pytest.raises(TeacherError, match=r"set teachers\.t\.stream to one of encoder, decoder"):
+        extract(make(tmp_path, {}))
+    with pytest.raises(TeacherError, match="does not apply to stream cross"):
+        extract(make(tmp_path, {"stream": "cross"}, hidden_at_cue=True))
+
+
+def test_only_an_encoder_decoder_has_streams(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "t")
+    with pytest.raises(TeacherError, match="has one stream"):
+        extract(make(tmp_path, {"stream": "encoder"}))
+
+
+def test_a_view_is_another_teacher(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "t")
+    template = "Q: {prompt}\nA: {rationale:strip}{answer}"
+    store, shard = only_shard(make(tmp_path, {"template": template}))
+    assert store.teacher("t").template == template
+    special = shard.tokens.segment == -1
+    assert special[:2].all()
+    text = "".join(s.text for s in store.samples(store.shard_ids[0]))
+    assert (shard.tokens.char_end - shard.tokens.char_start).sum() == len(text) - 2  # two strips
+    assert (shard.arrays["key"][:, :, special] != 0).any()
+
+
+def test_gemma_gets_its_bos(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "t", "gemma", head_dim=16)
+    _, shard = only_shard(make(tmp_path, {}))
+    assert shard.tokens.token_ids[shard.tokens.sample_ptr[:-1]].tolist() == [1, 1]
+
+
+def test_hidden_states_at_the_cue_and_summaries(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "t")
+    experiment = make(tmp_path, {}, hidden_at_cue=True, summaries=True, batch_tokens=1000)
+    _, shard = only_shard(experiment)
+    teacher = load_teacher("t", experiment)
+    for i in range(2):
+        span = shard.tokens.span(i)
+        ids = torch.from_numpy(shard.tokens.token_ids[span].astype(np.int64))[None]
+        with torch.no_grad():
+            output = teacher.model(input_ids=ids, output_hidden_states=True)
+        position = cue(shard.tokens.segment[span])
+        assert shard.tokens.segment[span][position + 1] == 3
+        own = torch.stack([hidden[0, position] for hidden in output.hidden_states]).numpy()
+        np.testing.assert_allclose(shard.arrays["hidden_at_cue"][:, i], own, rtol=1e-4, atol=1e-5)
+        last = output.last_hidden_state[0]
+        mean, first = shard.arrays["hidden_summary"][:, i]
+        np.testing.assert_allclose(mean, last.mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(first, last[0], rtol=1e-4, atol=1e-5)
+
+
+def test_importance_is_the_attention_of_the_answer(tmp_path: Path) -> None:
+    """With one query head per key head: the model's own attention, renormalised."""
+    save_teacher(tmp_path / "t", num_key_value_heads=4, attn_implementation="eager")
+    experiment = make(tmp_path, {"attn_implementation": "eager"})
+    _, shard = only_shard(experiment)
+    teacher = load_teacher("t", experiment)
+    span = shard.tokens.span(0)
+    ids = torch.from_numpy(shard.tokens.token_ids[span].astype(np.int64))[None]
+    with torch.no_grad():
+        attentions = teacher.model(input_ids=ids, output_attentions=True).attentions
+    segment = shard.tokens.segment[span]
+    answer, rationale = np.flatnonzero(segment == 3), np.flatnonzero(segment == 2)
+    for layer, attention in enumerate(attentions):
+        part = attention[0][:, answer][:, :, rationale]
+        own = (part / part.sum(-1, keepdim=True)).mean(1)
+        stored = shard.arrays["importance"][layer][:, span]
+        np.testing.assert_allclose(stored[:, rationale], own, rtol=2e-3, atol=1e-4)
+
+
+def test_importance_can_be_left_out(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "t")
+    _, shard = only_shard(make(tmp_path, {}, importance=False))
+    assert "importance" not in shard.arrays
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ({"chat": True, "template": "{text}"}, "not both"),
+        ({"system": "Be brief."}, "needs `chat: true`"),
+        ({"stream": "decoder", "template": "{text}"}, "has no template"),
+    ],
+)
+def test_views_that_cannot_be(tmp_path: Path, teacher: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(tmp_path, teacher)
+
+
+def test_weights_that_are_not_there_are_not_invented(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_teacher(tmp_path / "t")
+    path = tmp_path / "t" / "model.safetensors"
+    weights = load_file(path)
+    del weights["layers.1.self_attn.k_proj.weight"]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(TeacherError, match=r"lack 1 parameters .*layers\.1\.self_attn\.k_proj"):
+        extract(make(tmp_path, {}))
