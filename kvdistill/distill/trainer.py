@@ -190,6 +190,7 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Where to go on: the stream knows, on whatever number of ranks it is restored."""
         epochs, batches = super()._init_training_state(*args, **kwargs)
+        self._parts, self._parts_since = {}, self.state.global_step
         if self.state.global_step == 0:
             return epochs, batches
         return self.stream.epoch, self.stream.batches_done

@@ -92,6 +92,8 @@ def check_store(store: KVStore, experiment: Experiment, splits: Splits) -> None:
 
 def build_trainer(experiment: Experiment, store: KVStore, splits: Splits, folder: RunFolder) -> Any:
     """Student, distiller, stream and trainer of a run, ready to train."""
+    from transformers import set_seed
+
     from kvdistill.distill.callbacks import JsonLines, ProgressBar
     from kvdistill.distill.data.collate import Collate
     from kvdistill.distill.data.stream import KVStream, Rank, StoreSource
@@ -102,6 +104,7 @@ def build_trainer(experiment: Experiment, store: KVStore, splits: Splits, folder
     from kvdistill.distill.trainer import KVDistillTrainer
     from kvdistill.distill.training_arguments import training_arguments
 
+    set_seed(experiment.seed)  # projectors start from the seed; the student has a fork of its own
     config = experiment.student
     tokenizer = load_tokenizer(config.tokenizer or str(config.model), config.trust_remote_code)
     student = build_student(config, tokenizer, experiment.seed)

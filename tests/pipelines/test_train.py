@@ -1,0 +1,158 @@
+"""Stage 2 end to end: trains, resumes, refuses, and never needs a teacher."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from kvdistill import config_file
+from kvdistill.errors import ConfigError, IncompleteStore, StoreMismatch, StoreNotFound
+from kvdistill.pipelines.corpus import load_corpus
+from kvdistill.pipelines.report import write_report
+from kvdistill.pipelines.runs import RunFolder, begin
+from kvdistill.pipelines.train import build_trainer, train
+from kvdistill.store.reader import KVStore
+from tests.pipelines.tiny import variant
+
+
+class StopAt(TrainerCallback):
+    """Ends training after a step, as a kill would: nothing more is saved."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in RunFolder(folder).log.read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    return state
+
+
+@pytest.mark.parametrize("mode", ["student_to_teacher", "frozen"])
+def test_a_run_trains_and_leaves_an_ordinary_student(
+    extracted: Path, tmp_path: Path, mode: str
+) -> None:
+    report = train(variant(extracted, tmp_path, projection__mode=mode, training__log_steps=1))
+    rows = losses(report.folder)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for row in rows:
+        parts = 3 * row["loss_key"] + 3 * row["loss_value"] + row["loss_cross_entropy"]
+        assert math.isclose(row["loss"], parts, rel_tol=1e-5)
+    student = AutoModelForCausalLM.from_pretrained(report.folder / "student")
+    tokenizer = AutoTokenizer.from_pretrained(report.folder / "student")
+    text = tokenizer("How many", return_tensors="pt")
+    assert student(text.input_ids).logits.shape[:2] == text.input_ids.shape
+    assert report.metrics["eval_bits_per_character"] > 0
+    record = RunFolder(report.folder).read_record()
+    assert record["finished"]
+    assert record["attempts"][0]["versions"]["torch"] == torch.__version__
+    again = train(variant(extracted, tmp_path, projection__mode=mode, training__log_steps=1))
+    assert again.already_finished
+    assert again.metrics == report.metrics
+
+
+def test_stage_two_needs_no_teacher_and_imports_no_teacher_code(
+    extracted: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(config_file.dump(variant(extracted, tmp_path / "runs")))
+    assert not (extracted.parent / "models" / "bert").exists()
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from kvdistill import config_file\nfrom kvdistill.pipelines.train import train\n"
+        f"train(config_file.load(Path({str(config)!r})))\n"
+        "modules = [m for m in sys.modules if m.startswith('kvdistill.extract')]\n"
+        "modules += [m for m in sys.modules if m.startswith('transformers.models.bert.model')]\n"
+        "print('TEACHER CODE', modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "TEACHER CODE []" in done.stdout
+
+
+def test_a_stopped_run_resumed_equals_one_never_stopped(extracted: Path, tmp_path: Path) -> None:
+    changes = {"training__max_steps": None, "training__epochs": 2, "corpus__max_samples": 48}
+    settings = {"training__save_steps": 5, "training__log_steps": 1, **changes}
+    whole = train(variant(extracted, tmp_path / "whole", **settings))
+    stopped = variant(extracted, tmp_path / "stopped", **settings)
+    folder = begin(stopped)
+    store, splits = KVStore.open(stopped.store), load_corpus(stopped.corpus)
+    trainer = build_trainer(stopped, store, splits, folder)
+    trainer.add_callback(StopAt(28))  # an epoch has 22 steps: it stops inside the second
+    trainer.train()
+    assert folder.checkpoint() == folder.path / "checkpoint-25"
+    resumed = train(stopped)
+    assert resumed.resumed
+    for name, tensor in weights(whole.folder / "student").items():
+        assert torch.equal(tensor, weights(resumed.folder / "student")[name]), name
+    by_step = {row["step"]: row["loss_key"] for row in losses(whole.folder)}
+    assert {row["step"]: row["loss_key"] for row in losses(resumed.folder)} == by_step
+
+
+def test_cross_entropy_alone_reads_no_teacher(extracted: Path, tmp_path: Path) -> None:
+    changes = {"losses__key": 0, "losses__value": 0, "training__log_steps": 1}
+    report = train(variant(extracted, tmp_path, **changes))
+    assert "loss_key" not in losses(report.folder)[0]
+    assert RunFolder(report.folder).diagnostics.read_text() == "{}"
+
+
+def test_the_report_holds_everything_in_one_page(extracted: Path, tmp_path: Path) -> None:
+    logged = {"training__eval_steps": 3, "training__log_steps": 2}
+    with_kv = train(variant(extracted, tmp_path, **logged))
+    without = train(
+        variant(extracted, tmp_path, name="plain", losses__key=0, losses__value=0, **logged)
+    )
+    page = tmp_path / "report.html"
+    write_report([with_kv.folder, without.folder], page)
+    text = page.read_text(encoding="utf-8")
+    assert text.count("data:image/png;base64,") == 4 + 2 + 2
+    assert "http" not in text.replace("http://www.w3.org", "")
+    for words in ("losses.key", "plain", "perplexity", "first text", "llama", "bert"):
+        assert words in text
+
+
+def test_report_refuses_what_is_no_finished_run(extracted: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no run\.json"):
+        write_report([tmp_path], tmp_path / "report.html")
+    folder = begin(variant(extracted, tmp_path))
+    with pytest.raises(ConfigError, match="has not finished"):
+        write_report([folder.path], tmp_path / "report.html")
+
+
+def test_a_run_of_another_config_is_not_overwritten(extracted: Path, tmp_path: Path) -> None:
+    begin(variant(extracted, tmp_path))
+    with pytest.raises(ConfigError, match=r"training\.learning_rate") as caught:
+        begin(variant(extracted, tmp_path, training__learning_rate=0.5))
+    assert "choose another name" in str(caught.value)
+
+
+def test_a_store_that_does_not_fit_is_refused_before_training(
+    extracted: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(StoreNotFound):
+        train(variant(extracted, tmp_path, store=str(tmp_path / "none")))
+    with pytest.raises(StoreMismatch, match="corpus"):
+        train(variant(extracted, tmp_path, corpus__max_samples=47))
+    with pytest.raises(StoreMismatch, match="model"):
+        train(variant(extracted, tmp_path, teachers__bert__model="other/bert"))
+    with pytest.raises(StoreMismatch, match="codec"):
+        train(variant(extracted, tmp_path, extraction__codec={"key": "bf16", "value": "bf16"}))
+    with pytest.raises(IncompleteStore, match="third") as caught:
+        train(variant(extracted, tmp_path, teachers__third={"model": "x"}))
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "tiny").exists()

@@ -1,0 +1,36 @@
+"""An extracted store of two tiny teachers, made once per session, and configs that use it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kvdistill import config_file
+from kvdistill.config import Experiment
+from kvdistill.pipelines.extract import extract
+from tests.slurm.experiment import write_experiment, write_models
+
+
+def make_extracted(folder: Path) -> Path:
+    """Models, experiment file and complete store under ``folder``; returns the file."""
+    write_models(folder / "models")
+    path = write_experiment(folder, folder / "models")
+    extract(config_file.load(path))
+    shutil.rmtree(folder / "models" / "bert")  # stage 2 must not miss its teachers
+    return path
+
+
+def variant(path: Path, output: Path, **changes: Any) -> Experiment:
+    """The experiment at ``path`` with ``section__key=value`` changes, its runs in ``output``."""
+    body = yaml.safe_load(path.read_text(encoding="utf-8"))
+    body["output_dir"] = str(output)
+    for dotted, value in changes.items():
+        *parents, last = dotted.split("__")
+        place = body
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return config_file.parse(body)
