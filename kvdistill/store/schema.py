@@ -102,7 +102,11 @@ def _part_spec(part: Part, kind: Kind, group: LayerGroup, counts: Counts) -> Arr
 
 
 def _attributes(part: Part, codec: str) -> dict[str, str | int]:
-    attributes: dict[str, str | int] = {"codec": codec, "logical_dtype": part.logical}
+    attributes: dict[str, str | int] = {
+        "role": part.suffix or "codes",
+        "codec": codec,
+        "logical_dtype": part.logical,
+    }
     if part.per == "block":
         attributes["block_tokens"] = BLOCK_TOKENS
     return attributes

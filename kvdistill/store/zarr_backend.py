@@ -1,33 +1,31 @@
-"""Shards as zarr v3 groups: compressed, readable by zarr, dask, tensorstore and zarrs alike.
+"""Shards as zarr v3 groups, which zarr, zarrs, tensorstore, dask and xarray open as they are.
 
 Each array is one file by the sharding codec, cut into chunks of one layer, one head and about
-1,024 tokens. ``crc32c`` comes after the compressor, because the sharding codec checks only its
-index. A missing file reads as the fill value in every zarr reader, without an error: sizes are
-checked against the commit before an array is touched, and the fill value is one that no valid
-array holds, so that other readers see NaN or −128 and not plausible zeros.
-``zarrs`` reads; zarr-python's own pipeline gives the same bits and is used where ``zarrs`` is
-not installed.
+1,024 tokens. ``crc32c`` closes every chunk, because the sharding codec checks only its index.
+A missing file reads as the fill value in every zarr reader, without an error: sizes are checked
+against the commit before an array is touched, and the fill value is one that no valid array
+holds, so that other readers see NaN or −128 and not plausible zeros.
+
+The metadata is plain JSON and the files are read and written by ``sharded_file``: neither zarr
+nor its event loop is loaded, so a reader may be forked and shared between threads.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib.util import find_spec
+import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.storage import LocalStore
 
 from kvdistill.errors import ShardCorrupt
 from kvdistill.store.backend import OpenShard, Specs
 from kvdistill.store.integrity import REMEDY, check_content, check_size
 from kvdistill.store.manifest import Commit
 from kvdistill.store.schema import ArraySpec
+from kvdistill.store.sharded_file import ZSTD_LEVEL, Grid, read_box, read_index, write_array
 
 CHUNK_TOKENS: Final = 1024
 FILL_VALUES: Final[dict[str, float]] = {
@@ -36,22 +34,17 @@ FILL_VALUES: Final[dict[str, float]] = {
     "uint16": 65535,
     "int32": -(2**31),
     "int64": -(2**63),
-    "float16": float("nan"),
-    "float32": float("nan"),
-    "float64": float("nan"),
+    "float16": math.nan,
+    "float32": math.nan,
+    "float64": math.nan,
 }
-"""Never the content of a whole chunk, which would then not be written."""
-FAST_PIPELINE: Final = "zarrs.ZarrsCodecPipeline"
-PLAIN_PIPELINE: Final = "zarr.core.codec_pipeline.BatchedCodecPipeline"
-_CONFIG_LOCK = threading.Lock()
+"""Never in a valid array (for packed int4: never throughout one)."""
+UNCOMPRESSED: Final = frozenset({"bfloat16", "float16", "int8", "float8_e4m3fn"})
+"""Codes that zstd shrinks by too little for the time it takes; docs/codecs.md has the figures."""
 
 
 class ZarrBackend:
-    """``pipeline`` is the codec pipeline by import path; by default ``zarrs`` if installed."""
-
-    def __init__(self, pipeline: str | None = None) -> None:
-        fast = find_spec("zarrs") is not None
-        self.pipeline = pipeline or (FAST_PIPELINE if fast else PLAIN_PIPELINE)
+    """One zarr group per shard, one file per array."""
 
     def write(
         self,
@@ -61,29 +54,31 @@ class ZarrBackend:
         attributes: Mapping[str, object],
     ) -> dict[str, str]:
         """See ``Backend.write``. zarr files are checked as files, so nothing is returned."""
-        with _pipeline(self.pipeline):
-            root = zarr.create_group(LocalStore(folder), attributes=dict(attributes))
-            for prefix in sorted({name.rpartition("/")[0] for name in specs} - {""}):
-                root.create_group(prefix)
-            targets = {name: _create(root, spec) for name, spec in specs.items()}
-        for name, target in targets.items():
-            if target.size:
-                target[...] = arrays[name]
+        _write_json(folder, {"node_type": "group", "attributes": dict(attributes)})
+        for prefix in {name.rpartition("/")[0] for name in specs} - {""}:
+            _write_json(folder / prefix, {"node_type": "group", "attributes": {}})
+        for name, spec in specs.items():
+            grid = _grid(spec)
+            _write_json(folder / name, _array_metadata(spec, grid))
+            if math.prod(grid.shape):
+                path = folder / _data_file(spec)
+                path.parent.mkdir(parents=True)
+                write_array(path, arrays[name], grid)
         return {}
 
     def open(self, folder: Path, commit: Commit, specs: Specs) -> OpenShard:
         """See ``Backend.open``."""
-        check_content(folder, "zarr.json", commit)
-        with _pipeline(self.pipeline):
-            root = zarr.open_group(LocalStore(folder, read_only=True), mode="r")
-        return _ZarrShard(folder, commit, specs, root)
+        group = _read_json(folder, "zarr.json", commit)
+        return _ZarrShard(folder, commit, specs, group["attributes"])
 
 
 class _ZarrShard:
-    def __init__(self, folder: Path, commit: Commit, specs: Specs, root: zarr.Group) -> None:
-        self._folder, self._commit, self._specs, self._root = folder, commit, specs, root
-        self._arrays: dict[str, zarr.Array[Any]] = {}
-        self.attributes: Mapping[str, object] = dict(root.attrs)
+    def __init__(
+        self, folder: Path, commit: Commit, specs: Specs, attributes: Mapping[str, object]
+    ) -> None:
+        self._folder, self._commit, self._specs = folder, commit, specs
+        self._opened: dict[str, tuple[Path, Grid, Any]] = {}
+        self.attributes = attributes
 
     def read(
         self,
@@ -94,40 +89,79 @@ class _ZarrShard:
     ) -> np.ndarray:
         """See ``OpenShard.read``."""
         spec = self._specs[name]
-        array = self._array(spec)
-        if layers is None and heads is None and span is None:
-            return self._get(array, (), spec)
-        rest = (_bounds(heads), span or slice(None))[: len(spec.shape) - 1]
-        pieces = [self._get(array, (run, *rest), spec) for run in _runs(layers, spec.shape[0])]
+        if not math.prod(spec.shape):
+            empty = np.empty(spec.shape, spec.dtype)
+            return np.asarray(empty[_positions(spec, layers, heads, span)])
+        path, grid, index = self._open(spec)
+        box = [range(size) for size in spec.shape]
+        if span is not None:
+            box[2] = range(spec.shape[2])[span]
+        if heads is not None:
+            box[1] = range(heads[0], heads[-1] + 1)
+        pieces = [
+            read_box(path, grid, index, [run, *box[1:]]) for run in _runs(layers, spec.shape[0])
+        ]
         out = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-        if heads is None:
-            return out
-        return out[:, [head - heads[0] for head in heads]]
+        whole = heads is None or len(box[1]) == len(heads)
+        return out if whole else out[:, [head - box[1].start for head in heads or ()]]
 
-    def _array(self, spec: ArraySpec) -> zarr.Array[Any]:
-        """Open an array once, after checking its metadata, shape, dtype and file size."""
-        if spec.name not in self._arrays:
-            check_content(self._folder, f"{spec.name}/zarr.json", self._commit)
-            array = self._root[spec.name]
-            if not isinstance(array, zarr.Array):
-                raise ShardCorrupt(f"{self._folder / spec.name}: not a zarr array; {REMEDY}")
-            if array.shape != spec.shape or array.dtype != np.dtype(spec.dtype):
+    def _open(self, spec: ArraySpec) -> tuple[Path, Grid, Any]:
+        """Open an array once, after checking its metadata and its file's size."""
+        if spec.name not in self._opened:
+            grid = _grid(spec)
+            found = _read_json(self._folder, f"{spec.name}/zarr.json", self._commit)
+            if found != {**_FORMAT, **_array_metadata(spec, grid)}:
                 raise ShardCorrupt(
-                    f"{self._folder / spec.name}: {array.dtype} {array.shape}, but the manifest "
-                    f"asks for {spec.dtype} {spec.shape}; {REMEDY}"
+                    f"{self._folder / spec.name}: not the array that the manifest asks for, "
+                    f"{spec.dtype} {spec.shape}; {REMEDY}"
                 )
-            if array.size:
-                check_size(self._folder, _data_file(spec), self._commit)
-            self._arrays[spec.name] = array
-        return self._arrays[spec.name]
+            check_size(self._folder, _data_file(spec), self._commit)
+            path = self._folder / _data_file(spec)
+            self._opened[spec.name] = path, grid, read_index(path, grid)
+        return self._opened[spec.name]
 
-    def _get(self, array: zarr.Array[Any], index: tuple[slice, ...], spec: ArraySpec) -> np.ndarray:
-        try:
-            return np.asarray(array[index or ...])
-        except (ValueError, RuntimeError) as error:
-            raise ShardCorrupt(
-                f"{self._folder / spec.name}: cannot be decoded ({error}); {REMEDY}"
-            ) from error
+
+_FORMAT: Final = {"zarr_format": 3}
+
+
+def _write_json(folder: Path, body: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**_FORMAT, **body}, indent=1, ensure_ascii=False)
+    (folder / "zarr.json").write_text(text, encoding="utf-8")
+
+
+def _read_json(folder: Path, name: str, commit: Commit) -> dict[str, Any]:
+    check_content(folder, name, commit)
+    body: dict[str, Any] = json.loads((folder / name).read_bytes())
+    return body
+
+
+def _array_metadata(spec: ArraySpec, grid: Grid) -> dict[str, Any]:
+    """The array's ``zarr.json``: https://zarr-specs.readthedocs.io/en/latest/v3/core/."""
+    endian = {"endian": "little"}
+    zstd = {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}}
+    chunk_codecs = [
+        {"name": "bytes", "configuration": endian},
+        *([zstd] if grid.compressed else []),
+        {"name": "crc32c"},
+    ]
+    sharding = {
+        "chunk_shape": list(grid.chunk),
+        "codecs": chunk_codecs,
+        "index_codecs": [{"name": "bytes", "configuration": endian}, {"name": "crc32c"}],
+        "index_location": "end",
+    }
+    return {
+        "node_type": "array",
+        "shape": list(grid.shape),
+        "data_type": grid.dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(grid.whole)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": "NaN" if math.isnan(grid.fill) else grid.fill,
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "attributes": dict(spec.attributes),
+        "dimension_names": list(spec.axes),
+    }
 
 
 def _data_file(spec: ArraySpec) -> str:
@@ -135,59 +169,43 @@ def _data_file(spec: ArraySpec) -> str:
     return "/".join([spec.name, "c", *("0" for _ in spec.shape)])
 
 
-@contextmanager
-def _pipeline(path: str) -> Iterator[None]:
-    """Open or create arrays with this codec pipeline; they keep it for life.
-
-    zarr's configuration is one per process, hence the lock; it is restored on the way out.
-    """
-    with _CONFIG_LOCK, zarr.config.set({"codec_pipeline.path": path}):
-        yield
-
-
-def _create(root: zarr.Group, spec: ArraySpec) -> zarr.Array[Any]:
-    chunks = _chunks(spec)
-    whole = tuple(-(-size // chunk) * chunk for size, chunk in zip(spec.shape, chunks, strict=True))
-    return root.create_array(
-        spec.name,
-        shape=spec.shape,
-        dtype=spec.dtype,
-        chunks=chunks,
-        shards=tuple(max(size, chunk) for size, chunk in zip(whole, chunks, strict=True)),
-        filters=None,
-        compressors=[
-            BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"),
-            Crc32cCodec(),
-        ],
-        fill_value=FILL_VALUES[spec.dtype],
-        attributes=dict(spec.attributes),
-        dimension_names=spec.axes,
-    )
+def _grid(spec: ArraySpec) -> Grid:
+    """One layer and one head of about 1,024 tokens; thin arrays with all heads together."""
+    chunk = tuple(max(size, 1) for size in spec.shape)
+    if spec.group is not None and (len(chunk) == 3 or chunk[3] == 1):
+        chunk = (1, *chunk[1:])
+    elif spec.group is not None:
+        pieces = -(-chunk[2] // CHUNK_TOKENS)
+        chunk = (1, 1, -(-chunk[2] // pieces), chunk[3])
+    is_codes = spec.attributes.get("role") == "codes"
+    compressed = not (is_codes and spec.attributes["logical_dtype"] in UNCOMPRESSED)
+    return Grid(spec.shape, chunk, spec.dtype, FILL_VALUES[spec.dtype], compressed)
 
 
-def _chunks(spec: ArraySpec) -> tuple[int, ...]:
-    """One layer and one head of about 1,024 tokens; scales of all heads together."""
-    shape = tuple(max(size, 1) for size in spec.shape)
-    if spec.group is None:
-        return shape
-    if len(shape) == 3 or shape[3] == 1:
-        return (1, *shape[1:])
-    pieces = -(-shape[2] // CHUNK_TOKENS)
-    return (1, 1, -(-shape[2] // pieces), shape[3])
+def _positions(
+    spec: ArraySpec,
+    layers: Sequence[int] | None,
+    heads: Sequence[int] | None,
+    span: slice | None,
+) -> tuple[Any, ...]:
+    """An orthogonal index into an array without elements: only shapes matter."""
+    axes = [slice(None) for _ in spec.shape]
+    for axis, chosen in enumerate((layers, heads)):
+        if chosen is not None:
+            axes[axis] = slice(0, len(chosen))
+    if span is not None:
+        axes[2] = span
+    return tuple(axes)
 
 
-def _runs(layers: Sequence[int] | None, length: int) -> list[slice]:
+def _runs(layers: Sequence[int] | None, length: int) -> list[range]:
     """Ascending positions as runs of neighbours: ``[0, 1, 4]`` → ``[0:2, 4:5]``."""
     if layers is None:
-        return [slice(0, length)]
-    runs: list[slice] = []
+        return [range(length)]
+    runs: list[range] = []
     for layer in layers:
         if runs and runs[-1].stop == layer:
-            runs[-1] = slice(runs[-1].start, layer + 1)
+            runs[-1] = range(runs[-1].start, layer + 1)
         else:
-            runs.append(slice(layer, layer + 1))
+            runs.append(range(layer, layer + 1))
     return runs
-
-
-def _bounds(heads: Sequence[int] | None) -> slice:
-    return slice(None) if heads is None else slice(heads[0], heads[-1] + 1)

@@ -1,0 +1,71 @@
+"""The zarr backend, seen through zarr-python, zarrs and dask: the same bits everywhere."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import pytest
+import zarr
+
+from kvdistill.store.sharded_file import Grid, read_box, read_index, write_array
+
+SHARD = Path("store", "teachers", "tiny", "shards", "00000")
+PIPELINES = {
+    "zarr-python": "zarr.core.codec_pipeline.BatchedCodecPipeline",
+    "zarrs": "zarrs.ZarrsCodecPipeline",
+}
+
+
+@pytest.mark.parametrize("pipeline", sorted(PIPELINES))
+@pytest.mark.parametrize("codec", ["bf16", "fp16", "int8", "int4", "fp8_e4m3"])
+def test_every_zarr_reader_sees_the_same_bits(
+    tmp_path: Path, build: Any, pipeline: str, codec: str
+) -> None:
+    teacher = build.teacher(
+        codec={"key": codec, "value": codec}, groups=build.two_groups, has_importance=True
+    )
+    _, made = build.store(tmp_path / "store", teacher)
+    with zarr.config.set({"codec_pipeline.path": PIPELINES[pipeline]}):
+        group = zarr.open_group(tmp_path / SHARD, mode="r")
+        for name, want in made["00000"].shard.arrays.items():
+            array = group[name]
+            assert isinstance(array, zarr.Array)
+            np.testing.assert_array_equal(array[...], want)
+            np.testing.assert_array_equal(array[:1, :, 60:70], want[:1, :, 60:70])
+    assert group.attrs["sample_ids"] == ["s0", "s1", "s2"]
+    assert group["g0/key"].metadata.dimension_names == ("layer", "head", "token", "dim")
+
+
+def test_dask_opens_an_array_as_it_is(tmp_path: Path, build: Any) -> None:
+    _, made = build.store(tmp_path / "store", build.teacher())
+    key = da.from_zarr(str(tmp_path / SHARD), component="key")
+    np.testing.assert_array_equal(key.compute(), made["00000"].shard.arrays["key"])
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (3, 2500), (2, 3, 70, 4), (1, 1, 1, 1)])
+def test_any_box_equals_slicing(tmp_path: Path, shape: tuple[int, ...], compressed: bool) -> None:
+    rng = np.random.default_rng(0)
+    array = rng.integers(0, 9, shape).astype(np.int32)
+    chunk = tuple(max(1, n // 2 - 1) for n in shape)
+    grid = Grid(shape, chunk, "int32", -1, compressed)
+    write_array(tmp_path / "array", array, grid)
+    index = read_index(tmp_path / "array", grid)
+    for _ in range(20):
+        ends = [sorted(rng.integers(0, n + 1, 2)) for n in shape]
+        box = [range(int(a), int(b)) for a, b in ends]
+        got = read_box(tmp_path / "array", grid, index, box)
+        np.testing.assert_array_equal(got, array[tuple(slice(a, b) for a, b in ends)])
+
+
+def test_reading_and_writing_load_neither_zarr_nor_torch() -> None:
+    code = (
+        "import sys, kvdistill.store.writer, kvdistill.store.reader;"
+        "sys.exit(bool({'zarr', 'torch', 'transformers', 'dask'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
