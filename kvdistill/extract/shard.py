@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ class ExtractedShard:
     """Samples that were cut at the teacher's positions."""
     skipped: tuple[str, ...]
     """Samples too long for the teacher, stored without tokens."""
+    seconds: float
+    """Wall time of reading and encoding."""
 
 
 def extract_samples(
@@ -52,6 +55,7 @@ def extract_samples(
             or a tokenizer's offsets are wrong; names the sample.
         NonFiniteError: NaN or infinity; names layer, head and sample.
     """
+    started = time.monotonic()
     encoded, truncated, skipped = _read(teacher, samples, long_text)
     packer = ShardPacker(teacher.manifest, teacher.layers, token_table(samples, encoded))
     pad_id = teacher.tokenizer.pad_token_id or 0
@@ -60,7 +64,8 @@ def extract_samples(
         _run(teacher, batch, packer)
         if on_batch is not None:
             on_batch(sum(batch.lengths))
-    return ExtractedShard(packer.shard(), packer.statistics(), truncated, skipped)
+    seconds = time.monotonic() - started
+    return ExtractedShard(packer.shard(), packer.statistics(), truncated, skipped, seconds)
 
 
 def token_table(samples: Sequence[Sample], encoded: Sequence[Encoded]) -> TokenTable:

@@ -8,16 +8,23 @@ once: task ``i`` of ``n`` owns shards ``u % n == i``, and of two copies the firs
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvdistill.config import Experiment
 from kvdistill.errors import ConfigError, Interrupted
+from kvdistill.extract.prototypes import prototypes
 from kvdistill.extract.shard import ExtractedShard, extract_samples
 from kvdistill.extract.teacher import Teacher, load_teacher
 from kvdistill.pipelines.stored import is_done, prepare
+from kvdistill.store.prototypes import write_prototypes
 from kvdistill.store.reader import KVStore
 from kvdistill.store.writer import add_teacher, publish_shard
 
@@ -45,11 +52,18 @@ class TeacherReport:
     shards: int = 0
     """Shards published by this run."""
     already_done: int = 0
+    duplicates: int = 0
+    """Shards that another process published while this run read them."""
     tokens: int = 0
     seconds: float = 0.0
     """Wall time of reading, encoding and writing, without loading the teacher."""
     truncated: int = 0
     skipped: int = 0
+
+    @property
+    def done(self) -> int:
+        """Shards of this task's share that are there."""
+        return self.shards + self.duplicates + self.already_done
 
 
 @dataclass(frozen=True)
@@ -126,28 +140,68 @@ def extract_shard(
         NonFiniteError: NaN or infinity; names layer, head and sample.
         StoreError: nothing could be written; nothing was published.
     """
-    started = time.monotonic()
-    extracted = extract_samples(
+    extracted = read_shard(store, experiment, teacher, shard_id, on_batch=on_batch)
+    return extracted, publish(store, experiment, teacher, shard_id, extracted, attempt=attempt)
+
+
+def read_shard(
+    store: KVStore,
+    experiment: Experiment,
+    teacher: Teacher,
+    shard_id: str,
+    *,
+    on_batch: Callable[[int], None] | None = None,
+) -> ExtractedShard:
+    """Read one shard with one teacher, and publish nothing."""
+    return extract_samples(
         teacher,
         store.samples(shard_id),
         batch_tokens=experiment.extraction.batch_tokens,
         long_text=experiment.extraction.long_text,
         on_batch=on_batch,
     )
+
+
+def publish(
+    store: KVStore,
+    experiment: Experiment,
+    teacher: Teacher,
+    shard_id: str,
+    extracted: ExtractedShard,
+    *,
+    attempt: dict[str, Any] | None = None,
+) -> bool:
+    """Publish a shard that was read; the last one of a teacher also makes its prototypes."""
+    name = teacher.manifest.name
     published = publish_shard(
         store,
-        teacher.manifest.name,
+        name,
         shard_id,
         extracted.shard,
         extracted.statistics,
-        seconds=time.monotonic() - started,
+        seconds=extracted.seconds,
         attempt={
             "truncated": list(extracted.truncated),
             "skipped": list(extracted.skipped),
             **(attempt or {}),
         },
     )
-    return extracted, published
+    if teacher.manifest.has_summaries and not store.missing(name):
+        write_prototypes(store, name, store_prototypes(store, experiment, name))
+    return published
+
+
+def store_prototypes(
+    store: KVStore, experiment: Experiment, name: str
+) -> dict[str, NDArray[np.float32]]:
+    """Prototypes of a teacher whose shards are all there, from their hidden summaries."""
+    one_layer = store.teacher(name).layers[:1]
+    summaries = [
+        store.read_shard(name, shard_id, one_layer, kinds=()).arrays["hidden_summary"]
+        for shard_id in store.shard_ids
+    ]
+    mean_NE, first_NE = np.concatenate(summaries, axis=1)
+    return prototypes(mean_NE, first_NE, experiment.extraction.prototypes)
 
 
 @dataclass(frozen=True)
@@ -180,21 +234,46 @@ def _extract_teacher(run: _Run, name: str, owned: Sequence[str]) -> TeacherRepor
     if not pending:
         return report
     teacher = open_teacher(store, experiment, name)
-    for position, shard_id in enumerate(pending, start=report.already_done):
-        run.check_stop()
-        tell = run.tell(name, shard_id, position, len(owned))
-        started = time.monotonic()
-        extracted, first = extract_shard(store, experiment, teacher, shard_id, on_batch=tell)
-        tell(0, committed=True)
-        report = replace(
-            report,
-            shards=report.shards + first,
-            tokens=report.tokens + extracted.shard.tokens.num_tokens,
-            seconds=report.seconds + time.monotonic() - started,
-            truncated=report.truncated + len(extracted.truncated),
-            skipped=report.skipped + len(extracted.skipped),
-        )
-    return report
+    started = time.monotonic()
+    waiting: deque[tuple[str, ExtractedShard, Future[bool]]] = deque()
+    # Compressing and writing run beside the next shard's forward passes; a shard that waits
+    # holds its codes in memory, so few may wait.
+    with ThreadPoolExecutor(experiment.extraction.writers) as pool:
+        for shard_id in pending:
+            run.check_stop()
+            tell = run.tell(name, shard_id, report.done, len(owned))
+            extracted = read_shard(store, experiment, teacher, shard_id, on_batch=tell)
+            task = pool.submit(publish, store, experiment, teacher, shard_id, extracted)
+            waiting.append((shard_id, extracted, task))
+            while waiting and (len(waiting) > experiment.extraction.writers or _is_over(waiting)):
+                report = _settle(run, report, waiting, len(owned))
+        while waiting:
+            report = _settle(run, report, waiting, len(owned))
+    return replace(report, seconds=time.monotonic() - started)
+
+
+def _is_over(waiting: deque[tuple[str, ExtractedShard, Future[bool]]]) -> bool:
+    return waiting[0][2].done()
+
+
+def _settle(
+    run: _Run,
+    report: TeacherReport,
+    waiting: deque[tuple[str, ExtractedShard, Future[bool]]],
+    total: int,
+) -> TeacherReport:
+    """Wait for the shard that was handed over first, and count it."""
+    shard_id, extracted, task = waiting.popleft()
+    published = task.result()
+    run.tell(report.teacher, shard_id, report.done, total)(0, committed=True)
+    return replace(
+        report,
+        shards=report.shards + published,
+        duplicates=report.duplicates + (not published),
+        tokens=report.tokens + extracted.shard.tokens.num_tokens,
+        truncated=report.truncated + len(extracted.truncated),
+        skipped=report.skipped + len(extracted.skipped),
+    )
 
 
 def _names(experiment: Experiment, teachers: Sequence[str] | None) -> list[str]:
@@ -205,11 +284,3 @@ def _names(experiment: Experiment, teachers: Sequence[str] | None) -> list[str]:
             f"no teacher {unknown or ''}; the config has {sorted(experiment.teachers)}"
         )
     return names
-
-
-def _stop_if(should_stop: ShouldStop | None, store: KVStore) -> None:
-    if should_stop is not None and should_stop():
-        raise Interrupted(
-            f"asked to stop; finished shards stay in {store.paths.root}: run the same command "
-            "again to continue"
-        )

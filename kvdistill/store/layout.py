@@ -60,6 +60,10 @@ class StorePaths:
         """Provenance and geometry of one teacher."""
         return self.teacher(teacher) / TEACHER
 
+    def prototypes(self, teacher: str) -> Path:
+        """A few vectors that stand for one teacher, for routers."""
+        return self.teacher(teacher) / "prototypes.safetensors"
+
     def shards(self, teacher: str) -> Path:
         """The committed shards of one teacher."""
         return self.teacher(teacher) / "shards"

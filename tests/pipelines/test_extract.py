@@ -16,13 +16,21 @@ import torch
 
 from kvdistill.config import Experiment
 from kvdistill.config_file import dump, parse
-from kvdistill.errors import ConfigError, Interrupted, NonFiniteError, StoreMismatch, TeacherError
+from kvdistill.errors import (
+    ConfigError,
+    Interrupted,
+    NonFiniteError,
+    StoreError,
+    StoreMismatch,
+    TeacherError,
+)
 from kvdistill.extract.batches import Batch
 from kvdistill.extract.capture import capture
 from kvdistill.extract.teacher import Teacher, load_teacher
 from kvdistill.pipelines.extract import Progress, extract, prepare
 from kvdistill.store.reader import KVStore
 from kvdistill.store.statistics import ChannelStatistics
+from kvdistill.store.writer import publish_shard
 from tests.extract.models import save_teacher
 
 CORPUS = "".join(
@@ -281,6 +289,23 @@ def test_out_of_memory_halves_the_batch(
     assert_same(
         contents(KVStore.open(tmp_path / "store")), contents(KVStore.open(tmp_path / "single"))
     )
+
+
+def test_a_failed_write_stops_the_run_and_leaves_what_was_written(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+
+    def full_disk(store: KVStore, teacher: str, shard_id: str, *args: Any, **kwargs: Any) -> bool:
+        if written:
+            raise StoreError("no space left on device")
+        written.append(shard_id)
+        return publish_shard(store, teacher, shard_id, *args, **kwargs)
+
+    monkeypatch.setattr("kvdistill.pipelines.extract.publish_shard", full_disk)
+    with pytest.raises(StoreError, match="no space left"):
+        extract(experiment, ["llama"])
+    assert KVStore.open(experiment.store).committed("llama") == set(written)
 
 
 def test_unknown_teacher_and_task(experiment: Experiment) -> None:

@@ -11,10 +11,11 @@ import torch
 
 from kvdistill.config import Experiment
 from kvdistill.config_file import parse
-from kvdistill.errors import ConfigError, TeacherError
+from kvdistill.errors import ConfigError, ShardNotFound, TeacherError
 from kvdistill.extract.hidden import cue
 from kvdistill.extract.teacher import load_teacher
 from kvdistill.pipelines.extract import extract
+from kvdistill.store.prototypes import read_prototypes
 from kvdistill.store.reader import KVStore
 from tests.extract.families import ENCODER_DECODERS
 from tests.extract.models import save_teacher
@@ -136,6 +137,24 @@ def test_hidden_states_at_the_cue_and_summaries(tmp_path: Path) -> None:
         mean, first = shard.arrays["hidden_summary"][:, i]
         np.testing.assert_allclose(mean, last.mean(0), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(first, last[0], rtol=1e-4, atol=1e-5)
+
+
+def test_prototypes_are_made_of_all_shards(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "t")
+    whole = make(tmp_path, {}, summaries=True, prototypes=2)
+    store, shard = only_shard(whole)
+    found = read_prototypes(store, "t")
+    mean, first = shard.arrays["hidden_summary"]
+    np.testing.assert_allclose(found["mean"], mean.mean(0), atol=1e-6)
+    np.testing.assert_allclose(found["cls"], first.mean(0), atol=1e-6)
+    assert found["kmeans"].shape == (2, 32)
+
+
+def test_no_prototypes_without_summaries(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "t")
+    store, _ = only_shard(make(tmp_path, {}))
+    with pytest.raises(ShardNotFound, match="has no prototypes"):
+        read_prototypes(store, "t")
 
 
 def test_importance_is_the_attention_of_the_answer(tmp_path: Path) -> None:
