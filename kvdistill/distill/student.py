@@ -6,7 +6,7 @@ through what is read, gradient checkpointing (non-reentrant) included.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from kvdistill.config import StudentConfig
 from kvdistill.distill.projection import HeadShape
 from kvdistill.errors import StudentError
 from kvdistill.extract.adapters import DECODERS, Adapter, Heads
+from kvdistill.types import KINDS, Kind
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,43 @@ class KVCapture:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def rewriting(self, rewrite: Callable[[Tensor, int, Kind], Tensor]) -> Iterator[None]:
+        """While inside, the student attends to ``rewrite(own [B, H, T, D], layer, kind)`` instead.
+
+        Keys are unrotated on both sides. With gradient checkpointing the backward pass has to
+        run inside as well, since it computes the layers again.
+        """
+        handles = [
+            attention.get_submodule(tap).register_forward_hook(
+                self._rewriting_hook(layer, tap_idx, rewrite)
+            )
+            for layer, attention in enumerate(self._attention)
+            for tap_idx, tap in enumerate(self.adapter.taps)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _rewriting_hook(
+        self, layer: int, tap_idx: int, rewrite: Callable[[Tensor, int, Kind], Tensor]
+    ) -> Any:
+        num_taps = len(self.adapter.taps)
+        # One tap holds queries, keys and values; of three the first is queries, which stay.
+        kinds = KINDS if num_taps == 1 else KINDS[tap_idx - 1 : tap_idx] if tap_idx else ()
+
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            out = output.clone()
+            views = self.adapter.cut((out,) * num_taps, self._cut_heads)
+            own = self.adapter.cut((output,) * num_taps, self._cut_heads)
+            for kind in kinds:
+                getattr(views, kind).copy_(rewrite(getattr(own, kind), layer, kind))
+            return out
+
+        return hook
 
     def _hook(
         self, tap: str, outputs: dict[str, Tensor], found: list[tuple[Tensor, Tensor]]
