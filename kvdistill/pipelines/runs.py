@@ -12,6 +12,7 @@ RUN/diagnostics.json      layer maps, an alignment, per-layer errors, for the re
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,8 @@ def begin(experiment: Experiment) -> RunFolder:
         ConfigError: the folder holds a run of another configuration.
     """
     folder = RunFolder(experiment.output_dir / experiment.name)
+    if os.environ.get("RANK", "0") != "0":
+        return folder  # torchrun's other ranks start at the same moment; the first keeps the books
     if folder.config.is_file():
         _refuse_other_config(folder, experiment)
     else:
@@ -102,7 +105,9 @@ def begin(experiment: Experiment) -> RunFolder:
 def _refuse_other_config(folder: RunFolder, experiment: Experiment) -> None:
     stored = config_file.flatten(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
     asked = config_file.flatten(experiment.model_dump(mode="json"))
-    different = sorted(key for key in stored | asked if stored.get(key) != asked.get(key))
+    # What is asked of Slurm changes no number, and may change between two tries.
+    keys = {key for key in stored | asked if not key.startswith("slurm.")}
+    different = sorted(key for key in keys if stored.get(key) != asked.get(key))
     if different:
         key = different[0]
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""

@@ -43,7 +43,7 @@ def train(experiment: Experiment) -> TrainingReport:
     check_store(store, experiment, splits)
     folder = begin(experiment)
     record = folder.read_record()
-    if record["finished"]:
+    if record.get("finished"):
         return TrainingReport(folder.path, record["metrics"], False, already_finished=True)
     checkpoint = folder.checkpoint()
     began = time.monotonic()
