@@ -154,8 +154,9 @@ def _teacher_lines(each: TeacherOverview) -> Iterator[str]:
     from kvdistill.slurm.status import UNIT_STATES
 
     status = each.status
-    counts = [f"{status.count(state)} {state}" for state in UNIT_STATES if status.count(state)]
-    parts = [", ".join(counts), f"of {len(status.units)}", _size(each.stored_bytes)]
+    done = f"{status.count('done')} of {len(status.units)} shards done"
+    others = [f"{status.count(s)} {s}" for s in UNIT_STATES if s != "done" and status.count(s)]
+    parts = [", ".join([done, *others]), _size(each.stored_bytes)]
     if status.work_per_second:
         parts.append(f"{status.work_per_second:,.0f} tokens/s")
     if status.eta_seconds:

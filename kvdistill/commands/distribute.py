@@ -213,6 +213,7 @@ def extraction_script(
     experiment: Experiment, teacher: str, profile: SlurmProfile, config: Path
 ) -> str:
     """A batch script of one teacher's array that needs no Python to submit."""
+    profile = profile.model_copy(update={"nodes": 1})
     count = num_tasks(profile)
     arguments = [*MODULE, "extract", str(config.absolute()), "--teacher", teacher]
     workers = [f"--workers={profile.workers}"] if profile.workers > 1 else []

@@ -92,6 +92,7 @@ def submit_array(
         SlurmError: no Slurm here, or it refused.
     """
     client.require()
+    profile = profile.model_copy(update={"nodes": 1})  # a task is one process, or one node's pool
     longest = client.max_array_size() - 1
     ids: list[str] = []
     for first in range(0, len(tasks), longest):
