@@ -1,0 +1,261 @@
+"""Talking to Slurm without one: fake commands, and what is said where there is none."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from kvdistill.cli import cli
+from kvdistill.config import SlurmProfile
+from kvdistill.errors import ConfigError, SlurmError
+from kvdistill.slurm import client, script
+from kvdistill.slurm.attempts import cause_of_death, job_element, new_attempt
+from kvdistill.slurm.launch import Launch, launch_command
+from kvdistill.slurm.submit import Element, come_again, split
+from tests.slurm.experiment import write_experiment
+from tests.slurm.toy import toy_task
+
+Fake = Callable[[str, str], Path]
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """Put a shell script of this name on the PATH; calls are recorded in ``<name>.calls``."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    def make(name: str, body: str) -> Path:
+        calls = folder / f"{name}.calls"
+        (folder / name).write_text(f'#!/bin/sh\necho "$@" >> {calls}\n{body}\n')
+        (folder / name).chmod(0o755)
+        return calls
+
+    return make
+
+
+@pytest.fixture
+def no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("0:07", 7), ("59:00", 3540), ("1:00:00", 3600), ("2-00:00:01", 172_801),
+     ("UNLIMITED", None), ("INVALID", None), ("", None)],
+)  # fmt: skip
+def test_durations(text: str, seconds: int | None) -> None:
+    assert client.parse_duration(text) == seconds
+
+
+def test_the_queue_is_read_by_element(fake: Fake) -> None:
+    fake("squeue", 'echo "7_0|RUNNING|None|n1"; echo "7_1|PENDING|Priority|"')
+    queue = client.queue(["7"])
+    assert queue["7_0"].state == "RUNNING"
+    assert queue["7_1"].reason == "Priority"
+
+
+def test_forgotten_jobs_are_no_error(fake: Fake) -> None:
+    fake("squeue", 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1')
+    assert client.queue(["7"]) == {}
+
+
+def test_a_refusal_is_one_line(fake: Fake) -> None:
+    fake("squeue", 'printf "error: first\\nerror: second\\n" >&2; exit 1')
+    with pytest.raises(SlurmError, match=r"`squeue .*failed: error: first error: second"):
+        client.queue(["7"])
+
+
+def test_a_client_that_hangs_is_given_up(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake("squeue", "exec sleep 30")
+    monkeypatch.setattr(client, "TIMEOUT_SECONDS", 0.2)
+    with pytest.raises(SlurmError, match="did not answer"):
+        client.queue(["7"])
+
+
+def test_only_the_element_itself_is_requeued(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake("squeue", "echo RUNNING")
+    calls = fake("scontrol", "")
+    # For one element of every array, SLURM_JOB_ID equals the array's id.
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    assert come_again(max_restarts=2)
+    assert calls.read_text() == "requeue 7_3\n"
+
+
+def test_restarts_are_capped(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake("scontrol", "")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert not come_again(max_restarts=2)
+    assert not calls.exists()
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING", ""])
+def test_a_job_that_is_being_ended_does_not_come_back(fake: Fake, state: str) -> None:
+    fake("squeue", f"echo {state}")
+    calls = fake("scontrol", "")
+    assert not client.requeue("7")
+    assert not calls.exists()
+
+
+def test_a_site_that_forbids_requeueing_is_no_crash(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fake("squeue", "echo RUNNING")
+    fake("scontrol", 'echo "Requested operation is presently disabled" >&2; exit 1')
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    assert not come_again(max_restarts=2)
+    assert "presently disabled" in capfd.readouterr().err
+
+
+def test_elements_are_named_outside_and_inside_arrays() -> None:
+    assert job_element({}) is None
+    assert job_element({"SLURM_JOB_ID": "7"}) == "7"
+    array = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    assert job_element(array) == "7_2"
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0", "out_of_memory"),
+     ("slurmstepd: error: StepId=2.0 exceeded memory limit (3 > 1), being killed", "out_of_memory"),
+     ("*** STEP 7.0 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***", "time_limit"),
+     ("*** JOB 7 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO PREEMPTION ***", None),
+     ("*** STEP 7.0 ON n1 CANCELLED AT 2026-01-01T00:00:00 ***", None),
+     ("bus error", "killed")],
+)  # fmt: skip
+def test_a_death_is_named_by_its_own_lines(tmp_path: Path, line: str, cause: str | None) -> None:
+    log = tmp_path / "7_0_log.err"
+    log.write_text("Out Of Memory, said an earlier attempt\n")
+    attempt = new_attempt(0, 1, tmp_path, {"SLURM_JOB_ID": "7"})
+    end_of_ours = log.stat().st_size + len(line) + 1
+    log.write_text(f"{log.read_text()}{line}\nDUE TO TIME LIMIT, says a later one\n")
+    assert cause_of_death(attempt, end_of_ours) == cause
+
+
+def test_a_profile_becomes_a_script(tmp_path: Path) -> None:
+    profile = SlurmProfile(
+        partition="gpu", account="lab", qos="long", constraint="h100", gpus_per_node=8,
+        cpus_per_task=64, memory_gb=900, time_min=1440, signal_delay_s=300, array_parallelism=16,
+        setup=("module load cuda", "export HF_HUB_OFFLINE=1"), container="kv.sqsh",
+        container_mounts=("/data:/data",), extra={"exclusive": "", "mail-type": "FAIL"},
+    )  # fmt: skip
+    text = script.render(profile, "kv", "python x", tmp_path, elements=40)
+    lines = set(text.splitlines())
+    assert lines >= {
+        "#SBATCH --partition=gpu", "#SBATCH --account=lab", "#SBATCH --qos=long",
+        "#SBATCH --constraint=h100", "#SBATCH --gpus-per-node=8", "#SBATCH --cpus-per-task=64",
+        "#SBATCH --mem=900GB", "#SBATCH --time=1440", "#SBATCH --signal=USR2@300",
+        "#SBATCH --array=0-39%16", "#SBATCH --exclusive", "#SBATCH --mail-type=FAIL",
+        "#SBATCH --requeue", "module load cuda", "export HF_HUB_OFFLINE=1",
+    }  # fmt: skip
+    srun = next(line for line in lines if line.startswith("srun"))
+    assert {"--container-image=kv.sqsh", "--container-mounts=/data:/data"} <= set(shlex.split(srun))
+    assert "--cpus-per-task=64" in srun
+    assert "wckey" not in text
+
+
+def test_a_warning_longer_than_the_limit_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be shorter than time_min"):
+        SlurmProfile(time_min=1, signal_delay_s=60)
+
+
+def test_an_elements_pickle_says_nothing_but_names(tmp_path: Path) -> None:
+    element = Element(toy_task(tmp_path, "a").to_json(), workers=1, max_restarts=3)
+    assert pickle.loads(pickle.dumps(element)) == element
+    assert b"tests.slurm.toy:toy" in pickle.dumps(element)
+    assert len(pickle.dumps(element)) < 1000
+
+
+def test_a_node_of_several_workers_splits_its_share(tmp_path: Path) -> None:
+    task = toy_task(tmp_path, "a", "b", "c")
+    parts = split(task, 2)
+    assert [part.units for part in parts] == [("a", "c"), ("b",)]
+    assert [part.units for part in split(task, 8)] == [("a",), ("b",), ("c",)]
+
+
+def test_one_process_needs_no_torchrun() -> None:
+    assert launch_command(Launch(("-m", "x")), {}) == [sys.executable, "-m", "x"]
+
+
+def test_torchrun_gets_its_place_from_slurm() -> None:
+    launch = Launch(("-m", "x"), nodes=2, processes_per_node=8)
+    place = {"SLURM_JOB_ID": "40007", "SLURM_NODEID": "1", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.3"}
+    command = launch_command(launch, place)
+    assert command[1:3] == ["-m", "torch.distributed.run"]
+    assert {"--nnodes=2", "--nproc-per-node=8", "--node-rank=1", "--master-addr=10.0.0.3",
+            "--master-port=20007"} <= set(command)  # fmt: skip
+    assert command[-2:] == ["-m", "x"]
+
+
+@pytest.mark.parametrize("code", [0, 1, 3])
+def test_a_launched_commands_exit_code_passes_through(code: int) -> None:
+    with pytest.raises(SystemExit) as left:
+        Launch(("-c", f"raise SystemExit({code})"))()
+    assert left.value.code == code
+
+
+def test_a_closed_gate_keeps_its_exit_code() -> None:
+    with pytest.raises(SystemExit) as left:
+        Launch(("-c", "1/0"), gate=("-c", "raise SystemExit(3)"))()
+    assert left.value.code == 3
+
+
+@pytest.mark.parametrize("command", [["extract", "{}", "--slurm"], ["run", "{}", "--slurm"]])
+def test_without_slurm_it_is_said_in_one_line(
+    no_slurm: None, tmp_path: Path, command: list[str]
+) -> None:
+    config = write_experiment(tmp_path, tmp_path)
+    result = CliRunner().invoke(cli, [part.format(config) for part in command])
+    assert isinstance(result.exception, SlurmError)
+    assert str(result.exception).startswith("Slurm is not here")
+    assert "\n" not in str(result.exception)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_dry_run_needs_no_slurm_and_writes_nothing(no_slurm: None, tmp_path: Path) -> None:
+    config = write_experiment(tmp_path, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    result = CliRunner().invoke(cli, ["run", str(config), "--dry-run"], catch_exceptions=False)
+    assert result.output.count("#!/bin/bash") == 3
+    assert "--task=$SLURM_ARRAY_TASK_ID --num-tasks=3" in result.output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_written_scripts_find_their_log_folders(no_slurm: None, tmp_path: Path) -> None:
+    config = write_experiment(tmp_path, tmp_path)
+    arguments = ["run", str(config), "--write-sbatch", str(tmp_path / "scripts")]
+    CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    names = {path.name for path in (tmp_path / "scripts").iterdir()}
+    assert names == {"extract-llama.sbatch", "extract-bert.sbatch", "train.sbatch"}
+    for path in (tmp_path / "scripts").iterdir():
+        (output,) = (x for x in path.read_text().splitlines() if x.startswith("#SBATCH --output="))
+        assert Path(output.partition("=")[2]).parent.is_dir()
+
+
+def test_status_and_retry_need_no_slurm(no_slurm: None, tmp_path: Path) -> None:
+    config = write_experiment(tmp_path, tmp_path)
+    CliRunner().invoke(cli, ["run", str(config), "--write-sbatch", str(tmp_path / "scripts")])
+    result = CliRunner().invoke(cli, ["status", str(config), "--json"], catch_exceptions=False)
+    assert json.loads(result.output)["teachers"]["llama"]["pending"] == 12
+    result = CliRunner().invoke(cli, ["retry", str(config)], catch_exceptions=False)
+    assert result.output.startswith("0 shards")
+
+
+def test_an_unknown_profile_names_the_known(tmp_path: Path) -> None:
+    config = write_experiment(tmp_path, tmp_path)
+    arguments = ["extract", str(config), "--dry-run", "--profile", "sight"]
+    result = CliRunner().invoke(cli, arguments)
+    assert isinstance(result.exception, ConfigError)
+    assert "no profile 'sight'; slurm.profiles has ['site']" in str(result.exception)
