@@ -11,21 +11,12 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from kvdistill.config_base import NonNegativeFloat, Positive, PositiveFloat, Section
+from kvdistill.config_distill import AlignmentConfig, FusionConfig, LossConfig, ProjectionConfig
 from kvdistill.corpus import CorpusFormat
-from kvdistill.store.manifest import Backend, CodecSpec, Name
-
-Positive = Annotated[int, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """Base of every part: frozen, unknown keys refused, docstrings become the schema's text."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+from kvdistill.types import Backend, CodecSpec, Name
 
 
 class CorpusConfig(Section):
@@ -153,59 +144,6 @@ class StudentConfig(Section):
         if self.architecture is not None and self.tokenizer is None:
             raise ValueError("a student from scratch needs `tokenizer`")
         return self
-
-
-class AlignmentConfig(Section):
-    """How positions and layers of a teacher map to the student's."""
-
-    time: Literal["tokens", "segments", "global"] = "tokens"
-    """`tokens`: by shared characters. `segments`, `global`: linear resampling."""
-    tokens: Literal["iou"] = "iou"
-    """Weight of a teacher token: characters shared over characters in either."""
-    causal: bool = False
-    """Keep only teacher tokens that end no later than the student's token."""
-    layers: Literal["ratio"] = "ratio"
-    """How student layers pick a depth of the teacher."""
-
-
-class ProjectionConfig(Section):
-    """Between the teacher's head space and the student's."""
-
-    mode: Literal["student_to_teacher", "frozen"] = "student_to_teacher"
-    """`student_to_teacher`: regress the student's KV onto the fixed teacher KV.
-    `frozen`: a fixed teacher-to-student projector gives the target.
-    In both, the target cannot move towards the student."""
-    learning_rate: PositiveFloat | None = None
-    """Learning rate of trained projectors; `training.learning_rate` if not given."""
-
-
-class FusionConfig(Section):
-    """How several teachers make one target."""
-
-    method: Literal["fixed"] = "fixed"
-    """`fixed`: given weights."""
-    weights: dict[str, NonNegativeFloat] | None = None
-    """Weight per teacher, normalised to sum to one; uniform if not given."""
-
-
-class LossConfig(Section):
-    """Weights of the losses; zero switches one off."""
-
-    key: NonNegativeFloat = 3.0
-    """Error of keys, before rotation."""
-    value: NonNegativeFloat = 3.0
-    """Error of values."""
-    distance: Literal["mse", "smooth_l1"] = "mse"
-    """How a difference between keys or values is measured."""
-    cosine: NonNegativeFloat = 0.0
-    """1 - cosine of keys and values, per head."""
-    cross_entropy: NonNegativeFloat = 1.0
-    """Next-token cross-entropy on the text."""
-
-    @property
-    def uses_teachers(self) -> bool:
-        """Whether any loss needs the store."""
-        return self.key > 0 or self.value > 0 or self.cosine > 0
 
 
 class TrainingConfig(Section):
@@ -346,24 +284,8 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        if not self.teachers and self.losses.uses_teachers:
-            raise ValueError(
-                "losses.key, losses.value or losses.cosine need at least one teacher; "
-                "add one under `teachers`, or set these losses to 0"
-            )
-        if not (self.losses.uses_teachers or self.losses.cross_entropy):
-            raise ValueError("every loss is 0; there is nothing to train on")
-        strangers = set(self.fusion.weights or {}) - set(self.teachers)
-        if strangers:
-            raise ValueError(
-                f"fusion.weights names {sorted(strangers)}, but the teachers are "
-                f"{sorted(self.teachers)}"
-            )
-        missing = set(self.teachers) - set(self.fusion.weights or self.teachers)
-        if missing:
-            raise ValueError(f"fusion.weights has no weight for {sorted(missing)}")
-        if self.fusion.weights is not None and not any(self.fusion.weights.values()):
-            raise ValueError("fusion.weights are all 0")
+        for check in (_losses_fit, _weights_fit, _fusion_fits, _projection_fits):
+            check(self)
         return self
 
     def codec(self, teacher: str) -> CodecSpec:
@@ -384,3 +306,66 @@ class Experiment(Section):
             include={"long_text", "max_length", "importance", "hidden_at_cue", "summaries"},
         )
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _losses_fit(experiment: Experiment) -> None:
+    losses = experiment.losses
+    if not experiment.teachers and losses.uses_teachers:
+        raise ValueError(
+            f"losses.{losses.of_teachers[0]} needs at least one teacher; add one under `teachers`, "
+            "or set the losses of keys and values to 0"
+        )
+    if not (losses.uses_teachers or losses.cross_entropy):
+        raise ValueError("every loss is 0; there is nothing to train on")
+
+
+def _weights_fit(experiment: Experiment) -> None:
+    weights, teachers = experiment.fusion.weights, set(experiment.teachers)
+    if weights is None:
+        return
+    if set(weights) - teachers:
+        raise ValueError(
+            f"fusion.weights names {sorted(set(weights) - teachers)}, but the teachers are "
+            f"{sorted(teachers)}"
+        )
+    if teachers - set(weights):
+        raise ValueError(f"fusion.weights has no weight for {sorted(teachers - set(weights))}")
+    if not any(weights.values()):
+        raise ValueError("fusion.weights are all 0")
+
+
+def _fusion_fits(experiment: Experiment) -> None:
+    fusion, losses = experiment.fusion, experiment.losses
+    if fusion.method == "similarity" and not experiment.extraction.summaries:
+        raise ValueError(
+            "fusion.method similarity compares hidden states that extraction must keep; set "
+            "extraction.summaries: true (and extract anew under other teacher names)"
+        )
+    if losses.entropy and not fusion.learns:
+        raise ValueError(
+            f"losses.entropy regularises a learned router, but fusion.method is {fusion.method}; "
+            "use mlp, gate or attention, or set it to 0"
+        )
+
+
+def _projection_fits(experiment: Experiment) -> None:
+    mode, losses = experiment.projection.mode, experiment.losses
+    if mode == "task" and not losses.inject:
+        raise ValueError(
+            "projection.mode task trains projectors by losses.inject alone; give it a weight"
+        )
+    if losses.attention_kl and mode in ("student_to_teacher", "shared_space"):
+        raise ValueError(
+            f"losses.attention_kl needs the target's keys in the student's space, which "
+            f"projection.mode {mode} has not; use frozen, task or joint, or set it to 0"
+        )
+    if mode == "student_to_teacher" and losses.layer_std:
+        raise ValueError(
+            "losses.layer_std: in projection.mode student_to_teacher every channel of the target "
+            "is standardised already; leave it off"
+        )
+    if (mode == "shared_space") != (losses.round_trip > 0):
+        raise ValueError(
+            "losses.round_trip keeps a shared space from collapsing: give it a weight in "
+            "projection.mode shared_space, and 0 in every other"
+        )

@@ -11,7 +11,9 @@ Masks are True where a position counts. Character offsets index a sample's whole
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 Kind = Literal["key", "value"]
 KINDS: Final[tuple[Kind, Kind]] = ("key", "value")
@@ -32,9 +34,7 @@ LayerMethod = Literal["ratio", "uniform", "skip", "last_aligned", "cka", "explic
 """How student layers find teacher layers."""
 RopeMethod = Literal["none", "student", "linear", "ntk", "dynamic"]
 """How position-free teacher keys are rotated where a loss needs rotated keys."""
-ProjectionMethod = Literal["linear", "full", "bottleneck", "student_to_teacher"]
-"""The map between teacher space and student space."""
-ProjectionMode = Literal["student_to_teacher", "frozen", "task", "joint"]
+ProjectionMode = Literal["student_to_teacher", "frozen", "task", "joint", "shared_space"]
 """Who may move: only ``joint`` lets the target come to the student, and warns about it."""
 ProjectionInit = Literal["grouped_mean", "orthogonal", "pca", "ridge"]
 """Initial weights of a projection."""
@@ -49,6 +49,21 @@ EvictionMethod = Literal[
 """Which teacher tokens are kept when a budget is smaller than the text."""
 Distance = Literal["mse", "smooth_l1"]
 """Pointwise error between student and target."""
+Backend = Literal["zarr", "safetensors"]
+"""How a store's shards are laid out on disk."""
+CodecName = Literal["bf16", "fp16", "int8", "int4", "fp8_e4m3"]
+"""How a number of a key or value is stored."""
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+"""A name that is also a folder: no separators, no leading dot, so it cannot leave its parent."""
+
+
+class CodecSpec(BaseModel):
+    """How keys and values are stored. Codecs are defined in ``store/codecs.py``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: CodecName = "int8"
+    value: CodecName = "int8"
 
 
 @dataclass(frozen=True)

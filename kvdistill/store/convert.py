@@ -7,9 +7,9 @@ from pathlib import Path
 
 from kvdistill.corpus import Shard
 from kvdistill.errors import StoreError
-from kvdistill.store.manifest import Backend
 from kvdistill.store.reader import KVStore
 from kvdistill.store.writer import add_teacher, create, publish_shard
+from kvdistill.types import Backend
 
 
 def convert(

@@ -15,19 +15,17 @@ import hashlib
 import json
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from kvdistill.errors import StoreFormatError
-from kvdistill.types import LayerGroup
+from kvdistill.types import Backend, CodecSpec, LayerGroup, Name
 
 FORMAT_VERSION: Final = 1
 MAX_AXIS: Final = 2**31 - 1
+MAX_LAYERS: Final = 4096
+MAX_SIZE: Final = 65_536
 
-Backend = Literal["zarr", "safetensors"]
-CodecName = Literal["bf16", "fp16", "int8", "int4", "fp8_e4m3"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-"""A name that is also a folder: no separators, no leading dot, so it cannot leave the store."""
-Axis = Annotated[int, Field(ge=1, le=65_536)]
+Axis = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 
 
 class Document(BaseModel):
@@ -96,15 +94,6 @@ class StoreManifest(Document):
     shards: tuple[ShardPlan, ...]
 
 
-class CodecSpec(BaseModel):
-    """How keys and values are stored. Codecs are defined in ``store/codecs.py``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    key: CodecName = "int8"
-    value: CodecName = "int8"
-
-
 class RotarySpec(BaseModel):
     """Rotary embedding of one layer, enough to rotate its stored keys again."""
 
@@ -157,6 +146,27 @@ class TeacherManifest(Document):
     adapter: str
     """Which capture adapter was used, and with what error it was verified."""
     adapter_error: float
+
+    @field_validator("groups")
+    @classmethod
+    def _plausible(cls, groups: tuple[LayerGroup, ...]) -> tuple[LayerGroup, ...]:
+        """Bound what a reader may be made to allocate, and name every layer once."""
+        layers = [layer for group in groups for layer in group.layers]
+        if (
+            not layers
+            or len(set(layers)) != len(layers)
+            or not 0 <= min(layers) <= max(layers) < MAX_LAYERS
+        ):
+            raise ValueError(
+                f"expected different layers from 0 to {MAX_LAYERS - 1}, got {layers[:8]}"
+            )
+        for group in groups:
+            sizes = (group.num_key_value_heads, group.key_head_dim, group.value_head_dim)
+            if list(group.layers) != sorted(group.layers) or not group.layers:
+                raise ValueError(f"layers of a group must ascend, got {group.layers[:8]}")
+            if not all(1 <= size <= MAX_SIZE for size in sizes):
+                raise ValueError(f"heads and head dims must be 1 to {MAX_SIZE}, got {sizes}")
+        return groups
 
     @property
     def layers(self) -> tuple[int, ...]:

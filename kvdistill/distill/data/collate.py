@@ -26,9 +26,8 @@ from kvdistill.distill.alignment import (
 )
 from kvdistill.distill.data.tokens import StudentTokens, tokenize
 from kvdistill.store.codecs import CODECS, part_name
-from kvdistill.store.manifest import CodecSpec
 from kvdistill.store.shard import EncodedShard
-from kvdistill.types import KINDS, Kind
+from kvdistill.types import KINDS, CodecSpec, Kind
 
 Batch = dict[str, Any]
 IGNORED_LABEL = -100

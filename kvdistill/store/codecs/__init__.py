@@ -23,7 +23,7 @@ from kvdistill.store.codecs.asymmetric import Asymmetric
 from kvdistill.store.codecs.casts import Cast
 from kvdistill.store.codecs.parts import Part, part_name, parts_of
 from kvdistill.store.codecs.symmetric import Symmetric
-from kvdistill.store.manifest import CodecName
+from kvdistill.types import CodecName
 
 __all__ = ["CODECS", "Codec", "Part", "part_name", "parts_of"]
 

@@ -25,8 +25,7 @@ from kvdistill.store.codecs.arrays import (
 )
 from kvdistill.store.codecs.hadamard import rotate
 from kvdistill.store.codecs.parts import Part, side
-from kvdistill.store.manifest import CodecName
-from kvdistill.types import Kind
+from kvdistill.types import CodecName, Kind
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvdistill.store.codecs.arrays import bits_to_float32, to_float32
 from kvdistill.store.codecs.parts import Part, codes
-from kvdistill.store.manifest import CodecName
-from kvdistill.types import Kind
+from kvdistill.types import CodecName, Kind
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,7 @@ from kvdistill.store.codecs.arrays import (
     to_float32,
 )
 from kvdistill.store.codecs.parts import Part, codes, side
-from kvdistill.store.manifest import CodecName
-from kvdistill.types import Kind
+from kvdistill.types import CodecName, Kind
 
 if TYPE_CHECKING:
     import torch
