@@ -120,7 +120,7 @@ class KVStore:
 
     def is_committed(self, teacher: str, shard_id: str) -> bool:
         """Whether this one shard is there. Cheaper than ``committed`` for one question."""
-        return (self.paths.shard(teacher, self.plan(shard_id).shard_id) / COMMIT).is_file()
+        return self.paths.shard(teacher, self.plan(shard_id).shard_id).is_dir()
 
     def missing(self, teacher: str) -> list[str]:
         """Shards of the plan that this teacher lacks, in order."""
@@ -272,6 +272,8 @@ class KVStore:
         try:
             text = path.read_bytes()
         except FileNotFoundError:
+            if path.parent.is_dir():
+                raise ShardCorrupt(f"{path}: missing; {REMEDY}") from None
             raise ShardNotFound(
                 f"{self.paths.root}: teacher {manifest.name!r} has not committed shard "
                 f"{shard_id}; `kvdistill extract` makes it"

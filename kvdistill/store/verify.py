@@ -7,7 +7,7 @@ bad shards aside, whole, so that extraction makes just those again and nothing i
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,16 +37,20 @@ class Finding:
 
 
 def verify(
-    store: KVStore, teachers: Iterable[str] | None = None, progress: Progress | None = None
+    store: KVStore,
+    teachers: Iterable[str] | None = None,
+    shard_ids: Collection[str] | None = None,
+    progress: Progress | None = None,
 ) -> list[Finding]:
-    """Check the corpus and every committed shard of these teachers, or of all.
+    """Check the corpus and the committed shards, or those of these teachers and ids.
 
     Reads every byte. A missing shard is not a finding: extraction may simply not be done.
     ``progress`` is called with teacher and shard before each.
     """
-    findings = list(_corpus_findings(store)) if teachers is None else []
+    chosen = [name for name in store.shard_ids if shard_ids is None or name in shard_ids]
+    findings = list(_corpus_findings(store, chosen))
     for teacher in store.teachers() if teachers is None else teachers:
-        findings += _teacher_findings(store, teacher, progress)
+        findings += _teacher_findings(store, teacher, chosen, progress)
     return findings
 
 
@@ -79,15 +83,17 @@ def _move_aside(folder: Path, aside: Path) -> Path:
             attempt += 1
 
 
-def _corpus_findings(store: KVStore) -> Iterator[Finding]:
-    for shard_id in store.shard_ids:
+def _corpus_findings(store: KVStore, shard_ids: list[str]) -> Iterator[Finding]:
+    for shard_id in shard_ids:
         try:
             store.samples(shard_id)
         except KVDistillError as error:
             yield Finding("", shard_id, str(error))
 
 
-def _teacher_findings(store: KVStore, teacher: str, progress: Progress | None) -> Iterator[Finding]:
+def _teacher_findings(
+    store: KVStore, teacher: str, shard_ids: list[str], progress: Progress | None
+) -> Iterator[Finding]:
     try:
         store.teacher(teacher)
     except KVDistillError as error:
@@ -99,7 +105,7 @@ def _teacher_findings(store: KVStore, teacher: str, progress: Progress | None) -
     for name in sorted(strangers):
         yield Finding(teacher, name, f"{folder / name}: the plan has no such shard")
     committed = store.committed(teacher)
-    for shard_id in (shard_id for shard_id in store.shard_ids if shard_id in committed):
+    for shard_id in (name for name in shard_ids if name in committed):
         if progress is not None:
             progress(teacher, shard_id)
         for problem in _shard_problems(store, teacher, shard_id):
