@@ -32,6 +32,11 @@ class Eviction:
     index_BLHM: Tensor
     mask_BLHM: Tensor
 
+    @property
+    def covered_BM(self) -> Tensor:
+        """Latent positions that have a teacher token: every layer and head keeps as many."""
+        return self.mask_BLHM[:, 0, 0]
+
     def keep(self, x_BLHTD: Tensor) -> Tensor:
         """The kept tokens of keys or values: ``[B, L, H, M, D]``, zero where masked."""
         index = self.index_BLHM.unsqueeze(-1)
@@ -97,6 +102,11 @@ def evict(
     if score.dim() == 2:
         score = score[:, None, None, :]
     return _first(score.expand(shape), mask_BT, budget)
+
+
+def num_evicted(mask_BT: Tensor, budget: int) -> Tensor:
+    """How many tokens of each sample a budget drops, ``[B]`` long; 0 where it does not bite."""
+    return (mask_BT.sum(1) - budget).clamp_min(0)
 
 
 def _ranked(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvdistill.distill.eviction import evict
+from kvdistill.distill.eviction import evict, num_evicted
 from kvdistill.distill.rkv import rkv_original_score, rkv_score
 from kvdistill.errors import ConfigError, GeometryError
 
@@ -190,6 +190,13 @@ def test_keep_gathers_and_clears():
     assert torch.equal(out[0], x[0, :, :, :3])
     assert torch.equal(out[1, :, :, :2], x[1, :, :, :2])
     assert not out[1, :, :, 2].any()
+
+
+def test_how_often_the_budget_bites():
+    mask = lengths(5, 2, 3)
+    assert num_evicted(mask, 3).tolist() == [2, 0, 0]
+    covered = choose("uniform", mask, 3).covered_BM
+    assert covered.tolist() == [[True] * 3, [True, True, False], [True] * 3]
 
 
 def test_no_token_at_all():

@@ -67,6 +67,29 @@ def test_identity_is_cut_or_padded():
     assert torch.equal(identity(2, 4), torch.eye(4)[:2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equals_the_plain_einsum_values_and_gradients(dtype):
+    torch.manual_seed(0)
+    projection = LinearProjection(3, HeadShape(4, 6), HeadShape(2, 5)).to(dtype)
+    with torch.no_grad():
+        for parameter in projection.parameters():
+            parameter.normal_()
+    x = torch.randn(2, 3, 4, 7, 6, dtype=dtype, requires_grad=True)
+    out = projection(x)
+    expected = torch.einsum(
+        "blhtd,lde,lhg->blgte", x, projection.dim_LDE, projection.head_LHG
+    ) + projection.bias_LGE.unsqueeze(3)
+    torch.testing.assert_close(out, expected)
+    upstream = torch.randn_like(out)
+    leaves = [x, *projection.parameters()]
+    for got, want in zip(
+        torch.autograd.grad((out * upstream).sum(), leaves),
+        torch.autograd.grad((expected * upstream).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
 def test_layers_have_their_own_weights():
     projection = LinearProjection(2, HeadShape(2, 4), HeadShape(1, 4))
     with torch.no_grad():
