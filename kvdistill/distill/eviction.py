@@ -33,8 +33,8 @@ class Eviction:
     mask_BLHM: Tensor
 
     @property
-    def covered_BM(self) -> Tensor:
-        """Latent positions that have a teacher token: every layer and head keeps as many."""
+    def covered(self) -> Tensor:
+        """Latent positions that have a teacher token, ``[B, M]``; every head keeps as many."""
         return self.mask_BLHM[:, 0, 0]
 
     def keep(self, x_BLHTD: Tensor) -> Tensor:

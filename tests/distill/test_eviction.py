@@ -195,7 +195,7 @@ def test_keep_gathers_and_clears():
 def test_how_often_the_budget_bites():
     mask = lengths(5, 2, 3)
     assert num_evicted(mask, 3).tolist() == [2, 0, 0]
-    covered = choose("uniform", mask, 3).covered_BM
+    covered = choose("uniform", mask, 3).covered
     assert covered.tolist() == [[True] * 3, [True, True, False], [True] * 3]
 
 

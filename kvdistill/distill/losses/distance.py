@@ -32,7 +32,7 @@ def kv_error(
     student, target = student_BLHTD.float(), target_BLHTD.float()
     if distance == "mse":
         # As a norm: the squares are summed as they are made, in either direction, never stored.
-        norm = torch.linalg.vector_norm(student - target, dim=(2, 4))
+        norm: Tensor = torch.linalg.vector_norm(student - target, dim=(2, 4))
         error = norm.square() / (student.shape[2] * student.shape[4])
     else:
         error = F.smooth_l1_loss(student, target, reduction="none").mean(dim=(2, 4))

@@ -78,7 +78,7 @@ def test_equals_the_plain_einsum_values_and_gradients(dtype):
     out = projection(x)
     expected = torch.einsum(
         "blhtd,lde,lhg->blgte", x, projection.dim_LDE, projection.head_LHG
-    ) + projection.bias_LGE.unsqueeze(3)
+    ) + projection.bias_LGE.unsqueeze(2)
     torch.testing.assert_close(out, expected)
     upstream = torch.randn_like(out)
     leaves = [x, *projection.parameters()]
