@@ -179,6 +179,8 @@ class TrainingConfig(Section):
     """Older checkpoints are deleted."""
     log_steps: Positive = 10
     """Log losses every so many steps."""
+    figure_steps: Positive = 50
+    """Every so many steps, measure whether the target moves (costs two backward passes)."""
     window_shards: Positive = 4
     """Samples are shuffled inside a window of this many decoded shards."""
     read_ahead: Positive = 2

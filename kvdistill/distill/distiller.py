@@ -1,213 +1,354 @@
 """The student, the projectors and the losses as one module: ``forward(batch) → losses``.
 
-    codes → decode → standardise → map layers → align → project → fuse → errors
+    codes → decode → standardise → place (layers, tokens) → project → fuse → errors
 
-Two modes, in both of which the target cannot move towards the student (``docs/projection.md``):
+Where the target comes from, and what may move it (``docs/projection.md``):
 
-``student_to_teacher``  the student's KV is regressed onto each teacher's standardised KV;
-                        the teachers' errors are mixed by the fusion weights
-``frozen``              a fixed projector brings each teacher into the student's space, the
-                        projected teachers are fused, and the student's KV is compared with that
+``student_to_teacher``  the student's KV is regressed onto each teacher's standardised KV; the
+                        teachers' errors are mixed by the fusion weights. Nothing moves the target
+``frozen``              a fixed projector brings teachers into the student's space, where they are
+                        fused. Nothing moves the target
+``task``                the projector learns from ``inject`` alone; the K/V loss sees its output
+                        detached
+``joint``               the projector learns from the K/V loss too, and can absorb it
+``shared_space``        every teacher and the student map into one space; targets are detached
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvdistill.config import FusionConfig, LossConfig, ProjectionConfig
-from kvdistill.distill.alignment import Band, LayerMap, apply_band
+from kvdistill.config_distill import AlignmentConfig, FusionConfig, LossConfig, ProjectionConfig
+from kvdistill.distill.alignment import Band
+from kvdistill.distill.attention_maps import AttentionMaps
 from kvdistill.distill.data.collate import IGNORED_LABEL, Batch
-from kvdistill.distill.fusion import fixed_weights, fuse, renormalise
-from kvdistill.distill.losses import cosine_error, kv_error, reduce_tokens
-from kvdistill.distill.projection import (
-    ChannelStatistics,
-    HeadShape,
-    LinearProjection,
-    Standardise,
-    StudentToTeacher,
-)
+from kvdistill.distill.fusion import entropy, fuse, renormalise
+from kvdistill.distill.head import TeacherHead
+from kvdistill.distill.inject import Injector
+from kvdistill.distill.losses import reduce_tokens, target_variance
+from kvdistill.distill.objectives import StudentView, fused_errors, teacher_errors
+from kvdistill.distill.projection import HeadShape, SpaceAdapter
+from kvdistill.distill.spaces import TeacherSpace
 from kvdistill.distill.student import KVCapture
-from kvdistill.store.codecs import CODECS
-from kvdistill.store.manifest import CodecSpec
+from kvdistill.distill.weighing import FusionWeights
+from kvdistill.errors import ConfigError
 from kvdistill.types import KINDS, Kind
 
-
-@dataclass(frozen=True, eq=False)
-class TeacherSpace:
-    """What the distiller knows of one teacher; all of it comes from the store."""
-
-    name: str
-    layer_map: LayerMap
-    codec: CodecSpec
-    shapes: Mapping[Kind, HeadShape]
-    statistics: Mapping[Kind, ChannelStatistics]
-    """Per kind, ``[L, H, D]`` over the layers of ``layer_map.needed``."""
-
-
-class TeacherHead(nn.Module):
-    """One teacher, one kind: from stored codes to a standardised target, and the projector."""
-
-    def __init__(self, teacher: TeacherSpace, kind: Kind, student: HeadShape, mode: str) -> None:
-        super().__init__()
-        self.kind, self.layer_map = kind, teacher.layer_map
-        self.codec = CODECS[teacher.codec.key if kind == "key" else teacher.codec.value]
-        statistics = teacher.statistics[kind]
-        self.standardise = Standardise(statistics)
-        num_layers, shape = len(self.layer_map.lower), teacher.shapes[kind]
-        self.projector: nn.Module
-        if mode == "student_to_teacher":
-            self.projector = StudentToTeacher(num_layers, student, shape)
-        else:
-            self.projector = LinearProjection(num_layers, shape, student).requires_grad_(False)
-
-    def target(self, parts: Mapping[str, Tensor], band: Band) -> Tensor:
-        """Standardised teacher KV at the student's places: ``[B, L_s, H_t, T_s, D_t]``."""
-        teacher_BLHTD = self.standardise(self.codec.decode(parts, self.kind))
-        # Both maps are linear and commute; layers first, since fewer layers are then aligned.
-        mapped_BLHTD = self.layer_map.apply(teacher_BLHTD, self.layer_map.needed)
-        return apply_band(band, mapped_BLHTD)
+Counts = Mapping[str, Tensor]
+"""Tokens that losses are divided by, over all micro-batches and ranks of a step."""
 
 
 class Distiller(nn.Module):
     """Student, projectors and losses. The student alone is what gets saved as a model."""
 
+    weigh: FusionWeights
+    injector: Injector
+    attention_maps: AttentionMaps
+
     def __init__(
         self,
         student: Any,
         teachers: list[TeacherSpace],
+        *,
+        alignment: AlignmentConfig,
         projection: ProjectionConfig,
         fusion: FusionConfig,
         losses: LossConfig,
+        num_tasks: int = 0,
     ) -> None:
         super().__init__()
         self.student = student
         self.capture = KVCapture(student)
-        self.projection, self.losses = projection, losses
-        heads = self.capture.geometry.heads
-        self.heads = nn.ModuleDict(
-            {
-                _module_name(teacher.name): nn.ModuleDict(
-                    {kind: TeacherHead(teacher, kind, heads, projection.mode) for kind in KINDS}
-                )
-                for teacher in teachers
-            }
+        self.teachers = teachers
+        self.projection, self.fusion, self.losses = projection, fusion, losses
+        geometry = self.capture.geometry
+        self.heads = nn.ModuleDict()
+        if not teachers:
+            return
+        for teacher in teachers:
+            self.heads[_module_name(teacher.name)] = nn.ModuleDict(
+                {
+                    kind: TeacherHead(
+                        teacher, kind, geometry.heads, projection, projects=self.projects
+                    )
+                    for kind in KINDS
+                }
+            )
+        self.weigh = FusionWeights(
+            fusion, teachers, geometry.hidden_size, geometry.num_layers, num_tasks
         )
-        self.teacher_names = [teacher.name for teacher in teachers]
-        weights = fusion.weights or dict.fromkeys(self.teacher_names, 1.0)
-        if teachers:
-            alpha = fixed_weights([weights[name] for name in self.teacher_names])
-            self.register_buffer("alpha_NBLT", alpha)
+        self.space = nn.ModuleDict()
+        if projection.mode == "shared_space":
+            shape = HeadShape(projection.space_heads, projection.space_dim)
+            for kind in KINDS:
+                self.space[kind] = SpaceAdapter(geometry.num_layers, geometry.heads, shape)
+        if losses.inject:
+            _refuse_blind_injection(teachers)
+            self.injector = Injector(self.capture, losses.inject_style)
+        if losses.attention_kl:
+            self.attention_maps = AttentionMaps(student, alignment)
+
+    @property
+    def projects(self) -> bool:
+        """Whether teachers are brought into the student's (or the shared) space."""
+        return self.projection.mode != "student_to_teacher" or self.losses.inject > 0
 
     def forward(
-        self, batch: Batch, num_labels: Tensor | None = None, num_covered: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Losses of a batch: float32 scalars by name, and their weighted sum as ``loss``.
+        self, batch: Batch, counts: Counts | None = None, *, figures: bool = False
+    ) -> dict[str, Any]:
+        """Losses of a batch.
 
         Args:
             batch: as ``Collate`` makes it, on the student's device.
-            num_labels: predicted tokens of all micro-batches and ranks; this batch's if None.
-            num_covered: tokens that some teacher covers, likewise.
-        """
-        logits, student = self.student_kv(batch)
-        parts = {"cross_entropy": _cross_entropy(logits, batch["labels"], num_labels)}
-        if self.teacher_names and self.losses.uses_teachers:
-            maps, mask = self.kv_maps(student, batch["teachers"])
-            parts |= {name: reduce_tokens(error, mask, num_covered) for name, error in maps.items()}
-        weight = self.losses.model_dump()
-        parts["loss"] = torch.stack([weight[name] * value for name, value in parts.items()]).sum()
-        return parts
+            counts: ``num_labels``, ``num_covered``, ``num_injected``; this batch's if None.
+            figures: also give what tells whether the target moves.
 
-    def student_kv(self, batch: Batch) -> tuple[Tensor, dict[Kind, Tensor]]:
-        """Logits ``[B, T, V]``, and the student's unrotated KV ``[B, L, H, T, D]`` per kind."""
+        Returns:
+            ``loss``, the weighted sum; ``parts``, each loss by name before weighting; ``kv``, the
+            weighted part that comes from teachers; all float32 scalars. ``figures``: the teachers'
+            mean weights ``alpha [N]`` and the target's variance.
+        """
+        counts = counts or {}
+        view = self.view(batch)
+        parts = {
+            "cross_entropy": cross_entropy(view.logits, batch["labels"], counts.get("num_labels"))
+        }
+        shown: dict[str, Tensor] = {}
+        if self.teachers:
+            more, shown = self._teacher_parts(batch, view, counts, figures=figures)
+            parts |= more
+        weight = self.losses.weights()
+        weighted = {name: weight[name] * value for name, value in parts.items()}
+        kv = [value for name, value in weighted.items() if name not in ("cross_entropy", "inject")]
+        return {
+            "loss": torch.stack(list(weighted.values())).sum(),
+            "kv": torch.stack(kv).sum() if kv else torch.zeros_like(weighted["cross_entropy"]),
+            "parts": parts,
+            "figures": shown,
+        }
+
+    def view(self, batch: Batch) -> StudentView:
+        """One forward pass of the student: logits, unrotated Q, K and V, last hidden state."""
+        needs_hidden = bool(self.teachers) and self.weigh.needs_hidden
         with self.capture() as captured:
             output = self.student(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
+                output_hidden_states=needs_hidden,
                 use_cache=False,
             )
-        stacked = {
-            kind: torch.stack([layer[i] for layer in captured], dim=1)
-            for i, kind in enumerate(KINDS)
-        }
-        return output.logits, stacked
+        query, key, value = (torch.stack(layers, dim=1) for layers in zip(*captured, strict=True))
+        hidden = output.hidden_states[-1] if needs_hidden else None
+        return StudentView(output.logits, query, key, value, hidden)
 
-    def targets(self, kind: Kind, teachers: Batch) -> list[Tensor]:
-        """Every teacher's standardised target ``[B, L_s, H_t, T_s, D_t]``, without gradient."""
-        with torch.no_grad():
-            return [
-                self._head(name, kind).target(teachers[name][kind], band_of(teachers[name]))
-                for name in self.teacher_names
+    def targets(self, teachers: Batch) -> dict[Kind, list[list[Tensor]]]:
+        """Per kind, teacher and group: the standardised target ``[B, L, H_t, T, D_t]``."""
+        return {
+            kind: [
+                self.head(teacher.name, kind).targets(
+                    teachers[teacher.name][kind], band_of(teachers[teacher.name])
+                )
+                for teacher in self.teachers
             ]
+            for kind in KINDS
+        }
+
+    def head(self, name: str, kind: Kind) -> TeacherHead:
+        """The maps of one teacher and kind."""
+        heads: Any = self.heads[_module_name(name)]
+        head: TeacherHead = heads[kind]
+        return head
+
+    def fused(
+        self, targets: Mapping[Kind, list[list[Tensor]]], alpha: Tensor
+    ) -> dict[Kind, Tensor]:
+        """Projected teachers, fused: ``[B, L_s, H, T, D]`` in the student's or shared space."""
+        return {
+            kind: fuse(
+                alpha,
+                [
+                    self.head(teacher.name, kind).projected(target)
+                    for teacher, target in zip(self.teachers, targets[kind], strict=True)
+                ],
+            )
+            for kind in KINDS
+        }
 
     def kv_maps(
-        self, student: Mapping[Kind, Tensor], teachers: Batch
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Errors per token ``[B, T]`` by loss name, and the mask of tokens that count."""
-        alpha, covered_BT = self.weights(teachers)
-        maps: dict[str, Tensor] = {}
-        for kind in KINDS:
-            pairs = self.pairs(student[kind], kind, teachers, alpha)
-            error = sum(a * kv_error(s, t, self.losses.distance) for a, s, t in pairs)
-            maps[kind] = torch.as_tensor(error)
-            if self.losses.cosine:
-                cosine = sum(a * cosine_error(s, t) for a, s, t in pairs)
-                maps["cosine"] = maps.get("cosine", 0) + torch.as_tensor(cosine) / len(KINDS)
-        return maps, covered_BT
-
-    def weights(self, teachers: Batch) -> tuple[Tensor, Tensor]:
-        """Fusion weights ``[N, B, L, T]``, and which tokens any teacher covers ``[B, T]``."""
-        covered_NBT = torch.stack([teachers[name]["covered"] for name in self.teacher_names])
-        return renormalise(self.get_buffer("alpha_NBLT"), covered_NBT), covered_NBT.any(0)
+        self,
+        view: StudentView,
+        targets: Mapping[Kind, list[list[Tensor]]],
+        alpha: Tensor,
+        covered_BT: Tensor,
+    ) -> dict[str, Tensor]:
+        """Every K/V error per token ``[B, T]``, by the name of its loss."""
+        if self.projection.mode == "student_to_teacher":
+            maps: dict[str, Tensor] = {}
+            for kind in KINDS:
+                heads = [self.head(teacher.name, kind) for teacher in self.teachers]
+                errors = teacher_errors(view.kind(kind), heads, targets[kind], alpha, self.losses)
+                maps |= errors if kind == "key" else _joined(maps, errors)
+        else:
+            fused = self.fused(targets, alpha)
+            moving = self.projection.mode == "joint"
+            target = {k: x if moving else x.detach() for k, x in fused.items()}
+            ours = {kind: self._in_target_space(view.kind(kind), kind) for kind in KINDS}
+            maps = fused_errors(ours, target, covered_BT, self.losses)
+            if self.losses.attention_kl:
+                maps["attention_kl"] = self.attention_maps(view, target["key"], covered_BT)
+            if self.losses.round_trip:
+                maps["round_trip"] = self._round_trip(view, targets, alpha)
+        return maps
 
     def pairs(
-        self, student_BLHTD: Tensor, kind: Kind, teachers: Batch, alpha: Tensor
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(weight ``[B, T]``, student, target) of everything that is compared for one kind."""
-        targets = self.targets(kind, teachers)
+        self,
+        view: StudentView,
+        kind: Kind,
+        targets: Mapping[Kind, list[list[Tensor]]],
+        alpha: Tensor,
+    ) -> list[tuple[list[int], Tensor, Tensor, Tensor]]:
+        """What is compared for one kind: student layers, weight ``[B, L, T]``, ours, target."""
+        num_layers = self.capture.geometry.num_layers
+        wide = alpha.expand(-1, -1, num_layers, -1)
+        if self.projection.mode != "student_to_teacher":
+            ours = self._in_target_space(view.kind(kind), kind)
+            return [(list(range(num_layers)), wide.sum(0), ours, self.fused(targets, alpha)[kind])]
+        found = []
+        for i, teacher in enumerate(self.teachers):
+            head = self.head(teacher.name, kind)
+            guesses = head.guesses(view.kind(kind))
+            for group, guess, target in zip(head.groups, guesses, targets[kind][i], strict=True):
+                layers = list(group.student_layers)
+                found.append((layers, wide[i][:, layers], guess, target))
+        return found
+
+    def _teacher_parts(
+        self, batch: Batch, view: StudentView, counts: Counts, *, figures: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        alpha, covered_NBT = self.weigh(batch, view.hidden)
+        covered_BT = covered_NBT.any(0)
+        targets = self.targets(batch["teachers"])
+        # A router with a task to learn from must not be drawn to what is easy to imitate.
+        kv_alpha = alpha.detach() if self.losses.inject else alpha
+        maps = self.kv_maps(view, targets, kv_alpha, covered_BT)
+        if self.losses.entropy:
+            sign = 1.0 if self.fusion.entropy == "specialized" else -1.0
+            maps["entropy"] = sign * entropy(alpha).expand_as(covered_BT)
+        weights = self.losses.weights()
+        covered = counts.get("num_covered")
+        parts = {
+            name: reduce_tokens(error, covered_BT, covered)
+            for name, error in maps.items()
+            if weights[name]
+        }
+        if self.losses.inject:
+            parts["inject"] = self._inject(batch, targets, alpha, covered_NBT, counts)
+        if not figures:
+            return parts, {}
+        variance = self._variance(targets, kv_alpha, covered_BT)
+        return parts, {"alpha": mean_weights(alpha), "target_variance": variance}
+
+    def _inject(
+        self,
+        batch: Batch,
+        targets: Mapping[Kind, list[list[Tensor]]],
+        alpha: Tensor,
+        covered_NBT: Tensor,
+        counts: Counts,
+    ) -> Tensor:
+        """Cross-entropy of what follows when the student runs on the teachers' fused KV."""
+        causal = torch.tensor([t.causal for t in self.teachers], device=alpha.device)
+        usable = covered_NBT & causal[:, None, None]
+        alpha = renormalise(alpha, usable)
+        fused = self.fused(targets, alpha)
+        if self.projection.mode == "shared_space":
+            fused = {kind: self._space(kind).out_of(z) for kind, z in fused.items()}
+        with self.injector(fused, batch["inject_mask"] & usable.any(0)):
+            logits = self.student(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                use_cache=False,
+            ).logits
+        return cross_entropy(logits, batch["inject_labels"], counts.get("num_injected"))
+
+    def _in_target_space(self, student_BLHTD: Tensor, kind: Kind) -> Tensor:
+        if self.projection.mode != "shared_space":
+            return student_BLHTD
+        projected: Tensor = self._space(kind)(student_BLHTD)
+        return projected
+
+    def _space(self, kind: Kind) -> Any:
+        return self.space[kind]
+
+    def _round_trip(
+        self, view: StudentView, targets: Mapping[Kind, list[list[Tensor]]], alpha: Tensor
+    ) -> Tensor:
+        """What every model loses on its way into the shared space and back: ``[B, T]``."""
+        lost = [self._space(kind).round_trip_error(view.kind(kind).detach()) for kind in KINDS]
+        weight_NBT = alpha.detach().mean(2)
+        for kind in KINDS:
+            for i, teacher in enumerate(self.teachers):
+                adapters: Any = self.head(teacher.name, kind).project
+                errors = [
+                    a.round_trip_error(x) for a, x in zip(adapters, targets[kind][i], strict=True)
+                ]
+                lost.append(weight_NBT[i] * torch.stack(errors).mean(0))
+        return torch.stack(lost).sum(0) / len(KINDS)
+
+    @torch.no_grad()
+    def _variance(
+        self, targets: Mapping[Kind, list[list[Tensor]]], alpha: Tensor, covered_BT: Tensor
+    ) -> Tensor:
+        """Variance of what the student is compared with; it falls when the target collapses."""
         if self.projection.mode == "student_to_teacher":
-            return [
-                (alpha[i, :, 0], self._head(name, kind).projector(student_BLHTD), targets[i])
-                for i, name in enumerate(self.teacher_names)
-            ]
-        with torch.no_grad():
-            projected = [
-                self._head(name, kind).projector(target)
-                for name, target in zip(self.teacher_names, targets, strict=True)
-            ]
-            fused = fuse(alpha, projected)
-        return [(alpha.sum(0)[:, 0], student_BLHTD, fused)]
-
-    def depths(self, name: str) -> list[float]:
-        """The teacher's layer, as a real number, that each student layer is compared with."""
-        mapping: LayerMap = self._head(name, "key").layer_map
-        rows = zip(mapping.lower, mapping.upper, mapping.fraction, strict=True)
-        return [low + part * (up - low) for low, up, part in rows]
-
-    def _head(self, name: str, kind: Kind) -> Any:
-        heads: Any = self.heads[_module_name(name)]
-        return heads[kind]
+            found = [x for kind in KINDS for groups in targets[kind] for x in groups]
+        else:
+            found = list(self.fused(targets, alpha).values())
+        return torch.stack([target_variance(x, covered_BT) for x in found]).mean()
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, num_labels: Tensor | None) -> Tensor:
-    targets = labels[:, 1:]
+def cross_entropy(logits: Tensor, labels: Tensor, num_labels: Tensor | None) -> Tensor:
+    """Next-token cross-entropy ``[B, T, V]`` against ``[B, T]``, over labels that count."""
+    wanted = labels[:, 1:]
     errors = F.cross_entropy(
         logits[:, :-1].float().transpose(1, 2),
-        targets,
+        wanted,
         ignore_index=IGNORED_LABEL,
         reduction="none",
     )
-    return reduce_tokens(errors, targets != IGNORED_LABEL, num_labels)
+    return reduce_tokens(errors, wanted != IGNORED_LABEL, num_labels)
+
+
+def mean_weights(alpha_NBLT: Tensor) -> Tensor:
+    """Mean weight of each teacher over tokens that any covers: ``[N]``, without gradient."""
+    alpha = alpha_NBLT.detach()
+    covered = alpha.sum(0) > 0
+    return alpha.sum(dim=(1, 2, 3)) / covered.sum().clamp_min(1)
+
+
+def _refuse_blind_injection(teachers: list[TeacherSpace]) -> None:
+    if not any(teacher.causal for teacher in teachers):
+        raise ConfigError(
+            f"losses.inject: all teachers ({', '.join(t.name for t in teachers)}) read in both "
+            "directions, so their KV at the prompt has read what follows; add a decoder, or set "
+            "losses.inject to 0"
+        )
 
 
 def band_of(teacher: Batch) -> Band:
     """The alignment that a teacher's part of a batch carries."""
     return Band(teacher["start"], teacher["weight"], teacher["covered"])
+
+
+def _joined(keys: dict[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Errors of both kinds; those that keys and values share a weight for are averaged."""
+    shared = {name: (keys[name] + values[name]) / len(KINDS) for name in keys.keys() & values}
+    return keys | values | shared
 
 
 def _module_name(teacher: str) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kvdistill.config import StudentConfig
 from kvdistill.distill.projection import HeadShape
 from kvdistill.errors import StudentError
-from kvdistill.extract.adapters import DECODERS, Adapter, Heads
+from kvdistill.extract.adapters import DECODERS, QKV, Adapter, Heads, separate, separate_heads_first
 from kvdistill.types import KINDS, Kind
 
 
@@ -87,9 +87,9 @@ class KVCapture:
         self._attention = [layer.get_submodule(self.adapter.attention) for layer in layers]
 
     @contextmanager
-    def __call__(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Collect ``(key, value)``, each ``[B, H, T, D]``, layer by layer, while inside."""
-        found: list[tuple[Tensor, Tensor]] = []
+    def __call__(self) -> Iterator[list[QKV]]:
+        """Collect query, key and value, each ``[B, H, T, D]``, layer by layer, while inside."""
+        found: list[QKV] = []
         handles = []
         for attention in self._attention:
             outputs: dict[str, Tensor] = {}
@@ -140,16 +140,38 @@ class KVCapture:
 
         return hook
 
-    def _hook(
-        self, tap: str, outputs: dict[str, Tensor], found: list[tuple[Tensor, Tensor]]
-    ) -> Any:
+    def check_injectable(self) -> None:
+        """Refuse a student whose keys and values come out of one fused projection.
+
+        Raises:
+            StudentError: its keys and values cannot be replaced one by one.
+        """
+        if self.adapter.cut not in (separate, separate_heads_first):
+            raise StudentError(
+                f"losses.inject needs a student with separate key and value projections (Llama, "
+                f"Qwen, Mistral, Gemma, OPT …); this one is {self.adapter.name}"
+            )
+
+    def taps(self, kind: Kind) -> list[nn.Module]:
+        """The module of every layer whose output is the unrotated key or value."""
+        name = self.adapter.taps[1 if kind == "key" else 2]
+        return [attention.get_submodule(name) for attention in self._attention]
+
+    def like_tap(self, x_BHTD: Tensor, output: Tensor) -> Tensor:
+        """``[B, H, T, D]`` in the layout and dtype in which a tap gives it."""
+        x = x_BHTD.to(output.dtype) if x_BHTD.is_floating_point() else x_BHTD
+        if output.ndim == 3:
+            return x.transpose(1, 2).flatten(2)
+        return x if self.adapter.cut is separate_heads_first else x.transpose(1, 2)
+
+    def _hook(self, tap: str, outputs: dict[str, Tensor], found: list[QKV]) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
             outputs[tap] = output
             if len(outputs) == len(self.adapter.taps):
                 cut = self.adapter.cut(
                     tuple(outputs[name] for name in self.adapter.taps), self._cut_heads
                 )
-                found.append((cut.key, cut.value))
+                found.append(cut)
                 outputs.clear()
 
         return hook

@@ -9,6 +9,7 @@ in the stream.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -26,10 +27,15 @@ from kvdistill.distill.data.collate import IGNORED_LABEL, Batch
 from kvdistill.distill.data.stream import KVStream
 from kvdistill.distill.distiller import Distiller
 from kvdistill.distill.evaluate import evaluate
+from kvdistill.distill.losses import AbsorptionMonitor, explained_variance, gradient_share
+from kvdistill.types import KINDS
+
+log = logging.getLogger(__name__)
 
 PROJECTORS: Final = "projectors.safetensors"
 STREAM: Final = "stream.json"
 STUDENT_PREFIX: Final = "student."
+COUNTED: Final = ("num_labels", "num_covered", "num_injected")
 
 
 class KVDistillTrainer(Trainer):  # type: ignore[misc]
@@ -51,6 +57,9 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         self.control: Any = None
         self._parts: dict[str, Tensor] = {}
         self._parts_since = 0
+        self._figures: dict[str, float] = {}
+        self._monitor = AbsorptionMonitor()
+        self._figured = -1
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         super().__init__(
             model=distiller,
@@ -79,11 +88,11 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             if batch is None:
                 break
             batches.append(batch)
-        counts = torch.zeros(2, device=device)
+        counts = torch.zeros(len(COUNTED), device=device)
         for batch in batches:
             counts += _counts(batch).to(device)
         counts = self.accelerator.reduce(counts, "sum")
-        return batches, {"num_labels": counts[0], "num_covered": counts[1]}
+        return batches, dict(zip(COUNTED, counts, strict=True))
 
     def compute_loss(
         self,
@@ -93,12 +102,15 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: Any = None,
     ) -> Any:
         """The weighted loss of one micro-batch as its share of the step's."""
-        parts = model(inputs, **num_items_in_batch)
-        for name, value in parts.items():
+        figures = self._wants_figures()
+        output = model(inputs, num_items_in_batch, figures=figures)
+        for name, value in {"loss": output["loss"], **output["parts"]}.items():
             self._parts[name] = self._parts.get(name, 0) + value.detach()
+        if figures:
+            self._figures = self._read_figures(output)
         # Data parallelism averages gradients over ranks; the counts are already global.
-        loss = parts["loss"] * self.accelerator.num_processes
-        return (loss, parts) if return_outputs else loss
+        loss = output["loss"] * self.accelerator.num_processes
+        return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add every part of the loss, as its mean per step since the last log."""
@@ -108,7 +120,41 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
                 total = self.accelerator.reduce(value, "sum")
                 logs["loss" if name == "loss" else f"loss_{name}"] = float(total) / steps
             self._parts, self._parts_since = {}, self.state.global_step
+            logs |= self._figures
+            self._figures = {}
         super().log(logs, start_time)
+
+    def _wants_figures(self) -> bool:
+        """Once per ``figure_steps`` optimizer steps, on the micro-batch that starts the step."""
+        step, every = self.state.global_step, self.experiment.training.figure_steps
+        fresh = step != self._figured
+        if not (self.model.training and fresh and step % every == 0):
+            return False
+        self._figured = step
+        return True
+
+    def _read_figures(self, output: dict[str, Any]) -> dict[str, float]:
+        """Fusion weights, target variance, explained variance and gradient share, for the log."""
+        if not output["figures"]:
+            return {}
+        distiller: Any = self.accelerator.unwrap_model(self.model)
+        found = {
+            f"weight_{teacher.name}": float(weight)
+            for teacher, weight in zip(distiller.teachers, output["figures"]["alpha"], strict=True)
+        }
+        watched = {"target_variance": float(output["figures"]["target_variance"])}
+        if output["kv"].requires_grad and not self.is_fsdp_enabled:
+            student = list(distiller.student.parameters())
+            watched["gradient_share"] = gradient_share(
+                output["kv"], output["loss"] - output["kv"], student
+            )
+        for warning in self._monitor.update(**watched):
+            log.warning(warning)
+        errors = [output["parts"][kind] for kind in KINDS if kind in output["parts"]]
+        if errors and self.experiment.losses.distance == "mse":
+            error = torch.stack(errors).mean().detach()
+            found["explained_variance"] = explained_variance(error, watched["target_variance"])
+        return found | watched
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Perplexity and bits per character of the student on the held-out texts.
@@ -197,8 +243,10 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
 
 
 def _counts(batch: Batch) -> Tensor:
-    """Predicted tokens, and tokens that some teacher covers: ``[2]``."""
-    labels = (batch["labels"][:, 1:] != IGNORED_LABEL).sum()
+    """Predicted tokens, tokens that some teacher covers, tokens after an injection: ``[3]``."""
+    labels, injected = (
+        (batch[name][:, 1:] != IGNORED_LABEL).sum() for name in ("labels", "inject_labels")
+    )
     covered = [teacher["covered"] for teacher in batch["teachers"].values()]
     num_covered = torch.stack(covered).any(0).sum() if covered else torch.zeros_like(labels)
-    return torch.stack([labels, num_covered]).float()
+    return torch.stack([labels, num_covered, injected]).float()

@@ -94,43 +94,25 @@ def build_trainer(experiment: Experiment, store: KVStore, splits: Splits, folder
     """Student, distiller, stream and trainer of a run, ready to train."""
     from transformers import set_seed
 
+    from kvdistill.distill.assembly import assemble
     from kvdistill.distill.callbacks import JsonLines, ProgressBar
-    from kvdistill.distill.data.collate import Collate
-    from kvdistill.distill.data.stream import KVStream, Rank, StoreSource
-    from kvdistill.distill.distiller import Distiller
-    from kvdistill.distill.spaces import teacher_space
-    from kvdistill.distill.student import build_student, student_geometry
-    from kvdistill.distill.tokenizer import load_tokenizer
+    from kvdistill.distill.data.stream import Rank
     from kvdistill.distill.trainer import KVDistillTrainer
     from kvdistill.distill.training_arguments import training_arguments
 
-    set_seed(experiment.seed)  # projectors start from the seed; the student has a fork of its own
-    config = experiment.student
-    tokenizer = load_tokenizer(config.tokenizer or str(config.model), config.trust_remote_code)
-    student = build_student(config, tokenizer, experiment.seed)
-    num_layers = student_geometry(student).num_layers
-    names = list(experiment.teachers) if experiment.losses.uses_teachers else []
-    teachers = [teacher_space(store, name, num_layers, experiment.alignment) for name in names]
-    distiller = Distiller(
-        student, teachers, experiment.projection, experiment.fusion, experiment.losses
-    )
-    training = experiment.training
     arguments = training_arguments(experiment, folder.path, bool(splits.evaluation))
-    source = StoreSource(store, {space.name: space.layer_map.needed for space in teachers})
-    codecs = {space.name: space.codec for space in teachers}
-    stream = KVStream(
-        source,
-        Collate(tokenizer, training.max_length, experiment.alignment, codecs),
-        batch_size=training.batch_size,
-        seed=experiment.seed,
-        window_shards=training.window_shards,
-        read_ahead=training.read_ahead,
-        rank=Rank(arguments.process_index, arguments.world_size),
+    set_seed(experiment.seed)  # projectors start from the seed; the student has a fork of its own
+    run = assemble(
+        experiment,
+        store,
+        splits.train,
+        Rank(arguments.process_index, arguments.world_size),
+        resuming=folder.checkpoint() is not None,
     )
     return KVDistillTrainer(
-        distiller,
-        stream=stream,
-        tokenizer=tokenizer,
+        run.distiller,
+        stream=run.stream,
+        tokenizer=run.tokenizer,
         experiment=experiment,
         arguments=arguments,
         evaluation=splits.evaluation,

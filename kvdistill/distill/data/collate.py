@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvdistill.config import AlignmentConfig
+from kvdistill.config_distill import AlignmentConfig, LossConfig
 from kvdistill.corpus import Sample
 from kvdistill.distill.alignment import (
     Band,
@@ -25,9 +25,10 @@ from kvdistill.distill.alignment import (
     align_tokens,
 )
 from kvdistill.distill.data.tokens import StudentTokens, tokenize
+from kvdistill.distill.spaces import TeacherSpace
 from kvdistill.store.codecs import CODECS, part_name
 from kvdistill.store.shard import EncodedShard
-from kvdistill.types import KINDS, CodecSpec, Kind
+from kvdistill.types import KINDS, SEGMENT_IDS, CodecSpec, Kind
 
 Batch = dict[str, Any]
 IGNORED_LABEL = -100
@@ -49,16 +50,22 @@ class Collate:
     tokenizer: Any
     max_length: int
     alignment: AlignmentConfig
-    codecs: Mapping[str, CodecSpec]
-    """Per teacher, how its shards are encoded."""
+    losses: LossConfig
+    teachers: Sequence[TeacherSpace]
+    tasks: Mapping[str, int]
+    """Task ids from 1 on, by tag."""
 
     def __call__(self, items: Sequence[Item]) -> Batch:
         """A batch of tensors.
 
         ``input_ids``, ``attention_mask``, ``labels``  ``[B, T_s]`` (labels -100 where ignored)
-        ``text_mask``  ``[B, T_s]``: True for tokens that stand for characters
-        ``teachers``   per teacher ``key`` and ``value`` parts ``[B, L, H, T_t, D]`` as stored,
-                       and the band ``start``, ``weight``, ``covered`` of the alignment
+        ``text_mask``   ``[B, T_s]``: True for tokens that stand for characters
+        ``query_mask``  ``[B, T_s]``: what a router looks at, the prompt or else the text
+        ``inject_mask``, ``inject_labels``  ``[B, T_s]``: where a KV is injected, what follows it
+        ``task``        ``[B]``: task ids, 0 where a sample has none
+        ``teachers``    per teacher ``key`` and ``value`` parts ``[B, L, H, T_t, D]`` as stored,
+                        by group, the band ``start``, ``weight``, ``covered`` of the alignment,
+                        and ``summary [B, E]`` where it is kept
         """
         samples = [item.sample for item in items]
         tokens = tokenize(self.tokenizer, samples, self.max_length)
@@ -70,19 +77,30 @@ class Collate:
             _padded([t.segment for t in tokens], -1, length),
             batch["text_mask"],
         )
-        names = items[0].shards if items else {}
+        batch |= injection(spans, batch["labels"], self.losses)
+        prompt = spans.segment == SEGMENT_IDS["prompt"]
+        batch["query_mask"] = torch.where(prompt.any(1, keepdim=True), prompt, spans.mask)
+        batch["task"] = torch.tensor([self.tasks.get(s.task or "", 0) for s in samples])
         batch["teachers"] = {
-            name: self._teacher(name, [item.shards[name] for item in items], spans)
-            for name in names
+            space.name: self._teacher(space, [item.shards[space.name] for item in items], spans)
+            for space in self.teachers
         }
         return batch
 
-    def _teacher(self, name: str, rows: list[tuple[EncodedShard, int]], student: Spans) -> Batch:
+    def _teacher(
+        self, space: TeacherSpace, rows: list[tuple[EncodedShard, int]], student: Spans
+    ) -> Batch:
         spans = _teacher_spans(rows)
         band = self._align(student, spans)
         batch: Batch = {"start": band.start, "weight": band.weight, "covered": band.covered}
         for kind in KINDS:
-            batch[kind] = _padded_parts(rows, kind, self.codecs[name])
+            batch[kind] = {
+                group.prefix: _padded_parts(rows, group.prefix, kind, space.codec)
+                for group in space.groups
+            }
+        if space.prototypes_KE is not None:
+            means = [shard.arrays["hidden_summary"][0, idx] for shard, idx in rows]
+            batch["summary"] = torch.from_numpy(np.stack(means))
         return batch
 
     def _align(self, student: Spans, teacher: Spans) -> Band:
@@ -121,8 +139,22 @@ def without_weight(batch: Batch) -> Batch:
         name: {**teacher, "covered": torch.zeros_like(teacher["covered"])}
         for name, teacher in batch["teachers"].items()
     }
-    labels = torch.full_like(batch["labels"], IGNORED_LABEL)
-    return {**batch, "labels": labels, "teachers": teachers}
+    ignored = torch.full_like(batch["labels"], IGNORED_LABEL)
+    return {**batch, "labels": ignored, "inject_labels": ignored, "teachers": teachers}
+
+
+def injection(student: Spans, labels: Tensor, losses: LossConfig) -> Batch:
+    """Where a fused KV goes in (``inject_mask``), and the labels after it (``inject_labels``).
+
+    On the configured segments; on the first ``inject_text`` of a sample that has none of them.
+    """
+    wanted = torch.tensor([SEGMENT_IDS[name] for name in losses.inject_segments])
+    named = torch.isin(student.segment, wanted) & student.mask
+    rank = student.mask.long().cumsum(1)
+    first = student.mask & (rank <= (losses.inject_text * rank[:, -1:]).long())
+    mask = torch.where(named.any(1, keepdim=True), named, first)
+    later = mask.flip(1).cummax(1).values.flip(1)
+    return {"inject_mask": mask, "inject_labels": labels.masked_fill(later, IGNORED_LABEL)}
 
 
 def _teacher_spans(rows: list[tuple[EncodedShard, int]]) -> Spans:
@@ -147,7 +179,7 @@ def _padded(arrays: Sequence[np.ndarray], fill: int, length: int | None = None) 
 
 
 def _padded_parts(
-    rows: list[tuple[EncodedShard, int]], kind: Kind, spec: CodecSpec
+    rows: list[tuple[EncodedShard, int]], prefix: str, kind: Kind, spec: CodecSpec
 ) -> dict[str, Tensor]:
     """Codes and scales of one kind, padded with zeros to ``[B, L, H, T or blocks, width]``.
 
@@ -160,7 +192,7 @@ def _padded_parts(
         for shard, idx in rows:
             tokens = shard.tokens
             span = tokens.span(idx) if part.per == "token" else tokens.block_span(idx)
-            pieces.append(shard.arrays[part_name(kind, part.suffix)][:, :, span])
+            pieces.append(shard.arrays[part_name(f"{prefix}{kind}", part.suffix)][:, :, span])
         longest = max(piece.shape[2] for piece in pieces)
         num_layers, num_heads, _, width = pieces[0].shape
         padded = np.zeros((len(pieces), num_layers, num_heads, longest, width), pieces[0].dtype)

@@ -1,0 +1,100 @@
+"""One teacher, one kind: from stored codes to a target, and the maps between both spaces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvdistill.config_distill import ProjectionConfig
+from kvdistill.distill.alignment import Band, place
+from kvdistill.distill.projection import (
+    BottleneckProjection,
+    FullProjection,
+    HeadShape,
+    LinearProjection,
+    SpaceAdapter,
+    Standardise,
+    StudentToTeacher,
+)
+from kvdistill.distill.spaces import TeacherSpace
+from kvdistill.store.codecs import CODECS
+from kvdistill.types import Kind, ProjectionInit
+
+Parts = Mapping[str, Mapping[str, Tensor]]
+"""Per group prefix, codes and scales by suffix, as ``Collate`` pads them."""
+
+
+class TeacherHead(nn.Module):
+    """Decodes and places one kind of one teacher's KV; regresses onto it or projects it.
+
+    ``regress``  student to teacher, in mode ``student_to_teacher``
+    ``project``  teacher to student (or to the shared space), where something needs it
+    """
+
+    def __init__(
+        self,
+        space: TeacherSpace,
+        kind: Kind,
+        student: HeadShape,
+        projection: ProjectionConfig,
+        *,
+        projects: bool,
+    ) -> None:
+        super().__init__()
+        self.kind, self.groups = kind, space.groups
+        self.codec = CODECS[space.codec.key if kind == "key" else space.codec.value]
+        self.standardise = nn.ModuleList(Standardise(g.statistics[kind]) for g in space.groups)
+        self.regress = nn.ModuleList()
+        self.project = nn.ModuleList()
+        for group in space.groups:
+            num_layers, shape = len(group.student_layers), group.shapes[kind]
+            if projection.mode == "student_to_teacher":
+                self.regress.append(StudentToTeacher(num_layers, student, shape))
+            if projects:
+                self.project.append(make_projection(projection, num_layers, shape, student))
+        if projection.mode == "frozen":
+            self.project.requires_grad_(requires_grad=False)
+        order = [layer for group in space.groups for layer in group.student_layers]
+        self._order = [order.index(layer) for layer in sorted(order)]
+
+    @torch.no_grad()
+    def targets(self, parts: Parts, band: Band) -> list[Tensor]:
+        """Standardised KV at the student's layers and tokens, per group ``[B, L, H_t, T, D_t]``."""
+        found = []
+        for group, standardise in zip(self.groups, self.standardise, strict=True):
+            teacher_BLHTD = standardise(self.codec.decode(parts[group.prefix], self.kind))
+            mapping = group.layer_map
+            found.append(place(teacher_BLHTD, band, mapping, mapping.needed))
+        return found
+
+    def guesses(self, student_BLHTD: Tensor) -> list[Tensor]:
+        """The student's guess at ``targets``, group by group."""
+        return [regress(self.of_group(student_BLHTD, i)) for i, regress in enumerate(self.regress)]
+
+    def projected(self, targets: list[Tensor]) -> Tensor:
+        """Targets in the student's (or the shared) space: ``[B, L_s, H, T, D]``."""
+        parts = [project(x) for project, x in zip(self.project, targets, strict=True)]
+        joined = torch.cat(parts, dim=1)
+        return joined if len(parts) == 1 else joined[:, self._order]
+
+    def of_group(self, student_BLHTD: Tensor, group_idx: int) -> Tensor:
+        """The student layers that one group serves."""
+        if len(self.groups) == 1:
+            return student_BLHTD
+        return student_BLHTD[:, list(self.groups[group_idx].student_layers)]
+
+
+def make_projection(
+    config: ProjectionConfig, num_layers: int, source: HeadShape, student: HeadShape
+) -> Any:
+    """A teacher-to-student map as the config says, or a teacher's adapter to the shared space."""
+    if config.mode == "shared_space":
+        return SpaceAdapter(num_layers, source, HeadShape(config.space_heads, config.space_dim))
+    if config.method == "bottleneck":
+        return BottleneckProjection(num_layers, source, student, config.mlp_ratio)
+    kind = FullProjection if config.method == "full" else LinearProjection
+    init: ProjectionInit = "orthogonal" if config.init == "orthogonal" else "grouped_mean"
+    return kind(num_layers, source, student, init)

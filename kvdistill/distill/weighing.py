@@ -1,0 +1,95 @@
+"""Fusion weights of a batch: the config's method, and what it looks at.
+
+``fixed`` looks at nothing. ``similarity`` compares what each teacher made of the text, in its
+own hidden space (kept with its shards), with that teacher's prototypes. The routers (``mlp``,
+``gate``, ``attention``) look at the student's hidden state, detached: routing must not train it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kvdistill.config_distill import FusionConfig
+from kvdistill.distill.data.collate import Batch
+from kvdistill.distill.fusion import (
+    Router,
+    drop_teachers,
+    fixed_weights,
+    renormalise,
+    similarity_weights,
+)
+from kvdistill.distill.spaces import TeacherSpace
+
+ROUTERS = ("mlp", "gate", "attention")
+
+
+class FusionWeights(nn.Module):
+    """``alpha [N, B, L, T]`` of a batch, over the teachers that cover each token."""
+
+    def __init__(
+        self,
+        config: FusionConfig,
+        teachers: Sequence[TeacherSpace],
+        hidden_size: int,
+        num_layers: int,
+        num_tasks: int,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.names = [teacher.name for teacher in teachers]
+        self.router: Router | None = None
+        if config.method == "fixed":
+            given = config.weights or dict.fromkeys(self.names, 1.0)
+            self.register_buffer("fixed", fixed_weights([given[name] for name in self.names]))
+        elif config.method == "similarity":
+            for i, teacher in enumerate(teachers):
+                self.register_buffer(f"prototypes_{i}", teacher.prototypes_KE)
+        else:
+            self.router = Router(
+                config.method,
+                len(teachers),
+                hidden_size,
+                granularity=config.granularity,
+                num_layers=num_layers,
+                num_tasks=num_tasks if config.task_tag else 0,
+            )
+
+    @property
+    def needs_hidden(self) -> bool:
+        """Whether ``forward`` looks at the student's hidden states."""
+        return self.router is not None
+
+    def forward(self, batch: Batch, hidden_BTE: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weights ``[N, B, L, T]`` (L may be 1), and which teacher counts where ``[N, B, T]``.
+
+        Args:
+            batch: as ``Collate`` makes it.
+            hidden_BTE: the student's last hidden state, where ``needs_hidden``.
+        """
+        teachers = [batch["teachers"][name] for name in self.names]
+        covered_NBT = torch.stack([teacher["covered"] for teacher in teachers])
+        if self.training and self.config.teacher_dropout:
+            covered_NBT = drop_teachers(covered_NBT, self.config.teacher_dropout)
+        return renormalise(self._raw(batch, teachers, hidden_BTE), covered_NBT), covered_NBT
+
+    def _raw(self, batch: Batch, teachers: list[Batch], hidden_BTE: Tensor | None) -> Tensor:
+        if self.config.method == "fixed":
+            return self.get_buffer("fixed")
+        if self.config.method == "similarity":
+            return similarity_weights(
+                [teacher["summary"] for teacher in teachers],
+                [self.get_buffer(f"prototypes_{i}") for i in range(len(teachers))],
+                self.config.similarity,
+                self.config.temperature,
+            )
+        assert self.router is not None and hidden_BTE is not None  # noqa: PT018
+        hidden = hidden_BTE.detach()
+        if self.config.granularity != "token":
+            mask = batch["query_mask"].unsqueeze(-1)
+            total = torch.where(mask, hidden.float(), 0.0).sum(1)
+            hidden = total / mask.sum(1).clamp_min(1)
+        weights: Tensor = self.router(hidden, batch.get("task"))
+        return weights
