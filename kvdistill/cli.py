@@ -29,9 +29,14 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "retry": ("cluster:retry", "Let quarantined shards be tried again."),
     "cancel": ("cluster:cancel", "Cancel a run's Slurm jobs."),
     "inspect": ("store:inspect", "Look into a store: tables, plots, JSON."),
+    "verify": ("store:verify", "Check every file of a store; --repair moves bad shards aside."),
+    "convert": ("store:convert", "Copy a store into the other backend."),
+    "merge": ("store:merge", "Bring shards of other stores over the same corpus together."),
+    "rm": ("store:rm", "Remove a teacher from a store."),
     "train": ("train:train", "Stage 2: distil the store into a student."),
     "run": ("train:run", "Extract, then train."),
     "evaluate": ("train:evaluate", "Perplexity and bits per character of a student."),
+    "plot": ("report:plot", "Draw a run: layer map, alignment, errors, weights, spectra."),
     "report": ("report:report", "One page with curves and figures from finished runs."),
 }
 

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from kvdistill.corpus import Sample
 from kvdistill.errors import GeometryError, ShardCorrupt
 from kvdistill.store.backend import Backend, OpenShard
-from kvdistill.store.codecs import CODECS, part_name
+from kvdistill.store.codecs import CODECS, part_name, parts_of
 from kvdistill.store.integrity import REMEDY, check_content
 from kvdistill.store.layout import TEXTS
 from kvdistill.store.manifest import Commit, TeacherManifest
 from kvdistill.store.safetensors_backend import SafetensorsBackend
 from kvdistill.store.schema import TOKEN_COLUMNS, ArraySpec, Counts, group_prefix, shard_arrays
-from kvdistill.store.shard import BLOCK_TOKENS, TokenTable, block_ptr
+from kvdistill.store.shard import BLOCK_TOKENS, TokenTable, block_idx, block_ptr
 from kvdistill.store.statistics import ChannelStatistics
 from kvdistill.store.zarr_backend import ZarrBackend
 from kvdistill.types import Kind
@@ -96,6 +96,21 @@ class OpenedShard:
                 parts[part.suffix] = self.data.read(spec.name, *positions, spans[part.per])[0, 0]
         token_blocks = np.arange(start, stop) // BLOCK_TOKENS - start // BLOCK_TOKENS
         return codec.decode(parts, kind, token_blocks)
+
+    def decode_shard(
+        self, kind: Kind, layers: Sequence[int] | None, heads: Sequence[int] | None
+    ) -> NDArray[np.float32]:
+        """Decoded float32 ``[L, H, T, D]``. See ``KVStore.read_decoded``."""
+        arrays = self.read(layers, heads, [kind])
+        stems = [name for name in arrays if name.rpartition("/")[2] == kind]
+        if len(stems) != 1:
+            raise GeometryError(
+                f"teacher {self.manifest.name!r}: these layers lie in {len(stems)} arrays of "
+                f"different heads or dims; choose layers of one of "
+                f"{[group.layers for group in self.manifest.groups]}"
+            )
+        codec = CODECS[getattr(self.manifest.codec, kind)]
+        return codec.decode(parts_of(arrays, stems[0]), kind, block_idx(self.sample_ptr))
 
     def statistics(self) -> dict[str, ChannelStatistics]:
         """This shard's statistics by ``"key"``, ``"value"`` (``"g0/key"`` …)."""

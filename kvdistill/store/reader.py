@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from kvdistill.store.integrity import REMEDY
 from kvdistill.store.layout import COMMIT, StorePaths
 from kvdistill.store.manifest import Commit, ShardPlan, StoreManifest, TeacherManifest
 from kvdistill.store.opened import OpenedShard, open_shard, read_samples
-from kvdistill.store.shard import EncodedShard
+from kvdistill.store.shard import EncodedShard, TokenTable
 from kvdistill.store.statistics import ChannelStatistics
 from kvdistill.types import KINDS, Kind
 
@@ -195,6 +195,40 @@ class KVStore:
         """
         shard_id, sample_idx = self.find(sample_id)
         return self._opened(teacher, shard_id).decode(sample_idx, layer, head, kind, tokens)
+
+    def token_table(self, teacher: str, shard_id: str) -> TokenTable:
+        """The tokens of a shard, without its keys and values."""
+        return self._opened(teacher, shard_id).token_table()
+
+    def read_decoded(
+        self,
+        teacher: str,
+        shard_id: str,
+        kind: Kind,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+    ) -> NDArray[np.float32]:
+        """Decoded keys or values of a whole shard: float32 ``[L, H, T, D]``, keys not rotated.
+
+        Raises:
+            GeometryError: the layers differ in geometry and have no common array.
+            ShardNotFound, ShardCorrupt: as ``read_shard``.
+        """
+        return self._opened(teacher, shard_id).decode_shard(kind, layers, heads)
+
+    def dask(
+        self, teacher: str, kind: Kind, *, layer: int | None = None, head: int | None = None
+    ) -> Any:
+        """A lazy dask array of all committed shards, decoded. See ``views.dask_array``."""
+        from kvdistill.store.views import dask_array
+
+        return dask_array(self, teacher, kind, layer=layer, head=head)
+
+    def xarray(self, teacher: str, *, layers: Sequence[int] | None = None) -> Any:
+        """A lazy xarray dataset with named dimensions. See ``views.dataset``."""
+        from kvdistill.store.views import dataset
+
+        return dataset(self, teacher, layers=layers)
 
     def find(self, sample_id: str) -> tuple[str, int]:
         """The shard of a sample, and its position in it.

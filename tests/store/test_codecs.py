@@ -63,7 +63,7 @@ def test_integer_codecs_are_within_half_a_scale(name, kind, shape, seed, range_)
     parts = codec.encode(x, kind)
     decoded = codec.decode(parts, kind)
     if name == "int4" and kind == "value":
-        x, decoded = rotate(x), rotate(decoded)
+        return  # trades the largest error for the mean one, see below
     steps = parts["scale"].float()
     if kind == "key":
         steps = steps.repeat_interleave(BLOCK_TOKENS, dim=-2)[..., : shape[2], :]
@@ -110,6 +110,27 @@ def test_the_rotation_helps_values_with_an_outlier_channel():
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     plain = ((x - low) / (high - low) * 15).round() / 15 * (high - low) + low
     assert error < 0.5 * (plain - x).square().mean()
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=shapes, seed=st.integers(0, 999), scale=st.sampled_from([0.0, 1e-3, 1.0, 100.0]))
+def test_int4_values_are_never_worse_than_min_and_max(shape, seed, scale):
+    x = _random(shape, seed, scale)
+    parts = CODECS["int4"].encode(x, "value")
+    got = (CODECS["int4"].decode(parts, "value") - x).square().sum(dim=-1)
+    rotated = rotate(x)
+    step = (rotated.amax(-1) - rotated.amin(-1)) / 15
+    # Half a step everywhere is what rounding between min and max guarantees.
+    bound = x.shape[-1] * (step * 0.501) ** 2 + x.square().sum(dim=-1) * 1e-6
+    assert bool((got <= bound + 1e-12).all())
+
+
+def test_int4_values_gain_from_least_squares():
+    x = _random((2, 2, 64, 64), 0, 1.0).clamp(-4, 4)
+    low, high = (rotate(x).amin(-1, keepdim=True), rotate(x).amax(-1, keepdim=True))
+    plain = ((rotate(x) - low) / (high - low) * 15).round() / 15 * (high - low) + low
+    got = rotate(CODECS["int4"].decode(CODECS["int4"].encode(x, "value"), "value"))
+    assert (got - rotate(x)).square().mean() < 0.93 * (plain - rotate(x)).square().mean()
 
 
 def test_int4_refuses_an_odd_head_dim():

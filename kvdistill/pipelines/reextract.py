@@ -1,0 +1,125 @@
+"""Is a store still what its teacher says? Read some samples again and compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvdistill.config import Experiment
+from kvdistill.corpus import Sample
+from kvdistill.errors import ShardNotFound, StoreMismatch
+from kvdistill.extract.shard import extract_samples
+from kvdistill.extract.teacher import Teacher, load_teacher
+from kvdistill.store.codecs import CODECS, parts_of
+from kvdistill.store.reader import KVStore
+from kvdistill.store.schema import group_prefix
+from kvdistill.types import KINDS, Kind
+
+TOLERANCE: Final = {"float32": 0.01, "float16": 0.03, "bfloat16": 0.05}
+"""Largest relative error by the teacher's dtype: another batch size rounds differently, and a
+value on the edge between two codes may fall either way."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Stored against read again, over some samples of one teacher."""
+
+    teacher: str
+    samples: int
+    tokens: int
+    key_error: float
+    """Relative error (Frobenius) of decoded keys, the worst sample."""
+    value_error: float
+    tolerance: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both errors are within the tolerance."""
+        return max(self.key_error, self.value_error) <= self.tolerance
+
+
+def reextract(store: KVStore, experiment: Experiment, name: str, count: int) -> Comparison:
+    """Read ``count`` samples, spread over the committed shards, through the teacher again.
+
+    Raises:
+        ShardNotFound: nothing is committed.
+        TeacherError: the teacher cannot be loaded or verified.
+        StoreMismatch: it now cuts a sample into other tokens.
+    """
+    teacher = load_teacher(name, experiment)
+    errors: dict[Kind, list[float]] = {kind: [0.0] for kind in KINDS}
+    chosen = _chosen(store, name, count)
+    num_tokens = 0
+    for shard_id, sample_idx, sample in chosen:
+        again = extract_samples(
+            teacher,
+            [sample],
+            batch_tokens=experiment.extraction.batch_tokens,
+            long_text=experiment.extraction.long_text,
+        ).shard
+        table = store.token_table(name, shard_id)
+        stored_ids = table.token_ids[table.span(sample_idx)]
+        if not np.array_equal(stored_ids, again.tokens.token_ids):
+            raise StoreMismatch(
+                f"{store.paths.root}: teacher {name!r} now reads sample {sample.sample_id!r} as "
+                f"{again.tokens.num_tokens} tokens that differ from the {stored_ids.size} stored; "
+                "its tokenizer or template changed"
+            )
+        num_tokens += stored_ids.size
+        for kind in KINDS:
+            fresh = _decoded(teacher, again.arrays, kind)
+            errors[kind].append(_error(store, teacher, sample.sample_id, kind, fresh))
+    return Comparison(
+        name,
+        len(chosen),
+        num_tokens,
+        max(errors["key"]),
+        max(errors["value"]),
+        TOLERANCE[teacher.manifest.dtype],
+    )
+
+
+def _chosen(store: KVStore, name: str, count: int) -> list[tuple[str, int, Sample]]:
+    """``count`` samples, evenly spread over the committed shards and inside them."""
+    committed = store.committed(name)
+    shard_ids = [shard_id for shard_id in store.shard_ids if shard_id in committed]
+    if not shard_ids:
+        raise ShardNotFound(f"{store.paths.root}: teacher {name!r} has no shard yet")
+    every = [
+        (shard_id, i) for shard_id in shard_ids for i in range(store.plan(shard_id).num_samples)
+    ]
+    picked = [every[i * len(every) // count] for i in range(min(count, len(every)))]
+    chosen = []
+    for shard_id, sample_idx in picked:
+        own = store.read_shard(name, shard_id, kinds=()).texts
+        texts = store.samples(shard_id) if own is None else own
+        chosen.append((shard_id, sample_idx, texts[sample_idx]))
+    return chosen
+
+
+Decoded = dict[int, NDArray[np.float32]]
+"""Per layer, ``[H, T, D]``."""
+
+
+def _decoded(teacher: Teacher, arrays: Mapping[str, np.ndarray], kind: Kind) -> Decoded:
+    manifest = teacher.manifest
+    codec = CODECS[manifest.codec.key if kind == "key" else manifest.codec.value]
+    layers: Decoded = {}
+    for i, group in enumerate(manifest.groups):
+        parts = parts_of(arrays, f"{group_prefix(manifest, i)}{kind}")
+        layers.update(zip(group.layers, codec.decode(parts, kind), strict=True))
+    return layers
+
+
+def _error(store: KVStore, teacher: Teacher, sample_id: str, kind: Kind, fresh: Decoded) -> float:
+    difference, size = 0.0, 0.0
+    for layer, heads in fresh.items():
+        for head, want in enumerate(heads):
+            stored = store.read(teacher.manifest.name, sample_id, layer, head, kind)
+            difference += float(np.square(stored - want, dtype=np.float64).sum())
+            size += float(np.square(want, dtype=np.float64).sum())
+    return (difference / size) ** 0.5 if size else 0.0
