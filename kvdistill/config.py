@@ -266,6 +266,8 @@ class Experiment(Section):
 
     name: Name = "experiment"
     """Names the run's folder."""
+    preset: str | None = None
+    """Named settings to start from, `phase-1` to `phase-5`; what the file says itself wins."""
     store: Path
     """Folder of the key/value store; made by `extract`, read by `train`."""
     output_dir: Path = Path("runs")

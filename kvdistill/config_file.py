@@ -7,13 +7,33 @@ import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from kvdistill.config import Experiment
 from kvdistill.errors import ConfigError
+
+
+PRESETS: Final[dict[str, dict[str, dict[str, Any]]]] = {
+    "phase-1": {"fusion": {"method": "fixed"}},
+    "phase-2": {"fusion": {"method": "fixed"}, "losses": {"cosine": 0.1}},
+    "phase-3": {"fusion": {"method": "similarity"}, "losses": {"cosine": 0.1}},
+    "phase-4": {
+        "fusion": {"method": "mlp", "granularity": "layer", "entropy": "diverse"},
+        "losses": {"inject": 1.0, "entropy": 0.01},
+    },
+    "phase-5": {
+        "projection": {"mode": "shared_space"},
+        "losses": {"inject": 1.0, "round_trip": 1.0},
+    },
+}
+"""Named starting points. A preset is plain settings under the file's own, which win:
+
+1 two teachers, fixed weights · 2 several architectures, or samples of one teacher · 3 weights by
+similarity · 4 a router that learns from an injected cache · 5 one space for every model.
+"""
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Experiment:
@@ -47,7 +67,7 @@ def parse(body: dict[str, Any], where: str = "config") -> Experiment:
         ConfigError: as for ``load``.
     """
     try:
-        return Experiment.model_validate(body)
+        return Experiment.model_validate(_with_preset(body, where))
     except ValidationError as error:
         problems = error.errors()
         # An unknown key is usually the cause of a missing one, so it is reported first.
@@ -59,6 +79,20 @@ def parse(body: dict[str, Any], where: str = "config") -> Experiment:
 def dump(experiment: Experiment) -> str:
     """The whole experiment as YAML, defaults included; ``load`` reads it back."""
     return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _with_preset(body: dict[str, Any], where: str) -> dict[str, Any]:
+    """The settings of ``preset``, under those that the file gives itself."""
+    name = body.get("preset")
+    if name is None:
+        return body
+    if name not in PRESETS:
+        raise ConfigError(f"{where}: no preset {name!r}; there are: {', '.join(PRESETS)}")
+    merged = dict(body)
+    for section, settings in PRESETS[name].items():
+        given = merged.get(section) or {}
+        merged[section] = settings | given if isinstance(given, dict) else given
+    return merged
 
 
 def flatten(body: Any, prefix: str = "") -> dict[str, Any]:

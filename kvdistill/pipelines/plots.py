@@ -1,4 +1,4 @@
-"""The report's figures, each from plain data to a PNG that a page can hold."""
+"""A run's figures, each from plain data to a matplotlib figure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 mpl.rcParams.update(
     {
@@ -23,8 +25,9 @@ mpl.rcParams.update(
     }
 )
 
-Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Curves by name: x and y."""
+ByName = Mapping[str, Sequence[float]]
 
 
 def data_uri(figure: Figure, dpi: int = 130) -> str:
@@ -34,10 +37,9 @@ def data_uri(figure: Figure, dpi: int = 130) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def curves(series: Series, y_label: str, title: str) -> Figure:
+def curves(series: Curves, y_label: str, title: str) -> Figure:
     """Lines over optimizer steps; a dot for every point where there are few."""
-    figure = Figure(figsize=(5.6, 3.4))
-    axes = figure.subplots()
+    figure, axes = _canvas(3.4)
     for name, (x, y) in series.items():
         axes.plot(x, y, label=name, marker="o" if len(x) < 30 else None, markersize=3, lw=1.4)
     axes.set(xlabel="optimizer step", ylabel=y_label, title=title)
@@ -45,15 +47,47 @@ def curves(series: Series, y_label: str, title: str) -> Figure:
     return figure
 
 
-def layer_map(depths: Mapping[str, Sequence[float]]) -> Figure:
+def layer_map(depths: ByName) -> Figure:
     """Which (real-valued) teacher layer each student layer is compared with."""
-    figure = Figure(figsize=(5.6, 3.0))
-    axes = figure.subplots()
-    for name, layers in depths.items():
-        axes.plot(range(len(layers)), layers, marker="o", markersize=4, lw=1, label=name)
-    axes.set(xlabel="student layer", ylabel="teacher layer", title="Layer map (between two: a mix)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    return _over_layers(depths, "teacher layer", "Layer map (between two: a mix)")
+
+
+def error_by_layer(kinds: ByName) -> Figure:
+    """Mean squared error of keys and values against the target, by student layer."""
+    figure = _over_layers(kinds, "error (1 = the mean)", "KV error by layer")
+    figure.axes[0].axhline(1.0, color="grey", lw=0.8, ls=":")
+    figure.axes[0].set_ylim(bottom=0)
+    return figure
+
+
+def weights_by_layer(teachers: ByName) -> Figure:
+    """Fusion weight of each teacher, by student layer."""
+    figure = _over_layers(teachers, "fusion weight", "Fusion weights by layer")
+    figure.axes[0].set_ylim(0, 1)
+    return figure
+
+
+def weights_by_task(tasks: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Stacked bars: each teacher's share, by task."""
+    figure, axes = _canvas(3.0)
+    names = [task or "no task" for task in tasks]
+    bottom = np.zeros(len(names))
+    for teacher in next(iter(tasks.values())):
+        shares = np.array([weights[teacher] for weights in tasks.values()])
+        axes.bar(names, shares, bottom=bottom, label=teacher)
+        bottom += shares
+    axes.set(ylabel="fusion weight", title="Fusion weights by task", ylim=(0, 1))
     axes.legend(frameon=False)
+    return figure
+
+
+def spectra(values: ByName) -> Figure:
+    """Singular values of the projectors, largest first; a steep fall is a map of low rank."""
+    figure, axes = _canvas(3.4)
+    for name, singular in values.items():
+        axes.plot(np.arange(1, len(singular) + 1), singular, lw=1.2, label=name)
+    axes.set(xlabel="index", ylabel="singular value", title="Projector spectra", yscale="log")
+    axes.legend(frameon=False, fontsize=7)
     return figure
 
 
@@ -73,18 +107,18 @@ def alignment(example: Mapping[str, Any], teacher: str) -> Figure:
     return figure
 
 
-def error_by_layer(errors: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """Mean squared error of keys and values against the standardised target, by student layer."""
-    figure = Figure(figsize=(5.6, 3.0))
-    axes = figure.subplots()
-    for run, kinds in errors.items():
-        for kind, values in kinds.items():
-            style = "-" if kind == "key" else "--"
-            axes.plot(range(len(values)), values, style, marker="o", ms=4, label=f"{run}: {kind}")
-    axes.axhline(1.0, color="grey", lw=0.8, ls=":")
-    axes.set(xlabel="student layer", ylabel="error (1 = the mean)", title="KV error by layer")
-    axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+def _canvas(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.6, height))
+    axes: Axes = figure.subplots()
+    return figure, axes
+
+
+def _over_layers(series: ByName, y_label: str, title: str) -> Figure:
+    figure, axes = _canvas(3.0)
+    for name, values in series.items():
+        axes.plot(range(len(values)), values, marker="o", markersize=4, lw=1, label=name)
+    axes.set(xlabel="student layer", ylabel=y_label, title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     return figure
 

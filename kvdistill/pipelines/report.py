@@ -74,59 +74,99 @@ def write_report(paths: list[Path], output: Path) -> None:
 
 
 def _figures(runs: list[Run]) -> list[dict[str, str]]:
-    figures = []
-
-    def add(figure: Any, caption: str) -> None:
-        figures.append({"source": plots.data_uri(figure), "caption": caption})
-
-    wanted = {
-        "eval_bits_per_character": (
-            "bits per character",
-            "Held-out text",
-            "How well the student predicts text it has not seen; lower is better.",
-        ),
-        "loss_cross_entropy": (
-            "nats per token",
-            "Training: cross-entropy",
-            "Next-token loss on the training text.",
-        ),
-        "loss_key": (
-            "error (1 = the mean)",
-            "Training: key loss",
-            "Error of the student's keys, before weighting.",
-        ),
-        "loss_value": (
-            "error (1 = the mean)",
-            "Training: value loss",
-            "Error of the student's values, before weighting.",
-        ),
-    }
-    for key, (label, title, caption) in wanted.items():
+    found = []
+    for key, (label, title, caption) in CURVES.items():
         series = {run.name: run.curve(key) for run in runs if any(key in row for row in run.logs)}
         if series:
-            add(plots.curves(series, label, title), caption)
+            found.append((plots.curves(series, label, title), caption))
     for run in runs:
-        for figure, caption in _run_figures(run):
-            add(figure, caption)
-    return figures
+        drawn = run_figures(run).values()
+        found += [(figure, f"{run.name}: {caption}") for figure, caption in drawn]
+    return [{"source": plots.data_uri(figure), "caption": caption} for figure, caption in found]
 
 
-def _run_figures(run: Run) -> list[tuple[Any, str]]:
-    if not run.diagnostics:
-        return []
-    teachers = run.diagnostics["teachers"]
-    depths = {name: teacher["layer_map"] for name, teacher in teachers.items()}
-    found = [
-        (plots.layer_map(depths), f"{run.name}: which teacher layer a student layer learns from."),
-        (
-            plots.error_by_layer({run.name: run.diagnostics["error_by_layer"]}),
-            f"{run.name}: error after training; 1 is what predicting the mean scores.",
-        ),
-    ]
-    for name, teacher in teachers.items():
-        caption = f"{run.name}: the first text, the student's tokens against {name}'s."
-        found.append((plots.alignment(teacher["alignment"], name), caption))
+CURVES = {
+    "eval_bits_per_character": (
+        "bits per character",
+        "Held-out text",
+        "How well the student predicts text it has not seen; lower is better.",
+    ),
+    "loss_cross_entropy": (
+        "nats per token",
+        "Training: cross-entropy",
+        "Next-token loss on the training text.",
+    ),
+    "loss_key": (
+        "error (1 = the mean)",
+        "Training: key loss",
+        "Error of the student's keys, before weighting.",
+    ),
+    "loss_value": (
+        "error (1 = the mean)",
+        "Training: value loss",
+        "Error of the student's values, before weighting.",
+    ),
+}
+
+
+def run_figures(run: Run) -> dict[str, tuple[Any, str]]:
+    """Every figure of one run with its caption, by a name that a file can have."""
+    found: dict[str, tuple[Any, str]] = {}
+    told = run.diagnostics
+    if not told:
+        return found
+    depths = {name: teacher["layer_map"] for name, teacher in told["teachers"].items()}
+    found["layer-map"] = (
+        plots.layer_map(depths),
+        "which teacher layer a student layer learns from.",
+    )
+    found["error-by-layer"] = (
+        plots.error_by_layer(told["error_by_layer"]),
+        "error after training; 1 is what predicting the mean of a standardised target scores.",
+    )
+    weights = {
+        name: run.curve(f"weight_{name}") for name in depths if run.curve(f"weight_{name}")[0]
+    }
+    if weights and run.config["fusion"]["method"] != "fixed":
+        found["weights"] = (
+            plots.curves(weights, "fusion weight", "Fusion weights over training"),
+            "how much each teacher counts, over training.",
+        )
+        found["weights-by-layer"] = (
+            plots.weights_by_layer(told["weights"]["by_layer"]),
+            "how much each teacher counts, by student layer.",
+        )
+        found["weights-by-task"] = (
+            plots.weights_by_task(told["weights"]["by_task"]),
+            "how much each teacher counts, by the sample's task.",
+        )
+    found["spectra"] = (
+        plots.spectra(told["spectra"]),
+        "singular values of the projectors; a steep fall is a map of low rank.",
+    )
+    for name, teacher in told["teachers"].items():
+        found[f"alignment-{name}"] = (
+            plots.alignment(teacher["alignment"], name),
+            f"the first text, the student's tokens against {name}'s.",
+        )
     return found
+
+
+def write_plots(path: Path, output: Path) -> list[Path]:
+    """Write every figure of a run as a PNG into the folder ``output``.
+
+    Raises:
+        ConfigError: not a finished run, or one without teachers.
+    """
+    figures = run_figures(read_run(path))
+    if not figures:
+        raise ConfigError(f"{path} was trained without teachers; there is nothing to plot")
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, (figure, _) in figures.items():
+        written.append(output / f"{name}.png")
+        figure.savefig(written[-1], dpi=150)
+    return written
 
 
 def _row(run: Run, baseline: Run) -> dict[str, Any]:

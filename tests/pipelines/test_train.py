@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from kvdistill import config_file
 from kvdistill.errors import ConfigError, IncompleteStore, StoreMismatch, StoreNotFound
 from kvdistill.pipelines.corpus import load_corpus
-from kvdistill.pipelines.report import write_report
+from kvdistill.pipelines.report import write_plots, write_report
 from kvdistill.pipelines.runs import RunFolder, begin
 from kvdistill.pipelines.train import build_trainer, train
 from kvdistill.store.reader import KVStore
@@ -120,10 +120,24 @@ def test_the_report_holds_everything_in_one_page(extracted: Path, tmp_path: Path
     page = tmp_path / "report.html"
     write_report([with_kv.folder, without.folder], page)
     text = page.read_text(encoding="utf-8")
-    assert text.count("data:image/png;base64,") == 4 + 2 + 2
+    assert text.count("data:image/png;base64,") == 4 + 3 + 2
     assert "http" not in text.replace("http://www.w3.org", "")
     for words in ("losses.key", "plain", "perplexity", "first text", "llama", "bert"):
         assert words in text
+
+
+def test_plots_are_drawn_and_weights_only_where_they_are_learned(
+    extracted: Path, tmp_path: Path
+) -> None:
+    changes = {"fusion__method": "mlp", "fusion__granularity": "layer", "training__log_steps": 1}
+    run = train(variant(extracted, tmp_path, training__figure_steps=2, **changes))
+    drawn = {path.stem for path in write_plots(run.folder, tmp_path / "plots")}
+    common = {"layer-map", "error-by-layer", "spectra", "alignment-llama", "alignment-bert"}
+    assert drawn == common | {"weights", "weights-by-layer", "weights-by-task"}
+    assert all((tmp_path / "plots" / f"{name}.png").stat().st_size > 5000 for name in drawn)
+    plain = train(variant(extracted, tmp_path, name="ce", losses__key=0, losses__value=0))
+    with pytest.raises(ConfigError, match="without teachers"):
+        write_plots(plain.folder, tmp_path / "none")
 
 
 def test_report_refuses_what_is_no_finished_run(extracted: Path, tmp_path: Path) -> None:
