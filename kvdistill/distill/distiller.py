@@ -29,7 +29,7 @@ from kvdistill.distill.attention_maps import AttentionMaps
 from kvdistill.distill.data.collate import IGNORED_LABEL, Batch
 from kvdistill.distill.fusion import entropy, fuse, renormalise
 from kvdistill.distill.head import TeacherHead
-from kvdistill.distill.inject import Injector
+from kvdistill.distill.injection import InjectionGate, KVInjection
 from kvdistill.distill.losses import reduce_tokens, target_variance
 from kvdistill.distill.objectives import StudentView, fused_errors, teacher_errors
 from kvdistill.distill.projection import HeadShape, SpaceAdapter
@@ -47,7 +47,7 @@ class Distiller(nn.Module):
     """Student, projectors and losses. The student alone is what gets saved as a model."""
 
     weigh: FusionWeights
-    injector: Injector
+    gate: InjectionGate | None
     attention_maps: AttentionMaps
 
     def __init__(
@@ -89,7 +89,8 @@ class Distiller(nn.Module):
                 self.space[kind] = SpaceAdapter(geometry.num_layers, geometry.heads, shape)
         if losses.inject:
             _refuse_blind_injection(teachers)
-            self.injector = Injector(self.capture, losses.inject_style)
+            residual = losses.inject_style == "residual"
+            self.gate = InjectionGate(geometry.num_layers) if residual else None
         if losses.attention_kl:
             self.attention_maps = AttentionMaps(student, alignment)
 
@@ -268,7 +269,9 @@ class Distiller(nn.Module):
         fused = self.fused(targets, alpha)
         if self.projection.mode == "shared_space":
             fused = {kind: self._space(kind).out_of(z) for kind, z in fused.items()}
-        with self.injector(fused, batch["inject_mask"] & usable.any(0)):
+        mask_BT = batch["inject_mask"] & usable.any(0)
+        inject = KVInjection(self.capture)
+        with inject(fused["key"], fused["value"], mask_BT, self.gate):
             logits = self.student(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],

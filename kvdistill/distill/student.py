@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kvdistill.config import StudentConfig
 from kvdistill.distill.projection import HeadShape
 from kvdistill.errors import StudentError
-from kvdistill.extract.adapters import DECODERS, QKV, Adapter, Heads, separate, separate_heads_first
+from kvdistill.extract.adapters import DECODERS, QKV, Adapter, Heads
 from kvdistill.types import KINDS, Kind
 
 
@@ -139,30 +139,6 @@ class KVCapture:
             return out
 
         return hook
-
-    def check_injectable(self) -> None:
-        """Refuse a student whose keys and values come out of one fused projection.
-
-        Raises:
-            StudentError: its keys and values cannot be replaced one by one.
-        """
-        if self.adapter.cut not in (separate, separate_heads_first):
-            raise StudentError(
-                f"losses.inject needs a student with separate key and value projections (Llama, "
-                f"Qwen, Mistral, Gemma, OPT …); this one is {self.adapter.name}"
-            )
-
-    def taps(self, kind: Kind) -> list[nn.Module]:
-        """The module of every layer whose output is the unrotated key or value."""
-        name = self.adapter.taps[1 if kind == "key" else 2]
-        return [attention.get_submodule(name) for attention in self._attention]
-
-    def like_tap(self, x_BHTD: Tensor, output: Tensor) -> Tensor:
-        """``[B, H, T, D]`` in the layout and dtype in which a tap gives it."""
-        x = x_BHTD.to(output.dtype) if x_BHTD.is_floating_point() else x_BHTD
-        if output.ndim == 3:
-            return x.transpose(1, 2).flatten(2)
-        return x if self.adapter.cut is separate_heads_first else x.transpose(1, 2)
 
     def _hook(self, tap: str, outputs: dict[str, Tensor], found: list[QKV]) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:

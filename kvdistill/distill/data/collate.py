@@ -25,6 +25,7 @@ from kvdistill.distill.alignment import (
     align_tokens,
 )
 from kvdistill.distill.data.tokens import StudentTokens, tokenize
+from kvdistill.distill.injection import following
 from kvdistill.distill.spaces import TeacherSpace
 from kvdistill.store.codecs import CODECS, part_name
 from kvdistill.store.shard import EncodedShard
@@ -153,8 +154,8 @@ def injection(student: Spans, labels: Tensor, losses: LossConfig) -> Batch:
     rank = student.mask.long().cumsum(1)
     first = student.mask & (rank <= (losses.inject_text * rank[:, -1:]).long())
     mask = torch.where(named.any(1, keepdim=True), named, first)
-    later = mask.flip(1).cummax(1).values.flip(1)
-    return {"inject_mask": mask, "inject_labels": labels.masked_fill(later, IGNORED_LABEL)}
+    after = following(mask, labels != IGNORED_LABEL)
+    return {"inject_mask": mask, "inject_labels": labels.masked_fill(~after, IGNORED_LABEL)}
 
 
 def _teacher_spans(rows: list[tuple[EncodedShard, int]]) -> Spans:
