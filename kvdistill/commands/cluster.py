@@ -166,7 +166,9 @@ def _teacher_lines(each: TeacherOverview) -> Iterator[str]:
     for job in status.waiting:
         reasons[job.reason] = reasons.get(job.reason, 0) + 1
     for reason, count in reasons.items():
-        yield f"  {count} queued: {reason}"
+        held = "held" in reason.lower()
+        hint = " (let go with `scontrol release`, or `kvdistill cancel` them)" if held else ""
+        yield f"  {count} queued: {reason}{hint}"
     for attempt in status.broken:
         yield f"  task {attempt.task} on {attempt.host}: {attempt.message}"
     for unit, why in status.stale.items():

@@ -19,11 +19,14 @@ import numpy as np
 import pytest
 
 from kvdistill.commands import distribute, work
+from kvdistill.commands.overview import overview
 from kvdistill.config import Experiment
 from kvdistill.pipelines.extract import extract
 from kvdistill.slurm import client
 from kvdistill.slurm.ledger import Attempt
+from kvdistill.slurm.status import UNIT_STATES
 from kvdistill.store.reader import KVStore
+from kvdistill.store.verify import verify
 from kvdistill.types import KINDS
 from tests.slurm.cluster import CREDENTIAL_SECONDS, Cluster, run_until_idle, wait_for
 from tests.slurm.experiment import (
@@ -64,10 +67,10 @@ def cli(*arguments: object, expect: int = 0) -> str:
 
 
 def states(config: Path) -> dict[str, dict[str, int]]:
-    """What ``status --json`` says, without the zeros."""
-    seen = json.loads(cli("status", config, "--json"))["teachers"]
-    names = ("done", "running", "stale", "quarantined", "failed", "pending")
-    return {t: {name: seen[t][name] for name in names if seen[t][name]} for t in seen}
+    """What ``status`` says, without the zeros."""
+    seen = overview(config).teachers
+    counts = {each.teacher: {s: each.status.count(s) for s in UNIT_STATES} for each in seen}
+    return {name: {s: n for s, n in found.items() if n} for name, found in counts.items()}
 
 
 def holder(experiment: Experiment, teacher: str, unit: str) -> Attempt | None:
@@ -154,6 +157,7 @@ def test_two_teachers_survive_the_cluster(
     run_until_idle(login, newest, 150)
     cli("status", config, "--check")
     store = KVStore.open(experiment.store)
+    assert verify(store) == []
     for teacher in ("llama", "bert"):
         assert_equal_stores(store, reference, teacher)
         assert_tidy(experiment, teacher)
