@@ -23,6 +23,8 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "init": ("config:init", "Write a commented experiment file."),
     "config": ("config:config", "Show an experiment with its defaults, or the schema."),
     "data": ("data:data", "Make corpora and tokenizers."),
+    "fetch": ("plan:fetch", "Download every model and data set ahead of time."),
+    "plan": ("plan:plan", "Say what extraction will cost: disk, hours, lengths."),
     "extract": ("extract:extract", "Stage 1: read every teacher once into the store."),
     "status": ("cluster:status", "Say what of a store is done and what is missing."),
     "logs": ("cluster:logs", "Show tracebacks and logs of shards that failed."),

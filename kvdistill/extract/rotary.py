@@ -2,7 +2,9 @@
 
 RoFormer: Enhanced Transformer with Rotary Position Embedding (arXiv 2104.09864). Rather than
 re-deriving every scaling scheme from its config, the model's own rotary module is asked for
-cos and sin at position 1: their angle *is* the frequency and their length the scaling.
+cos and sin at position 1: their angle *is* the frequency and their length the scaling. Where the
+module keeps these frequencies in a buffer, that is taken: an angle of 1 radian is known to 6e-8,
+which a position of 1,000 multiplies.
 """
 
 from __future__ import annotations
@@ -72,7 +74,18 @@ def _read(module: nn.Module, model: nn.Module, layer_idx: int) -> RotarySpec:
     half = cos.numel() // 2
     doubled = torch.equal(cos[:half], cos[half:])
     pick = slice(0, half) if doubled else slice(0, None, 2)
-    return _spec(cos[pick], sin[pick])
+    measured = _spec(cos[pick], sin[pick])
+    return measured.model_copy(update={"inv_freq": _exact(module, measured.inv_freq)})
+
+
+def _exact(module: nn.Module, measured: tuple[float, ...]) -> tuple[float, ...]:
+    """The buffer that holds these frequencies, or what was measured."""
+    wanted = torch.tensor(measured, dtype=torch.float64)
+    for buffer in module.buffers():
+        exact = buffer.double().cpu().flatten()
+        if exact.shape == wanted.shape and torch.allclose(exact, wanted, rtol=1e-5, atol=2e-7):
+            return tuple(exact.tolist())
+    return measured
 
 
 def _position_table(model: nn.Module) -> RotarySpec | None:

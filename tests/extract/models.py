@@ -61,7 +61,9 @@ def save_teacher(folder: Path, model_type: str = "llama", **options: Any) -> Pat
     """A tiny teacher with its tokenizer, as a folder that `from_pretrained` reads."""
     tokenizer = tiny_tokenizer(bos=options.pop("bos", False))
     base = options.pop("base", BASE)
-    model = tiny_model(model_type, **{**base, **options, "vocab_size": len(tokenizer)})
+    model = tiny_model(
+        model_type, options.pop("seed", 0), **{**base, **options, "vocab_size": len(tokenizer)}
+    )
     transformers.utils.logging.set_verbosity_error()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,0 +1,130 @@
+"""Wall time of extraction over wall time of the bare teacher forward, in one run.
+
+    python benchmarks/extract.py MODEL CORPUS.jsonl [--samples 64] [--dtype bfloat16]
+
+Extraction includes tokenising, capture, quantisation, statistics, importance, compression,
+checksums, fsync and publication. The bare forward is the base model over the same padded batches,
+without head or cache, measured before and after each extraction so that drift cancels. CPU time of
+the process is given too: on a shared machine it is the steadier figure. Bar: 1.15 wall, int8, zarr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvdistill.config import Experiment
+from kvdistill.config_file import parse
+from kvdistill.extract.batches import Batch, collate, plan
+from kvdistill.extract.teacher import Teacher, load_teacher
+from kvdistill.pipelines.extract import extract
+from kvdistill.pipelines.stored import prepare
+
+
+def main() -> None:
+    options = arguments()
+    experiment = experiment_of(options, Path("unused"))
+    teacher = load_teacher("teacher", experiment)
+    ratios = []
+    with tempfile.TemporaryDirectory(prefix="kvdistill-bench-", dir=options.tmp) as folder:
+        for i in range(options.rounds):
+            experiment = experiment_of(options, Path(folder) / str(i))
+            ratios.append(one_round(experiment, teacher))
+    print(f"median of {len(ratios)}: wall {median(ratios, 0):.3f}, CPU {median(ratios, 1):.3f}")
+
+
+def one_round(experiment: Experiment, teacher: Teacher) -> tuple[float, float]:
+    """Bare, extract, bare again; ratios of wall and of CPU time."""
+    store = prepare(experiment)
+    batches = []
+    for shard_id in store.shard_ids:
+        encoded = teacher.read(store.samples(shard_id))
+        lengths = [sample.num_tokens for sample in encoded]
+        for chosen in plan(lengths, experiment.extraction.batch_tokens):
+            batches.append(collate(encoded, chosen, 0, teacher.device))
+    first, peak_bare = bare(teacher, batches), peak_gib(teacher)
+    began = time.process_time()
+    (report,) = extract(experiment).teachers
+    cpu = time.process_time() - began
+    load = loading_cpu(experiment)
+    second = bare(teacher, batches)
+    wall_bare, cpu_bare = ((a + b) / 2 for a, b in zip(first, second, strict=True))
+    size = sum(p.stat().st_size for p in experiment.store.rglob("*") if p.is_file())
+    print(
+        f"{len(store.shard_ids)} shards, {report.tokens} tokens, {size / 2**20:.0f} MiB: forward "
+        f"{wall_bare:.2f} s ({report.tokens / wall_bare:,.0f}/s), extract {report.seconds:.2f} s "
+        f"({report.tokens / report.seconds:,.0f}/s), wall {report.seconds / wall_bare:.3f}, CPU "
+        f"{(cpu - load) / cpu_bare:.3f}; peak {peak_bare:.2f} -> {peak_gib(teacher):.2f} GiB",
+        flush=True,
+    )
+    return report.seconds / wall_bare, (cpu - load) / cpu_bare
+
+
+def bare(teacher: Teacher, batches: list[Batch]) -> tuple[float, float]:
+    """Wall and CPU seconds of forward passes alone."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    for batch in batches:
+        teacher.forward(batch)
+    if teacher.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def loading_cpu(experiment: Experiment) -> float:
+    """CPU seconds of loading and verifying, which ``extract`` does once per run."""
+    began = time.process_time()
+    load_teacher("teacher", experiment)
+    return time.process_time() - began
+
+
+def peak_gib(teacher: Teacher) -> float:
+    """Peak memory so far: of the device where there is one, else of the process."""
+    if teacher.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def median(ratios: list[tuple[float, float]], which: int) -> float:
+    return statistics.median(ratio[which] for ratio in ratios)
+
+
+def experiment_of(options: argparse.Namespace, store: Path) -> Experiment:
+    teacher: dict[str, Any] = {"model": str(options.model), "dtype": options.dtype}
+    return parse(
+        {
+            "store": str(store),
+            "corpus": {
+                "path": str(options.corpus),
+                "max_samples": options.samples,
+                "shard_chars": options.shard_chars,
+            },
+            "teachers": {"teacher": teacher},
+            "extraction": {"batch_tokens": options.batch_tokens, "backend": options.backend},
+            "student": {"model": "unused"},
+        }
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--shard-chars", type=int, default=10_000)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--backend", default="zarr")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tmp", help="Where the stores are written.")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""``kvdistill plan`` and ``kvdistill fetch``: before stage 1."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvdistill.commands.options import config_argument, json_option, overrides_option
+
+
+@click.command()
+@config_argument
+@overrides_option
+@json_option
+@click.option("--parallel", default=1, show_default=True, help="Processes that run at once.")
+@click.option("--samples", default=256, show_default=True, help="Samples to tokenise.")
+@click.option("--sized", default=12, show_default=True, help="Samples to extract, per codec.")
+def plan(
+    *,
+    config: Path,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    parallel: int,
+    samples: int,
+    sized: int,
+) -> None:
+    """Pilot every teacher: disk, hours and lengths, before anything is extracted."""
+    from kvdistill.config_file import load
+    from kvdistill.pipelines.pilot import array_size, plan_extraction
+
+    projected = plan_extraction(load(config, overrides), samples, sized)
+    if as_json:
+        body = asdict(projected) | {
+            "needed_gigabytes": projected.needed_gigabytes,
+            "fits": projected.fits,
+            "array_size": array_size(projected, parallel),
+        }
+        click.echo(json.dumps(body))
+        return
+    click.echo(
+        f"{projected.samples:,} samples, {projected.characters:,} characters, "
+        f"{projected.shards:,} shards"
+    )
+    for teacher in projected.teachers:
+        _show(teacher, array_size(projected, parallel))
+    click.echo(
+        f"\nneeded: {projected.needed_gigabytes:,.1f} GB, free: {projected.free_gigabytes:,.1f} GB"
+        + (
+            ""
+            if projected.fits
+            else "  -- this does not fit; choose a smaller codec or fewer layers"
+        )
+    )
+    click.echo(f"next: kvdistill extract {config}")
+
+
+@click.command()
+@config_argument
+@overrides_option
+def fetch(*, config: Path, overrides: tuple[str, ...]) -> None:
+    """Download every model and data set of CONFIG, for compute nodes without a network."""
+    from kvdistill.config_file import load
+    from kvdistill.pipelines.fetch import fetch as run
+
+    fetched = run(
+        load(config, overrides),
+        lambda need, word: click.echo(f"{need.kind} {need.source}: {word}", err=True),
+    )
+    click.echo(f"all of {len(fetched)} are here; next: kvdistill plan {config}")
+
+
+def _show(teacher: Any, tasks: int) -> None:
+    click.echo(
+        f"\n{teacher.teacher}: {teacher.tokens:,} tokens at {teacher.tokens_per_second:,.0f}/s: "
+        f"{teacher.hours:,.2f} hours alone, {teacher.hours / tasks:,.2f} in {tasks} tasks"
+    )
+    sizes = sorted(teacher.gigabytes.items(), key=lambda item: -item[1])
+    click.echo("  GB on disk: " + ", ".join(f"{name} {size:,.2f}" for name, size in sizes))
+    click.echo(f"  tokens per sample: {_quantiles(teacher.lengths)}")
+    if teacher.rationale_lengths:
+        click.echo(f"  tokens per rationale: {_quantiles(teacher.rationale_lengths)}")
+    touched = ", ".join(f"{b}: {share:.0%}" for b, share in teacher.touched.items())
+    click.echo(f"  an eviction budget touches this share of samples: {touched}")
+    if teacher.too_long:
+        click.echo(f"  {teacher.too_long:.1%} of samples are too long: see extraction.long_text")
+    if teacher.alignment is not None:
+        found = teacher.alignment
+        click.echo(
+            f"  student tokens covered {found.coverage:.1%}, one to one "
+            f"{found.one_to_one_rate:.1%}, teacher tokens lost {found.orphan_rate:.1%}"
+        )
+
+
+def _quantiles(values: dict[float, int]) -> str:
+    return ", ".join(f"{q:.0%} {value:,}" for q, value in values.items())

@@ -1,0 +1,91 @@
+"""Everything that an experiment needs from a hub, downloaded ahead of offline compute nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from kvdistill.config import Experiment
+from kvdistill.errors import TeacherError
+
+Kind = Literal["model", "tokenizer", "dataset"]
+
+TOKENIZER_FILES: Final = ("*.json", "*.txt", "*.model", "*.jinja")
+MODEL_FILES: Final = (*TOKENIZER_FILES, "*.safetensors")
+CODE_FILES: Final = ("*.py",)
+
+
+@dataclass(frozen=True)
+class Need:
+    """One thing of the config that has to be on the machine."""
+
+    kind: Kind
+    source: str
+    revision: str | None = None
+    files: tuple[str, ...] = ()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder that is already here."""
+        return Path(self.source).exists()
+
+
+def needs(experiment: Experiment) -> list[Need]:
+    """Every model, tokenizer and data set that the config names, once each."""
+    return list(dict.fromkeys(_needs(experiment)))
+
+
+def fetch(
+    experiment: Experiment, tell: Callable[[Need, str], None] = lambda need, word: None
+) -> list[Need]:
+    """Download what is not here; ``tell`` hears of each before and after. Pickles are left out.
+
+    Raises:
+        TeacherError: a model or tokenizer is missing, gated or out of reach.
+        CorpusError, MissingExtra: the data set cannot be loaded.
+    """
+    wanted = needs(experiment)
+    for need in wanted:
+        if need.kind == "dataset":
+            from kvdistill.pipelines.corpus import load_corpus
+
+            tell(need, "fetching")
+            load_corpus(experiment.corpus)
+        elif not need.is_local:
+            tell(need, "fetching")
+            _download(need)
+        tell(need, "here")
+    return wanted
+
+
+def _needs(experiment: Experiment) -> Iterator[Need]:
+    if experiment.corpus.dataset is not None:
+        yield Need("dataset", experiment.corpus.dataset)
+    for teacher in experiment.teachers.values():
+        code = CODE_FILES if teacher.trust_remote_code else ()
+        weights = (teacher.gguf_file, *TOKENIZER_FILES) if teacher.gguf_file else MODEL_FILES
+        yield Need("model", teacher.model, teacher.revision, (*weights, *code))
+        if teacher.tokenizer is not None:
+            yield Need("tokenizer", teacher.tokenizer, None, TOKENIZER_FILES)
+    student = experiment.student
+    if student.model is not None:
+        yield Need("model", student.model, None, MODEL_FILES)
+    if student.tokenizer is not None:
+        yield Need("tokenizer", student.tokenizer, None, TOKENIZER_FILES)
+
+
+def _download(need: Need) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        huggingface_hub.snapshot_download(
+            need.source, revision=need.revision, allow_patterns=list(need.files)
+        )
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise TeacherError(
+            f"cannot fetch {need.kind} {need.source!r}: {' '.join(str(error).split())[:200]} "
+            "(is the name right, and is there a network? Gated models need `hf auth login`)"
+        ) from error

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from kvdistill.commands.plan import fetch as fetch_command
+from kvdistill.commands.plan import plan as plan_command
+from kvdistill.config_file import dump, parse
+from kvdistill.errors import TeacherError
+from kvdistill.pipelines.extract import extract
+from kvdistill.pipelines.fetch import Need, fetch, needs
+from kvdistill.pipelines.pilot import DISK_MARGIN, array_size, plan_extraction
+from kvdistill.store.reader import KVStore
+from tests.extract.models import save_teacher
+from tests.pipelines.test_teachers import make
+
+ROWS = "".join(
+    f'{{"prompt": "Ann has {i} apples.", "rationale": "{"So she has more. " * (i % 4)}{i}.", '
+    f'"answer": "{i}"}}\n'
+    for i in range(1, 25)
+)
+
+
+def test_the_projection_is_what_extraction_then_makes(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "t")
+    experiment = make(tmp_path, {}, ROWS)
+    projected = plan_extraction(experiment, num_samples=24, num_sized=24)
+    (teacher,) = projected.teachers
+    extract(experiment)
+    store = KVStore.open(experiment.store)
+    table = store.read_shard("t", store.shard_ids[0]).tokens
+    assert teacher.tokens == table.num_tokens
+    size = sum(
+        file.stat().st_size for file in store.paths.shard("t", "00000").rglob("*") if file.is_file()
+    )
+    assert teacher.gigabytes["int8"] == pytest.approx(size / 1e9, rel=0.05)
+    assert set(teacher.gigabytes) == {"bf16", "fp16", "int8", "int4", "fp8_e4m3"}
+    assert teacher.gigabytes["int4"] < teacher.gigabytes["int8"] < teacher.gigabytes["bf16"]
+    assert teacher.lengths[1.0] == max(table.sample_ptr[1:] - table.sample_ptr[:-1])
+    rationales = [(table.segment[table.span(i)] == 2).sum() for i in range(24)]
+    assert teacher.touched[16] == sum(n > 16 for n in rationales) / 24
+    assert teacher.hours == pytest.approx(teacher.tokens / teacher.tokens_per_second / 3600)
+    assert projected.needed_gigabytes == pytest.approx(DISK_MARGIN * teacher.gigabytes["int8"])
+    assert projected.fits
+    assert array_size(projected, 64) == 1
+
+
+def test_a_few_samples_stand_for_all(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "t")
+    experiment = make(tmp_path, {}, ROWS)
+    (whole,) = plan_extraction(experiment, 24, 2).teachers
+    (part,) = plan_extraction(experiment, 8, 2).teachers
+    assert part.tokens == pytest.approx(whole.tokens, rel=0.15)
+
+
+def test_long_texts_and_the_students_tokenizer(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "t")
+    experiment = make(tmp_path, {}, ROWS, max_length=30)
+    student = experiment.student.model_copy(update={"model": str(tmp_path / "t")})
+    (teacher,) = plan_extraction(experiment.model_copy(update={"student": student})).teachers
+    assert 0 < teacher.too_long < 1
+    assert teacher.alignment is not None
+    assert teacher.alignment.coverage == teacher.alignment.one_to_one_rate == 1.0
+    assert plan_extraction(experiment).teachers[0].alignment is None  # no such tokenizer
+
+
+def test_a_disk_that_is_too_small_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_teacher(tmp_path / "t")
+    config = tmp_path / "e.yaml"
+    config.write_text(dump(make(tmp_path, {}, ROWS)), encoding="utf-8")
+    runner = CliRunner()
+    result = runner.invoke(plan_command, [str(config), "--parallel", "4", "--sized", "2"])
+    assert result.exit_code == 0
+    assert "does not fit" not in result.output
+    full = shutil.disk_usage(tmp_path)._replace(free=1)
+    monkeypatch.setattr("kvdistill.pipelines.pilot.shutil.disk_usage", lambda path: full)
+    result = runner.invoke(plan_command, [str(config), "--sized", "2"])
+    assert "does not fit" in result.output
+    body = json.loads(runner.invoke(plan_command, [str(config), "--json", "--sized", "2"]).output)
+    assert (body["fits"], body["array_size"], body["samples"]) == (False, 1, 24)
+    assert body["teachers"][0]["teacher"] == "t"
+
+
+def test_fetch_knows_every_need_once_and_no_pickles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = parse(
+        {
+            "store": str(tmp_path / "store"),
+            "corpus": {"path": str(tmp_path / "c.jsonl")},
+            "teachers": {
+                "a": {"model": "org/big", "revision": "abc"},
+                "b": {"model": "org/big", "revision": "abc", "template": "{text}"},
+                "c": {"model": "org/quantised", "gguf_file": "q4.gguf", "tokenizer": "org/tok"},
+                "d": {"model": str(tmp_path)},
+            },
+            "student": {"model": "org/small"},
+        }
+    )
+    calls: list[tuple[str, str | None, tuple[str, ...]]] = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda source, revision, allow_patterns: calls.append(
+            (source, revision, tuple(allow_patterns))
+        ),
+    )
+    words: list[tuple[str, str]] = []
+    fetch(experiment, lambda need, word: words.append((need.source, word)))
+    assert [source for source, _, _ in calls] == [
+        "org/big", "org/quantised", "org/tok", "org/small"
+    ]  # fmt: skip
+    assert calls[0][1] == "abc"
+    assert "q4.gguf" in calls[1][2]
+    assert not any("*.bin" in files or "*.py" in files for _, _, files in calls)
+    assert (str(tmp_path), "here") in words
+    assert (str(tmp_path), "fetching") not in words
+    assert len(needs(experiment)) == 5
+    assert Need("model", str(tmp_path)).is_local
+
+
+def test_fetching_what_is_not_there_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*args: object, **kwargs: object) -> None:
+        raise OSError("offline\nfor good")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", gone)
+    experiment = make(tmp_path, {"model": "org/nothing"})
+    with pytest.raises(TeacherError, match=r"cannot fetch model 'org/nothing': offline for good"):
+        fetch(experiment)
+    config = tmp_path / "e.yaml"
+    local = {"teachers": {"t": {"model": str(tmp_path)}}, "student": {"model": str(tmp_path)}}
+    config.write_text(dump(parse(experiment.model_dump(mode="json") | local)), encoding="utf-8")
+    result = CliRunner().invoke(fetch_command, [str(config)])
+    assert "all of 1 are here" in result.output
