@@ -44,27 +44,17 @@ def build_student(config: StudentConfig, tokenizer: Any, seed: int) -> Any:
     Raises:
         StudentError: not found, an impossible architecture, or a vocabulary that is too small.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    try:
+    with _one_line(config):
         if config.model is not None:
             student = AutoModelForCausalLM.from_pretrained(
                 config.model, dtype=torch.float32, trust_remote_code=config.trust_remote_code
             )
         else:
-            given = dict(config.architecture or {})
-            tokens = {
-                f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
-                for name in ("bos", "eos", "pad")
-            }
-            architecture = {"vocab_size": len(tokenizer), **tokens, **given}
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                student = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = config.model or config.architecture
-        first_line = str(error).strip().split("\n")[0]
-        raise StudentError(f"cannot build the student {what!r}: {first_line}") from error
+                student = AutoModelForCausalLM.from_config(_architecture(config, tokenizer))
     rows = student.get_input_embeddings().num_embeddings
     if rows < len(tokenizer):
         raise StudentError(
@@ -72,6 +62,50 @@ def build_student(config: StudentConfig, tokenizer: Any, seed: int) -> Any:
             "they must belong together (student.tokenizer)"
         )
     return student
+
+
+def check_student(config: StudentConfig, tokenizer: Any) -> StudentGeometry:
+    """Whether a student can be built and its KV read, found out without its weights.
+
+    Raises:
+        StudentError: as ``build_student``, or its keys and values cannot be located.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _one_line(config), torch.device("meta"):
+        student = AutoModelForCausalLM.from_config(
+            _architecture(config, tokenizer), trust_remote_code=config.trust_remote_code
+        )
+        capture = KVCapture(student)
+        with capture():
+            student(torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+    return capture.geometry
+
+
+def _architecture(config: StudentConfig, tokenizer: Any) -> Any:
+    """The student's transformers config; one from scratch takes its tokens from the tokenizer."""
+    from transformers import AutoConfig
+
+    if config.model is not None:
+        return AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    tokens = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
+    given = {"vocab_size": len(tokenizer), **tokens, **(config.architecture or {})}
+    return AutoConfig.for_model(**given)
+
+
+@contextmanager
+def _one_line(config: StudentConfig) -> Iterator[None]:
+    """Whatever transformers raises about a student, as one line that names it."""
+    try:
+        yield
+    except StudentError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        what = config.model or config.architecture
+        first_line = str(error).strip().split("\n")[0]
+        raise StudentError(f"cannot build the student {what!r}: {first_line}") from error
 
 
 class KVCapture:

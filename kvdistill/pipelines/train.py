@@ -56,6 +56,20 @@ def train(experiment: Experiment) -> TrainingReport:
     return TrainingReport(folder.path, metrics, checkpoint is not None)
 
 
+def check_student(experiment: Experiment) -> None:
+    """Find out that a student cannot be trained before a teacher has read the whole corpus.
+
+    Raises:
+        StudentError: its tokenizer or its architecture cannot be used.
+    """
+    from kvdistill.distill import student
+    from kvdistill.distill.tokenizer import load_tokenizer
+
+    config = experiment.student
+    name = config.tokenizer or str(config.model)
+    student.check_student(config, load_tokenizer(name, config.trust_remote_code))
+
+
 def check_store(store: KVStore, experiment: Experiment, splits: Splits) -> None:
     """Refuse a store that is not what the config asks for; names both sides.
 

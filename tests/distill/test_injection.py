@@ -29,7 +29,7 @@ def run(model, ids):
     capture = KVCapture(model)
     with capture() as found:
         logits = model(input_ids=ids, use_cache=False).logits
-    return logits, torch.stack([k for k, _ in found], 1), torch.stack([v for _, v in found], 1)
+    return logits, torch.stack([k for _, k, _ in found], 1), torch.stack([v for _, _, v in found], 1)
 
 
 @pytest.fixture(params=STUDENTS)

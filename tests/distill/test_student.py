@@ -39,7 +39,7 @@ def test_values_equal_the_cache_and_keys_equal_it_before_rotation(options: dict[
         cache = student(ids, use_cache=True).past_key_values
     geometry = student_geometry(student)
     assert len(found) == geometry.num_layers == len(cache.layers)
-    for (key, value), layer in zip(found, cache.layers, strict=True):
+    for (_, key, value), layer in zip(found, cache.layers, strict=True):
         assert key.shape == (2, geometry.heads.num_heads, 7, geometry.heads.head_dim)
         torch.testing.assert_close(value, layer.values)
         # Position 0 is rotated by nothing, whatever the model's positions are.
@@ -56,7 +56,7 @@ def test_gradients_flow_through_what_is_captured(checkpointing: bool) -> None:
     with KVCapture(student)() as found:
         student(torch.randint(0, 300, (1, 5)), use_cache=False)
     assert len(found) == 3
-    sum(key.square().sum() + value.square().sum() for key, value in found).backward()
+    sum(key.square().sum() + value.square().sum() for _, key, value in found).backward()
     gradient = student.model.layers[0].self_attn.k_proj.weight.grad
     assert gradient is not None and gradient.abs().sum() > 0  # noqa: PT018
 
