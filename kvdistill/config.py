@@ -50,6 +50,23 @@ class CorpusConfig(Section):
         return self
 
 
+class GenerateConfig(Section):
+    """How a teacher samples a rationale of its own for every prompt."""
+
+    temperature: NonNegativeFloat = 0.7
+    """Softmax temperature; 0 takes the likeliest token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Only the likeliest tokens that hold this much probability are drawn from."""
+    max_new_tokens: Positive = 256
+    """Tokens of a rationale at most."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Strings that end a rationale, such as `"\\n####"`; they are left out of it."""
+    seed: int = 0
+    """Seed of all draws."""
+    draw: Annotated[int, Field(ge=0)] = 0
+    """Which draw: several rationales per prompt are several teachers with draws 0, 1, …"""
+
+
 class TeacherConfig(Section):
     """One teacher: a model, how it is prompted, and what of it is kept."""
 
@@ -74,6 +91,8 @@ class TeacherConfig(Section):
     """System message of the chat template."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Begin-of-sequence token. `auto`: as the tokenizer does it, and always for Gemma."""
+    generate: GenerateConfig | None = None
+    """Store the teacher's own rationales instead of the corpus's."""
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Layers to keep; all of them if not given."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -93,6 +112,8 @@ class TeacherConfig(Section):
             raise ValueError("`system` needs `chat: true`")
         if self.stream == "decoder" and (self.chat or self.template is not None):
             raise ValueError("stream `decoder` reads the prompt and the rest; it has no template")
+        if self.generate is not None and self.stream is not None:
+            raise ValueError("`generate` is for decoders; it does not go with `stream`")
         return self
 
 

@@ -80,6 +80,7 @@ def describe(name: str, experiment: Experiment, reader: Reader, loaded: Loaded) 
         has_importance=extraction.importance and not cross,
         has_hidden_at_cue=extraction.hidden_at_cue,
         has_summaries=extraction.summaries,
+        own_text=config.generate is not None,
         adapter=adapter.name,
         adapter_error=max(layer.error for layer in verified.layers),
     )

@@ -13,7 +13,7 @@ from kvdistill.errors import TeacherError
 
 
 def load_model(name: str, config: TeacherConfig, device: torch.device) -> tuple[Any, set[str]]:
-    """The base model, without any head, in eval mode on ``device``.
+    """A model in eval mode on ``device``: the base model, or with a head where it is to write.
 
     Also the names of parameters that the checkpoint lacks, which transformers fills at random:
     none of them may belong to a layer.
@@ -21,14 +21,15 @@ def load_model(name: str, config: TeacherConfig, device: torch.device) -> tuple[
     Raises:
         TeacherError: not found, gated, unreadable, pickled weights, or incomplete weights.
     """
-    from transformers import AutoModel
+    from transformers import AutoModel, AutoModelForCausalLM
 
+    kind = AutoModel if config.generate is None else AutoModelForCausalLM
     options: dict[str, Any] = {"gguf_file": config.gguf_file} if config.gguf_file else {}
     if config.device_map is not None:
         options["device_map"] = config.device_map
     try:
         with _without_progress_bars():
-            model, info = AutoModel.from_pretrained(
+            model, info = kind.from_pretrained(
                 config.model,
                 revision=config.revision,
                 trust_remote_code=config.trust_remote_code,

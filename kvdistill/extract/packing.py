@@ -9,7 +9,7 @@ waited for during the pass: codes travel to pinned memory and are put in place a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,27 @@ class _Place:
     row: int
     prefix: str
     layer: VerifiedLayer
+
+
+@dataclass(frozen=True, eq=False)
+class _Guides:
+    """What encoding needs to know of a batch, on one device."""
+
+    text_mask_BT: Tensor
+    last_idx_BT: Tensor
+    """Every position, held at the sample's last token."""
+    attended: Attended | None
+
+    @staticmethod
+    def of(segments: Sequence[NDArray[np.int8]], batch: Batch, *, importance: bool) -> _Guides:
+        last = torch.tensor(batch.lengths)[:, None] - 1
+        positions = torch.arange(batch.input_ids.shape[1])
+        attended = choose(segments) if importance else None
+        return _Guides(text_mask(segments, batch), torch.minimum(positions, last), attended)
+
+    def to(self, device: torch.device) -> _Guides:
+        attended = None if self.attended is None else self.attended.to(device)
+        return _Guides(self.text_mask_BT.to(device), self.last_idx_BT.to(device), attended)
 
 
 class ShardPacker:
@@ -86,27 +107,32 @@ class BatchPacker:
 
     def __init__(self, shard: ShardPacker, batch: Batch) -> None:
         self._shard, self._batch = shard, batch
-        segments = shard.segments(batch)
-        self._text_mask = text_mask(segments, batch)
-        self._attended = choose(segments) if shard.manifest.has_importance else None
+        self._guides = _Guides.of(
+            shard.segments(batch), batch, importance=shard.manifest.has_importance
+        )
+        self._on: dict[torch.device, _Guides] = {}
+        """Copied once per device: a model may be spread over several."""
         self._codes: list[tuple[_Place, str, str, Tensor]] = []
         self._means: list[tuple[_Place, Kind, Tensor, Tensor]] = []
 
     def add(self, layer_idx: int, qkv: QKV) -> None:
         """Encode one layer on the device it was computed on. Does not wait for the device."""
         place = self._shard.places[layer_idx]
-        counted = self._text_mask.to(qkv.key.device, non_blocking=True)
+        device = qkv.key.device
+        if device not in self._on:
+            self._on[device] = self._guides.to(device)
+        guides = self._on[device]
         for kind in KINDS:
             x_BHTD = qkv.key if kind == "key" else qkv.value
-            mean, m2 = moments(x_BHTD, counted)
+            mean, m2 = moments(x_BHTD, guides.text_mask_BT)
             self._means.append((place, kind, _off(mean), _off(m2)))
             codec = self._shard.codecs[kind]
-            encoded = codec.encode(hold_last(x_BHTD, self._batch.lengths), kind)
+            encoded = codec.encode(hold_last(x_BHTD, guides.last_idx_BT), kind)
             for part in codec.parts(kind):
                 name = part_name(place.prefix + kind, part.suffix)
                 self._codes.append((place, name, part.per, _off(encoded[part.suffix])))
-        if self._attended is not None:
-            received = self._importance(place, qkv, self._attended.to(qkv.key.device))
+        if guides.attended is not None:
+            received = self._importance(place, qkv, guides.attended)
             name = f"{place.prefix}importance"
             self._codes.append((place, name, "token", _off(received.to(torch.float16))))
 
@@ -116,9 +142,9 @@ class BatchPacker:
         Raises:
             NonFiniteError: NaN or infinity; names layer, head and sample.
         """
-        _wait(self._batch.input_ids.device)
+        _wait(self._on)
         index = list(self._batch.sample_idx)
-        count = self._text_mask.sum(dim=1).numpy()
+        count = self._guides.text_mask_BT.sum(dim=1).numpy()
         for place, kind, mean, m2 in self._means:
             self._refuse_non_finite(place, kind, mean)
             self._shard.moments.put(
@@ -171,14 +197,9 @@ def text_mask(segments: Sequence[NDArray[np.int8]], batch: Batch) -> Tensor:
     return torch.from_numpy(mask)
 
 
-def hold_last(x_BHTD: Tensor, lengths: Sequence[int]) -> Tensor:
+def hold_last(x_BHTD: Tensor, last_idx_BT: Tensor) -> Tensor:
     """Replace padding by each sample's last real token."""
-    if min(lengths) == x_BHTD.shape[2]:
-        return x_BHTD
-    positions = torch.arange(x_BHTD.shape[2], device=x_BHTD.device)
-    last = torch.tensor(lengths, device=x_BHTD.device)[:, None] - 1
-    idx_BHTD = torch.minimum(positions, last)[:, None, :, None].expand_as(x_BHTD)
-    return x_BHTD.gather(2, idx_BHTD)
+    return x_BHTD.gather(2, last_idx_BT[:, None, :, None].expand_as(x_BHTD))
 
 
 def _places(manifest: TeacherManifest, layers: Sequence[VerifiedLayer]) -> dict[int, _Place]:
@@ -198,6 +219,7 @@ def _off(x: Tensor) -> Tensor:
     return pinned.copy_(x, non_blocking=True)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def _wait(devices: Iterable[torch.device]) -> None:
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)

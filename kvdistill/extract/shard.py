@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -56,6 +56,8 @@ def extract_samples(
         NonFiniteError: NaN or infinity; names layer, head and sample.
     """
     started = time.monotonic()
+    own = teacher.own_texts(samples, batch_tokens)
+    samples = samples if own is None else own
     encoded, truncated, skipped = _read(teacher, samples, long_text)
     packer = ShardPacker(teacher.manifest, teacher.layers, token_table(samples, encoded))
     pad_id = teacher.tokenizer.pad_token_id or 0
@@ -65,7 +67,8 @@ def extract_samples(
         if on_batch is not None:
             on_batch(sum(batch.lengths))
     seconds = time.monotonic() - started
-    return ExtractedShard(packer.shard(), packer.statistics(), truncated, skipped, seconds)
+    shard = replace(packer.shard(), texts=None if own is None else tuple(own))
+    return ExtractedShard(shard, packer.statistics(), truncated, skipped, seconds)
 
 
 def token_table(samples: Sequence[Sample], encoded: Sequence[Encoded]) -> TokenTable:

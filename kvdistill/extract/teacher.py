@@ -13,19 +13,20 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from kvdistill.config import Experiment, TeacherConfig
+from kvdistill.config import Experiment, GenerateConfig, TeacherConfig
 from kvdistill.corpus import Sample
 from kvdistill.errors import TeacherError
 from kvdistill.extract.batches import Batch
 from kvdistill.extract.capture import Site, sites
 from kvdistill.extract.describe import Loaded, Verified, describe, max_length
 from kvdistill.extract.families import adapters_for
+from kvdistill.extract.generate import with_own_rationales
 from kvdistill.extract.loading import load_model, load_tokenizer
 from kvdistill.extract.rotary import candidates
 from kvdistill.extract.streams import forward, read_pair
 from kvdistill.extract.text import Bos, Encoded, Reader
 from kvdistill.extract.verify import VerifiedLayer, verify
-from kvdistill.extract.view import chat, parse
+from kvdistill.extract.view import SEGMENTS, chat, parse
 from kvdistill.store.manifest import TeacherManifest
 from kvdistill.types import Stream
 
@@ -44,6 +45,9 @@ class Teacher:
     manifest: TeacherManifest
     max_length: int | None
     """Most tokens of a text: the model's positions, or the config's limit if that is less."""
+    writer: Any = None
+    """The model with its head, where it writes its own rationales."""
+    generate: GenerateConfig | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -65,6 +69,23 @@ class Teacher:
             return read_pair(self.reader, self.model, samples, max_length)
         return self.reader.read(samples, max_length)
 
+    def own_texts(self, samples: Sequence[Sample], batch_tokens: int) -> list[Sample] | None:
+        """The samples with this teacher's own rationales, where it writes them.
+
+        Raises:
+            TeacherError: a sample has no prompt to continue.
+        """
+        if self.generate is None:
+            return None
+        return with_own_rationales(
+            self.writer,
+            self.reader,
+            samples,
+            self.generate,
+            batch_tokens=batch_tokens,
+            max_length=self.max_length,
+        )
+
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """One pass over a right-padded batch; the final hidden state ``[B, T, E]``."""
@@ -79,7 +100,8 @@ def load_teacher(name: str, experiment: Experiment) -> Teacher:
             without offsets, layers that do not exist, or an architecture that does not verify.
     """
     config = experiment.teachers[name]
-    model, missing = load_model(name, config, _device(experiment.extraction.device))
+    whole, missing = load_model(name, config, _device(experiment.extraction.device))
+    model = whole if config.generate is None else whole.base_model
     reader = _reader(name, config, model)
     verified = _verified(name, model, config.stream)
     chosen = _chosen(name, config, verified.layers)
@@ -87,12 +109,15 @@ def load_teacher(name: str, experiment: Experiment) -> Teacher:
     found = tuple(site for site in verified.sites if site.layer_idx in chosen)
     manifest = describe(name, experiment, reader, Loaded(model, missing, verified, layers))
     limit = max_length(model, experiment.extraction.max_length)
-    return Teacher(model, reader, found, layers, manifest, limit)
+    writer = None if config.generate is None else whole
+    return Teacher(model, reader, found, layers, manifest, limit, writer, config.generate)
 
 
 def _reader(name: str, config: TeacherConfig, model: Any) -> Reader:
     tokenizer = load_tokenizer(name, config)
     view = chat(tokenizer, config.system) if config.chat else parse(config.template)
+    if config.generate is not None and view.source is None:
+        view = SEGMENTS
     needs_bos = model.config.model_type.startswith("gemma")
     bos: Bos = "add" if config.bos == "always" or needs_bos else "keep"
     if config.bos == "never":

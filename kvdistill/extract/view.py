@@ -89,6 +89,7 @@ class View:
 
 
 AS_IT_IS: Final = View((Slot("text"),))
+SEGMENTS: Final = View((Slot("prompt"), Slot("rationale"), Slot("answer")))
 
 
 def parse(template: str | None) -> View:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 TEXTS = [
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many in May.",
@@ -29,11 +29,12 @@ BASE: dict[str, Any] = {
 }
 
 
-def tiny_model(model_type: str, seed: int = 0, **options: Any) -> Any:
-    """A random base model in eval mode, with larger weights than the default initialisation."""
+def tiny_model(model_type: str, seed: int = 0, head: bool = False, **options: Any) -> Any:
+    """A random base model, or one with a language-model head, in eval mode."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **options)
-    model = AutoModel.from_config(config, dtype=torch.float32).eval()
+    kind = AutoModelForCausalLM if head else AutoModel
+    model = kind.from_config(config, dtype=torch.float32).eval()
     return model.requires_grad_(False)
 
 
@@ -41,6 +42,7 @@ def tiny_tokenizer(vocab_size: int = 300, bos: bool = False) -> PreTrainedTokeni
     """Byte-level BPE with `<pad>` 0, `<s>` 1, `</s>` 2."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=["<pad>", "<s>", "</s>"],
