@@ -162,6 +162,8 @@ def _teacher_lines(each: TeacherOverview) -> Iterator[str]:
     if status.eta_seconds:
         parts.append(f"about {_duration(status.eta_seconds)} to go")
     yield f"{each.teacher}: {' · '.join(parts)}"
+    if each.is_another:
+        yield "  its shards in the store were extracted by other settings than the config's"
     reasons: dict[str, int] = {}
     for job in status.waiting:
         reasons[job.reason] = reasons.get(job.reason, 0) + 1

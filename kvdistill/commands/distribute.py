@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvdistill.commands.work import done_units, extraction_tasks, freeze, ledger_of
+from kvdistill.commands.work import done_units, extraction_tasks, freeze, is_another, ledger_of
 from kvdistill.config import Experiment, SlurmProfile
-from kvdistill.errors import ConfigError, StoreNotFound
+from kvdistill.errors import ConfigError, StoreMismatch, StoreNotFound
 from kvdistill.pipelines.stored import prepare
 from kvdistill.slurm import client, script
 from kvdistill.slurm.launch import Launch
@@ -66,8 +66,19 @@ def choose_profile(experiment: Experiment, name: str | None, role: str) -> Slurm
 
 
 def plan_teacher(experiment: Experiment, teacher: str) -> TeacherPlan:
-    """Find out what one teacher still needs. Creates the store if there is none."""
+    """Find out what one teacher still needs. Creates the store if there is none.
+
+    Raises:
+        StoreMismatch: the teacher's shards were extracted by other settings; better said here
+            than by every task.
+    """
     store = prepare(experiment)
+    if is_another(store, experiment, teacher):
+        raise StoreMismatch(
+            f"{experiment.store}: teacher {teacher!r} was extracted by other settings than the "
+            "config's (model, layers, template, dtype, codec, backend, …); give the new extraction "
+            "another name, restore the settings, or remove the old one with `kvdistill rm`"
+        )
     done = done_units(store, experiment, teacher)
     missing = [unit for unit in store.shard_ids if unit not in done]
     ledger = ledger_of(experiment, teacher)

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from kvdistill import config_file
 from kvdistill.commands.distribute import training_ledger
-from kvdistill.commands.work import done_units
+from kvdistill.commands.work import done_units, is_another
 from kvdistill.config import Experiment
 from kvdistill.errors import SlurmError
 from kvdistill.slurm import client
@@ -30,6 +30,8 @@ class TeacherOverview:
     teacher: str
     status: Status
     stored_bytes: int
+    is_another: bool = False
+    """Its shards were extracted by other settings than the config's."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def _teacher_overview(store: KVStore, experiment: Experiment | None, name: str) 
     done = store.committed(name) if experiment is None else done_units(store, experiment, name)
     ledger = Ledger(StorePaths(store.paths.root.absolute()).teacher(name))
     status = read_status(ledger, store.shard_ids, done)
-    return TeacherOverview(name, status, _stored_bytes(store, name, sorted(done)))
+    another = experiment is not None and is_another(store, experiment, name)
+    return TeacherOverview(name, status, _stored_bytes(store, name, sorted(done)), another)
 
 
 def _stored_bytes(store: KVStore, name: str, done: Sequence[str]) -> int:
@@ -126,6 +129,7 @@ def _teacher_dict(overview: TeacherOverview) -> dict[str, Any]:
         "work_per_second": status.work_per_second,
         "eta_seconds": status.eta_seconds,
         "stored_bytes": overview.stored_bytes,
+        "is_another": overview.is_another,
         "failures": {u: [asdict(f) for f in found] for u, found in status.failures.items()},
         "stale_why": dict(status.stale),
         "broken": [asdict(attempt) for attempt in status.broken],

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from kvdistill import config_file
 from kvdistill.config import Experiment
 from kvdistill.errors import Interrupted
 from kvdistill.pipelines.stored import is_done, prepare
+from kvdistill.slurm.attempts import job_element
 from kvdistill.slurm.ledger import Ledger
 from kvdistill.slurm.task import Task, share
 from kvdistill.store.layout import StorePaths
@@ -61,8 +63,14 @@ class ExtractionWork:
                 raise Interrupted(f"shard {unit} of {self._name} abandoned")
 
         look_up(0)
+        job = job_element(os.environ)
         extracted, _ = extract_shard(
-            self._store, self._experiment, self._teacher, unit, on_batch=look_up
+            self._store,
+            self._experiment,
+            self._teacher,
+            unit,
+            on_batch=look_up,
+            attempt={} if job is None else {"job": job},
         )
         return extracted.shard.tokens.num_tokens
 
@@ -84,10 +92,15 @@ def ledger_of(experiment: Experiment, teacher: str) -> Ledger:
 
 def done_units(store: KVStore, experiment: Experiment, teacher: str) -> frozenset[str]:
     """Shards that are committed by the extraction that the config asks for."""
-    committed = store.committed(teacher)
-    # One extraction per teacher's name, so that one shard speaks for all.
-    same = any(is_done(store, experiment, teacher, unit) for unit in sorted(committed)[:1])
-    return committed if same else frozenset()
+    return frozenset() if is_another(store, experiment, teacher) else store.committed(teacher)
+
+
+def is_another(store: KVStore, experiment: Experiment, teacher: str) -> bool:
+    """Whether what is stored under a teacher's name was extracted by other settings."""
+    # One extraction per name, so that one shard speaks for all.
+    return not all(
+        is_done(store, experiment, teacher, unit) for unit in sorted(store.committed(teacher))[:1]
+    )
 
 
 def extraction_tasks(
