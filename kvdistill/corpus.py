@@ -204,9 +204,7 @@ def prompt_segments(row: dict[str, Any], where: str) -> tuple[tuple[SegmentName,
     return tuple(parts)
 
 
-def gsm8k_segments(
-    question: str, answer: str, where: str
-) -> tuple[tuple[SegmentName, str], ...]:
+def gsm8k_segments(question: str, answer: str, where: str) -> tuple[tuple[SegmentName, str], ...]:
     """Question, worked solution and the final ``#### 72`` of a GSM8K row."""
     rationale, marker, final = answer.rpartition(GSM8K_ANSWER)
     if not marker:

@@ -15,7 +15,9 @@ def real_models() -> Path:
     """Folder with ``smollm2``, ``minilm`` and ``gemma3``: what `make models` fetches."""
     folder = Path(os.environ.get("KVDISTILL_MODELS", ROOT / "models"))
     absent = [
-        name for name in ("smollm2", "minilm", "gemma3") if not (folder / name / "config.json").is_file()
+        name
+        for name in ("smollm2", "minilm", "gemma3")
+        if not (folder / name / "config.json").is_file()
     ]
     if absent:
         pytest.fail(f"{folder} has no {absent}; run `make models`, or set KVDISTILL_MODELS")
