@@ -157,7 +157,11 @@ def bits_per_element(
         for part in CODECS[codec_name].parts(kind):
             array = torch.cat([parts[part.suffix] for parts in encoded], dim=2).numpy()
             stored = part_name(kind, part.suffix)
-            attributes = {"role": part.suffix or "codes", "logical_dtype": part.logical}
+            attributes = {
+                "role": part.suffix or "codes",
+                "codec": codec_name,
+                "logical_dtype": part.logical,
+            }
             axes = ("layer", "head", part.per, "dim")
             specs[stored] = ArraySpec(stored, axes, array.shape, part.dtype, attributes, group)
             arrays[stored] = array

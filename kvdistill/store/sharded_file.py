@@ -4,7 +4,7 @@
 
 zarr, zarrs, tensorstore and dask read these files through the ``zarr.json`` beside them. Doing
 it here is a page of code, and several times faster than either codec pipeline: a chunk goes from
-the file to its place in the result with one copy and one checksum, without an event loop
+the file to its place in the result without a copy in between, and without an event loop
 (`benchmarks/store.py` measures both). Chunks are compressed only where that pays; see
 docs/codecs.md. Every chunk is always written, so an absent one is damage.
 """
@@ -13,22 +13,23 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import google_crc32c
 import numpy as np
 from numcodecs import zstd
-from numpy.typing import NDArray
 
 from kvdistill.errors import ShardCorrupt
 from kvdistill.store.integrity import REMEDY
 
 ZSTD_LEVEL: Final = 1
 _CRC_BYTES: Final = 4
+Index = list[tuple[int, int]]
 _ENTRY: Final = np.dtype([("offset", "<u8"), ("length", "<u8")])
 
 
@@ -42,7 +43,7 @@ class Grid:
     fill: float
     compressed: bool
 
-    @property
+    @cached_property
     def counts(self) -> tuple[int, ...]:
         """Chunks along each axis."""
         return tuple(-(-n // c) for n, c in zip(self.shape, self.chunk, strict=True))
@@ -67,8 +68,8 @@ def write_array(path: Path, array: np.ndarray, grid: Grid) -> None:
         file.write(_sealed(np.array(entries, _ENTRY).tobytes()))
 
 
-def read_index(path: Path, grid: Grid) -> NDArray[np.void]:
-    """Offsets and lengths of all chunks, checked: one entry per chunk in C order.
+def read_index(path: Path, grid: Grid) -> Index:
+    """Offset and length of every chunk, in C order, checked.
 
     Raises:
         ShardCorrupt: the index is truncated, damaged, or points outside the file.
@@ -81,11 +82,14 @@ def read_index(path: Path, grid: Grid) -> NDArray[np.void]:
     ends = index["offset"] + index["length"]
     if index.size != math.prod(grid.counts) or (index.size and int(ends.max()) > size - num_bytes):
         raise ShardCorrupt(f"{path}: its index does not fit the file; {REMEDY}")
-    return index
+    entries: Index = index.tolist()
+    return entries
 
 
-def read_box(path: Path, grid: Grid, index: NDArray[np.void], box: Sequence[range]) -> np.ndarray:
+def read_box(path: Path, grid: Grid, index: Index, box: Sequence[range]) -> np.ndarray:
     """A box of the array, in the box's shape.
+
+    A chunk that lies in the box as one piece is read, or decompressed, straight into its place.
 
     Raises:
         ShardCorrupt: a chunk is truncated, damaged or missing.
@@ -93,41 +97,60 @@ def read_box(path: Path, grid: Grid, index: NDArray[np.void], box: Sequence[rang
     out = np.empty(tuple(len(axis) for axis in box), grid.dtype)
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        for place in _touched(grid, box):
-            entry = index[np.ravel_multi_index(place, grid.counts)]
-            stored = os.pread(descriptor, int(entry["length"]), int(entry["offset"]))
-            chunk = _decoded(_opened(stored, path, f"chunk {place}"), grid, path)
-            inside, target = _overlap(place, grid.chunk, box)
-            out[target] = chunk[inside]
+        for cuts in product(*_cuts(grid, box)):
+            offset, length = index[sum(cut.entry for cut in cuts)]
+            view = out[tuple(cut.target for cut in cuts)]
+            whole = all(cut.whole for cut in cuts) and view.flags.c_contiguous
+            if whole and not grid.compressed:
+                _read_into(view, descriptor, offset, path)
+            else:
+                stored = _opened(os.pread(descriptor, length, offset), path, "a chunk")
+                view[...] = _decoded(stored, grid, path)[tuple(cut.inside for cut in cuts)]
     finally:
         os.close(descriptor)
     return out
+
+
+def _read_into(view: np.ndarray, descriptor: int, offset: int, path: Path) -> None:
+    """One uncompressed chunk from the file to its place, without a copy in between."""
+    flat: np.ndarray = view.reshape(-1).view(np.uint8)
+    seal = bytearray(_CRC_BYTES)
+    found = os.preadv(descriptor, [flat.data, seal], offset)
+    checksum = google_crc32c.value(flat)
+    if found != flat.nbytes + _CRC_BYTES or checksum != int.from_bytes(seal, "little"):
+        raise ShardCorrupt(f"{path}: a chunk does not match its checksum; {REMEDY}")
 
 
 def _box(place: Sequence[int], chunk: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(i * c, (i + 1) * c) for i, c in zip(place, chunk, strict=True))
 
 
-def _touched(grid: Grid, box: Sequence[range]) -> Iterator[tuple[int, ...]]:
-    """Chunks that share an element with the box; none where the box is empty."""
-    return product(
-        *(
-            range(axis.start // c, -(-axis.stop // c) if len(axis) else axis.start // c)
-            for axis, c in zip(box, grid.chunk, strict=True)
-        )
-    )
+class _Cut(NamedTuple):
+    """What a box and one chunk share along one axis."""
+
+    entry: int
+    """What this axis adds to the chunk's place in the index."""
+    inside: slice
+    target: slice
+    whole: bool
 
 
-def _overlap(
-    place: Sequence[int], chunk: Sequence[int], box: Sequence[range]
-) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """What of a chunk lies in the box, as slices of the chunk and of the box."""
-    inside, target = [], []
-    for i, c, axis in zip(place, chunk, box, strict=True):
-        start, stop = max(i * c, axis.start), min((i + 1) * c, axis.stop)
-        inside.append(slice(start - i * c, stop - i * c))
-        target.append(slice(start - axis.start, stop - axis.start))
-    return tuple(inside), tuple(target)
+def _cuts(grid: Grid, box: Sequence[range]) -> list[list[_Cut]]:
+    """Per axis, the chunks that share an element with the box; none where the box is empty."""
+    cuts = []
+    for axis, (wanted, chunk) in enumerate(zip(box, grid.chunk, strict=True)):
+        step = math.prod(grid.counts[axis + 1 :])
+        numbers = range(wanted.start // chunk, -(-wanted.stop // chunk)) if len(wanted) else ()
+        cuts.append([_cut(i, i * step, chunk, wanted) for i in numbers])
+    return cuts
+
+
+def _cut(number: int, entry: int, chunk: int, wanted: range) -> _Cut:
+    first = number * chunk
+    start, stop = max(first, wanted.start), min(first + chunk, wanted.stop)
+    inside = slice(start - first, stop - first)
+    target = slice(start - wanted.start, stop - wanted.start)
+    return _Cut(entry, inside, target, stop - start == chunk)
 
 
 def _encoded(piece: np.ndarray, grid: Grid) -> bytes:

@@ -22,7 +22,7 @@ from kvdistill.types import KINDS, Kind
 
 OUTLIER_RATIO: Final = 5.0
 """A channel is an outlier if its RMS is this many times the median of its layer and head."""
-IMPORTANCE_BINS: Final = np.logspace(-7, 0, 29)
+IMPORTANCE_BINS: Final = np.logspace(-8, 0, 33)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,10 @@ def summarise(store: KVStore, teacher: str) -> TeacherSummary:
 def importance_histogram(
     store: KVStore, teacher: str, shard_ids: Sequence[str] | None = None
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Counts and bin edges of importance, by dask; None where the teacher has none."""
+    """Counts and bin edges of importance, by dask; None where the teacher has none.
+
+    Zero, the importance of every token outside the rationale, is not counted.
+    """
     import dask.array as da
 
     manifest = store.teacher(teacher)
@@ -107,9 +110,7 @@ def importance_histogram(
     counts = np.zeros(len(IMPORTANCE_BINS) - 1, np.int64)
     for group in manifest.groups:
         array = dataset(store, teacher, layers=group.layers, shard_ids=shard_ids)["importance"]
-        # Below the first edge, zeros included, counts as the first bin.
-        floored = da.maximum(array.data, IMPORTANCE_BINS[0])
-        counts += da.histogram(floored, bins=IMPORTANCE_BINS)[0].compute()
+        counts += da.histogram(array.data, bins=IMPORTANCE_BINS)[0].compute()
     return counts, IMPORTANCE_BINS
 
 

@@ -1,0 +1,324 @@
+"""Speed and size of stores: one run, everything as a ratio taken on the same machine.
+
+    python benchmarks/store.py --kv kv.pt            # real keys and values
+    python benchmarks/store.py                       # synthetic ones of SmolLM2's shape
+
+``--kv`` is a file of ``torch.save({"key": [...], "value": [...]})``, one ``[L, H, T, D]`` per
+sample. Speeds are elements of K and V per second, so that codecs compare; every figure is the
+median of interleaved rounds, because a shared machine drifts. ``--clock cpu`` counts processor
+seconds of all threads instead of time on the wall, which others' work cannot distort.
+
+    copy      the decoded arrays' own bytes, copied into memory that is already mapped
+    .pt       one file per sample, bf16, ``torch.load``
+    pipeline  the store's own zarr files through zarr-python's default pipeline, and zarrs
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+
+from kvdistill.corpus import Sample, Shard
+from kvdistill.store.codecs import CODECS, part_name
+from kvdistill.store.convert import convert
+from kvdistill.store.manifest import TeacherManifest
+from kvdistill.store.reader import KVStore
+from kvdistill.store.shard import EncodedShard, TokenTable
+from kvdistill.store.statistics import ChannelStatistics
+from kvdistill.store.writer import add_teacher, create, publish_shard
+from kvdistill.types import KINDS, Kind, LayerGroup
+
+Samples = dict[Kind, list[torch.Tensor]]
+CODEC_NAMES = ("bf16", "int8", "int4")
+PLAIN = "zarr.core.codec_pipeline.BatchedCodecPipeline"
+ZARRS = "zarrs.ZarrsCodecPipeline"
+NUM_SHARDS = 4
+
+
+def synthetic(num_samples: int = 40) -> Samples:
+    """SmolLM2's shape, GSM8K's lengths, channels of unequal size."""
+    rng = torch.Generator().manual_seed(0)
+    lengths = torch.randint(80, 320, (num_samples,), generator=rng).tolist()
+    size = torch.rand(30, 3, 1, 64, generator=rng).exp() * 2
+    return {
+        kind: [torch.randn(30, 3, n, 64, generator=rng) * size for n in lengths] for kind in KINDS
+    }
+
+
+def make_store(root: Path, samples: Samples) -> tuple[KVStore, dict[str, float]]:
+    """A store with a teacher per codec; seconds that publication of all shards took, by codec."""
+    ids = [f"s{i}" for i in range(len(samples["key"]))]
+    cuts = np.array_split(np.arange(len(ids)), NUM_SHARDS)
+    text = {i: Sample(i, (("text", "x" * 4000),)) for i in ids}
+    shards = [
+        Shard(f"{n:05d}", int(cut[0]), tuple(text[ids[i]] for i in cut))
+        for n, cut in enumerate(cuts)
+    ]
+    store = create(root, shards)
+    seconds = {}
+    for codec in CODEC_NAMES:
+        manifest = add_teacher(store, teacher(codec, samples))
+        encoded = [encode(manifest, samples, cut.tolist(), ids) for cut in cuts]
+        started = time.perf_counter()
+        for shard, (one, stats) in zip(shards, encoded, strict=True):
+            publish_shard(store, codec, shard.shard_id, one, stats)
+        seconds[codec] = time.perf_counter() - started
+    return store, seconds
+
+
+def teacher(codec: str, samples: Samples) -> TeacherManifest:
+    num_layers, num_heads, _, dim = samples["key"][0].shape
+    return TeacherManifest.model_validate(
+        {
+            "name": codec,
+            "model": "benchmark",
+            "revision": None,
+            "model_type": "llama",
+            "kind": "decoder",
+            "weights_fingerprint": "0",
+            "tokenizer_fingerprint": "0",
+            "template": None,
+            "extraction_fingerprint": "0",
+            "versions": {},
+            "dtype": "float32",
+            "attn_implementation": "sdpa",
+            "backend": "zarr",
+            "codec": {"key": codec, "value": codec},
+            "groups": (LayerGroup(tuple(range(num_layers)), num_heads, dim, dim),),
+            "position_encoding": "none",
+            "hidden_size": 8,
+            "adapter": "benchmark",
+            "adapter_error": 0.0,
+        }
+    )
+
+
+def encode(
+    manifest: TeacherManifest, samples: Samples, chosen: list[int], ids: list[str]
+) -> tuple[EncodedShard, dict[str, ChannelStatistics]]:
+    ptr = np.cumsum([0] + [samples["key"][i].shape[2] for i in chosen]).astype(np.int64)
+    column = np.zeros(int(ptr[-1]), np.int32)
+    tokens = TokenTable(
+        tuple(ids[i] for i in chosen), ptr, column, column, column, column.astype(np.int8)
+    )
+    arrays, stats = {}, {}
+    for kind in KINDS:
+        codec = CODECS[getattr(manifest.codec, kind)]
+        encoded = [codec.encode(samples[kind][i], kind) for i in chosen]
+        for part in codec.parts(kind):
+            pieces = [parts[part.suffix].numpy() for parts in encoded]
+            arrays[part_name(kind, part.suffix)] = np.concatenate(pieces, axis=2)
+        num_layers, num_heads, _, dim = samples[kind][0].shape
+        stats[kind] = ChannelStatistics.empty((num_layers, num_heads, dim))
+    return EncodedShard(tokens, arrays), stats
+
+
+def in_order(store: KVStore, codec: str) -> None:
+    """A fresh store object each time, as an epoch would: nothing is open or checked yet."""
+    fresh = KVStore.open(store.paths.root)
+    for shard_id in fresh.shard_ids:
+        for array in fresh.read_shard(codec, shard_id).arrays.values():
+            _touch(array)
+
+
+def through_zarr(store: KVStore, codec: str, pipeline: str) -> None:
+    with zarr.config.set({"codec_pipeline.path": pipeline}):
+        for shard_id in store.shard_ids:
+            group = zarr.open_group(store.paths.shard(codec, shard_id), mode="r")
+            for kind in KINDS:
+                for part in CODECS[codec].parts(kind):
+                    _touch(group[part_name(kind, part.suffix)][...])
+
+
+def at_random(store: KVStore, codec: str, picks: list[tuple[str, int]]) -> None:
+    fresh = KVStore.open(store.paths.root)
+    for sample_id, layer in picks:
+        for head in range(fresh.teacher(codec).groups[0].num_key_value_heads):
+            for kind in KINDS:
+                fresh.read(codec, sample_id, layer, head, kind)
+
+
+def pt_files(folder: Path, chosen: list[int]) -> None:
+    for i in chosen:
+        for tensor in torch.load(folder / f"{i}.pt").values():
+            _touch(tensor.view(torch.uint16).numpy())
+
+
+def _touch(array: np.ndarray) -> None:
+    """Look at every page: a memory map that nobody reads has not been read."""
+    array.reshape(-1).view(np.uint8)[::4096].sum()
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+clock = CLOCKS["wall"]
+
+
+def rates(tasks: dict[str, tuple[Callable[[], Any], int]], rounds: int) -> dict[str, float]:
+    """Median elements per second of every task, the rounds of all tasks interleaved."""
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(rounds):
+        for name, (work, _) in tasks.items():
+            started = clock()
+            work()
+            seconds[name].append(clock() - started)
+    return {name: tasks[name][1] / statistics.median(times) for name, times in seconds.items()}
+
+
+def reading(root: Path, samples: Samples, rounds: int) -> None:
+    elements = sum(x.numel() for kind in KINDS for x in samples[kind])
+    store, written = make_store(root / "zarr", samples)
+    mapped = convert(store, root / "safetensors", "safetensors")
+    (root / "pt").mkdir()
+    for i in range(len(samples["key"])):
+        one = {kind: samples[kind][i].bfloat16().clone() for kind in KINDS}
+        torch.save(one, root / "pt" / f"{i}.pt")
+    every = list(range(len(samples["key"])))
+    tasks: dict[str, tuple[Callable[[], Any], int]] = {
+        ".pt": (lambda: pt_files(root / "pt", every), elements)
+    }
+    for codec in CODEC_NAMES:
+        source = [
+            array
+            for shard_id in store.shard_ids
+            for array in store.read_shard(codec, shard_id).arrays.values()
+        ]
+        target = [array.copy() for array in source]
+        tasks |= {
+            f"{codec} copy": (lambda s=source, t=target: _copy(s, t), elements),
+            f"{codec} zarr": (lambda c=codec: in_order(store, c), elements),
+            f"{codec} safetensors": (lambda c=codec: in_order(mapped, c), elements),
+            f"{codec} zarr-python": (lambda c=codec: through_zarr(store, c, PLAIN), elements),
+            f"{codec} zarrs": (lambda c=codec: through_zarr(store, c, ZARRS), elements),
+        }
+    speed = rates(tasks, rounds)
+    print("\nreading in order, elements of K and V per second, warm")
+    print(f"  .pt per sample, bf16      {speed['.pt'] / 1e6:8,.0f} M/s")
+    for codec in CODEC_NAMES:
+        zarr_rate, plain = speed[f"{codec} zarr"], speed[f"{codec} zarr-python"]
+        map_rate, copied = speed[f"{codec} safetensors"], speed[f"{codec} copy"]
+        print(
+            f"  {codec:5} zarr {zarr_rate / 1e6:8,.0f} M/s = {zarr_rate / plain:4.1f} × zarr-python"
+            f" = {zarr_rate / speed[f'{codec} zarrs']:4.1f} × zarrs"
+            f" = {zarr_rate / speed['.pt']:4.2f} × .pt"
+            f"; safetensors {map_rate / 1e6:8,.0f} M/s = {map_rate / copied:4.2f} × copy"
+        )
+    random_access(store, mapped, samples, root, rounds)
+    sizes(store, mapped, written, elements)
+
+
+def _copy(source: list[np.ndarray], target: list[np.ndarray]) -> None:
+    for a, b in zip(source, target, strict=True):
+        np.copyto(b, a)
+
+
+def random_access(
+    store: KVStore, mapped: KVStore, samples: Samples, root: Path, rounds: int
+) -> None:
+    """8 samples × 8 layers, all heads, decoded to float32."""
+    rng = np.random.default_rng(0)
+    chosen = rng.choice(len(samples["key"]), 8, replace=False).tolist()
+    num_layers, num_heads, _, dim = samples["key"][0].shape
+    layers = rng.choice(num_layers, min(8, num_layers), replace=False).tolist()
+    picks = [(f"s{i}", layer) for i in chosen for layer in layers]
+    tokens = sum(samples["key"][i].shape[2] for i in chosen)
+    useful = tokens * len(layers) * num_heads * dim * 2
+    tasks: dict[str, tuple[Callable[[], Any], int]] = {
+        ".pt": (lambda: pt_files(root / "pt", chosen), useful)
+    }
+    for codec in CODEC_NAMES:
+        tasks[f"{codec} zarr"] = (lambda c=codec: at_random(store, c, picks), useful)
+        tasks[f"{codec} safetensors"] = (lambda c=codec: at_random(mapped, c, picks), useful)
+    speed = rates(tasks, rounds)
+    print("\nreading at random: 8 samples × 8 layers, useful elements per second, warm")
+    for name, rate in speed.items():
+        print(f"  {name:18} {rate / 1e6:8,.0f} M/s = {rate / speed['.pt']:4.2f} × .pt")
+
+
+def sizes(store: KVStore, mapped: KVStore, written: dict[str, float], elements: int) -> None:
+    print("\nsize and writing (fsync included)")
+    for codec in CODEC_NAMES:
+        bits = {
+            name: 8 * _key_value_bytes(one.paths.shards(codec), name) / elements
+            for name, one in (("zarr", store), ("safetensors", mapped))
+        }
+        print(
+            f"  {codec:5} zarr {bits['zarr']:5.2f} bits = {bits['zarr'] / 16:.3f} of bf16; "
+            f"safetensors {bits['safetensors']:5.2f} = {bits['safetensors'] / 16:.3f}; "
+            f"zarr written at {elements / written[codec] / 1e6:,.0f} M elements/s"
+        )
+
+
+def _key_value_bytes(shards: Path, backend: str) -> int:
+    if backend == "safetensors":
+        return sum(path.stat().st_size for path in shards.glob("*/shard.safetensors"))
+    files = [path for path in shards.rglob("*") if path.is_file() and path.name != "zarr.json"]
+    return sum(
+        path.stat().st_size
+        for path in files
+        if path.relative_to(shards).parts[1].startswith(("key", "value"))
+    )
+
+
+def opening(root: Path, num_shards: int = 10_000, num_teachers: int = 5) -> None:
+    """Open a large store: only folder names matter, so the shards are empty folders."""
+    shards = [Shard(f"{i:05d}", i, (Sample(f"s{i}", (("text", "x"),)),)) for i in range(num_shards)]
+    store = create(root / "large", shards)
+    one = teacher("int8", {"key": [torch.zeros(2, 1, 1, 4)], "value": [torch.zeros(2, 1, 1, 4)]})
+    names = [f"t{i}" for i in range(num_teachers)]
+    for name in names:
+        add_teacher(store, one.model_copy(update={"name": name}))
+        store.paths.shards(name).mkdir()
+        for shard in shards[: num_shards - 7]:
+            (store.paths.shards(name) / shard.shard_id).mkdir()
+    started = time.perf_counter()
+    again = KVStore.open(root / "large")
+    missing = sum(len(again.missing(name)) for name in again.teachers())
+    seconds = time.perf_counter() - started
+    print(
+        f"\nopening {num_shards:,} shards × {num_teachers} teachers and listing what is missing "
+        f"({missing}): {seconds:.2f} s"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kv", type=Path, help="torch.save of real keys and values")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where to write (a disk, or memory)")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu where shared")
+    arguments = parser.parse_args()
+    global clock  # noqa: PLW0603
+    clock = CLOCKS[arguments.clock]
+    torch.set_num_threads(1)
+    samples = synthetic()
+    if arguments.kv:
+        loaded = torch.load(arguments.kv)
+        loaded = loaded.get("kv", loaded)
+        samples = {kind: [x.float() for x in loaded[kind]] for kind in KINDS}
+    tokens = sum(x.shape[2] for x in samples["key"])
+    print(
+        f"{len(samples['key'])} samples, {tokens:,} tokens, "
+        f"{'real' if arguments.kv else 'synthetic'}; load {os.getloadavg()[0]:.1f}, "
+        f"{os.cpu_count()} cores"
+    )
+    root = Path(tempfile.mkdtemp(dir=arguments.folder))
+    try:
+        reading(root, samples, arguments.rounds)
+        opening(root)
+    finally:
+        shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Large stores: opening reads two kinds of file, and memory does not grow with shards read."""
+
+from __future__ import annotations
+
+import sys
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvdistill.store.codecs import CODECS, parts_of
+from kvdistill.store.reader import OPEN_SHARDS, KVStore
+from kvdistill.store.shard import block_idx
+from kvdistill.store.writer import add_teacher, create, publish_shard
+from kvdistill.types import LayerGroup
+
+
+def test_opening_reads_manifests_and_folders_only(tmp_path: Path, build: Any) -> None:
+    store = create(tmp_path / "store", build.corpus(300, 1))
+    for name in ("a", "b", "c"):
+        add_teacher(store, build.teacher(name=name))
+        for shard_id in store.shard_ids[:-2]:
+            (store.paths.shards(name) / shard_id).mkdir(parents=True)
+    touched: list[str] = []
+    watching = True
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event in ("open", "os.listdir", "os.scandir"):
+            touched.append(str(arguments[0]))
+
+    sys.addaudithook(watch)
+    again = KVStore.open(tmp_path / "store")
+    missing = {name: again.missing(name) for name in again.teachers()}
+    watching = False
+    assert all(len(names) == 2 for names in missing.values())
+    mine = [path for path in touched if str(tmp_path) in path]
+    assert 0 < len(mine) <= 10
+
+
+def test_memory_does_not_grow_with_the_shards_read(
+    tmp_path: Path, build: Any, backend: str
+) -> None:
+    shards = build.corpus(3 * OPEN_SHARDS, 1)
+    store = create(tmp_path / "store", shards)
+    teacher = add_teacher(store, build.teacher(backend=backend))
+    for shard in shards:
+        one = build.shard(teacher, [shard.samples[0].sample_id], (1300,))
+        publish_shard(store, "tiny", shard.shard_id, one.shard, one.statistics)
+    ids = store.shard_ids
+    one_shard = sum(array.nbytes for array in store.read_shard("tiny", ids[0]).arrays.values())
+
+    def read(some: tuple[str, ...]) -> int:
+        for shard_id in some:
+            store.read_shard("tiny", shard_id)
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        early = read(ids[: OPEN_SHARDS + 4])
+        late = read(ids[OPEN_SHARDS + 4 :])
+    finally:
+        tracemalloc.stop()
+    assert late - early < 3 * one_shard
+
+
+geometry = st.builds(
+    lambda layers, heads, dims: LayerGroup(tuple(range(layers)), heads, 2 * dims[0], 2 * dims[1]),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.tuples(st.integers(1, 20), st.integers(1, 20)),
+)
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    shape=st.tuples(
+        geometry, st.lists(st.integers(0, 1100) | st.integers(0, 5), min_size=1, max_size=4)
+    ),
+    codecs=st.tuples(st.sampled_from(sorted(CODECS)), st.sampled_from(sorted(CODECS))),
+    backend=st.sampled_from(["zarr", "safetensors"]),
+)
+def test_any_shape_survives_any_codec_and_backend(
+    tmp_path_factory: Any, build: Any, shape: Any, codecs: Any, backend: str
+) -> None:
+    group, lengths = shape
+    root = tmp_path_factory.mktemp("any")
+    shards = build.corpus(1, len(lengths))
+    store = create(root / "store", shards)
+    codec = {"key": codecs[0], "value": codecs[1]}
+    teacher = add_teacher(store, build.teacher(backend=backend, groups=(group,), codec=codec))
+    ids = [sample.sample_id for sample in shards[0].samples]
+    one = build.shard(teacher, ids, lengths)
+    publish_shard(store, "tiny", "00000", one.shard, one.statistics)
+    back = KVStore.open(root / "store").read_shard("tiny", "00000")
+    for name, array in one.shard.arrays.items():
+        np.testing.assert_array_equal(back.arrays[name], array)
+    for kind in ("key", "value"):
+        chosen = CODECS[codec[kind]]
+        idx = block_idx(back.tokens.sample_ptr)
+        whole = chosen.decode(parts_of(back.arrays, kind), kind, idx)
+        alone = np.concatenate(
+            [chosen.decode(chosen.encode(x, kind), kind).numpy() for x in one.values[kind]], axis=2
+        )
+        np.testing.assert_array_equal(whole, alone)
