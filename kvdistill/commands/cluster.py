@@ -164,6 +164,8 @@ def _teacher_lines(each: TeacherOverview) -> Iterator[str]:
     yield f"{each.teacher}: {' · '.join(parts)}"
     if each.is_another:
         yield "  its shards in the store were extracted by other settings than the config's"
+    if status.slurm_error is not None:
+        yield f"  why jobs wait is unknown: {status.slurm_error}"
     reasons: dict[str, int] = {}
     for job in status.waiting:
         reasons[job.reason] = reasons.get(job.reason, 0) + 1

@@ -65,7 +65,7 @@ def choose_profile(experiment: Experiment, name: str | None, role: str) -> Slurm
     return profiles[chosen]
 
 
-def plan_teacher(experiment: Experiment, teacher: str) -> TeacherPlan:
+def plan_teacher(experiment: Experiment, teacher: str, ask_slurm: bool) -> TeacherPlan:
     """Find out what one teacher still needs. Creates the store if there is none.
 
     Raises:
@@ -82,7 +82,7 @@ def plan_teacher(experiment: Experiment, teacher: str) -> TeacherPlan:
     done = done_units(store, experiment, teacher)
     missing = [unit for unit in store.shard_ids if unit not in done]
     ledger = ledger_of(experiment, teacher)
-    in_queue = units_in_queue(ledger)
+    in_queue = units_in_queue(ledger) if ask_slurm else set()
     failed = {unit for unit in ledger.failed_units() if ledger.is_quarantined(unit)}
     return TeacherPlan(
         teacher,
@@ -129,7 +129,7 @@ def submit_extraction(
     client.require()
     submitted = []
     for teacher in teachers:
-        plan = plan_teacher(experiment, teacher)
+        plan = plan_teacher(experiment, teacher, ask_slurm=True)
         warning = float(profile.signal_delay_s)
         tasks = extraction_tasks(experiment, teacher, plan.units, num_tasks(profile), warning)
         ids = submit_array(tasks, profile, f"kv-{teacher}") if plan.units else []
@@ -168,7 +168,7 @@ def extract_pool(
     on_poll: Callable[[], None] | None = None,
 ) -> Ending:
     """Extract what one teacher is missing with several worker processes on this machine."""
-    plan = plan_teacher(experiment, teacher)
+    plan = plan_teacher(experiment, teacher, ask_slurm=False)
     if not plan.units:
         return Ending("complete", "nothing to do")
     tasks: list[Task] = extraction_tasks(experiment, teacher, plan.units, workers)

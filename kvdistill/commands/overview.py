@@ -67,7 +67,6 @@ def overview(target: Path, overrides: Sequence[str] = (), only: Sequence[str] = 
 
     Raises:
         ConfigError, StoreError: neither can be read.
-        SlurmError: there is a Slurm, and it did not answer.
     """
     if target.is_dir():
         store, experiment = KVStore.open(target), None
@@ -134,5 +133,6 @@ def _teacher_dict(overview: TeacherOverview) -> dict[str, Any]:
         "stale_why": dict(status.stale),
         "broken": [asdict(attempt) for attempt in status.broken],
         "workers": [asdict(attempt) for attempt in status.workers],
+        "slurm_error": status.slurm_error,
         "waiting": dict(Counter(job.reason for job in status.waiting)),
     }

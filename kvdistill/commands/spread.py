@@ -188,8 +188,8 @@ def _pool(experiment: Experiment, names: Sequence[str], workers: int) -> None:
             ending = extract_pool(experiment, name, workers, on_poll)
         if ending.outcome == "interrupted":
             raise Interrupted(f"{ending.message}; run the same command again to continue")
-        plan = plan_teacher(experiment, name)
-        missing = len(plan.units) + len(plan.quarantined) + len(plan.queued)
+        plan = plan_teacher(experiment, name, ask_slurm=False)
+        missing = len(plan.units) + len(plan.quarantined)
         click.echo(f"{name}: {f'{missing} shards missing' if missing else 'complete'}")
         if missing:
             left[name] = missing

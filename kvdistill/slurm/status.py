@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from kvdistill.errors import SlurmError
 from kvdistill.slurm import client
 from kvdistill.slurm.attempts import HEARTBEAT_SECONDS, cause_of_death, condition
 from kvdistill.slurm.ledger import QUARANTINE_AFTER, Attempt, Failure, Ledger, Submission
@@ -47,6 +48,8 @@ class Status:
     """Attempts that could not even start, where their task was not tried again since."""
     waiting: Sequence[client.QueuedJob]
     """Array elements that Slurm has not started, with its reason."""
+    slurm_error: str | None
+    """Why Slurm could not be asked; everything else here is known without it."""
     work_per_second: float
     """All living workers together, in the workload's measure."""
     eta_seconds: float | None
@@ -81,9 +84,6 @@ def read_status(
         done: Those whose result is published; the caller's truth, never guessed from here.
         ask_slurm: Ask ``squeue`` for reasons, where there is one and jobs were submitted.
         heartbeat_seconds: How often workers say that they live.
-
-    Raises:
-        SlurmError: Slurm was to be asked and did not answer.
     """
     attempts = {attempt.attempt_id: attempt for attempt in ledger.attempts()}
     living = {a for a, seen in attempts.items() if condition(seen, heartbeat_seconds) == "running"}
@@ -97,6 +97,7 @@ def read_status(
         if states[unit] == "stale":
             stale[unit] = _silence(attempts.get(holder or ""))
     workers = [attempts[attempt_id] for attempt_id in attempts if attempt_id in living]
+    waiting, slurm_error = _waiting(jobs) if ask_slurm and client.is_available() else ([], None)
     speed = sum(_speed(attempt) for attempt in workers)
     return Status(
         units=states,
@@ -104,7 +105,8 @@ def read_status(
         stale=stale,
         workers=workers,
         broken=_broken(attempts.values(), max((j.submitted for j in jobs), default=0.0)),
-        waiting=_waiting(jobs) if ask_slurm and client.is_available() else [],
+        waiting=waiting,
+        slurm_error=slurm_error,
         work_per_second=speed,
         eta_seconds=_eta(states, workers),
     )
@@ -148,6 +150,9 @@ def _broken(attempts: Iterable[Attempt], since: float) -> list[Attempt]:
     return [attempt for attempt in latest.values() if attempt.outcome == "failed"]
 
 
-def _waiting(submissions: Iterable[Submission]) -> list[client.QueuedJob]:
-    jobs = client.queue(submission.job_id for submission in submissions)
-    return [job for job in jobs.values() if job.state == "PENDING"]
+def _waiting(submissions: Iterable[Submission]) -> tuple[list[client.QueuedJob], str | None]:
+    try:
+        jobs = client.queue(submission.job_id for submission in submissions)
+    except SlurmError as error:
+        return [], str(error)
+    return [job for job in jobs.values() if job.state == "PENDING"], None

@@ -18,9 +18,11 @@ from kvdistill.errors import ConfigError, SlurmError
 from kvdistill.slurm import client, script
 from kvdistill.slurm.attempts import cause_of_death, job_element, new_attempt
 from kvdistill.slurm.launch import Launch, launch_command
+from kvdistill.slurm.ledger import Submission
+from kvdistill.slurm.status import read_status
 from kvdistill.slurm.submit import Element, come_again, split
 from tests.slurm.experiment import write_experiment
-from tests.slurm.toy import toy_task
+from tests.slurm.toy import ledger, toy_task
 
 Fake = Callable[[str, str], Path]
 
@@ -251,6 +253,16 @@ def test_status_and_retry_need_no_slurm(no_slurm: None, tmp_path: Path) -> None:
     assert json.loads(result.output)["teachers"]["llama"]["pending"] == 12
     result = CliRunner().invoke(cli, ["retry", str(config)], catch_exceptions=False)
     assert result.output.startswith("0 shards")
+
+
+def test_status_says_what_it_knows_when_slurm_does_not_answer(fake: Fake, tmp_path: Path) -> None:
+    fake("sbatch", "")
+    fake("squeue", 'echo "Unable to contact slurm controller" >&2; exit 1')
+    submission = Submission("7", "toy", 0.0, (("a",),))
+    ledger(tmp_path).record_submission(submission)
+    seen = read_status(ledger(tmp_path), ["a", "b"], {"b"})
+    assert seen.units == {"a": "pending", "b": "done"}
+    assert "Unable to contact" in (seen.slurm_error or "")
 
 
 def test_an_unknown_profile_names_the_known(tmp_path: Path) -> None:
