@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +185,7 @@ def _pool(experiment: Experiment, names: Sequence[str], workers: int) -> None:
 
     left: dict[str, int] = {}
     for name in names:
+        began = time.time()
         with pool_progress(experiment, name, sys.stderr) as on_poll:
             ending = extract_pool(experiment, name, workers, on_poll)
         if ending.outcome == "interrupted":
@@ -193,5 +195,17 @@ def _pool(experiment: Experiment, names: Sequence[str], workers: int) -> None:
         click.echo(f"{name}: {f'{missing} shards missing' if missing else 'complete'}")
         if missing:
             left[name] = missing
+            _say_why(experiment, name, began)
     if left:
         raise IncompleteStore(f"{experiment.store}: shards missing: {left}; see kvdistill status")
+
+
+def _say_why(experiment: Experiment, name: str, began: float) -> None:
+    """Messages of workers that could not start, and of what failed, each once."""
+    from kvdistill.commands.work import ledger_of
+
+    ledger = ledger_of(experiment, name)
+    failed = [a for a in ledger.attempts() if a.started >= began and a.outcome == "failed"]
+    failures = [f for found in ledger.failed_units().values() for f in found if f.time >= began]
+    for message in dict.fromkeys([a.message for a in failed] + [f.message for f in failures]):
+        click.echo(f"  {message}", err=True)
