@@ -37,10 +37,13 @@ class Attended:
     """Positions of the queries, long, padded with 0."""
     query_mask_BQ: Tensor
     key_mask_BT: Tensor
+    key_span: slice
+    """The stretch of tokens outside of which no sample has a key."""
 
     def to(self, device: torch.device) -> Attended:
         """The same on another device."""
-        return Attended(*(x.to(device) for x in vars(self).values()))
+        query_idx, query_mask = self.query_idx_BQ.to(device), self.query_mask_BQ.to(device)
+        return Attended(query_idx, query_mask, self.key_mask_BT.to(device), self.key_span)
 
 
 def choose(segments: Sequence[NDArray[np.int8]]) -> Attended:
@@ -55,7 +58,10 @@ def choose(segments: Sequence[NDArray[np.int8]]) -> Attended:
         query_idx[row, : len(query)] = query
         query_mask[row, : len(query)] = True
         key_mask[row, : len(segment)] = _keys(segment)
-    return Attended(*(torch.from_numpy(x) for x in (query_idx, query_mask, key_mask)))
+    asked = np.flatnonzero(key_mask.any(axis=0))
+    span = slice(int(asked[0]), int(asked[-1]) + 1) if asked.size else slice(0, 1)
+    queries_asking, asking = torch.from_numpy(query_idx), torch.from_numpy(query_mask)
+    return Attended(queries_asking, asking, torch.from_numpy(key_mask), span)
 
 
 def importance(
@@ -73,25 +79,23 @@ def importance(
     float32, at their positions. Samples without a query or without a key get zeros. With
     ``causal``, a query sees no later key.
     """
-    num_heads, num_tokens = key_BHTD.shape[1], key_BHTD.shape[2]
-    idx_BQ = attended.query_idx_BQ
+    num_heads, idx_BQ, span = key_BHTD.shape[1], attended.query_idx_BQ, attended.key_span
     picked = idx_BQ[:, None, :, None].expand(-1, query_BHTD.shape[1], -1, query_BHTD.shape[3])
     query = query_BHTD.gather(2, picked).float() * scaling
-    key = key_BHTD.float()
-    positions = torch.arange(num_tokens, device=key.device)
+    key = key_BHTD[:, :, span].float()
+    positions = torch.arange(key_BHTD.shape[2], device=key.device)[span]
     if rotary is not None:
-        query = rotate(query, idx_BQ[:, None], rotary)
-        key = rotate(key, positions, rotary)
+        query, key = rotate(query, idx_BQ[:, None], rotary), rotate(key, positions, rotary)
     query = query.unflatten(1, (num_heads, -1))  # type: ignore[no-untyped-call]
-    received = torch.zeros(*key.shape[:3], device=key.device)
+    received = torch.zeros(key_BHTD.shape[:3], device=key.device)
     for start in range(0, idx_BQ.shape[1], CHUNK):
         part = slice(start, start + CHUNK)
         scores = torch.einsum("bhgqd,bhtd->bhgqt", query[:, :, :, part], key).amax(dim=2)
-        allowed = attended.key_mask_BT[:, None, :] & attended.query_mask_BQ[:, part, None]
+        allowed = attended.key_mask_BT[:, None, span] & attended.query_mask_BQ[:, part, None]
         if causal:
             allowed = allowed & (positions <= idx_BQ[:, part, None])
         scores = scores.masked_fill(~allowed[:, None], float("-inf"))
-        received += scores.softmax(dim=-1).nan_to_num(0.0).sum(dim=2)
+        received[:, :, span] += scores.softmax(dim=-1).nan_to_num(0.0).sum(dim=2)
     asked = attended.query_mask_BQ.sum(dim=1).clamp_min(1)
     return received / asked[:, None, None]
 

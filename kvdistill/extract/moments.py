@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,19 +20,19 @@ Moments = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
 
 
 def moments(x_BHTD: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and M2 over the tokens under the mask: float64 ``[B, H, D]`` each.
+    """Mean and M2 over the tokens under the mask: ``[B, H, D]`` each, on the device.
 
-    Sums run in float64 over float32 differences, on the device.
+    Two passes in float32 within a sample, as products with the mask, which is what a processor
+    does best; samples are then merged in float64. A NaN or infinity anywhere in a sample, masked
+    or not, makes its mean NaN.
     """
-    mask = mask_BT[:, None, :, None]
-    divisor = mask_BT.sum(dim=1).clamp_min(1).double()[:, None, None]
-    x = x_BHTD.float().where(mask, 0.0)
-    mean_BHD = x.sum(dim=2, dtype=torch.float64) / divisor
-    rounded = mean_BHD.float()
-    m2_BHD = (x - rounded[:, :, None]).where(mask, 0.0).square().sum(dim=2, dtype=torch.float64)
-    # The mean was rounded to float32 before it was subtracted; this takes that out again.
-    drift = (mean_BHD - rounded).square() * divisor
-    return mean_BHD, (m2_BHD - drift).clamp_min(0)
+    num_samples, num_heads, num_tokens, head_dim = x_BHTD.shape
+    flat = x_BHTD.transpose(1, 2).reshape(num_samples, num_tokens, num_heads * head_dim).float()
+    weight_B1T = mask_BT[:, None].float()
+    mean = weight_B1T @ flat / weight_B1T.sum(dim=2, keepdim=True).clamp_min(1)
+    m2 = weight_B1T @ (flat - mean).square_()
+    shape = (num_samples, num_heads, head_dim)
+    return mean.reshape(shape), m2.reshape(shape)
 
 
 class SampleMoments:

@@ -46,20 +46,21 @@ class _Guides:
     """What encoding needs to know of a batch, on one device."""
 
     text_mask_BT: Tensor
-    last_idx_BT: Tensor
-    """Every position, held at the sample's last token."""
+    real_mask_BT: Tensor
+    last_idx_B: Tensor
     attended: Attended | None
 
     @staticmethod
     def of(segments: Sequence[NDArray[np.int8]], batch: Batch, *, importance: bool) -> _Guides:
-        last = torch.tensor(batch.lengths)[:, None] - 1
-        positions = torch.arange(batch.input_ids.shape[1])
+        last_idx = torch.tensor(batch.lengths) - 1
+        real_mask = torch.arange(batch.input_ids.shape[1]) <= last_idx[:, None]
         attended = choose(segments) if importance else None
-        return _Guides(text_mask(segments, batch), torch.minimum(positions, last), attended)
+        return _Guides(text_mask(segments, batch), real_mask, last_idx, attended)
 
     def to(self, device: torch.device) -> _Guides:
         attended = None if self.attended is None else self.attended.to(device)
-        return _Guides(self.text_mask_BT.to(device), self.last_idx_BT.to(device), attended)
+        text, real = self.text_mask_BT.to(device), self.real_mask_BT.to(device)
+        return _Guides(text, real, self.last_idx_B.to(device), attended)
 
 
 class ShardPacker:
@@ -126,8 +127,9 @@ class BatchPacker:
             x_BHTD = qkv.key if kind == "key" else qkv.value
             mean, m2 = moments(x_BHTD, guides.text_mask_BT)
             self._means.append((place, kind, _off(mean), _off(m2)))
+            held = hold_last(x_BHTD, guides.last_idx_B, guides.real_mask_BT)
             codec = self._shard.codecs[kind]
-            encoded = codec.encode(hold_last(x_BHTD, guides.last_idx_BT), kind)
+            encoded = codec.encode(held, kind)
             for part in codec.parts(kind):
                 name = part_name(place.prefix + kind, part.suffix)
                 self._codes.append((place, name, part.per, _off(encoded[part.suffix])))
@@ -148,7 +150,11 @@ class BatchPacker:
         for place, kind, mean, m2 in self._means:
             self._refuse_non_finite(place, kind, mean)
             self._shard.moments.put(
-                place.group_idx, place.row, kind, index, (count, mean.numpy(), m2.numpy())
+                place.group_idx,
+                place.row,
+                kind,
+                index,
+                (count, mean.double().numpy(), m2.double().numpy()),
             )
         for place, name, per, codes in self._codes:
             target = self._shard.arrays[name][place.row]
@@ -197,9 +203,10 @@ def text_mask(segments: Sequence[NDArray[np.int8]], batch: Batch) -> Tensor:
     return torch.from_numpy(mask)
 
 
-def hold_last(x_BHTD: Tensor, last_idx_BT: Tensor) -> Tensor:
+def hold_last(x_BHTD: Tensor, last_idx_B: Tensor, real_mask_BT: Tensor) -> Tensor:
     """Replace padding by each sample's last real token."""
-    return x_BHTD.gather(2, last_idx_BT[:, None, :, None].expand_as(x_BHTD))
+    idx = last_idx_B[:, None, None, None].expand(-1, x_BHTD.shape[1], 1, x_BHTD.shape[3])
+    return x_BHTD.where(real_mask_BT[:, None, :, None], x_BHTD.gather(2, idx))
 
 
 def _places(manifest: TeacherManifest, layers: Sequence[VerifiedLayer]) -> dict[int, _Place]:

@@ -46,7 +46,7 @@ def rotate(x: Tensor, position_ids: Tensor, spec: RotarySpec) -> Tensor:
         first, second = turned.chunk(2, dim=-1)
     pair = (first * cos - second * sin, second * cos + first * sin)
     joined = torch.stack(pair, dim=-1).flatten(-2) if spec.interleaved else torch.cat(pair, dim=-1)
-    return torch.cat([joined, rest], dim=-1)
+    return torch.cat([joined, rest], dim=-1) if rest.shape[-1] else joined
 
 
 def unrotate(x: Tensor, position_ids: Tensor, spec: RotarySpec) -> Tensor:
