@@ -1,15 +1,17 @@
 """Is the student learning, or has something else absorbed the loss?
 
 A projector that is trained on the K/V loss can bring the target to the student instead of the
-student to the target: the loss falls to nearly nothing and teaches nothing. Two figures tell the
-difference while a run is going on, and neither is the loss:
+student to the target: the loss falls to nearly nothing and teaches nothing. The loss itself does
+not show it; these figures do:
 
-    target variance   mean over channels of the target's variance over tokens; it falls when a
-                      projector shrinks the target to where the student already is
-    gradient share    ‖∇ KV loss‖ / (‖∇ KV loss‖ + ‖∇ rest‖) on the student's parameters; it
-                      falls when the KV loss no longer moves the student
+    target variance      mean over channels of the target's variance over tokens; it falls when a
+                         projector shrinks the target to where the student already is
+    explained variance   1 − error / target variance; it should grow
+    gradient share       ‖∇ KV loss‖ / (‖∇ KV loss‖ + ‖∇ rest‖) on the student's parameters
 
-``explained_variance`` is what should grow instead: 1 − error / target variance.
+Only the first is a verdict. On real KV (``docs/projection.md``) it fell to a sixth within 200
+steps with a joint projector and stayed within 7 % with every fixed target, while the gradient
+share fell to a quarter with some fixed targets too, so it warns only when nearly nothing is left.
 """
 
 from __future__ import annotations
@@ -22,8 +24,18 @@ from torch import Tensor
 
 from kvdistill.errors import ConfigError
 
-COLLAPSED = 0.25
+COLLAPSED = {"target_variance": 0.5, "gradient_share": 0.05}
 """Warn when a figure falls below this share of where it started."""
+MEANING = {
+    "target_variance": (
+        "the projector is absorbing the loss, and a small KV loss then means nothing. Use "
+        "projection.mode student_to_teacher or frozen, whose target cannot move"
+    ),
+    "gradient_share": (
+        "the KV loss hardly moves the student any more; raise losses.key and losses.value, or "
+        "expect what cross-entropy alone would give"
+    ),
+}
 
 
 def target_variance(target_BLHTD: Tensor, mask_BT: Tensor) -> Tensor:
@@ -63,7 +75,7 @@ def gradient_share(kv_loss: Tensor, rest: Tensor, parameters: Sequence[Tensor]) 
 
 @dataclass
 class AbsorptionMonitor:
-    """Remembers where both figures started, and says so once when one of them has collapsed.
+    """Remembers where figures started, and says so once when one of them has collapsed.
 
     ``update`` takes figures as they are logged; the first ``settle`` of them make the start, and
     a mean over as many recent ones is compared with it, so that one odd batch warns of nothing.
@@ -78,7 +90,14 @@ class AbsorptionMonitor:
             raise ConfigError(f"absorption monitor: settle must be at least 1, got {self.settle}")
 
     def update(self, **figures: float) -> list[str]:
-        """Add figures by name (``target_variance=…, gradient_share=…``); returns new warnings."""
+        """Add figures by the names of ``COLLAPSED``; returns new warnings.
+
+        Raises:
+            ConfigError: a figure that nothing is known about.
+        """
+        unknown = sorted(figures.keys() - COLLAPSED.keys())
+        if unknown:
+            raise ConfigError(f"absorption monitor: {unknown}; it knows {sorted(COLLAPSED)}")
         warnings = []
         for name, value in figures.items():
             seen = self._seen.setdefault(name, [])
@@ -87,15 +106,11 @@ class AbsorptionMonitor:
                 continue
             start = sum(seen[: self.settle]) / self.settle
             now = sum(seen[-self.settle :]) / self.settle
-            if now < COLLAPSED * start:
+            if now < COLLAPSED[name] * start:
                 self._warned.add(name)
                 warnings.append(_warning(name, start, now))
         return warnings
 
 
 def _warning(name: str, start: float, now: float) -> str:
-    return (
-        f"{name.replace('_', ' ')} of the KV loss fell from {start:.3g} to {now:.3g}: the "
-        "projector is probably absorbing the loss, and a small KV loss then means nothing. Use "
-        "projection.mode student_to_teacher or frozen, whose target cannot move"
-    )
+    return f"{name.replace('_', ' ')} fell from {start:.3g} to {now:.3g}: {MEANING[name]}"
