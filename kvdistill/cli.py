@@ -30,6 +30,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "logs": ("cluster:logs", "Show tracebacks and logs of shards that failed."),
     "retry": ("cluster:retry", "Let quarantined shards be tried again."),
     "cancel": ("cluster:cancel", "Cancel a run's Slurm jobs."),
+    "dask": ("dask:dask", "Start Dask workers on Slurm, for inspect and verify."),
     "inspect": ("store:inspect", "Look into a store: tables, plots, JSON."),
     "verify": ("store:verify", "Check every file of a store; --repair moves bad shards aside."),
     "convert": ("store:convert", "Copy a store into the other backend."),

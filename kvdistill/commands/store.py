@@ -18,6 +18,7 @@ from kvdistill.store.reader import KVStore
 
 if TYPE_CHECKING:
     from kvdistill.store.summary import TeacherSummary
+    from kvdistill.store.verify import Finding
 
 store_argument = click.argument("store", type=click.Path(path_type=Path))
 
@@ -65,6 +66,7 @@ def inspect(
     help="Also read N samples through each teacher of --config again and compare.",
 )
 @click.option("--config", type=click.Path(path_type=Path), help="The experiment, to load teachers.")
+@click.option("--scheduler", help="Address of a dask scheduler; this process if none.")
 @json_option
 def verify(
     store: Path,
@@ -72,6 +74,7 @@ def verify(
     mend: bool,
     count: int | None,
     config: Path | None,
+    scheduler: str | None,
     as_json: bool,
 ) -> None:
     """Check every file of a STORE: presence, checksums, shapes, finiteness, offsets."""
@@ -80,7 +83,10 @@ def verify(
 
     opened = KVStore.open(store)
     names = list(only) or opened.teachers()
-    findings = check(opened, names, progress=_say("checked"))
+    if scheduler is None:
+        findings = check(opened, names, progress=_say("checked"))
+    else:
+        findings = _verify_on(scheduler, opened, names)
     moved = repair(opened, findings) if mend else []
     compared = [] if count is None or findings else _against_teachers(opened, names, count, config)
     if as_json:
@@ -204,6 +210,29 @@ def _dask(scheduler: str | None) -> Iterator[None]:
         raise MissingExtra("--scheduler needs distributed: pip install distributed") from error
     with Client(scheduler):
         yield
+
+
+def _verify_on(scheduler: str, store: KVStore, names: Sequence[str]) -> list[Finding]:
+    """Check every committed shard as a task of its own, on a distributed scheduler."""
+    with _dask(scheduler):
+        from distributed import get_client
+
+        client = get_client()
+        root = str(store.paths.root.absolute())
+        tasks = [
+            client.submit(_verify_shard, root, name, shard_id, pure=False)
+            for name in names
+            for shard_id in sorted(store.committed(name))
+        ]
+        found = client.gather(tasks)
+    # The corpus is checked with every teacher's shard; one finding of it is enough.
+    return list(dict.fromkeys(finding for findings in found for finding in findings))
+
+
+def _verify_shard(root: str, teacher: str, shard_id: str) -> list[Finding]:
+    from kvdistill.store.verify import verify as check
+
+    return check(KVStore.open(root), [teacher], [shard_id])
 
 
 def _against_teachers(

@@ -17,6 +17,7 @@ from kvdistill.config import SlurmProfile
 from kvdistill.errors import ConfigError, SlurmError
 from kvdistill.slurm import client, script
 from kvdistill.slurm.attempts import cause_of_death, job_element, new_attempt
+from kvdistill.slurm.dask_cluster import cluster_options
 from kvdistill.slurm.launch import Launch, launch_command
 from kvdistill.slurm.ledger import Submission
 from kvdistill.slurm.status import read_status
@@ -168,6 +169,18 @@ def test_a_profile_becomes_a_script(tmp_path: Path) -> None:
     assert "wckey" not in text
 
 
+def test_a_profile_becomes_dask_workers(tmp_path: Path) -> None:
+    profile = SlurmProfile(
+        partition="cpu", qos="long", time_min=90, cpus_per_task=8, memory_gb=16,
+        setup=("module load x",), extra={"exclusive": "", "mail-type": "FAIL"},
+    )  # fmt: skip
+    options = cluster_options(profile, tmp_path)
+    assert options["walltime"] == "01:30:00"
+    assert options["job_extra_directives"] == ["--qos=long", "--exclusive", "--mail-type=FAIL"]
+    assert (options["cores"], options["memory"]) == (8, "16GB")
+    assert options["job_script_prologue"] == ["module load x"]
+
+
 def test_a_warning_longer_than_the_limit_is_refused() -> None:
     with pytest.raises(ValueError, match="must be shorter than time_min"):
         SlurmProfile(time_min=1, signal_delay_s=60)
@@ -214,7 +227,9 @@ def test_a_closed_gate_keeps_its_exit_code() -> None:
     assert left.value.code == 3
 
 
-@pytest.mark.parametrize("command", [["extract", "{}", "--slurm"], ["run", "{}", "--slurm"]])
+@pytest.mark.parametrize(
+    "command", [["extract", "{}", "--slurm"], ["run", "{}", "--slurm"], ["dask", "{}"]]
+)
 def test_without_slurm_it_is_said_in_one_line(
     no_slurm: None, tmp_path: Path, command: list[str]
 ) -> None:

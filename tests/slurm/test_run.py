@@ -20,9 +20,10 @@ import pytest
 
 from kvdistill.commands import distribute, work
 from kvdistill.commands.overview import overview
-from kvdistill.config import Experiment
+from kvdistill.config import Experiment, SlurmProfile
 from kvdistill.pipelines.extract import extract
 from kvdistill.slurm import client
+from kvdistill.slurm.dask_cluster import dask_cluster
 from kvdistill.slurm.ledger import Attempt
 from kvdistill.slurm.status import UNIT_STATES
 from kvdistill.store.reader import KVStore
@@ -222,3 +223,21 @@ def test_training_on_two_nodes(
     assert record["finished"]
     log = distribute.training_ledger(experiment).jobs / f"{job_id}_1_log.out"
     assert log.exists(), "the second node took part"
+
+
+def test_a_store_is_verified_by_dask_workers(
+    login: Cluster, reference: KVStore, tmp_path: Path
+) -> None:
+    pytest.importorskip("dask_jobqueue")
+    store = tmp_path / "store"
+    shutil.copytree(reference.paths.root, store)
+    profile = SlurmProfile(partition="low", cpus_per_task=1, memory_gb=2, time_min=10)
+    with dask_cluster(profile, 2, tmp_path / "logs") as address:
+        assert "24 shards, nothing wrong" in cli("verify", store, "--scheduler", address)
+        victim = max(
+            (store / "teachers/bert/shards/00003").rglob("*"), key=lambda p: p.stat().st_size
+        )
+        body = bytearray(victim.read_bytes())
+        body[len(body) // 2] ^= 1
+        victim.write_bytes(body)
+        assert "bert 00003" in cli("verify", store, "--scheduler", address, expect=1)
