@@ -204,9 +204,13 @@ def text_mask(segments: Sequence[NDArray[np.int8]], batch: Batch) -> Tensor:
 
 
 def hold_last(x_BHTD: Tensor, last_idx_B: Tensor, real_mask_BT: Tensor) -> Tensor:
-    """Replace padding by each sample's last real token."""
+    """Replace padding by each sample's last real token; contiguous.
+
+    A tap's heads lie interleaved; codecs are five times faster on what lies in order.
+    """
     idx = last_idx_B[:, None, None, None].expand(-1, x_BHTD.shape[1], 1, x_BHTD.shape[3])
-    return x_BHTD.where(real_mask_BT[:, None, :, None], x_BHTD.gather(2, idx))
+    held = x_BHTD.where(real_mask_BT[:, None, :, None], x_BHTD.gather(2, idx))
+    return held.contiguous()
 
 
 def _places(manifest: TeacherManifest, layers: Sequence[VerifiedLayer]) -> dict[int, _Place]:
