@@ -25,6 +25,7 @@ import numpy as np
 from numcodecs import zstd
 
 from kvdistill.errors import ShardCorrupt
+from kvdistill.store.buffers import empty
 from kvdistill.store.integrity import REMEDY
 
 ZSTD_LEVEL: Final = 1
@@ -89,20 +90,19 @@ def read_index(path: Path, grid: Grid) -> Index:
 def read_box(path: Path, grid: Grid, index: Index, box: Sequence[range]) -> np.ndarray:
     """A box of the array, in the box's shape.
 
-    A chunk that lies in the box as one piece is read, or decompressed, straight into its place.
+    What is wanted of an uncompressed chunk is read straight into its place where it is one piece.
 
     Raises:
         ShardCorrupt: a chunk is truncated, damaged or missing.
     """
-    out = np.empty(tuple(len(axis) for axis in box), grid.dtype)
+    out = empty([len(axis) for axis in box], grid.dtype)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         for cuts in product(*_cuts(grid, box)):
             offset, length = index[sum(cut.entry for cut in cuts)]
             view = out[tuple(cut.target for cut in cuts)]
-            whole = all(cut.whole for cut in cuts) and view.flags.c_contiguous
-            if whole and not grid.compressed:
-                _read_into(view, descriptor, offset, path)
+            if not grid.compressed and view.flags.c_contiguous and _is_prefix(cuts, grid.chunk):
+                _read_into(view, length, descriptor, offset, path)
             else:
                 stored = _opened(os.pread(descriptor, length, offset), path, "a chunk")
                 view[...] = _decoded(stored, grid, path)[tuple(cut.inside for cut in cuts)]
@@ -111,14 +111,24 @@ def read_box(path: Path, grid: Grid, index: Index, box: Sequence[range]) -> np.n
     return out
 
 
-def _read_into(view: np.ndarray, descriptor: int, offset: int, path: Path) -> None:
-    """One uncompressed chunk from the file to its place, without a copy in between."""
+def _read_into(view: np.ndarray, length: int, descriptor: int, offset: int, path: Path) -> None:
+    """The beginning of an uncompressed chunk, from the file to its place without a copy."""
     flat: np.ndarray = view.reshape(-1).view(np.uint8)
-    seal = bytearray(_CRC_BYTES)
-    found = os.preadv(descriptor, [flat.data, seal], offset)
-    checksum = google_crc32c.value(flat)
-    if found != flat.nbytes + _CRC_BYTES or checksum != int.from_bytes(seal, "little"):
+    rest = bytearray(max(0, length - flat.nbytes))
+    found = os.preadv(descriptor, [flat.data, rest], offset)
+    checksum = google_crc32c.extend(google_crc32c.value(flat), bytes(rest[:-_CRC_BYTES]))
+    if found != length or checksum != int.from_bytes(rest[-_CRC_BYTES:], "little"):
         raise ShardCorrupt(f"{path}: a chunk does not match its checksum; {REMEDY}")
+
+
+def _is_prefix(cuts: Sequence[_Cut], chunk: Sequence[int]) -> bool:
+    """Whether what is wanted of a chunk lies at its beginning, in one piece."""
+    partial = [axis for axis, cut in enumerate(cuts) if not cut.whole]
+    if not partial:
+        return True
+    return cuts[partial[0]].inside.start == 0 and (
+        len(partial) == 1 and all(size == 1 for size in chunk[: partial[0]])
+    )
 
 
 def _box(place: Sequence[int], chunk: Sequence[int]) -> tuple[slice, ...]:
