@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvdistill.adapters import DECODERS, QKV, Adapter, Heads
 from kvdistill.config import StudentConfig
 from kvdistill.distill.projection import HeadShape
 from kvdistill.errors import StudentError
-from kvdistill.extract.adapters import DECODERS, QKV, Adapter, Heads
 from kvdistill.types import KINDS, Kind
 
 

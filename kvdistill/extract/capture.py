@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kvdistill.adapters import QKV, Adapter, Heads
 from kvdistill.errors import TeacherError
-from kvdistill.extract.adapters import QKV, Adapter, Heads
 
 OnLayer = Callable[[int, QKV], None]
 

@@ -8,9 +8,9 @@ from itertools import groupby
 from typing import Any, Literal
 
 from kvdistill import provenance
+from kvdistill.adapters import Adapter
 from kvdistill.config import Experiment
 from kvdistill.errors import TeacherError
-from kvdistill.extract.adapters import Adapter
 from kvdistill.extract.capture import Site
 from kvdistill.extract.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from kvdistill.extract.text import Reader

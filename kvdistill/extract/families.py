@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from kvdistill.errors import TeacherError
-from kvdistill.extract.adapters import (
+from kvdistill.adapters import (
     DECODERS,
     ENCODER_DECODERS,
     ENCODERS,
     REFUSED,
     Adapter,
 )
+from kvdistill.errors import TeacherError
 from kvdistill.types import Stream
 
 STRANGERS: Final[tuple[Adapter, ...]] = tuple(

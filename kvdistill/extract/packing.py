@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvdistill.adapters import QKV
 from kvdistill.errors import NonFiniteError
-from kvdistill.extract.adapters import QKV
 from kvdistill.extract.batches import Batch
 from kvdistill.extract.importance import Attended, choose, importance
 from kvdistill.extract.moments import SampleMoments, moments

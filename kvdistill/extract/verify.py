@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from kvdistill.adapters import QKV
 from kvdistill.errors import TeacherError
-from kvdistill.extract.adapters import QKV
 from kvdistill.extract.capture import Site, capture
 from kvdistill.extract.rotary import rotate
 from kvdistill.store.manifest import RotarySpec
@@ -144,7 +144,7 @@ def _compare(
             f"adapter {site.adapter.name!r} does not fit {type(site.attention).__name__}, layer "
             f"{site.layer_idx}: its keys and values differ from the attention's own inputs by "
             f"{error:.1e} (relative), where {tolerance:.0e} is rounding; this architecture needs "
-            "an adapter of its own (kvdistill/extract/adapters.py)"
+            "an adapter of its own (kvdistill/adapters.py)"
         )
     _, num_heads, _, key_dim = taps.key.shape
     scaling = seen.scaling or getattr(site.attention, "scaling", key_dim**-0.5)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache
 
+from kvdistill.adapters import QKV
 from kvdistill.errors import TeacherError
-from kvdistill.extract.adapters import QKV
 from kvdistill.extract.capture import capture, sites
 from kvdistill.extract.families import adapters_for
 from kvdistill.extract.rotary import candidates, rotate, unrotate

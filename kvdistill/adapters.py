@@ -1,9 +1,10 @@
 """Where each family of models has the queries, keys and values of a layer, before any rotation.
 
-An adapter is data: the path of the layers, of the attention module inside one, of the modules
-whose outputs are tapped, and how to cut these outputs into heads. Nothing here is trusted: an
-adapter is verified on the model in hand before it is used (``verify.py``), so a model that is
-not in the table can be tried with every adapter that fits its module names.
+Teachers (``extract``) and the student (``distill``) are read in the same places, so this lies
+below both. An adapter is data: the path of the layers, of the attention module inside one, of
+the modules whose outputs are tapped, and how to cut these outputs into heads. Nothing here is
+trusted: an adapter is verified on the teacher in hand before it is used (``extract/verify.py``),
+so a model that is not in the table can be tried with every adapter that fits its module names.
 
 Keys are tapped *after* a key norm and *before* the rotation: un-rotating a cached bfloat16 key
 is inexact (errors up to 0.18 on SmolLM2), a tap is not.
