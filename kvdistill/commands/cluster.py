@@ -45,10 +45,8 @@ def status(
 
     It reads the store's folder; Slurm, where there is one, is asked only why jobs wait.
     """
-    from kvdistill.commands.overview import overview
-
     while True:
-        seen = overview(target, overrides, teachers)
+        seen = _overview(target, overrides, teachers)
         if watch and sys.stdout.isatty():
             click.clear()
         click.echo(json.dumps(seen.as_dict()) if as_json else "\n".join(_lines(seen, target)))
@@ -74,15 +72,17 @@ def logs(
     lines: int,
 ) -> None:
     """Show tracebacks and the last log lines of failed shards (or of UNITS) in TARGET."""
-    for teacher, ledger, seen in _teachers(target, overrides, teachers):
-        for attempt in seen.status.broken:
-            click.echo(f"{teacher}: task {attempt.task} {attempt.message}\n{attempt.traceback}")
-            click.echo(_tail(attempt.log, lines))
-        wanted = units or tuple(seen.status.failures)
-        for unit in wanted:
+    seen = _overview(target, overrides, teachers)
+    for each, ledger in _ledgers(seen):
+        for attempt in each.status.broken:
+            click.echo(f"{each.teacher}: task {attempt.task} {attempt.message}")
+            click.echo(attempt.traceback or _tail(attempt.log, lines))
+        for unit in units or tuple(each.status.failures):
             for failure in ledger.failures(unit):
-                click.echo(f"{teacher} {_failure_line(failure)}")
+                click.echo(f"{each.teacher} {_failure_line(failure)}")
                 click.echo(failure.traceback or _tail(failure.log, lines))
+    if seen.training_log is not None and not (units or teachers):
+        click.echo(f"training: {seen.training}\n{_tail(str(seen.training_log), lines)}")
 
 
 @click.command()
@@ -96,7 +96,7 @@ def cancel(target: Path, overrides: tuple[str, ...], teachers: tuple[str, ...]) 
     from kvdistill.slurm import client
 
     client.require()
-    ledgers = [ledger for _, ledger, _ in _teachers(target, overrides, teachers)]
+    ledgers = [ledger for _, ledger in _ledgers(_overview(target, overrides, teachers))]
     if not target.is_dir() and not teachers:
         ledgers.append(training_ledger(config_file.load(target, overrides)))
     ids = {job.job_id for ledger in ledgers for job in ledger.submissions()}
@@ -115,28 +115,31 @@ def retry(
 ) -> None:
     """Forget the failures of quarantined shards (or of UNITS), so that they are tried again."""
     total = 0
-    for teacher, ledger, seen in _teachers(target, overrides, teachers):
-        for unit in units or seen.status.of("quarantined"):
+    for each, ledger in _ledgers(_overview(target, overrides, teachers)):
+        for unit in units or each.status.of("quarantined"):
             count = ledger.forgive(unit)
             total += bool(count)
             if count:
-                click.echo(f"{teacher} {unit}: {count} failures forgotten")
+                click.echo(f"{each.teacher} {unit}: {count} failures forgotten")
     click.echo(f"{total} shards will be tried again; next: the same `kvdistill extract` command")
 
 
-def _teachers(
-    target: Path, overrides: tuple[str, ...], only: tuple[str, ...]
-) -> Iterator[tuple[str, Ledger, TeacherOverview]]:
+def _overview(target: Path, overrides: tuple[str, ...], only: tuple[str, ...]) -> Overview:
     from kvdistill.commands.overview import overview
-    from kvdistill.slurm.ledger import Ledger
-    from kvdistill.store.layout import StorePaths
 
     seen = overview(target, overrides, only)
     strangers = set(only) - {each.teacher for each in seen.teachers}
     if strangers:
         raise ConfigError(f"{target} has no teacher {sorted(strangers)}")
-    for each in seen.teachers:
-        yield each.teacher, Ledger(StorePaths(seen.store.absolute()).teacher(each.teacher)), each
+    return seen
+
+
+def _ledgers(seen: Overview) -> Iterator[tuple[TeacherOverview, Ledger]]:
+    from kvdistill.slurm.ledger import Ledger
+    from kvdistill.store.layout import StorePaths
+
+    paths = StorePaths(seen.store.absolute())
+    return ((each, Ledger(paths.teacher(each.teacher))) for each in seen.teachers)
 
 
 def _lines(seen: Overview, target: Path) -> Iterator[str]:

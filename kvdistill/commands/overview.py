@@ -13,6 +13,7 @@ from kvdistill.commands.distribute import training_ledger
 from kvdistill.commands.work import done_units, is_another
 from kvdistill.config import Experiment
 from kvdistill.errors import SlurmError
+from kvdistill.pipelines.runs import RunFolder
 from kvdistill.slurm import client
 from kvdistill.slurm.ledger import Ledger
 from kvdistill.slurm.status import UNIT_STATES, Status, read_status
@@ -41,6 +42,8 @@ class Overview:
     store: Path
     teachers: tuple[TeacherOverview, ...]
     training: str | None
+    training_log: Path | None
+    """Standard error of the newest training job."""
 
     @property
     def is_complete(self) -> bool:
@@ -78,7 +81,8 @@ def overview(target: Path, overrides: Sequence[str] = (), only: Sequence[str] = 
         _teacher_overview(store, experiment, name) for name in names if not only or name in only
     )
     training = None if experiment is None else _training(experiment)
-    return Overview(store.paths.root, teachers, training)
+    log = None if experiment is None else _training_log(experiment)
+    return Overview(store.paths.root, teachers, training, log)
 
 
 def _marked_teachers(store: KVStore) -> list[str]:
@@ -109,12 +113,21 @@ def _training(experiment: Experiment) -> str | None:
         return None
     newest = submissions[-1].job_id
     try:
-        job = client.queue([newest]).get(newest)
+        job = client.queue([newest]).get(newest) if client.is_available() else None
     except SlurmError as error:
         return f"job {newest}: {error}"
-    if job is None:
-        return f"job {newest} has ended; its log is in {training_ledger(experiment).jobs}"
-    return f"job {newest} is {job.state.lower()} ({job.reason})"
+    if job is not None:
+        return f"job {newest} is {job.state.lower()} ({job.reason})"
+    folder = RunFolder(experiment.output_dir / experiment.name)
+    if folder.read_record().get("finished"):
+        return f"finished, in {folder.path}"
+    return f"job {newest} has ended, and the run is not finished"
+
+
+def _training_log(experiment: Experiment) -> Path | None:
+    ledger = training_ledger(experiment)
+    submissions = ledger.submissions()
+    return ledger.jobs / f"{submissions[-1].job_id}_0_log.err" if submissions else None
 
 
 def _teacher_dict(overview: TeacherOverview) -> dict[str, Any]:

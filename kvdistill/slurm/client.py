@@ -63,7 +63,7 @@ def call(command: Sequence[str]) -> str:
     except subprocess.TimeoutExpired:
         raise SlurmError(f"`{shown}` did not answer within {TIMEOUT_SECONDS} s") from None
     if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split())
+        said = " ".join((done.stderr or done.stdout).split())[-200:]
         raise SlurmError(f"`{shown}` failed: {said}")
     return done.stdout
 

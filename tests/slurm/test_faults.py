@@ -221,6 +221,23 @@ def test_a_time_limit_is_named_and_work_goes_on(login: Cluster, tmp_path: Path) 
     assert not leftovers(tmp_path)
 
 
+def test_a_node_of_two_workers_shares_its_gpus_and_comes_back(
+    login: Cluster, tmp_path: Path
+) -> None:
+    units = ["slow-1", "slow-2", "a", "b"]
+    job_id = submit(tmp_path, units, tasks=1, seconds=3, workers=2, gpus_per_node=2)
+    wait_for("both", lambda: look(tmp_path, units).count("running") == 2)
+    login.client("scontrol", "requeue", job_id)
+    wait_for("both to stop", lambda: look(tmp_path, units).count("pending") == 4)
+    assert {a.outcome for a in ledger(tmp_path).attempts()} == {"interrupted"}
+    run_until_idle(login, job_id)
+    assert look(tmp_path, units).is_complete
+    gpus = {unit: (tmp_path / "results" / unit).read_text().split()[1] for unit in units}
+    assert gpus == {"slow-1": "0", "a": "0", "slow-2": "1", "b": "1"}
+    assert not look(tmp_path, units).failures
+    assert not leftovers(tmp_path)
+
+
 def test_arrays_are_split_at_the_sites_limit(
     login: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -181,6 +181,8 @@ def test_training_refuses_then_trains_and_resumes(
     assert "ExitCode=3:0" in shown
     log = distribute.training_ledger(experiment).jobs / f"{refused}_0_log.err"
     assert "no teacher 'bert'" in log.read_text()
+    assert "has ended, and the run is not finished" in cli("status", config)
+    assert "no teacher 'bert'" in cli("logs", config)
 
     options: list[Any] = [part for each in overrides for part in ("--set", each)]
     assert "training: job" in cli("run", config, "--slurm", *options)
@@ -194,6 +196,7 @@ def test_training_refuses_then_trains_and_resumes(
     assert record["finished"]
     assert record["steps"] == 40
     assert len(record["attempts"]) == 2
+    assert f"training: finished, in {run}" in cli("status", config)
 
 
 def test_written_scripts_do_the_same(
