@@ -11,6 +11,7 @@ import dataclasses
 import os
 import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -160,7 +161,10 @@ class Heart:
         while not self._done.wait(min(0.5, self._seconds)):
             if self._stop.reason != heard or time.monotonic() - last >= self._seconds:
                 last, heard = time.monotonic(), self._stop.reason
-                self.say()
+                try:
+                    self.say()
+                except OSError as error:  # a full or absent disk may be well again at the next
+                    print(f"no heartbeat: {error}", file=sys.stderr, flush=True)
 
     def rest(self) -> None:
         """End the thread."""

@@ -119,9 +119,9 @@ class Ledger:
         _replace(self._claim_path(unit), attempt_id)
 
     def holder(self, unit: str) -> str | None:
-        """Id of the attempt that has a unit in hand."""
+        """Id of the attempt that has a unit in hand; empty if a crash left the claim unreadable."""
         body = _load(self._claim_path(unit))
-        return body if isinstance(body, str) else None
+        return body if body is None or isinstance(body, str) else ""
 
     def claims(self) -> dict[str, str]:
         """Attempt id by unit, for every unit in hand."""
@@ -188,10 +188,17 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _load(path: Path) -> Any:
+    """A file's JSON; None if there is no file, ``{}`` if it holds none.
+
+    A machine that loses power may leave an empty file. Nothing here is worth stopping for: an
+    attempt without a word is dead, and a claim without a holder is free.
+    """
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
+    except ValueError:
+        return {}
     except OSError as error:
         # NFS: the file was replaced between our open and read; the next look finds the new one.
         if error.errno == errno.ESTALE:
@@ -201,7 +208,7 @@ def _load(path: Path) -> Any:
 
 def _read(kind: type[Record], path: Path) -> Record | None:
     body = _load(path)
-    if not isinstance(body, dict):
+    if not isinstance(body, dict) or not body:
         return None
     if kind is Submission:
         body["elements"] = tuple(tuple(units) for units in body["elements"])

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvdistill.errors import SlurmError
+from kvdistill.slurm.attempts import Heart, new_attempt
+from kvdistill.slurm.ledger import Attempt, Ledger
 from kvdistill.slurm.local import run_pool
+from kvdistill.slurm.signals import StopFlag
 from kvdistill.slurm.status import UNIT_STATES, read_status
 from kvdistill.slurm.task import TRY_AGAIN, Task, share
 from kvdistill.slurm.worker import work
@@ -253,6 +257,43 @@ def test_every_unit_is_in_one_state_and_speed_is_told(tmp_path: Path) -> None:
     assert not status.is_complete
     process.terminate()
     process.wait(10)
+
+
+def test_files_that_a_power_cut_emptied_stop_nobody(tmp_path: Path) -> None:
+    task = toy_task(tmp_path, "a", "fail-1")
+    work(task)
+    (tmp_path / "results/a").unlink()
+    (tmp_path / "claims").mkdir(exist_ok=True)
+    (tmp_path / "claims/a.json").touch()
+    for path in (*tmp_path.glob("attempts/*"), *tmp_path.glob("failures/fail-1/*")):
+        path.write_bytes(b"")
+    assert states(task) == {"a": "stale", "fail-1": "pending"}
+    work(task)
+    assert states(task) == {"a": "done", "fail-1": "failed"}
+    assert not list(tmp_path.glob("claims/*"))
+
+
+def test_a_heart_survives_a_disk_that_fails_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt = new_attempt(0, 1, None, {})
+    refuse = True
+
+    def write(self: Ledger, newest: Attempt) -> None:
+        if refuse:
+            raise OSError(28, "No space left on device")
+        written.append(newest)
+
+    written: list[Attempt] = []
+    heart = Heart(Ledger(tmp_path), attempt, StopFlag(1.0), 0.01)
+    monkeypatch.setattr(Ledger, "write_attempt", write)
+    thread = threading.Thread(target=heart.beat, daemon=True)
+    thread.start()
+    time.sleep(0.1)
+    refuse = False
+    wait_for("the next beat", lambda: bool(written), 10)
+    heart.rest()
+    thread.join(10)
 
 
 def test_heartbeats_stay_whole_while_they_are_read(tmp_path: Path) -> None:
