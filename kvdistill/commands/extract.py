@@ -43,7 +43,7 @@ def extract(
     experiment = load(config, overrides)
     if task is not None:
         share = {"task": task, "num_tasks": num_tasks, "workers": spread.workers or 1}
-        extract_task(experiment, config, teachers, **share)
+        extract_task(experiment, teachers, **share)
         return
     if spread.wanted:
         spread_extraction(experiment, config, teachers, spread)

@@ -104,7 +104,6 @@ def spread_extraction(
 
 def extract_task(
     experiment: Experiment,
-    config: Path,
     teachers: Sequence[str],
     *,
     task: int,
@@ -117,10 +116,13 @@ def extract_task(
 
     profiles = experiment.slurm.profiles
     restarts = choose_profile(experiment, None, "extract").max_restarts if profiles else 0
+    endings = []
     for name in teachers or experiment.teachers:
-        ending = extract_share(experiment, name, task, num_tasks, workers)
-        click.echo(f"{name}: {ending.message}")
-        leave(ending, restarts)
+        endings.append(extract_share(experiment, name, task, num_tasks, workers))
+        click.echo(f"{name}: {endings[-1].message}")
+        if endings[-1].outcome == "interrupted":
+            break
+    leave(max(endings, key=lambda ending: (ending.again, ending.exit_code)), restarts)
 
 
 def _scripts(
