@@ -55,6 +55,12 @@ def describe(name: str, experiment: Experiment, reader: Reader, loaded: Loaded) 
             f"teacher {name!r}: extraction.hidden_at_cue does not apply to stream cross, whose "
             "tokens are the encoder's; leave it off, or read stream encoder or decoder"
         )
+    if not verified.sites and (extraction.importance or extraction.hidden_at_cue):
+        raise TeacherError(
+            f"teacher {name!r}: no adapter fits {type(model).__name__}, so it is read from its "
+            "cache, which has no queries and no hidden states; set extraction.importance and "
+            "extraction.hidden_at_cue to false, or write an adapter (kvdistill/adapters.py)"
+        )
     return TeacherManifest(
         name=name,
         model=config.model,

@@ -51,3 +51,9 @@ def adapters_for(name: str, model: Any, stream: Stream | None = None) -> list[Ad
     if model_type in ENCODERS:
         return [ENCODERS[model_type]]
     return list(STRANGERS)
+
+
+def is_known(model: Any) -> bool:
+    """Whether the architecture has an adapter of its own."""
+    model_type = model.config.get_text_config().model_type
+    return model_type in {*DECODERS, *ENCODERS, *ENCODER_DECODERS}

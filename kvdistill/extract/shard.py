@@ -15,7 +15,6 @@ from torch import Tensor
 from kvdistill.corpus import Sample
 from kvdistill.errors import TeacherError
 from kvdistill.extract.batches import Batch, collate, plan
-from kvdistill.extract.capture import capture
 from kvdistill.extract.hidden import cue, layer_inputs_at, summarise, take
 from kvdistill.extract.packing import ShardPacker, text_mask
 from kvdistill.extract.teacher import Teacher
@@ -106,10 +105,9 @@ def _run_whole(teacher: Teacher, batch: Batch, packer: ShardPacker) -> None:
     inputs: list[Tensor] = []
     packed = packer.begin(batch)
     with ExitStack() as hooks:
-        hooks.enter_context(capture(teacher.sites, packed.add))
         if manifest.has_hidden_at_cue:
             hooks.enter_context(layer_inputs_at(teacher.sites, cues, inputs))
-        hidden_BTE = teacher.forward(batch)
+        hidden_BTE = teacher.run(batch, packed.add)
     packed.finish()
     rows = list(batch.sample_idx)
     if manifest.has_hidden_at_cue:

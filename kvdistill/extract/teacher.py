@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,21 +17,17 @@ from kvdistill.config import Experiment, GenerateConfig, TeacherConfig
 from kvdistill.corpus import Sample
 from kvdistill.errors import TeacherError
 from kvdistill.extract.batches import Batch
-from kvdistill.extract.capture import Site, sites
-from kvdistill.extract.describe import Loaded, Verified, describe, max_length
-from kvdistill.extract.families import adapters_for
+from kvdistill.extract.cached import forward_through_cache
+from kvdistill.extract.capture import OnLayer, Site, capture
+from kvdistill.extract.describe import Loaded, describe, max_length
+from kvdistill.extract.fitting import CACHE, fit
 from kvdistill.extract.generate import with_own_rationales
 from kvdistill.extract.loading import load_model, load_tokenizer
-from kvdistill.extract.rotary import candidates
 from kvdistill.extract.streams import forward, read_pair
 from kvdistill.extract.text import Bos, Encoded, Reader
-from kvdistill.extract.verify import VerifiedLayer, verify
+from kvdistill.extract.verify import VerifiedLayer
 from kvdistill.extract.view import SEGMENTS, chat, parse
 from kvdistill.store.manifest import TeacherManifest
-from kvdistill.types import Stream
-
-PROBE_TOKENS: Final = 13
-"""Length of the verification run; prime, so that no axis is mistaken for the token axis."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +82,14 @@ class Teacher:
             max_length=self.max_length,
         )
 
+    def run(self, batch: Batch, on_layer: OnLayer) -> Tensor:
+        """A forward pass that hands ``on_layer`` every kept layer's Q, K and V."""
+        if self.manifest.adapter == CACHE.name:
+            inputs = (batch.input_ids, batch.attention_mask)
+            return forward_through_cache(self.model, *inputs, self.layers, on_layer)
+        with capture(self.sites, on_layer):
+            return self.forward(batch)
+
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """One pass over a right-padded batch; the final hidden state ``[B, T, E]``."""
@@ -103,7 +107,7 @@ def load_teacher(name: str, experiment: Experiment) -> Teacher:
     whole, missing = load_model(name, config, _device(experiment.extraction.device))
     model = whole if config.generate is None else whole.base_model
     reader = _reader(name, config, model)
-    verified = _verified(name, model, config.stream)
+    verified = fit(name, model, config.stream)
     chosen = _chosen(name, config, verified.layers)
     layers = tuple(layer for layer in verified.layers if layer.layer_idx in chosen)
     found = tuple(site for site in verified.sites if site.layer_idx in chosen)
@@ -123,32 +127,6 @@ def _reader(name: str, config: TeacherConfig, model: Any) -> Reader:
     if config.bos == "never":
         bos = "remove"
     return Reader(tokenizer, view, add_special_tokens=not config.chat, bos=bos)
-
-
-def _verified(name: str, model: Any, stream: Stream | None) -> Verified:
-    problems: list[str] = []
-    for adapter in adapters_for(name, model, stream):
-        try:
-            found, skipped = sites(model, adapter)
-            rotations = candidates(model, max(site.layer_idx for site in found) + 1)
-            layers = verify(model, found, rotations, lambda: _probe(model))
-        except TeacherError as error:
-            problems.append(str(error))
-            continue
-        return Verified(adapter, found, skipped, layers)
-    raise TeacherError(f"teacher {name!r}: {problems[0]}")
-
-
-@torch.inference_mode()
-def _probe(model: Any) -> None:
-    """A pass over a few random tokens, through every stream that the model has."""
-    vocab_size = model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocab_size, (1, PROBE_TOKENS), generator=generator)
-    inputs = {"input_ids": ids.to(_input_device(model))}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = inputs["input_ids"][:, :-2]
-    model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), use_cache=False)
 
 
 def _input_device(model: Any) -> torch.device:
