@@ -127,7 +127,7 @@ def test_a_dead_direction_is_not_blown_up():
     noise = torch.zeros(1, LAYERS, 3, 1, 4)
     noise[..., 1] = 1e-3
     moved = projection(noise) - projection(torch.zeros_like(noise))
-    assert float(moved.abs().max()) < 1e-2
+    assert moved.abs().max().item() < 1e-2
 
 
 def test_an_empty_pilot_is_refused():
