@@ -76,10 +76,11 @@ class SafetensorsBackend:
         header = _found_header(data)
         if xxhash.xxh3_64_hexdigest(header) != commit.tensors.get(HEADER):
             raise ShardCorrupt(f"{path}: its header is not the committed one; {REMEDY}")
-        attributes = json.loads(json.loads(header[8:])["__metadata__"]["attributes"])
-        if header != _header(specs, attributes):
+        entries = json.loads(header[8:])
+        if not _fits(entries, specs, len(data) - len(header)):
             raise ShardCorrupt(f"{path}: its tensors are not what the manifest asks for; {REMEDY}")
         arrays = {spec.name: _view(data, spec, at) for spec, at in _offsets(specs, len(header))}
+        attributes = json.loads(entries["__metadata__"]["attributes"])
         return _MappedShard(path, commit, specs, arrays, attributes)
 
 
@@ -162,20 +163,38 @@ def _num_bytes(shape: Sequence[int], dtype: str) -> int:
 
 
 def _header(specs: Specs, attributes: Mapping[str, object]) -> bytes:
-    """The file up to its data, padded to 64 bytes. A pure function, so a reader can compare."""
+    """The file up to its data, padded to 64 bytes."""
     entries: dict[str, Any] = {"__metadata__": {"attributes": json.dumps(attributes)}}
-    at = 0
-    for spec in _ordered(specs):
-        logical = str(spec.attributes.get("logical_dtype"))
-        dtype = DTYPES.get(logical, DTYPES[spec.dtype])
-        for name, index in _tensors(spec):
-            shape = spec.shape if index is ... else spec.shape[2:]
-            end = at + _num_bytes(shape, spec.dtype)
-            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
-            at = end
+    for spec, at in _offsets(specs, 0):
+        for number, (name, _) in enumerate(_tensors(spec)):
+            entries[name] = _entry(spec, at, number)
     body = json.dumps(entries, separators=(",", ":")).encode()
     body += b" " * (-(8 + len(body)) % 64)
     return struct.pack("<Q", len(body)) + body
+
+
+def _entry(spec: ArraySpec, at: int, number: int) -> dict[str, Any]:
+    """What the header says of an array's tensor ``number``; the array begins at ``at``."""
+    logical = str(spec.attributes.get("logical_dtype"))
+    shape = spec.shape if spec.group is None else spec.shape[2:]
+    size = _num_bytes(shape, spec.dtype)
+    return {
+        "dtype": DTYPES.get(logical, DTYPES[spec.dtype]),
+        "shape": list(shape),
+        "data_offsets": [at + number * size, at + (number + 1) * size],
+    }
+
+
+def _fits(entries: Mapping[str, Any], specs: Specs, num_bytes: int) -> bool:
+    """Whether every array begins where, and is what, the manifest asks for, and nothing more.
+
+    Tensors of one array follow each other, so its first and the file's size settle the rest.
+    """
+    total = sum(_num_bytes(spec.shape, spec.dtype) for spec in specs.values())
+    return total == num_bytes and all(
+        entries.get(next(_tensors(spec))[0]) == _entry(spec, at, 0)
+        for spec, at in _offsets(specs, 0)
+    )
 
 
 def _found_header(data: mmap.mmap) -> bytes:
