@@ -144,7 +144,8 @@ def chat(tokenizer: Any, system: str | None = None) -> View:
         raise TeacherError("the chat template does not show each turn exactly once")
     answer = (Slot("rationale", "lstrip"), Slot("answer", "rstrip"))
     pieces = (before, Slot("prompt", "strip"), between, *answer, after)
-    return View(tuple(piece for piece in pieces if piece), rendered)
+    shown = f"{before}{{prompt:strip}}{between}{{rationale:lstrip}}{{answer:rstrip}}{after}"
+    return View(tuple(piece for piece in pieces if piece), shown)
 
 
 def _refuse_plain_text(slot: Slot, sample: Sample) -> None:

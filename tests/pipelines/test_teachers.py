@@ -183,6 +183,27 @@ def test_importance_can_be_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("model_type", "options", "longest"),
+    [
+        ("roberta", {"max_position_embeddings": 24, "pad_token_id": 1}, 22),
+        ("bert", {"max_position_embeddings": 24}, 24),
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24, "base": {}}, 24),
+        ("opt", {"max_position_embeddings": 24, "word_embed_proj_dim": 32, "ffn_dim": 48}, 24),
+        ("t5", {**ENCODER_DECODERS["t5"][1], "base": {}}, None),
+    ],
+)
+def test_a_text_may_fill_every_position(
+    tmp_path: Path, model_type: str, options: dict[str, Any], longest: int | None
+) -> None:
+    save_teacher(tmp_path / "t", model_type, **options)
+    teacher = {"stream": "encoder"} if model_type == "t5" else {}
+    experiment = make(tmp_path, teacher, PLAIN, long_text="truncate")
+    assert load_teacher("t", experiment).max_length == longest
+    _, shard = only_shard(experiment)
+    assert shard.tokens.num_tokens == (longest or shard.tokens.num_tokens)
+
+
+@pytest.mark.parametrize(
     ("teacher", "message"),
     [
         ({"chat": True, "template": "{text}"}, "not both"),
