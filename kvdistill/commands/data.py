@@ -36,7 +36,8 @@ def gsm8k(output: Path, source: Path | None, split: str, max_samples: int | None
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", encoding="utf-8") as lines:
         for sample in samples:
-            row = {"sample_id": sample.sample_id, **dict(sample.segments)}
+            row: dict[str, str] = {"sample_id": sample.sample_id}
+            row.update(sample.segments)
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     click.echo(f"wrote {len(samples)} samples to {output}")
 

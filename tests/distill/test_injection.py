@@ -29,7 +29,8 @@ def run(model, ids):
     capture = KVCapture(model)
     with capture() as found:
         logits = model(input_ids=ids, use_cache=False).logits
-    return logits, torch.stack([k for _, k, _ in found], 1), torch.stack([v for _, _, v in found], 1)
+    _, key, value = (torch.stack(layers, 1) for layers in zip(*found, strict=True))
+    return logits, key, value
 
 
 @pytest.fixture(params=STUDENTS)
