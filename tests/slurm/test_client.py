@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from kvdistill.cli import cli
-from kvdistill.config import SlurmProfile
+from kvdistill.config import SlurmConfig, SlurmProfile
 from kvdistill.errors import ConfigError, SlurmError
 from kvdistill.slurm import client, script
 from kvdistill.slurm.attempts import cause_of_death, job_element, new_attempt
@@ -22,7 +25,7 @@ from kvdistill.slurm.launch import Launch, launch_command
 from kvdistill.slurm.ledger import Submission
 from kvdistill.slurm.status import read_status
 from kvdistill.slurm.submit import Element, come_again, split
-from tests.slurm.experiment import write_experiment
+from tests.slurm.experiment import ROOT, write_experiment
 from tests.slurm.toy import ledger, toy_task
 
 Fake = Callable[[str, str], Path]
@@ -278,6 +281,21 @@ def test_status_says_what_it_knows_when_slurm_does_not_answer(fake: Fake, tmp_pa
     seen = read_status(ledger(tmp_path), ["a", "b"], {"b"})
     assert seen.units == {"a": "pending", "b": "done"}
     assert "Unable to contact" in (seen.slurm_error or "")
+
+
+def test_the_pages_profiles_are_valid_and_its_commands_exist() -> None:
+    page = (ROOT / "docs/slurm.md").read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        SlurmConfig.model_validate(yaml.safe_load(block)["slurm"])
+    lines = re.findall(r"^kvdistill (.+?)(?:\s+#.*)?$", page, re.MULTILINE)
+    assert len(lines) > 8
+    for line in lines:
+        name, *arguments = shlex.split(line)
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None, name
+        command.make_context(name, arguments)
 
 
 def test_an_unknown_profile_names_the_known(tmp_path: Path) -> None:
