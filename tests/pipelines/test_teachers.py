@@ -197,7 +197,8 @@ def test_a_text_may_fill_every_position(
 ) -> None:
     save_teacher(tmp_path / "t", model_type, **options)
     teacher = {"stream": "encoder"} if model_type == "t5" else {}
-    experiment = make(tmp_path, teacher, PLAIN, long_text="truncate")
+    text = PLAIN.replace("friends", "friends in April, and half as many in May")
+    experiment = make(tmp_path, teacher, text, long_text="truncate")
     assert load_teacher("t", experiment).max_length == longest
     _, shard = only_shard(experiment)
     assert shard.tokens.num_tokens == (longest or shard.tokens.num_tokens)
