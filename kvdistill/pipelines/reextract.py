@@ -17,6 +17,7 @@ from kvdistill.extract.teacher import Teacher, load_teacher
 from kvdistill.store.codecs import CODECS, parts_of
 from kvdistill.store.reader import KVStore
 from kvdistill.store.schema import group_prefix
+from kvdistill.store.writer import add_teacher
 from kvdistill.types import KINDS, Kind
 
 TOLERANCE: Final = {"float32": 0.01, "float16": 0.03, "bfloat16": 0.05}
@@ -48,11 +49,13 @@ def reextract(store: KVStore, experiment: Experiment, name: str, count: int) -> 
     Raises:
         ShardNotFound: nothing is committed.
         TeacherError: the teacher cannot be loaded or verified.
-        StoreMismatch: it now cuts a sample into other tokens.
+        StoreMismatch: its fingerprints are not the stored ones, or it now cuts a sample into
+            other tokens.
     """
-    teacher = load_teacher(name, experiment)
-    errors: dict[Kind, list[float]] = {kind: [0.0] for kind in KINDS}
     chosen = _chosen(store, name, count)
+    teacher = load_teacher(name, experiment)
+    add_teacher(store, teacher.manifest)
+    errors: dict[Kind, list[float]] = {kind: [0.0] for kind in KINDS}
     num_tokens = 0
     for shard_id, sample_idx, sample in chosen:
         again = extract_samples(

@@ -1,7 +1,10 @@
+"""Reading samples again through the teacher: the same, changed codes, another teacher."""
+
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kvdistill.errors import ShardNotFound, StoreMismatch
@@ -18,27 +21,27 @@ def test_the_same_teacher_says_the_same(tmp_path: Path) -> None:
     experiment = make(tmp_path, {})
     extract(experiment)
     found = reextract(KVStore.open(experiment.store), experiment, "t", 2)
-    assert [(d.sample_id, d.kind) for d in found] == [
-        (sample, kind) for sample in ("00000000", "00000001") for kind in ("key", "value")
-    ]
-    assert all(d.same_tokens and d.relative_error < 1e-3 for d in found)
+    assert (found.teacher, found.samples) == ("t", 2)
+    assert found.tokens > 2
+    assert max(found.key_error, found.value_error) < 1e-3
+    assert found.agrees
 
 
 def test_changed_codes_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_teacher(tmp_path / "t")
     experiment = make(tmp_path, {})
     extract(experiment)
-    original = KVStore.read_shard
+    original = KVStore.read
 
     def forged(self: KVStore, *args: object, **kwargs: object) -> object:
-        shard = original(self, *args, **kwargs)  # type: ignore[arg-type]
-        shard.arrays["value"][1] = 0
-        return shard
+        stored = original(self, *args, **kwargs)  # type: ignore[arg-type]
+        return np.roll(stored, 1, axis=-1) if args[2:] == (1, 0, "value") else stored
 
-    monkeypatch.setattr(KVStore, "read_shard", forged)
+    monkeypatch.setattr(KVStore, "read", forged)
     found = reextract(KVStore.open(experiment.store), experiment, "t", 1)
-    assert found[0].relative_error < 1e-3
-    assert found[1].relative_error > 0.1
+    assert found.key_error < 1e-3
+    assert found.value_error > 0.1
+    assert not found.agrees
 
 
 def test_another_teacher_is_refused(tmp_path: Path) -> None:
@@ -46,11 +49,11 @@ def test_another_teacher_is_refused(tmp_path: Path) -> None:
     extract(make(tmp_path, {}))
     save_teacher(tmp_path / "t", seed=1)
     with pytest.raises(StoreMismatch, match="weights_fingerprint"):
-        reextract(KVStore.open(tmp_path / "store"), make(tmp_path, {}), "t")
+        reextract(KVStore.open(tmp_path / "store"), make(tmp_path, {}), "t", 1)
 
 
 def test_nothing_to_compare(tmp_path: Path) -> None:
     save_teacher(tmp_path / "t")
     experiment = make(tmp_path, {}, CORPUS)
-    with pytest.raises(ShardNotFound, match="no committed shard"):
-        reextract(prepare(experiment), experiment, "t")
+    with pytest.raises(ShardNotFound, match=r"no teacher 't'|no shard yet"):
+        reextract(prepare(experiment), experiment, "t", 1)
