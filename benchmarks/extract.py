@@ -11,6 +11,7 @@ the process is given too: on a shared machine it is the steadier figure. Bar: 1.
 from __future__ import annotations
 
 import argparse
+import gc
 import resource
 import statistics
 import tempfile
@@ -26,49 +27,58 @@ from kvdistill.extract.batches import Batch, collate, plan
 from kvdistill.extract.teacher import Teacher, load_teacher
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.stored import prepare
+from kvdistill.store.reader import KVStore
 
 
 def main() -> None:
     options = arguments()
-    experiment = experiment_of(options, Path("unused"))
-    teacher = load_teacher("teacher", experiment)
     ratios = []
     with tempfile.TemporaryDirectory(prefix="kvdistill-bench-", dir=options.tmp) as folder:
         for i in range(options.rounds):
-            experiment = experiment_of(options, Path(folder) / str(i))
-            ratios.append(one_round(experiment, teacher))
+            ratios.append(one_round(experiment_of(options, Path(folder) / str(i))))
     print(f"median of {len(ratios)}: wall {median(ratios, 0):.3f}, CPU {median(ratios, 1):.3f}")
 
 
-def one_round(experiment: Experiment, teacher: Teacher) -> tuple[float, float]:
-    """Bare, extract, bare again; ratios of wall and of CPU time."""
+def one_round(experiment: Experiment) -> tuple[float, float]:
+    """Bare, extract, bare again; ratios of wall and of CPU time. One teacher in memory."""
     store = prepare(experiment)
-    batches = []
+    teacher, _ = loaded(experiment)
+    first, peak_bare = bare(teacher, store, experiment), peak_gib()
+    del teacher
+    gc.collect()
+    began = time.process_time()
+    (report,) = extract(experiment).teachers
+    cpu, peak = time.process_time() - began, peak_gib()
+    teacher, load_cpu = loaded(experiment)
+    second = bare(teacher, store, experiment)
+    wall_bare, cpu_bare = ((a + b) / 2 for a, b in zip(first, second, strict=True))
+    wall, cpu = report.seconds / wall_bare, (cpu - load_cpu) / cpu_bare
+    size = sum(p.stat().st_size for p in experiment.store.rglob("*") if p.is_file())
+    print(
+        f"{len(store.shard_ids)} shards, {report.tokens} tokens, {size / 2**20:.0f} MiB: forward "
+        f"{wall_bare:.2f} s ({report.tokens / wall_bare:,.0f}/s), extract {report.seconds:.2f} s "
+        f"({report.tokens / report.seconds:,.0f}/s), wall {wall:.3f}, CPU {cpu:.3f}; "
+        f"peak {peak_bare:.2f} -> {peak:.2f} GiB",
+        flush=True,
+    )
+    return wall, cpu
+
+
+def loaded(experiment: Experiment) -> tuple[Teacher, float]:
+    """The teacher, and the CPU seconds of loading and verifying it, which ``extract`` does too."""
+    began = time.process_time()
+    teacher = load_teacher("teacher", experiment)
+    return teacher, time.process_time() - began
+
+
+def bare(teacher: Teacher, store: KVStore, experiment: Experiment) -> tuple[float, float]:
+    """Wall and CPU seconds of forward passes alone, over the batches that extraction makes."""
+    batches: list[Batch] = []
     for shard_id in store.shard_ids:
         encoded = teacher.read(store.samples(shard_id))
         lengths = [sample.num_tokens for sample in encoded]
         for chosen in plan(lengths, experiment.extraction.batch_tokens):
             batches.append(collate(encoded, chosen, 0, teacher.device))
-    first, peak_bare = bare(teacher, batches), peak_gib(teacher)
-    began = time.process_time()
-    (report,) = extract(experiment).teachers
-    cpu = time.process_time() - began
-    load = loading_cpu(experiment)
-    second = bare(teacher, batches)
-    wall_bare, cpu_bare = ((a + b) / 2 for a, b in zip(first, second, strict=True))
-    size = sum(p.stat().st_size for p in experiment.store.rglob("*") if p.is_file())
-    print(
-        f"{len(store.shard_ids)} shards, {report.tokens} tokens, {size / 2**20:.0f} MiB: forward "
-        f"{wall_bare:.2f} s ({report.tokens / wall_bare:,.0f}/s), extract {report.seconds:.2f} s "
-        f"({report.tokens / report.seconds:,.0f}/s), wall {report.seconds / wall_bare:.3f}, CPU "
-        f"{(cpu - load) / cpu_bare:.3f}; peak {peak_bare:.2f} -> {peak_gib(teacher):.2f} GiB",
-        flush=True,
-    )
-    return report.seconds / wall_bare, (cpu - load) / cpu_bare
-
-
-def bare(teacher: Teacher, batches: list[Batch]) -> tuple[float, float]:
-    """Wall and CPU seconds of forward passes alone."""
     wall, cpu = time.perf_counter(), time.process_time()
     for batch in batches:
         teacher.forward(batch)
@@ -77,16 +87,9 @@ def bare(teacher: Teacher, batches: list[Batch]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def loading_cpu(experiment: Experiment) -> float:
-    """CPU seconds of loading and verifying, which ``extract`` does once per run."""
-    began = time.process_time()
-    load_teacher("teacher", experiment)
-    return time.process_time() - began
-
-
-def peak_gib(teacher: Teacher) -> float:
+def peak_gib() -> float:
     """Peak memory so far: of the device where there is one, else of the process."""
-    if teacher.device.type == "cuda":
+    if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
