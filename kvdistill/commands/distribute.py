@@ -180,17 +180,34 @@ def submit_training(
 ) -> str:
     """Submit the training job, to start when all of ``after`` have ended, however they ended.
 
-    ``afterany``, not ``afterok``: one failed element would block it for ever, even once that
-    element was requeued and completed. Training itself refuses an incomplete store.
+    Training itself refuses an incomplete store.
     """
     ledger = training_ledger(experiment)
     frozen = freeze(experiment, ledger.jobs)
-    dependency = f"afterany:{':'.join(after)}" if after else None
+    dependency = client.afterany(after) if after else None
     launch = training_launch(profile, str(frozen))
     name = f"kv-train-{experiment.name}"
     job_id = submit_calls([launch], profile, name, ledger, dependency)
     ledger.record_submission(Submission(job_id, name, time.time(), (("training",),)))
     return job_id
+
+
+def ensure_training(experiment: Experiment, profile: SlurmProfile, after: Sequence[str]) -> str:
+    """See to it that exactly one training job waits for ``after``; says which.
+
+    Two jobs on one run folder would spoil each other's checkpoints, so one that is queued is
+    told to wait for the new arrays too, and one that runs is left alone.
+    """
+    earlier = [job.job_id for job in training_ledger(experiment).submissions()]
+    living = list(client.queue(earlier).values())
+    if not living:
+        job_id = submit_training(experiment, profile, after)
+        return f"job {job_id}, after all of the above has ended" if after else f"job {job_id}"
+    job = living[-1]
+    if job.state == "PENDING" and after:
+        client.depend(job.job, after)
+        return f"job {job.job} is queued already and waits for all of the above"
+    return f"job {job.job} is {job.state.lower()} already"
 
 
 def training_ledger(experiment: Experiment) -> Ledger:

@@ -165,9 +165,8 @@ def _submit(
     ids = [job_id for each in submitted for job_id in each.job_ids]
     if train:
         trainer = distribute.choose_profile(experiment, spread.profile, "train")
-        after = [*ids, *distribute.queued_jobs(experiment, names)]
-        job_id = distribute.submit_training(experiment, trainer, after)
-        click.echo(f"training: job {job_id}, after all of the above has ended")
+        after = sorted({*ids, *distribute.queued_jobs(experiment, names)})
+        click.echo(f"training: {distribute.ensure_training(experiment, trainer, after)}")
     click.echo(f"next: kvdistill status {config} --watch")
     return ids
 

@@ -125,3 +125,17 @@ def cancel(job_ids: Iterable[str]) -> None:
     wanted = sorted(set(job_ids))
     if wanted:
         call(["scancel", *wanted])
+
+
+def afterany(job_ids: Iterable[str]) -> str:
+    """A dependency on the end of jobs, however they end.
+
+    Not ``afterok``: one failed element of an array would block the dependent for ever, even once
+    that element was requeued and completed.
+    """
+    return f"afterany:{':'.join(job_ids)}"
+
+
+def depend(job: str, job_ids: Iterable[str]) -> None:
+    """Make a queued job wait for the end of these jobs instead of what it waited for."""
+    call(["scontrol", "update", f"jobid={job}", f"dependency={afterany(job_ids)}"])

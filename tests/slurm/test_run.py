@@ -188,6 +188,8 @@ def test_training_refuses_then_trains_and_resumes(
     assert "training: job" in cli("run", config, "--slurm", *options)
     training = distribute.training_ledger(experiment).submissions()[-1].job_id
     assert f"job {training} is pending (Dependency)" in cli("status", config)
+    again = cli("run", config, "--slurm", *options)
+    assert f"training: job {training} is queued already" in again, "one run, one training job"
     run = experiment.output_dir / "tiny"
     wait_for("a checkpoint", (run / "checkpoint-5/trainer_state.json").exists, 120)
     login.client("scontrol", "requeue", training)
