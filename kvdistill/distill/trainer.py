@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +28,9 @@ from kvdistill.distill.data.collate import IGNORED_LABEL, Batch
 from kvdistill.distill.data.stream import KVStream
 from kvdistill.distill.distiller import Distiller
 from kvdistill.distill.evaluate import evaluate
+from kvdistill.distill.interruption import StopOnSignal
 from kvdistill.distill.losses import AbsorptionMonitor, explained_variance, gradient_share
+from kvdistill.errors import NonFiniteError
 from kvdistill.types import KINDS
 
 log = logging.getLogger(__name__)
@@ -69,6 +72,8 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        self.stop = StopOnSignal()
+        self.add_callback(self.stop)
         self.remove_callback(PrinterCallback)  # JsonLines and ProgressBar say it better
         disable_progress_bar()  # one bar per saved checkpoint says nothing
         # compute_loss divides by the token counts of the whole step, not of one micro-batch.
@@ -118,7 +123,8 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             steps = max(self.state.global_step - self._parts_since, 1)
             for name, value in self._parts.items():
                 total = self.accelerator.reduce(value, "sum")
-                logs["loss" if name == "loss" else f"loss_{name}"] = float(total) / steps
+                logs[_logged_name(name)] = float(total) / steps
+            self._refuse_non_finite(logs)
             self._parts, self._parts_since = {}, self.state.global_step
             logs |= self._figures
             self._figures = {}
@@ -155,6 +161,17 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             error = torch.stack(errors).mean().detach()
             found["explained_variance"] = explained_variance(error, watched["target_variance"])
         return found | watched
+
+    def _refuse_non_finite(self, logs: dict[str, float]) -> None:
+        """Stop a run that has gone wrong; its last checkpoint is from before it did, or near it."""
+        bad = [name for name in self._parts if not math.isfinite(logs[_logged_name(name)])]
+        if bad:
+            raise NonFiniteError(
+                f"{self.experiment.name}: between steps {self._parts_since + 1} and "
+                f"{self.state.global_step}, {', '.join(sorted(bad))} became NaN or infinite; lower "
+                "training.learning_rate or training.max_grad_norm, or use bfloat16 or float32, and "
+                "go on from the last checkpoint under another name"
+            )
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Perplexity and bits per character of the student on the held-out texts.
@@ -240,6 +257,10 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         if self.state.global_step == 0:
             return epochs, batches
         return self.stream.epoch, self.stream.batches_done
+
+
+def _logged_name(part: str) -> str:
+    return part if part == "loss" else f"loss_{part}"
 
 
 def _counts(batch: Batch) -> Tensor:

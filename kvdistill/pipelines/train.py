@@ -13,7 +13,7 @@ from typing import Any
 
 from kvdistill.config import Experiment
 from kvdistill.corpus import fingerprint
-from kvdistill.errors import IncompleteStore, StoreMismatch
+from kvdistill.errors import IncompleteStore, Interrupted, StoreMismatch
 from kvdistill.pipelines.corpus import Splits, load_corpus
 from kvdistill.pipelines.runs import RunFolder, begin
 from kvdistill.store.reader import KVStore
@@ -37,6 +37,7 @@ def train(experiment: Experiment) -> TrainingReport:
         IncompleteStore: shards are missing (exit code 3).
         StoreMismatch: the store was made from another corpus, or by other teachers.
         StudentError: the student or its tokenizer cannot be used.
+        Interrupted: a signal came; a checkpoint was saved (exit code 75).
     """
     splits = load_corpus(experiment.corpus)
     store = KVStore.open(experiment.store)
@@ -49,6 +50,11 @@ def train(experiment: Experiment) -> TrainingReport:
     began = time.monotonic()
     trainer = build_trainer(experiment, store, splits, folder)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.stop.name is not None and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"{folder.path}: {trainer.stop.name} came; saved at step {trainer.state.global_step} "
+            f"of {trainer.state.max_steps}. Run the same command again to go on"
+        )
     metrics = trainer.evaluate() if splits.evaluation else {}
     trainer.save_model(str(folder.student))
     if trainer.is_world_process_zero():

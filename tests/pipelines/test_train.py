@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from kvdistill import config_file
-from kvdistill.errors import ConfigError, IncompleteStore, StoreMismatch, StoreNotFound
+from kvdistill.errors import (
+    ConfigError,
+    IncompleteStore,
+    NonFiniteError,
+    StoreMismatch,
+    StoreNotFound,
+)
 from kvdistill.pipelines.corpus import load_corpus
 from kvdistill.pipelines.report import write_plots, write_report
 from kvdistill.pipelines.runs import RunFolder, begin
@@ -102,6 +111,54 @@ def test_a_stopped_run_resumed_equals_one_never_stopped(extracted: Path, tmp_pat
         assert torch.equal(tensor, weights(resumed.folder / "student")[name]), name
     by_step = {row["step"]: row["loss_key"] for row in losses(whole.folder)}
     assert {row["step"]: row["loss_key"] for row in losses(resumed.folder)} == by_step
+
+
+def test_a_signal_saves_after_the_step_and_the_same_command_goes_on(
+    extracted: Path, tmp_path: Path
+) -> None:
+    experiment = variant(extracted, tmp_path, training__max_steps=12, training__save_steps=100)
+
+    class Signal(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    folder = begin(experiment)
+    trainer = build_trainer(
+        experiment, KVStore.open(experiment.store), load_corpus(experiment.corpus), folder
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    trainer.add_callback(Signal())
+    trainer.train()
+    assert trainer.stop.name == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert folder.checkpoint() == folder.path / "checkpoint-5"
+    resumed = train(experiment)
+    assert resumed.resumed
+    assert RunFolder(resumed.folder).read_record()["steps"] == 12
+
+
+def test_a_signal_is_exit_code_75(extracted: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    changes = {"training__max_steps": 100_000, "training__log_steps": 1}
+    config.write_text(config_file.dump(variant(extracted, tmp_path / "runs", **changes)))
+    command = [sys.executable, "-m", "kvdistill.cli", "train", str(config)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    log = RunFolder(tmp_path / "runs" / "tiny").log
+    while process.poll() is None and not (log.is_file() and log.read_text()):
+        time.sleep(0.05)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "Run the same command again" in errors
+    assert RunFolder(tmp_path / "runs" / "tiny").checkpoint() is not None
+
+
+def test_a_run_that_blows_up_is_stopped_and_says_where(extracted: Path, tmp_path: Path) -> None:
+    wild = {"training__learning_rate": 1e30, "training__log_steps": 1, "training__max_steps": 50}
+    with pytest.raises(NonFiniteError, match=r"between steps \d+ and \d+"):
+        train(variant(extracted, tmp_path, **wild))
+    assert not (tmp_path / "tiny" / "student").exists()
 
 
 def test_cross_entropy_alone_reads_no_teacher(extracted: Path, tmp_path: Path) -> None:
