@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from kvdistill import provenance
 from kvdistill.adapters import Adapter
-from kvdistill.config import Experiment
+from kvdistill.config import Experiment, ExtractionConfig
 from kvdistill.errors import TeacherError
 from kvdistill.extract.capture import Site
 from kvdistill.extract.fingerprints import tokenizer_fingerprint, weights_fingerprint
@@ -50,17 +50,7 @@ def describe(name: str, experiment: Experiment, reader: Reader, loaded: Loaded) 
     model, verified, layers = loaded.model, loaded.verified, loaded.layers
     config, extraction, adapter = experiment.teachers[name], experiment.extraction, verified.adapter
     cross = adapter.stream == "cross"
-    if cross and extraction.hidden_at_cue:
-        raise TeacherError(
-            f"teacher {name!r}: extraction.hidden_at_cue does not apply to stream cross, whose "
-            "tokens are the encoder's; leave it off, or read stream encoder or decoder"
-        )
-    if not verified.sites and (extraction.importance or extraction.hidden_at_cue):
-        raise TeacherError(
-            f"teacher {name!r}: no adapter fits {type(model).__name__}, so it is read from its "
-            "cache, which has no queries and no hidden states; set extraction.importance and "
-            "extraction.hidden_at_cue to false, or write an adapter (kvdistill/adapters.py)"
-        )
+    _refuse_what_is_not_there(name, extraction, model, verified)
     return TeacherManifest(
         name=name,
         model=config.model,
@@ -90,6 +80,22 @@ def describe(name: str, experiment: Experiment, reader: Reader, loaded: Loaded) 
         adapter=adapter.name,
         adapter_error=max(layer.error for layer in verified.layers),
     )
+
+
+def _refuse_what_is_not_there(
+    name: str, extraction: ExtractionConfig, model: Any, verified: Verified
+) -> None:
+    if verified.adapter.stream == "cross" and extraction.hidden_at_cue:
+        raise TeacherError(
+            f"teacher {name!r}: extraction.hidden_at_cue does not apply to stream cross, whose "
+            "tokens are the encoder's; leave it off, or read stream encoder or decoder"
+        )
+    if not verified.sites and (extraction.importance or extraction.hidden_at_cue):
+        raise TeacherError(
+            f"teacher {name!r}: no adapter fits {type(model).__name__}, so it is read from its "
+            "cache, which has no queries and no hidden states; set extraction.importance and "
+            "extraction.hidden_at_cue to false, or write an adapter (kvdistill/adapters.py)"
+        )
 
 
 def _groups(layers: Sequence[VerifiedLayer]) -> tuple[LayerGroup, ...]:

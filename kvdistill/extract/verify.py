@@ -14,20 +14,17 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from kvdistill.adapters import QKV
 from kvdistill.errors import TeacherError
 from kvdistill.extract.capture import Site, capture
 from kvdistill.extract.rotary import rotate
+from kvdistill.extract.spy import AttentionInputs, AttentionSpy, watching
 from kvdistill.store.manifest import RotarySpec
 
 TOLERANCE: Final = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest difference, relative to the largest entry, that arithmetic alone explains."""
-
-_PRODUCTS: Final = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,51 +42,6 @@ class VerifiedLayer:
     """Largest difference to the attention's own inputs, relative to their largest entry."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Inputs:
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scaling: float | None
-    """None where the product was seen, but not what it was multiplied by."""
-
-
-class AttentionSpy(TorchFunctionMode):
-    """Records the Q, K, V that reach ``scaled_dot_product_attention`` or a pair of products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer_idx: int | None = None
-        self.seen: dict[int, _Inputs] = {}
-        self._products: list[tuple[Tensor, Tensor]] = []
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Look at attention products of the layer that is running; change nothing."""
-        kwargs = kwargs or {}
-        layer_idx = self.layer_idx
-        if layer_idx is not None and layer_idx not in self.seen:
-            if func is F.scaled_dot_product_attention:
-                query, key, value = _bound(args, kwargs)
-                scaling = kwargs.get("scale") or query.shape[-1] ** -0.5
-                self.seen[layer_idx] = _Inputs(query, key, value, scaling)
-            elif func in _PRODUCTS and args[0].ndim == 4 and args[1].ndim == 4:
-                self._products.append((args[0], args[1]))
-                if len(self._products) == 2:
-                    (query, key_turned), (_, value) = self._products
-                    self.seen[layer_idx] = _Inputs(query, key_turned.transpose(2, 3), value, None)
-        return func(*args, **kwargs)
-
-    def enter(self, layer_idx: int) -> None:
-        """A layer's attention begins."""
-        self.layer_idx, self._products = layer_idx, []
-
-    def leave(self) -> None:
-        """A layer's attention ends."""
-        self.layer_idx = None
-
-
 def verify(
     model: Any,
     sites: Sequence[Site],
@@ -104,7 +56,7 @@ def verify(
     tapped: dict[int, QKV] = {}
     spy = AttentionSpy()
     with (
-        _watching(sites, spy),
+        watching(sites, spy),
         _visible_attention(model),
         capture(sites, tapped.__setitem__),
         spy,
@@ -124,7 +76,7 @@ def verify(
 
 
 def _compare(
-    site: Site, taps: QKV, seen: _Inputs, rotations: Sequence[RotarySpec]
+    site: Site, taps: QKV, seen: AttentionInputs, rotations: Sequence[RotarySpec]
 ) -> VerifiedLayer:
     options: list[tuple[float, float, RotarySpec | None]] = []
     for spec in (*rotations, None):
@@ -179,39 +131,6 @@ def _difference(tapped: Tensor, seen: Tensor) -> float:
             return float("inf")
     seen = seen.float()
     return float((tapped - seen).abs().max() / seen.abs().max().clamp_min(1e-30))
-
-
-def _bound(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    names = ("query", "key", "value")
-    query, key, value = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
-    return query, key, value
-
-
-@contextmanager
-def _watching(sites: Sequence[Site], spy: AttentionSpy) -> Iterator[None]:
-    handles = []
-    try:
-        for site in sites:
-            handles.append(site.attention.register_forward_pre_hook(_entering(spy, site)))
-            handles.append(site.attention.register_forward_hook(_leaving(spy)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _entering(spy: AttentionSpy, site: Site) -> Callable[[nn.Module, Any], None]:
-    def hook(module: nn.Module, args: Any) -> None:
-        spy.enter(site.layer_idx)
-
-    return hook
-
-
-def _leaving(spy: AttentionSpy) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        spy.leave()
-
-    return hook
 
 
 @contextmanager
