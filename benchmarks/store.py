@@ -10,7 +10,7 @@ processor seconds of all threads instead of time on the wall.
 
     copy      ``array.copy()`` of the stored arrays: what any reader that owns its result must pay
     (into)    the same bytes copied into memory that is already mapped
-    .pt       one file per sample, bf16, ``torch.load``
+    .pt       one file per sample, bf16, ``torch.load``; a shard's worth is held at a time
     pipeline  the store's own zarr files through zarr-python's default pipeline, and zarrs
 """
 
@@ -155,9 +155,12 @@ def at_random(store: KVStore, codec: str, picks: list[tuple[str, int]]) -> None:
 
 
 def pt_files(folder: Path, chosen: list[int]) -> None:
-    for i in chosen:
-        for tensor in torch.load(folder / f"{i}.pt").values():
-            _touch(tensor.view(torch.uint16).numpy())
+    """One file after the other; as many as a shard has samples are held at a time."""
+    for some in np.array_split(chosen, NUM_SHARDS):
+        held = [torch.load(folder / f"{i}.pt") for i in some.tolist()]
+        for tensors in held:
+            for tensor in tensors.values():
+                _touch(tensor.view(torch.uint16).numpy())
 
 
 def _touch(array: np.ndarray) -> None:

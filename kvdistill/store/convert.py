@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kvdistill.corpus import Shard
 from kvdistill.errors import StoreError
+from kvdistill.store.prototypes import copy_prototypes
 from kvdistill.store.reader import KVStore
 from kvdistill.store.writer import add_teacher, create, publish_shard
 from kvdistill.types import Backend
@@ -38,6 +39,7 @@ def convert(
             if progress is not None:
                 progress(teacher, shard_id)
             _copy_shard(source, target, teacher, shard_id)
+        copy_prototypes(source, target, teacher)
     return target
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from kvdistill.errors import ShardCorrupt, StoreMismatch
 from kvdistill.store.durable import publish_folder, staging_folder
 from kvdistill.store.integrity import folder_records
+from kvdistill.store.prototypes import copy_prototypes
 from kvdistill.store.reader import KVStore
 from kvdistill.store.writer import add_teacher
 
@@ -39,6 +40,7 @@ def merge(
                 if progress is not None:
                     progress(teacher, shard_id)
                 copied += _copy(source, target, teacher, shard_id)
+            copy_prototypes(source, target, teacher)
     return copied
 
 

@@ -46,3 +46,9 @@ def read_prototypes(store: KVStore, teacher: str) -> dict[str, NDArray[np.float3
         )
     found: dict[str, NDArray[np.float32]] = load_file(path)
     return found
+
+
+def copy_prototypes(source: KVStore, target: KVStore, teacher: str) -> None:
+    """Bring a teacher's prototypes along with its last shard; nothing to do where it has none."""
+    if source.paths.prototypes(teacher).is_file() and not target.missing(teacher):
+        write_prototypes(target, teacher, read_prototypes(source, teacher))

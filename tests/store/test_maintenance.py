@@ -14,6 +14,7 @@ from kvdistill.errors import ShardCorrupt, ShardNotFound, StoreError, StoreMisma
 from kvdistill.store.convert import convert
 from kvdistill.store.merge import merge
 from kvdistill.store.prefetch import Request, prefetch
+from kvdistill.store.prototypes import read_prototypes, write_prototypes
 from kvdistill.store.reader import KVStore
 from kvdistill.store.remove import remove_teacher
 from kvdistill.store.verify import repair, verify
@@ -101,6 +102,17 @@ def test_merge_brings_missing_shards_and_teachers(tmp_path: Path, build: Any, ba
     assert whole.teachers() == ["second", "tiny"]
     assert verify(whole) == []
     _equal(whole, half, "tiny", "00000")
+
+
+def test_prototypes_go_where_their_teacher_goes(tmp_path: Path, build: Any) -> None:
+    store, _ = build.store(tmp_path / "a", build.teacher())
+    made = {"mean": np.arange(6, dtype=np.float32)}
+    write_prototypes(store, "tiny", made)
+    other = convert(store, tmp_path / "b", "safetensors")
+    np.testing.assert_array_equal(read_prototypes(other, "tiny")["mean"], made["mean"])
+    target = create(tmp_path / "c", build.corpus())
+    merge(target, [store])
+    np.testing.assert_array_equal(read_prototypes(target, "tiny")["mean"], made["mean"])
 
 
 def test_merge_refuses_what_does_not_belong_together(tmp_path: Path, build: Any) -> None:
