@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kvdistill.distill.fusion import Router, fuse, renormalise
 from kvdistill.distill.injection import InjectionGate, KVInjection, following
 from kvdistill.distill.student import KVCapture
 from kvdistill.errors import GeometryError
@@ -84,6 +85,31 @@ def test_a_gate_starts_nearly_shut():
     own, given = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
     mixed = gate(own, given, 0, "key")
     torch.testing.assert_close(mixed, own + 0.0474 * given, atol=1e-3, rtol=0)
+
+
+def test_a_router_trained_by_injection_votes_a_noise_teacher_out():
+    """The prompt is hidden from the student; only the true teacher's KV says what follows it."""
+    torch.manual_seed(0)
+    model = student("llama")
+    injection, router = KVInjection(KVCapture(model)), Router("mlp", 2, 4)
+    meaning = torch.randn(2, 6, 2, 2, 1, 8)  # per kind and word: what the teacher makes of it
+    optimizer = torch.optim.Adam([*model.parameters(), *router.parameters()], 0.01)
+    covered = torch.tensor([[[True, False]]]).expand(2, 32, 2)
+    for _ in range(120):
+        word = torch.randint(0, 6, (32,))
+        alpha = renormalise(router(torch.randn(32, 4)), covered)
+        kv = [
+            fuse(alpha, [x.expand(-1, -1, -1, 2, -1), torch.randn(32, 2, 2, 2, 8)])
+            for x in meaning[:, word]
+        ]
+        with injection(*kv, covered[0]):
+            logits = model(input_ids=torch.zeros(32, 2).long(), use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, 1], word)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert router(torch.randn(50, 4))[1].mean().item() < 0.05
+    assert loss.item() < 0.3
 
 
 def test_following_starts_after_the_last_injected_token():
