@@ -50,13 +50,13 @@ def empty(shape: Sequence[int], dtype: str) -> np.ndarray:
 
 
 def _taken(size: int) -> np.ndarray | None:
-    """A kept block of this size, or None."""
+    """A kept block of this size or up to half as much more, or None."""
     for _ in range(len(_kept)):
         try:
             memory = _kept.popleft()
         except IndexError:
             return None
-        if memory.nbytes == size:
+        if size <= memory.nbytes <= size + size // 2:
             return memory
         _kept.append(memory)
     return None
