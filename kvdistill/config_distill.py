@@ -100,6 +100,9 @@ class FusionConfig(Section):
     """With `fixed`: a weight per teacher, normalised to sum to one; uniform if not given."""
     granularity: Granularity = "sample"
     """What a router gives its own weights to: each `sample`, `layer` or `token`."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps during which a router's weights stay uniform. Injected projectors need some to settle:
+    a router that chooses before they have picks the teacher that does the least."""
     task_tag: bool = False
     """Tell the router a sample's `task`."""
     similarity: Similarity = "cosine"
@@ -122,8 +125,11 @@ class FusionConfig(Section):
     def _method_fits(self) -> Self:
         if self.weights is not None and self.method != "fixed":
             raise ValueError(f"weights are given, but method {self.method} finds its own")
-        if (self.granularity != "sample" or self.task_tag) and not self.learns:
-            raise ValueError(f"granularity and task_tag are a router's; method is {self.method}")
+        routed = self.granularity != "sample" or self.task_tag or self.warmup_steps
+        if routed and not self.learns:
+            raise ValueError(
+                f"granularity, task_tag and warmup_steps are a router's; method is {self.method}"
+            )
         return self
 
 
@@ -152,6 +158,8 @@ class LossConfig(Section):
     """Cross-entropy of what follows when the student runs on the teachers' fused KV."""
     inject_style: Literal["residual", "replace"] = "residual"
     """Add the fused KV to the student's own through a gate, or put it in its place."""
+    inject_opening: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """How far the gates of `residual` are open at first."""
     inject_segments: tuple[SegmentName, ...] = ("prompt",)
     """Where the fused KV goes in; the loss counts what follows."""
     inject_text: Fraction = 0.5

@@ -15,13 +15,18 @@ from pydantic import BaseModel, ValidationError
 from kvdistill.config import Experiment
 from kvdistill.errors import ConfigError
 
-
 PRESETS: Final[dict[str, dict[str, dict[str, Any]]]] = {
     "phase-1": {"fusion": {"method": "fixed"}},
     "phase-2": {"fusion": {"method": "fixed"}, "losses": {"cosine": 0.1}},
     "phase-3": {"fusion": {"method": "similarity"}, "losses": {"cosine": 0.1}},
     "phase-4": {
-        "fusion": {"method": "mlp", "granularity": "layer", "entropy": "diverse"},
+        "projection": {"mode": "frozen"},
+        "fusion": {
+            "method": "mlp",
+            "granularity": "layer",
+            "entropy": "diverse",
+            "warmup_steps": 100,
+        },
         "losses": {"inject": 1.0, "entropy": 0.01},
     },
     "phase-5": {

@@ -90,7 +90,9 @@ class Distiller(nn.Module):
         if losses.inject:
             _refuse_blind_injection(teachers)
             residual = losses.inject_style == "residual"
-            self.gate = InjectionGate(geometry.num_layers) if residual else None
+            self.gate = None
+            if residual:
+                self.gate = InjectionGate(geometry.num_layers, losses.inject_opening)
         if losses.attention_kl:
             self.attention_maps = AttentionMaps(student, alignment)
 

@@ -3,14 +3,14 @@
 A K/V loss asks whether a teacher is easy to imitate. Putting the fused KV *into* the student, on
 the prompt or the rationale, and taking the cross-entropy of what follows asks whether it helps;
 projector and router then learn what is useful (C2C, arXiv 2510.03215). There a gated residual
-beat plain replacement by far (47.95 and 44.9 against 20.7), so ``InjectionGate`` is the default
-and starts nearly shut.
+beat plain replacement by far (47.95 and 44.9 against 20.7), so ``InjectionGate`` is the default.
 
 Keys are given unrotated, at the same taps where they are read, and the student rotates them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,16 +22,14 @@ from kvdistill.distill.student import KVCapture
 from kvdistill.errors import GeometryError
 from kvdistill.types import KINDS, Kind
 
-SHUT = -3.0
-"""Initial logit of a gate: 5 % open."""
-
 
 class InjectionGate(nn.Module):
     """``own + sigmoid(g) · given`` with one learned ``g`` per layer and kind."""
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, opening: float = 0.5) -> None:
         super().__init__()
-        self.logit_KL = nn.Parameter(torch.full((len(KINDS), num_layers), SHUT))
+        logit = math.log(opening / (1 - opening))
+        self.logit_KL = nn.Parameter(torch.full((len(KINDS), num_layers), logit))
 
     def forward(self, own_BHTD: Tensor, given_BHTD: Tensor, layer: int, kind: Kind) -> Tensor:
         """What the student will attend to, ``[B, H, T, D]``."""

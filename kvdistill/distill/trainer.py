@@ -108,6 +108,10 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """The weighted loss of one micro-batch as its share of the step's."""
         figures = self._wants_figures()
+        if self.model.training and self.stream.collate.teachers:
+            distiller: Any = self.accelerator.unwrap_model(self.model)
+            warm = self.state.global_step >= self.experiment.fusion.warmup_steps
+            distiller.weigh.routing = warm
         output = model(inputs, num_items_in_batch, figures=figures)
         for name, value in {"loss": output["loss"], **output["parts"]}.items():
             self._parts[name] = self._parts.get(name, 0) + value.detach()

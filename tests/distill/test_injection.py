@@ -80,8 +80,8 @@ def test_gradients_reach_what_is_given_and_the_gate_but_not_masked_tokens():
     assert bool((gate.logit_KL.grad != 0).all())
 
 
-def test_a_gate_starts_nearly_shut():
-    gate = InjectionGate(1)
+def test_a_gate_starts_as_far_open_as_asked():
+    gate = InjectionGate(1, opening=0.0474)
     own, given = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
     mixed = gate(own, given, 0, "key")
     torch.testing.assert_close(mixed, own + 0.0474 * given, atol=1e-3, rtol=0)

@@ -117,6 +117,17 @@ def test_similarity_weighs_by_what_extraction_kept(tmp_path: Path) -> None:
     assert alpha[0, 0].max() != alpha[0, 1].max()  # it looks at the sample
 
 
+def test_a_router_that_warms_up_is_uniform_and_still_has_gradients(
+    extracted: Path, tmp_path: Path
+) -> None:
+    run = assembled(extracted, tmp_path, fusion__method="mlp", fusion__warmup_steps=3)
+    run.distiller.weigh.routing = False
+    output = run.distiller(next(iter(run.stream)), figures=True)
+    torch.testing.assert_close(output["figures"]["alpha"], torch.full((2,), 0.5), atol=0.02, rtol=0)
+    output["loss"].backward()
+    assert all(p.grad is not None and not p.grad.any() for p in run.distiller.weigh.parameters())
+
+
 def test_an_encoder_is_never_injected(extracted: Path, tmp_path: Path) -> None:
     run = assembled(extracted, tmp_path, losses__inject=1.0, losses__inject_style="replace")
     batch = next(iter(run.stream))

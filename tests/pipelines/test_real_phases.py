@@ -133,9 +133,10 @@ def test_a_router_that_learns_from_injection_leaves_a_useless_teacher(
     smollm2 = make().teachers["smollm2"].model_dump(mode="json")
     routed = {
         "store": str(copy), "teachers": {"smollm2": smollm2, "noise": smollm2},
-        "fusion__method": "mlp", "training__max_steps": 300,
+        "fusion__method": "mlp", "training__max_steps": 250, "fusion__warmup_steps": 50,
+        "projection__learning_rate": 1e-2,
     }  # fmt: skip
-    injected = {"losses__inject": 1.0, "projection__mode": "task"}
+    injected = {"losses__inject": 1.0, "projection__mode": "frozen"}
     by_task = train(make(name="inject", **routed, **injected))
     by_kv = train(make(name="kv", **routed))
     weights = {run: logged(r.folder, "weight_noise") for run, r in

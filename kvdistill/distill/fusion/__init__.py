@@ -1,7 +1,6 @@
 """Fusion: how much each teacher counts, and their weighted sum."""
 
 from kvdistill.distill.fusion.combine import fuse
-from kvdistill.distill.fusion.prototypes import cls_prototype, kmeans_prototypes, mean_prototype
 from kvdistill.distill.fusion.regularise import drop_teachers, entropy
 from kvdistill.distill.fusion.router import NO_TASK, Router
 from kvdistill.distill.fusion.similarity import similarity_weights
@@ -10,13 +9,10 @@ from kvdistill.distill.fusion.weights import fixed_weights, renormalise
 __all__ = [
     "NO_TASK",
     "Router",
-    "cls_prototype",
     "drop_teachers",
     "entropy",
     "fixed_weights",
     "fuse",
-    "kmeans_prototypes",
-    "mean_prototype",
     "renormalise",
     "similarity_weights",
 ]

@@ -1,41 +1,12 @@
-"""Prototypes and similarity weights against definitions spelled out."""
+"""Similarity weights against definitions spelled out."""
 
 import math
 
 import pytest
 import torch
 
-from kvdistill.distill.fusion import (
-    cls_prototype,
-    kmeans_prototypes,
-    mean_prototype,
-    similarity_weights,
-)
+from kvdistill.distill.fusion import similarity_weights
 from kvdistill.errors import ConfigError, GeometryError
-
-
-def test_mean_and_cls_prototypes():
-    x = torch.randn(3, 4, 5)
-    mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
-    torch.testing.assert_close(mean_prototype(x, mask)[0], x[mask].mean(0))
-    torch.testing.assert_close(cls_prototype(x, mask)[0], (x[0, 1] + x[1, 0]) / 2)
-    assert not mean_prototype(x, torch.zeros(3, 4).bool()).any()
-
-
-def test_kmeans_finds_separated_clusters_and_repeats_itself():
-    torch.manual_seed(0)
-    centres = torch.tensor([[0.0, 0], [10, 0], [0, 10]])
-    points = (centres.repeat_interleave(30, 0) + 0.1 * torch.randn(90, 2))[torch.randperm(90)]
-    found = kmeans_prototypes(points, 3)
-    assert torch.equal(found, kmeans_prototypes(points, 3))
-    assert float(torch.cdist(found, centres).amin(1).max()) < 0.2
-    assert sorted(torch.cdist(found, centres).argmin(1).tolist()) == [0, 1, 2]
-
-
-def test_kmeans_of_equal_points_and_too_few():
-    assert torch.equal(kmeans_prototypes(torch.ones(4, 2), 3), torch.ones(3, 2))
-    with pytest.raises(ConfigError, match="3 centres from 2 vectors"):
-        kmeans_prototypes(torch.ones(2, 2), 3)
 
 
 def likeness(query, prototype, similarity):
