@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from kvdistill.commands.overview import Overview, TeacherOverview
     from kvdistill.slurm.ledger import Failure, Ledger
 
-WATCH_SECONDS = 5.0
+WATCH_SECONDS: Final = 5.0
+SHOWN: Final = 8
+"""How many shards are told one by one, so that a bad day still fits a screen."""
 
 target_argument: Decorator = click.argument("target", type=click.Path(path_type=Path))
 teacher_option: Decorator = click.option(
@@ -77,10 +79,13 @@ def logs(
         for attempt in each.status.broken:
             click.echo(f"{each.teacher}: task {attempt.task} {attempt.message}")
             click.echo(attempt.traceback or _tail(attempt.log, lines))
-        for unit in units or tuple(each.status.failures):
-            for failure in ledger.failures(unit):
-                click.echo(f"{each.teacher} {_failure_line(failure)}")
-                click.echo(failure.traceback or _tail(failure.log, lines))
+        wanted = units or tuple(each.status.failures)[:SHOWN]
+        for failure in [failures[-1] for unit in wanted if (failures := ledger.failures(unit))]:
+            click.echo(f"{each.teacher} {_failure_line(failure)}")
+            click.echo(failure.traceback or _tail(failure.log, lines))
+        if not units and len(each.status.failures) > SHOWN:
+            rest = tuple(each.status.failures)[SHOWN:]
+            click.echo(f"{each.teacher}: {len(rest)} more; name them to see them: {_some(rest)}")
     if seen.training_log is not None and not (units or teachers):
         click.echo(f"training: {seen.training}\n{_tail(str(seen.training_log), lines)}")
 
@@ -178,17 +183,28 @@ def _teacher_lines(each: TeacherOverview) -> Iterator[str]:
         yield f"  {count} queued: {reason}{hint}"
     for attempt in status.broken:
         yield f"  task {attempt.task} on {attempt.host}: {attempt.message}"
-    for unit, why in status.stale.items():
-        yield f"  {unit} stale: {why}"
-    for unit, failures in status.failures.items():
-        yield f"  {_failure_line(failures[-1])} ({len(failures)}×, {status.units[unit]})"
-    for unit in status.of("quarantined"):
-        yield from (f"    {line}" for line in _tail(status.failures[unit][-1].log, 3).splitlines())
+    stale = [f"{unit} stale: {why}" for unit, why in status.stale.items()]
+    failed = [
+        f"{_failure_line(failures[-1])} ({len(failures)}×, {status.units[unit]})"
+        for unit, failures in status.failures.items()
+    ]
+    yield from (f"  {line}" for line in (stale + failed)[:SHOWN])
+    if len(stale + failed) > SHOWN:
+        yield f"  and {len(stale + failed) - SHOWN} more; `--json` has them all"
+    # An exception is told above; of a worker that was killed only its log knows more.
+    mute = [f[-1] for f in status.failures.values() if f[-1].traceback is None]
+    for log in list(dict.fromkeys(failure.log for failure in mute))[:SHOWN]:
+        yield from (f"    {line}" for line in _tail(log, 3).splitlines())
 
 
 def _failure_line(failure: Failure) -> str:
     where = f" in job {failure.job}" if failure.job else ""
     return f"{failure.unit} {failure.kind.replace('_', ' ')}{where}: {failure.message}"
+
+
+def _some(units: tuple[str, ...]) -> str:
+    more = " …" if len(units) > SHOWN else ""
+    return " ".join(units[:SHOWN]) + more
 
 
 def _tail(log: str | None, lines: int) -> str:

@@ -89,20 +89,18 @@ def read_status(
     living = {a for a, seen in attempts.items() if condition(seen, heartbeat_seconds) == "running"}
     claims, jobs = ledger.claims(), ledger.submissions()
     failures = {u: f for u, f in ledger.failed_units().items() if u not in done}
-    states: dict[str, UnitState] = {}
-    stale: dict[str, str] = {}
-    for unit in units:
-        holder = claims.get(unit)
-        states[unit] = _state(unit in done, holder, living, len(failures.get(unit, ())))
-        if states[unit] == "stale":
-            stale[unit] = _silence(attempts.get(holder or ""))
+    states = {
+        unit: _state(unit in done, claims.get(unit), living, len(failures.get(unit, ())))
+        for unit in units
+    }
+    silent = [unit for unit, found in states.items() if found == "stale"]
     workers = [attempts[attempt_id] for attempt_id in attempts if attempt_id in living]
     waiting, slurm_error = _waiting(jobs) if ask_slurm and client.is_available() else ([], None)
     speed = sum(_speed(attempt) for attempt in workers)
     return Status(
         units=states,
         failures=failures,
-        stale=stale,
+        stale={unit: _silence(attempts.get(claims[unit])) for unit in silent},
         workers=workers,
         broken=_broken(attempts.values(), max((j.submitted for j in jobs), default=0.0)),
         waiting=waiting,

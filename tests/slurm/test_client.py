@@ -22,7 +22,7 @@ from kvdistill.slurm import client, script
 from kvdistill.slurm.attempts import cause_of_death, job_element, new_attempt
 from kvdistill.slurm.dask_cluster import cluster_options
 from kvdistill.slurm.launch import Launch, launch_command
-from kvdistill.slurm.ledger import Submission
+from kvdistill.slurm.ledger import Failure, Submission
 from kvdistill.slurm.status import read_status
 from kvdistill.slurm.submit import Element, come_again, split
 from tests.slurm.experiment import ROOT, write_experiment
@@ -296,6 +296,29 @@ def test_the_pages_profiles_are_valid_and_its_commands_exist() -> None:
         command = cli.get_command(click.Context(cli), name)
         assert command is not None, name
         command.make_context(name, arguments)
+
+
+def test_a_bad_day_fits_a_screen(no_slurm: None, tmp_path: Path) -> None:
+    config = write_experiment(tmp_path, tmp_path)
+    CliRunner().invoke(cli, ["run", str(config), "--write-sbatch", str(tmp_path / "scripts")])
+    book = ledger(tmp_path / "store/teachers/llama")
+    for unit in (f"{i:05}" for i in range(12)):
+        for attempt in ("x", "y", "z"):
+            trace = f"Traceback of {unit} by {attempt}"
+            book.record_failure(Failure(unit, attempt, "error", "E: bad", trace, "7", None, 0.0))
+    shown = CliRunner().invoke(cli, ["status", str(config)], catch_exceptions=False).output
+    assert "llama: 0 of 12 shards done, 12 quarantined" in shown
+    assert shown.count("E: bad (3×, quarantined)") == 8
+    assert "and 4 more" in shown
+    assert f"next: kvdistill logs {config}, then kvdistill retry {config}" in shown
+    shown = CliRunner().invoke(cli, ["logs", str(config)], catch_exceptions=False).output
+    assert shown.count("Traceback of") == 8
+    assert "4 more; name them to see them: 00008 00009 00010 00011" in shown
+    shown = CliRunner().invoke(cli, ["logs", str(config), "00009"], catch_exceptions=False).output
+    assert "Traceback of 00009" in shown
+    shown = CliRunner().invoke(cli, ["retry", str(config), "00009"], catch_exceptions=False).output
+    assert "llama 00009: 3 failures forgotten" in shown
+    assert len(book.failed_units()) == 11
 
 
 def test_an_unknown_profile_names_the_known(tmp_path: Path) -> None:
