@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -75,9 +76,23 @@ class ExtractionWork:
         return extracted.shard.tokens.num_tokens
 
     def clear(self, unit: str) -> None:
-        """Remove staging folders of a shard whose writer is dead."""
+        """Remove staging folders of a committed shard; their writers can publish no more."""
         for folder in self._store.paths.temporary(self._name).glob(f"{unit}.*"):
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
+
+
+def discard(folder: Path) -> None:
+    """Delete a staging folder, unless its writer lives after all and publishes it first.
+
+    Moved away before it is emptied: deleting follows an open folder wherever it is renamed to,
+    so a writer that publishes meanwhile would have its committed shard deleted file by file.
+    """
+    doomed = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        folder.rename(doomed)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def extraction_work(config: str, teacher: str) -> ExtractionWork:

@@ -39,7 +39,10 @@ class Workload(Protocol):
         """
 
     def clear(self, unit: str) -> None:
-        """Remove what a killed worker left half-made of this unit."""
+        """Remove what killed workers left half-made of a unit that is done by now.
+
+        Never called before: one that only seemed dead might go on in what is left and publish it.
+        """
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,8 @@ class _Shift:
     """Units that others had in hand."""
     failed: list[str] = field(default_factory=list)
     """Units that failed here."""
+    inherited: set[str] = field(default_factory=set)
+    """Units taken over from the dead, or from those that seemed so."""
 
     def work_through(self) -> Ending:
         workload = self.task.workload()
@@ -99,6 +101,8 @@ class _Shift:
             if not self.ledger.is_quarantined(unit) and not workload.is_done(unit):
                 self._prepare(workload)
                 self._run(workload, unit)
+            if unit in self.inherited and workload.is_done(unit):
+                workload.clear(unit)
         finally:
             self.heart.say(unit=None)
             self.ledger.release(unit, self.heart.attempt.attempt_id)
@@ -139,8 +143,9 @@ class _Shift:
                 continue
             if not self._is_dead(holder):
                 return False
-            self._bury(workload, unit, holder)
+            self._bury(unit, holder)
             self.ledger.take_over(unit, me)
+            self.inherited.add(unit)
             return True
         return True
 
@@ -159,7 +164,7 @@ class _Shift:
         me = self.heart.attempt
         return other.job is not None and other.job == me.job and other.restart < me.restart
 
-    def _bury(self, workload: Workload, unit: str, attempt_id: str) -> None:
+    def _bury(self, unit: str, attempt_id: str) -> None:
         dead = self.ledger.attempt(attempt_id)
         if dead is not None and dead.unit == unit and dead.ended is None:
             mine = self.heart.attempt
@@ -172,7 +177,6 @@ class _Shift:
                         unit, attempt_id, kind, message, None, dead.job, dead.log, dead.heartbeat
                     )
                 )
-        workload.clear(unit)
 
     def _clear_dead_claim(self, workload: Workload, unit: str) -> None:
         holder = self.ledger.holder(unit)

@@ -50,6 +50,7 @@ class Toy:
         return 10
 
     def clear(self, unit: str) -> None:
+        assert self.is_done(unit), "clearing before it is done may spoil a living writer's work"
         for half in self.results.glob(f"half.{unit}.*"):
             half.unlink()
 
