@@ -76,10 +76,7 @@ def check_student(config: StudentConfig, tokenizer: Any) -> StudentGeometry:
         student = AutoModelForCausalLM.from_config(
             _architecture(config, tokenizer), trust_remote_code=config.trust_remote_code
         )
-        capture = KVCapture(student)
-        with capture():
-            student(torch.zeros(1, 2, dtype=torch.long), use_cache=False)
-    return capture.geometry
+    return KVCapture(student).geometry
 
 
 def _architecture(config: StudentConfig, tokenizer: Any) -> Any:
@@ -100,9 +97,7 @@ def _one_line(config: StudentConfig) -> Iterator[None]:
     """Whatever transformers raises about a student, as one line that names it."""
     try:
         yield
-    except StudentError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = config.model or config.architecture
         first_line = str(error).strip().split("\n")[0]
         raise StudentError(f"cannot build the student {what!r}: {first_line}") from error
@@ -200,6 +195,11 @@ def student_geometry(student: Any) -> StudentGeometry:
     """Layers, key/value heads and hidden size, from the student's config."""
     config = student.config.get_text_config()
     num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if config.num_attention_heads % num_heads:
+        raise StudentError(
+            f"the student has {config.num_attention_heads} query heads for {num_heads} key/value "
+            "heads; the first must be a multiple of the second"
+        )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return StudentGeometry(
         config.num_hidden_layers, HeadShape(num_heads, head_dim), config.hidden_size
