@@ -57,7 +57,7 @@ def make(folder: Path, **changes: Any) -> Experiment:
             "bert": {"model": str(folder / "bert")},
         },
         "extraction": {"batch_tokens": 200, "device": "cpu"},
-        "student": {"model": "none"},
+        "student": {"model": str(folder / "student")},
     }
     for dotted, value in changes.items():
         *parents, last = dotted.split("__")

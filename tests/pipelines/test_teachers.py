@@ -37,7 +37,7 @@ def make(
             "corpus": {"path": str(folder / "corpus.jsonl")},
             "teachers": {"t": {"model": str(folder / "t"), **teacher}},
             "extraction": {"device": "cpu", **extraction},
-            "student": {"model": "none"},
+            "student": {"model": str(folder / "student")},
         }
     )
 
