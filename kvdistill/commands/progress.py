@@ -25,24 +25,26 @@ def extraction_bars(quiet: bool = False) -> Iterator[Callable[[Any], None]]:
 
 
 class _Lines:
-    """For logs: a line whenever a shard is committed."""
+    """For logs: a line whenever a shard is committed, with the teacher's rate so far."""
 
     def __init__(self) -> None:
-        self._tokens = 0
-        self._since = time.monotonic()
+        self._tokens: dict[str, int] = {}
+        self._began: dict[str, float] = {}
 
     def __call__(self, word: Any) -> None:
-        self._tokens += word.tokens
+        name = word.teacher
+        began = self._began.setdefault(name, time.monotonic())
+        self._tokens[name] = self._tokens.get(name, 0) + word.tokens
         if not word.committed:
             return
-        rate = self._tokens / max(time.monotonic() - self._since, 1e-9)
+        # Over all shards: one is written while the next is read, so none has a time of its own.
+        rate = self._tokens[name] / max(time.monotonic() - began, 1e-9)
         print(
-            f"{word.teacher} {word.shards_done}/{word.shards_total} shard {word.shard_id} "
+            f"{name} {word.shards_done}/{word.shards_total} shard {word.shard_id} "
             f"committed, {rate:,.0f} tokens/s",
             file=sys.stderr,
             flush=True,
         )
-        self._tokens, self._since = 0, time.monotonic()
 
 
 @contextmanager
