@@ -321,14 +321,19 @@ class Experiment(Section):
         """SHA-256 of every setting that changes one teacher's stored numbers.
 
         Not of the weights, the tokenizer or the corpus: these have fingerprints of their own.
+        Settings at their default are left out, so that a setting that a later version adds does
+        not make a new extraction of an old store.
         """
         body = self.teachers[teacher].model_dump(
-            mode="json", exclude={"model", "tokenizer", "trust_remote_code", "device_map", "codec"}
+            mode="json",
+            exclude={"model", "tokenizer", "trust_remote_code", "device_map", "codec"},
+            exclude_defaults=True,
         )
         body["codec"] = self.codec(teacher).model_dump(mode="json")
         body["extraction"] = self.extraction.model_dump(
             mode="json",
             include={"long_text", "max_length", "importance", "hidden_at_cue", "summaries"},
+            exclude_defaults=True,
         )
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
