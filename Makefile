@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-real test-slurm check bench docs models clean
+.PHONY: demo test test-real test-slow test-slurm check bench docs models clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,13 +20,16 @@ demo: $(STAMP)  ## two real teachers, one student, one report (about 8 minutes o
 	PATH="$(abspath $(BIN)):$$PATH" MODELS=$(MODELS) examples/demo.sh
 
 test: $(STAMP)  ## the default tests: CPU, offline, a few minutes
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 models: $(STAMP)
 	$(BIN)/python examples/get_models.py $(MODELS) smollm2 minilm gemma3
 
 test-real: models  ## tests on real weights
-	KVDISTILL_MODELS=$(MODELS) $(BIN)/python -m pytest -q -m real_model
+	KVDISTILL_MODELS=$(MODELS) $(BIN)/python -m pytest -q -m 'real_model and not slow'
+
+test-slow: models  ## long tests: kills at random moments, phases on real weights
+	KVDISTILL_MODELS=$(MODELS) $(BIN)/python -m pytest -q -m slow
 
 test-slurm: $(STAMP)  ## tests on a real Slurm; root, and the packages of .ci/slurm-packages
 	$(BIN)/python -m pytest -q -m slurm tests/slurm

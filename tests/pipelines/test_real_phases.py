@@ -26,7 +26,7 @@ from kvdistill.store.writer import add_teacher, publish_shard
 from kvdistill.types import KINDS
 from tests.slurm.experiment import CORPUS
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
 TEACHERS = ("smollm2", "gemma3", "minilm")
 SAMPLES = 40
