@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvdistill.commands.work import done_units, extraction_tasks, freeze, is_another, ledger_of
-from kvdistill.config import Experiment, SlurmProfile
+from kvdistill.config import Experiment
+from kvdistill.config_slurm import SlurmProfile
 from kvdistill.errors import ConfigError, StoreMismatch, StoreNotFound
 from kvdistill.pipelines.stored import prepare
 from kvdistill.slurm import client, script

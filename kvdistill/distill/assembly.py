@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvdistill.config import Experiment
@@ -54,19 +54,13 @@ def assemble(
     student = build_student(config, tokenizer, experiment.seed)
     tasks = sorted({sample.task for sample in samples if sample.task is not None})
     task_ids = {task: number for number, task in enumerate(tasks, start=1)}
-    bare = Collate(
+    alone = Collate(
         tokenizer, training.max_length, experiment.alignment, experiment.losses, [], task_ids
     )
-    names = list(experiment.teachers) if experiment.losses.uses_teachers else []
-    teachers = [
-        teacher_space(
-            store, name, _layers(experiment, student, store, name, bare), experiment.fusion
-        )
-        for name in names
-    ]
-    collate = Collate(
-        tokenizer, training.max_length, experiment.alignment, experiment.losses, teachers, task_ids
-    )
+    names = experiment.teachers if experiment.losses.uses_teachers else ()
+    maps = {name: _layers(experiment, student, store, name, alone) for name in names}
+    teachers = [teacher_space(store, name, maps[name], experiment.fusion) for name in maps]
+    collate = replace(alone, teachers=teachers)
     source = StoreSource(store, {space.name: space.needed for space in teachers})
     distiller = Distiller(
         student,
@@ -77,10 +71,8 @@ def assemble(
         losses=experiment.losses,
         num_tasks=len(tasks),
     )
-    init = experiment.projection.first_weights
-    if teachers and init in ("pca", "ridge") and distiller.projects and not resuming:
-        batches = pilot(source, collate, training.batch_size, experiment.projection.pilot_batches)
-        start_projectors(distiller, batches, init)
+    if not resuming:
+        _start(distiller, source, collate, experiment)
     stream = KVStream(
         source,
         collate,
@@ -91,6 +83,16 @@ def assemble(
         rank=rank,
     )
     return Assembled(distiller, stream, tokenizer)
+
+
+def _start(
+    distiller: Distiller, source: StoreSource, collate: Collate, experiment: Experiment
+) -> None:
+    """Closed-form first weights, where the config asks for them and something projects."""
+    projection = experiment.projection
+    if projection.first_weights in ("pca", "ridge") and distiller.teachers and distiller.projects:
+        size, count = experiment.training.batch_size, projection.pilot_batches
+        start_projectors(distiller, pilot(source, collate, size, count), projection.first_weights)
 
 
 def _layers(

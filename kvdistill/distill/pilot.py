@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -82,9 +83,7 @@ def cka_map(student: Any, store: KVStore, name: str, collate: Collate, batches: 
     layers = store.teacher(name).layers
     every = LayerMap(layers, layers, (0.0,) * len(layers))
     space = teacher_space(store, name, every, FusionConfig())
-    alone = Collate(
-        collate.tokenizer, collate.max_length, collate.alignment, collate.losses, [space], {}
-    )
+    alone = replace(collate, teachers=[space])
     source = StoreSource(store, {name: layers})
     capture = KVCapture(student)
     device = next(student.parameters()).device

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kvdistill.config import SlurmProfile
+from kvdistill.config_slurm import SlurmProfile
 from kvdistill.errors import SlurmError
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvdistill.config import SlurmProfile
+from kvdistill.config_slurm import SlurmProfile
 from kvdistill.errors import SlurmError
 from kvdistill.slurm import client, script
 from kvdistill.slurm.attempts import job_element

@@ -16,7 +16,7 @@ import yaml
 from click.testing import CliRunner
 
 from kvdistill.cli import cli
-from kvdistill.config import SlurmConfig, SlurmProfile
+from kvdistill.config_slurm import SlurmConfig, SlurmProfile
 from kvdistill.errors import ConfigError, SlurmError
 from kvdistill.slurm import client, script
 from kvdistill.slurm.attempts import cause_of_death, job_element, new_attempt

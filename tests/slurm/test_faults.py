@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from kvdistill.config import SlurmProfile
+from kvdistill.config_slurm import SlurmProfile
 from kvdistill.slurm import client
 from kvdistill.slurm.attempts import process_start
 from kvdistill.slurm.ledger import Attempt

@@ -20,7 +20,8 @@ import pytest
 
 from kvdistill.commands import distribute, work
 from kvdistill.commands.overview import overview
-from kvdistill.config import Experiment, SlurmProfile
+from kvdistill.config import Experiment
+from kvdistill.config_slurm import SlurmProfile
 from kvdistill.pipelines.extract import extract
 from kvdistill.slurm import client
 from kvdistill.slurm.dask_cluster import dask_cluster
