@@ -41,7 +41,11 @@ check: $(STAMP)  ## what CI checks besides the tests
 	$(BIN)/lint-imports
 
 bench: models  ## every benchmark; prints ratios
-	for file in benchmarks/*.py; do KVDISTILL_MODELS=$(MODELS) $(BIN)/python $$file || exit 1; done
+	$(BIN)/python benchmarks/store.py
+	$(BIN)/python benchmarks/codecs.py --model $(MODELS)/smollm2 --corpus examples/data/gsm8k_train.jsonl
+	$(BIN)/python benchmarks/extract.py $(MODELS)/smollm2 examples/data/gsm8k_train.jsonl \
+	  --dtype float32 --samples 16
+	$(BIN)/python benchmarks/align.py
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict
