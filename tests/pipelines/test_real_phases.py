@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from kvdistill import config_file
 from kvdistill.config import Experiment
@@ -19,14 +17,9 @@ from kvdistill.distill.tokenizer import train_tokenizer
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.runs import RunFolder
 from kvdistill.pipelines.train import train
-from kvdistill.store.codecs import CODECS, part_name
-from kvdistill.store.reader import KVStore
-from kvdistill.store.shard import EncodedShard
-from kvdistill.store.writer import add_teacher, publish_shard
-from kvdistill.types import KINDS
 from tests.slurm.experiment import CORPUS
 
-pytestmark = [pytest.mark.real_model, pytest.mark.slow]
+pytestmark = pytest.mark.real_model
 
 TEACHERS = ("smollm2", "gemma3", "minilm")
 SAMPLES = 40
@@ -121,49 +114,3 @@ def test_a_joint_projector_is_caught_absorbing_and_the_default_is_not(
     assert quiet
     explained = logged(default.folder, "explained_variance")
     assert explained[-1] > explained[0] + 0.05
-
-
-def test_a_router_that_learns_from_injection_leaves_a_useless_teacher(
-    make: Any, store: Path, tmp_path: Path
-) -> None:
-    """Two decoders, one of which holds noise of the other's moments instead of what it read."""
-    copy = tmp_path / "store"
-    shutil.copytree(store / "store", copy)
-    add_noise_teacher(KVStore.open(copy), "smollm2", "noise")
-    smollm2 = make().teachers["smollm2"].model_dump(mode="json")
-    routed = {
-        "store": str(copy), "teachers": {"smollm2": smollm2, "noise": smollm2},
-        "fusion__method": "mlp", "training__max_steps": 250, "fusion__warmup_steps": 50,
-        "projection__learning_rate": 1e-2,
-    }  # fmt: skip
-    injected = {"losses__inject": 1.0, "projection__mode": "frozen"}
-    by_task = train(make(name="inject", **routed, **injected))
-    by_kv = train(make(name="kv", **routed))
-    weights = {run: logged(r.folder, "weight_noise") for run, r in
-               {"inject": by_task, "kv": by_kv}.items()}  # fmt: skip
-    print("weight of the useless teacher", weights)
-    assert weights["inject"][-1] < 0.05
-
-
-def add_noise_teacher(store: KVStore, source: str, name: str) -> None:
-    """A teacher of the same shapes whose KV is Gaussian with the source's channel moments."""
-    manifest = store.teacher(source).model_copy(update={"name": name})
-    add_teacher(store, manifest)
-    statistics = store.statistics(source)
-    generator = torch.Generator().manual_seed(0)
-    for shard_id in store.shard_ids:
-        shard = store.read_shard(source, shard_id)
-        arrays = dict(shard.arrays)
-        for kind in KINDS:
-            codec = CODECS[getattr(manifest.codec, kind)]
-            mean, std = (torch.from_numpy(x).float() for x in
-                         (statistics[kind].mean, statistics[kind].std))  # fmt: skip
-            encoded: dict[str, list[torch.Tensor]] = {}
-            for length in np.diff(shard.tokens.sample_ptr):
-                shape = (*mean.shape[:2], int(length), mean.shape[2])
-                noise = torch.randn(shape, generator=generator) * std[:, :, None] + mean[:, :, None]
-                for suffix, part in codec.encode(noise, kind).items():
-                    encoded.setdefault(suffix, []).append(part)
-            for suffix, parts in encoded.items():
-                arrays[part_name(kind, suffix)] = torch.cat(parts, dim=2).numpy()
-        publish_shard(store, name, shard_id, EncodedShard(shard.tokens, arrays), statistics)
