@@ -26,10 +26,10 @@ models: $(STAMP)
 	$(BIN)/python examples/get_models.py $(MODELS) smollm2 minilm gemma3
 
 test-real: models  ## tests on real weights
-	KVDISTILL_MODELS=$(MODELS) $(BIN)/python -m pytest -q -m 'real_model and not slow'
+	KVDISTILL_MODELS=$(MODELS) $(BIN)/python -m pytest -q -m real_model
 
-test-slow: models  ## long tests: kills at random moments, phases on real weights
-	KVDISTILL_MODELS=$(MODELS) $(BIN)/python -m pytest -q -m slow
+test-slow: $(STAMP)  ## long tests: kills at random moments
+	$(BIN)/python -m pytest -q -m slow
 
 test-slurm: $(STAMP)  ## tests on a real Slurm; root, and the packages of .ci/slurm-packages
 	$(BIN)/python -m pytest -q -m slurm tests/slurm
