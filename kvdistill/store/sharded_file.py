@@ -3,8 +3,9 @@
     chunk · crc32c · chunk · crc32c · …  then  (offset, length) of every chunk · crc32c
 
 zarr, zarrs, tensorstore and dask read these files through the ``zarr.json`` beside them. Doing
-it here is a page of code, and several times faster than either codec pipeline: a chunk goes from
-the file to its place in the result without a copy in between, and without an event loop
+it here is a page of code: a chunk goes from the file to its place in the result without a copy in
+between, and without an event loop, so readers may be forked. It is several times faster than
+zarr-python's own pipeline; zarrs is as fast on a quiet machine and slower on a loaded one
 (`benchmarks/store.py` measures both). Chunks are compressed only where that pays; see
 docs/codecs.md. Every chunk is always written, so an absent one is damage.
 """
