@@ -167,18 +167,13 @@ class Distiller(nn.Module):
         head: TeacherHead = heads[kind]
         return head
 
-    def fused(
-        self, targets: Mapping[Kind, list[list[Tensor]]], alpha: Tensor
-    ) -> dict[Kind, Tensor]:
-        """Projected teachers, fused: ``[B, L_s, H, T, D]`` in the student's or shared space."""
+    def projected(self, targets: Mapping[Kind, list[list[Tensor]]]) -> dict[Kind, list[Tensor]]:
+        """Every teacher as ``[B, L_s, H, T, D]`` in the student's or shared space, by kind."""
         return {
-            kind: fuse(
-                alpha,
-                [
-                    self.head(teacher.name, kind).projected(target)
-                    for teacher, target in zip(self.teachers, targets[kind], strict=True)
-                ],
-            )
+            kind: [
+                self.head(teacher.name, kind).projected(target)
+                for teacher, target in zip(self.teachers, targets[kind], strict=True)
+            ]
             for kind in KINDS
         }
 
@@ -186,6 +181,7 @@ class Distiller(nn.Module):
         self,
         view: StudentView,
         targets: Mapping[Kind, list[list[Tensor]]],
+        projected: Mapping[Kind, list[Tensor]],
         alpha: Tensor,
         covered_BT: Tensor,
     ) -> dict[str, Tensor]:
@@ -197,7 +193,7 @@ class Distiller(nn.Module):
                 errors = teacher_errors(view.kind(kind), heads, targets[kind], alpha, self.losses)
                 maps |= errors if kind == "key" else _joined(maps, errors)
         else:
-            fused = self.fused(targets, alpha)
+            fused = {kind: fuse(alpha, teachers) for kind, teachers in projected.items()}
             moving = self.projection.mode == "joint"
             target = {k: x if moving else x.detach() for k, x in fused.items()}
             ours = {kind: self._in_target_space(view.kind(kind), kind) for kind in KINDS}
@@ -220,7 +216,8 @@ class Distiller(nn.Module):
         wide = alpha.expand(-1, -1, num_layers, -1)
         if self.projection.mode != "student_to_teacher":
             ours = self._in_target_space(view.kind(kind), kind)
-            return [(list(range(num_layers)), wide.sum(0), ours, self.fused(targets, alpha)[kind])]
+            target = fuse(alpha, self.projected(targets)[kind])
+            return [(list(range(num_layers)), wide.sum(0), ours, target)]
         found = []
         for i, teacher in enumerate(self.teachers):
             head = self.head(teacher.name, kind)
@@ -238,7 +235,8 @@ class Distiller(nn.Module):
         targets = self.targets(batch["teachers"])
         # A router with a task to learn from must not be drawn to what is easy to imitate.
         kv_alpha = alpha.detach() if self.losses.inject else alpha
-        maps = self.kv_maps(view, targets, kv_alpha, covered_BT)
+        projected = self.projected(targets) if self.projects else {}
+        maps = self.kv_maps(view, targets, projected, kv_alpha, covered_BT)
         if self.losses.entropy:
             sign = 1.0 if self.fusion.entropy == "specialized" else -1.0
             maps["entropy"] = sign * entropy(alpha).expand_as(covered_BT)
@@ -250,16 +248,16 @@ class Distiller(nn.Module):
             if weights[name]
         }
         if self.losses.inject:
-            parts["inject"] = self._inject(batch, targets, alpha, covered_NBT, counts)
+            parts["inject"] = self._inject(batch, projected, alpha, covered_NBT, counts)
         if not figures:
             return parts, {}
-        variance = self._variance(targets, kv_alpha, covered_BT)
+        variance = self._variance(targets, projected, kv_alpha, covered_BT)
         return parts, {"alpha": mean_weights(alpha), "target_variance": variance}
 
     def _inject(
         self,
         batch: Batch,
-        targets: Mapping[Kind, list[list[Tensor]]],
+        projected: Mapping[Kind, list[Tensor]],
         alpha: Tensor,
         covered_NBT: Tensor,
         counts: Counts,
@@ -268,7 +266,7 @@ class Distiller(nn.Module):
         causal = torch.tensor([t.causal for t in self.teachers], device=alpha.device)
         usable = covered_NBT & causal[:, None, None]
         alpha = renormalise(alpha, usable)
-        fused = self.fused(targets, alpha)
+        fused = {kind: fuse(alpha, teachers) for kind, teachers in projected.items()}
         if self.projection.mode == "shared_space":
             fused = {kind: self._space(kind).out_of(z) for kind, z in fused.items()}
         mask_BT = batch["inject_mask"] & usable.any(0)
@@ -307,13 +305,17 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def _variance(
-        self, targets: Mapping[Kind, list[list[Tensor]]], alpha: Tensor, covered_BT: Tensor
+        self,
+        targets: Mapping[Kind, list[list[Tensor]]],
+        projected: Mapping[Kind, list[Tensor]],
+        alpha: Tensor,
+        covered_BT: Tensor,
     ) -> Tensor:
         """Variance of what the student is compared with; it falls when the target collapses."""
         if self.projection.mode == "student_to_teacher":
             found = [x for kind in KINDS for groups in targets[kind] for x in groups]
         else:
-            found = list(self.fused(targets, alpha).values())
+            found = [fuse(alpha, teachers) for teachers in projected.values()]
         return torch.stack([target_variance(x, covered_BT) for x in found]).mean()
 
 
