@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from kvdistill.distill.alignment import Band, align_global, layer_map, place, rotate
-from kvdistill.distill.eviction import evict
 from kvdistill.distill.fusion import Router, entropy, fixed_weights, fuse, renormalise
 from kvdistill.distill.losses import cosine_error, kv_error, reduce_tokens
 from kvdistill.distill.projection import HeadShape, LinearProjection, StudentToTeacher
+from kvdistill.eviction import evict
 
 STUDENT, TEACHER = HeadShape(2, 4), HeadShape(3, 6)
 MAPPING = layer_map("uniform", 2, range(3))

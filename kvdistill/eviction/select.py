@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvdistill.distill.rkv import DEFAULT_MIX, rkv_original_score, rkv_score
 from kvdistill.errors import ConfigError, GeometryError
+from kvdistill.eviction.rkv import DEFAULT_MIX, rkv_original_score, rkv_score
 from kvdistill.types import EvictionMethod
 
 DEFAULT_BUDGET = 24

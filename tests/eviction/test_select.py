@@ -7,9 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvdistill.distill.eviction import evict, num_evicted
-from kvdistill.distill.rkv import rkv_original_score, rkv_score
 from kvdistill.errors import ConfigError, GeometryError
+from kvdistill.eviction import evict, num_evicted, rkv_original_score, rkv_score
 
 METHODS = ["full", "right_crop", "uniform", "random", "importance", "rkv", "rkv_original"]
 
