@@ -1,7 +1,13 @@
-"""Reading ahead: shards arrive in the order asked for, while a few threads decode the next ones.
+"""Reading ahead: shards arrive in the order asked for, while a few threads read the next ones.
 
-Bounded by construction: at most ``ahead`` shards are read and not yet handed out, so memory does
-not grow with the number of shards. Decompression releases the GIL, so threads are enough.
+    for request, shard in prefetch(store, requests, threads=2, ahead=2):
+        ...
+
+Bounded by construction: while the caller works on one shard, at most ``ahead`` more are read or
+being read, and a shard that the caller lets go of is gone. Memory does not grow with the number
+of shards. Decompression, checksums and copies release the GIL, so threads are enough.
+
+The iterator belongs to one thread; the store under it may be shared by any number of iterators.
 """
 
 from __future__ import annotations
@@ -32,6 +38,7 @@ def prefetch(
 ) -> Iterator[tuple[Request, EncodedShard]]:
     """Yield every request with its shard, in order. ``requests`` may be endless.
 
+    Requests are drawn in the caller's thread, ``ahead`` + 1 before the first shard is handed out.
     The first error of a read is raised at its turn; closing the iterator stops reading.
 
     Raises:
@@ -51,14 +58,20 @@ def _prefetch(
     try:
         for request in requests:
             waiting.append((request, pool.submit(_read, store, request)))
-            if len(waiting) >= ahead:
-                done, shard = waiting.popleft()
-                yield done, shard.result()
+            if len(waiting) > ahead:
+                yield _first(waiting)
         while waiting:
-            done, shard = waiting.popleft()
-            yield done, shard.result()
+            yield _first(waiting)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _first(
+    waiting: deque[tuple[Request, Future[EncodedShard]]],
+) -> tuple[Request, EncodedShard]:
+    """The oldest request, when it is read. In a frame of its own, which keeps no shard alive."""
+    request, shard = waiting.popleft()
+    return request, shard.result()
 
 
 def _read(store: KVStore, request: Request) -> EncodedShard:

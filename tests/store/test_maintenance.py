@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import shutil
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +160,36 @@ def test_prefetch_keeps_the_order_and_its_bound(tmp_path: Path, build: Any, back
     seen = []
     for request, shard in prefetch(store, requests(), threads=3, ahead=3):
         seen.append(request.shard_id)
-        assert asked - len(seen) <= 2
+        assert asked - len(seen) <= 3
         want = store.read_shard("tiny", request.shard_id, [1], kinds=["key"])
         np.testing.assert_array_equal(shard.arrays["key"], want.arrays["key"])
     assert seen == list(store.shard_ids) * 2
+
+
+def test_prefetch_keeps_no_shard_that_the_caller_let_go(tmp_path: Path, build: Any) -> None:
+    store, _ = build.store(tmp_path / "store", build.teacher(), num_shards=4)
+    requests = [Request("tiny", shard_id) for shard_id in store.shard_ids]
+    stream = prefetch(store, requests, threads=1, ahead=1)
+    _, shard = next(stream)
+    gone = weakref.ref(shard)
+    del shard
+    gc.collect()
+    assert gone() is None
+    stream.close()
+
+
+def test_several_threads_may_prefetch_from_one_store(
+    tmp_path: Path, build: Any, backend: str
+) -> None:
+    store, made = build.store(tmp_path / "store", build.teacher(backend=backend), num_shards=6)
+
+    def total(_: int) -> int:
+        requests = [Request("tiny", shard_id) for shard_id in store.shard_ids]
+        return sum(int(shard.arrays["key"].sum()) for _, shard in prefetch(store, requests))
+
+    want = sum(int(one.shard.arrays["key"].sum()) for one in made.values())
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(total, range(8))) == {want}
 
 
 def test_prefetch_raises_at_the_turn_of_the_bad_shard(tmp_path: Path, build: Any) -> None:
