@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kvdistill.config_base import NonNegativeFloat, Positive, PositiveFloat, Section
+from kvdistill.config_base import NonNegativeFloat, Positive, Section
 from kvdistill.config_distill import AlignmentConfig, FusionConfig, LossConfig, ProjectionConfig
 from kvdistill.config_slurm import SlurmConfig
+from kvdistill.config_training import StudentConfig, TrainingConfig
 from kvdistill.corpus import CorpusFormat
 from kvdistill.types import Backend, CodecSpec, Name
 
@@ -143,72 +144,6 @@ class ExtractionConfig(Section):
     """Shards that may wait to be compressed and written while the next one is read."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, …"""
-
-
-class StudentConfig(Section):
-    """The model that learns."""
-
-    model: str | None = None
-    """Hub id or folder of a pretrained causal LM to start from."""
-    architecture: dict[str, Any] | None = None
-    """Instead of `model`: a transformers config to start from scratch; needs `model_type`."""
-    tokenizer: str | None = None
-    """Hub id or folder; the model's own if not given."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off unless you have read that code."""
-
-    @model_validator(mode="after")
-    def _one_start(self) -> Self:
-        if (self.model is None) == (self.architecture is None):
-            raise ValueError("give exactly one of `model` and `architecture`")
-        if self.architecture is not None and "model_type" not in self.architecture:
-            raise ValueError("`architecture` needs `model_type`, such as llama")
-        if self.architecture is not None and self.tokenizer is None:
-            raise ValueError("a student from scratch needs `tokenizer`")
-        return self
-
-
-class TrainingConfig(Section):
-    """Stage 2's optimisation."""
-
-    epochs: PositiveFloat = 1.0
-    """Passes over the corpus; ignored where `max_steps` is given."""
-    max_steps: Positive | None = None
-    """Optimizer steps."""
-    batch_size: Positive = 8
-    """Samples per device and step."""
-    gradient_accumulation_steps: Positive = 1
-    """Batches per optimizer step."""
-    max_length: Positive = 512
-    """Student tokens per sample; the rest of a longer text is cut off."""
-    learning_rate: PositiveFloat = 1e-3
-    """Peak learning rate of the student."""
-    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
-    """Learning-rate schedule after warm-up."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps of linear warm-up."""
-    weight_decay: NonNegativeFloat = 0.01
-    """AdamW's decay."""
-    max_grad_norm: PositiveFloat = 1.0
-    """Gradients are clipped to this norm."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Mixed precision of the student; parameters stay float32."""
-    eval_steps: Positive | None = None
-    """Evaluate every so many steps (always at the end)."""
-    save_steps: Positive | None = None
-    """Write a checkpoint every so many steps (always at the end)."""
-    keep_checkpoints: Positive = 2
-    """Older checkpoints are deleted."""
-    log_steps: Positive = 10
-    """Log losses every so many steps."""
-    figure_steps: Positive = 50
-    """Every so many steps, measure whether the target moves (costs two backward passes)."""
-    window_shards: Positive = 4
-    """Samples are shuffled inside a window of this many decoded shards."""
-    read_ahead: Positive = 2
-    """Shards decoded ahead of need."""
-    device: str = "auto"
-    """`auto` or `cpu`."""
 
 
 class Experiment(Section):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kvdistill.adapters import DECODERS, QKV, Adapter, Heads
-from kvdistill.config import StudentConfig
+from kvdistill.config_training import StudentConfig
 from kvdistill.distill.projection import HeadShape
 from kvdistill.errors import StudentError
 from kvdistill.types import KINDS, Kind

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvdistill.config import StudentConfig
+from kvdistill.config_training import StudentConfig
 from kvdistill.corpus import read_jsonl
 from kvdistill.distill.evaluate import Metrics, evaluate
 from kvdistill.distill.student import build_student

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvdistill.config import StudentConfig
+from kvdistill.config_training import StudentConfig
 from kvdistill.distill.student import KVCapture, build_student, student_geometry
 from kvdistill.distill.tokenizer import train_tokenizer
 from kvdistill.errors import StudentError
