@@ -3,51 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 
 from kvdistill.config_file import flatten
 from kvdistill.errors import ConfigError
 from kvdistill.pipelines import plots
-from kvdistill.pipelines.runs import RunFolder
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run, read back from its folder."""
-
-    name: str
-    config: dict[str, Any]
-    record: dict[str, Any]
-    logs: list[dict[str, Any]]
-    diagnostics: dict[str, Any]
-
-    def curve(self, key: str) -> tuple[list[float], list[float]]:
-        """Steps and values of one logged quantity; the last value of a step that was redone."""
-        points = {row["step"]: row[key] for row in self.logs if key in row}
-        return [float(step) for step in sorted(points)], [points[step] for step in sorted(points)]
-
-
-def read_run(path: Path) -> Run:
-    """Read a run's folder.
-
-    Raises:
-        ConfigError: not a run, or one that has not finished.
-    """
-    folder = RunFolder(path)
-    record = folder.read_record()
-    if not record:
-        raise ConfigError(f"{path} is not a run's folder (it has no run.json)")
-    if not record["finished"]:
-        raise ConfigError(f"{path} has not finished; run `kvdistill train` with its config again")
-    logs = [json.loads(line) for line in folder.log.read_text(encoding="utf-8").splitlines()]
-    diagnostics = json.loads(folder.diagnostics.read_text(encoding="utf-8"))
-    config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
-    return Run(record["name"], config, record, logs, diagnostics)
+from kvdistill.pipelines.report.study import Run, read_run
 
 
 def write_report(paths: list[Path], output: Path) -> None:

@@ -1,0 +1,242 @@
+"""What a report is about: arms, each one configuration under several seeds, and a baseline.
+
+A study is read from an ablation folder, whose ``ablation.json`` says what the arms are::
+
+    {"name": "reference",
+     "baseline": "cross-entropy",
+     "arms": [{"name": "cross-entropy",
+               "description": "no teacher",          optional, one line for the report
+               "placebo": false,                     optional
+               "runs": [{"seed": 0, "path": "cross-entropy-s0"}, …]}, …]}
+
+(paths are relative to the folder), or from any run folders, which are then grouped by their
+configurations: runs that differ in nothing but the seed and the name are one arm.
+
+Beside its ``run.json`` a run may hold ``eval_samples.jsonl``, one held-out text a line
+(``sample_id``, ``nll`` in nats, ``num_tokens``, ``num_chars``): what pairing by text needs.
+
+A run that is missing, has not finished or ended in NaN is left out and named in the notes; a
+report of what there is beats no report.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from kvdistill.errors import ConfigError
+from kvdistill.pipelines.runs import RunFolder
+
+ABLATION: Final = "ablation.json"
+SAMPLES: Final = "eval_samples.jsonl"
+NOT_OF_AN_ARM: Final = ("name", "seed", "output_dir", "slurm", "store")
+"""Settings that two runs of one arm may differ in."""
+
+
+@dataclass(frozen=True)
+class SampleScore:
+    """How one held-out text was predicted."""
+
+    nll: float
+    """Negative log-likelihood of its tokens, nats."""
+    num_tokens: int
+    num_chars: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, read back from its folder."""
+
+    path: Path
+    name: str
+    config: dict[str, Any]
+    record: dict[str, Any]
+    logs: list[dict[str, Any]]
+    diagnostics: dict[str, Any]
+    samples: dict[str, SampleScore] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int:
+        """The seed it was started with."""
+        return int(self.record["seed"])
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Its final figures."""
+        found: dict[str, float] = self.record["metrics"]
+        return found
+
+    def curve(self, key: str) -> tuple[list[float], list[float]]:
+        """Steps and values of one logged quantity; the last value of a step that was redone."""
+        points = {row["step"]: row[key] for row in self.logs if key in row}
+        return [float(step) for step in sorted(points)], [points[step] for step in sorted(points)]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One configuration under several seeds; a placebo's gain is not knowledge."""
+
+    name: str
+    runs: tuple[Run, ...]
+    description: str = ""
+    placebo: bool = False
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings of its first run; the others differ in seed and name."""
+        return self.runs[0].config
+
+
+@dataclass(frozen=True)
+class Study:
+    """Arms that are compared with one of them, the baseline."""
+
+    name: str
+    arms: tuple[Arm, ...]
+    baseline: str
+    notes: tuple[str, ...] = ()
+    """What a reader must know: runs left out, and why."""
+
+    def arm(self, name: str) -> Arm:
+        """The arm of that name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+
+def read_run(path: Path) -> Run:
+    """Read a run's folder.
+
+    Raises:
+        ConfigError: not a run, or one that has not finished.
+    """
+    folder = RunFolder(path)
+    record = folder.read_record()
+    if not record:
+        raise ConfigError(f"{path} is not a run's folder (it has no run.json)")
+    if not record["finished"]:
+        raise ConfigError(f"{path} has not finished; run `kvdistill train` with its config again")
+    return Run(
+        path,
+        record["name"],
+        yaml.safe_load(folder.config.read_text(encoding="utf-8")),
+        record,
+        _json_lines(folder.log),
+        json.loads(folder.diagnostics.read_text(encoding="utf-8")),
+        {
+            row["sample_id"]: SampleScore(row["nll"], row["num_tokens"], row["num_chars"])
+            for row in _json_lines(path / SAMPLES)
+        },
+    )
+
+
+def read_study(paths: Sequence[Path], baseline: str | None = None) -> Study:
+    """Read an ablation folder, a folder of runs, or run folders, in any mixture.
+
+    Args:
+        paths: folders; of several ablations the arms stand side by side.
+        baseline: the arm that others are compared with; by default the ablation's own, else the
+            only arm without teachers, else the last.
+
+    Raises:
+        ConfigError: no finished run anywhere, or no arm of that name.
+    """
+    notes: list[str] = []
+    arms: list[Arm] = []
+    chosen, loose, names = baseline, [], []
+    for path in paths:
+        if (path / ABLATION).is_file():
+            body = json.loads((path / ABLATION).read_text(encoding="utf-8"))
+            names.append(body.get("name", path.name))
+            chosen = chosen or body.get("baseline")
+            arms += _arms_of_ablation(path, body, notes)
+        else:
+            loose += _run_folders(path)
+    arms += _grouped(_finished(loose, notes))
+    if not arms:
+        raise ConfigError(
+            "; ".join(notes) or "no arm has a finished run; give folders of `kvdistill train`"
+        )
+    name = " and ".join(names) or _title(arms)
+    return Study(name, tuple(arms), _baseline(arms, chosen), tuple(notes))
+
+
+def _run_folders(path: Path) -> list[Path]:
+    """The folder itself if it is a run, else the runs up to two levels below it."""
+    if (path / "run.json").is_file() or not path.is_dir():
+        return [path]
+    return sorted(p.parent for depth in ("*", "*/*") for p in path.glob(f"{depth}/run.json")) or [
+        path
+    ]
+
+
+def _finished(paths: Sequence[Path], notes: list[str]) -> list[Run]:
+    found = []
+    for path in paths:
+        try:
+            found.append(read_run(path))
+        except ConfigError as error:
+            notes.append(str(error))
+    return found
+
+
+def _arms_of_ablation(path: Path, body: dict[str, Any], notes: list[str]) -> list[Arm]:
+    arms = []
+    for entry in body["arms"]:
+        runs = _finished([path / run["path"] for run in entry["runs"]], notes)
+        if not runs:
+            notes.append(f"arm {entry['name']!r} has no finished run")
+            continue
+        arms.append(
+            Arm(
+                entry["name"],
+                tuple(sorted(runs, key=lambda run: run.seed)),
+                entry.get("description", ""),
+                entry.get("placebo", False),
+            )
+        )
+    return arms
+
+
+def _grouped(runs: Sequence[Run]) -> list[Arm]:
+    """Runs whose settings differ in nothing but seed and name are one arm."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        settings = {key: run.config[key] for key in run.config if key not in NOT_OF_AN_ARM}
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
+    arms: list[Arm] = []
+    for members in groups.values():
+        members.sort(key=lambda run: run.seed)
+        name = _without_seed(members[0]) if len(members) > 1 else members[0].name
+        taken = {arm.name for arm in arms}
+        arms.append(Arm(name if name not in taken else members[0].name, tuple(members)))
+    return arms
+
+
+def _without_seed(run: Run) -> str:
+    """A run's name without a trailing ``-s3`` or ``_seed3`` that names its seed."""
+    return re.sub(rf"[-_.]?(s|seed)[-_]?{run.seed}$", "", run.name) or run.name
+
+
+def _baseline(arms: Sequence[Arm], asked: str | None) -> str:
+    names = [arm.name for arm in arms]
+    if asked is not None:
+        if asked not in names:
+            raise ConfigError(f"no arm {asked!r} to compare with; there are: {', '.join(names)}")
+        return asked
+    alone = [arm.name for arm in arms if not arm.runs[0].diagnostics]
+    return alone[0] if len(alone) == 1 else names[-1]
+
+
+def _title(arms: Sequence[Arm]) -> str:
+    return " against ".join(arm.name for arm in arms) if len(arms) < 4 else f"{len(arms)} arms"
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
