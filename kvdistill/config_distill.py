@@ -17,6 +17,7 @@ from kvdistill.types import (
     RopeMethod,
     SegmentName,
     Similarity,
+    TimeMethod,
     TokenMethod,
 )
 
@@ -24,9 +25,10 @@ from kvdistill.types import (
 class AlignmentConfig(Section):
     """How positions and layers of a teacher map to the student's."""
 
-    time: Literal["tokens", "segments", "global"] = "tokens"
+    time: TimeMethod = "tokens"
     """`tokens`: by shared characters. `segments`, `global`: linear resampling, for teachers
-    whose text is not the student's."""
+    whose text is not the student's. `latent`: the tokens that `latent.eviction` keeps, in order,
+    for the student's latent positions."""
     tokens: TokenMethod = "iou"
     """Weight of a teacher token: characters shared over characters in either (`iou`), characters
     shared (`overlap`), or all to the best one (`nearest`)."""
@@ -57,7 +59,8 @@ class ProjectionConfig(Section):
     """Who may move. `student_to_teacher`: regress the student's KV onto the fixed teacher KV.
     `frozen`: a fixed teacher-to-student projector gives the target. `task`: the projector learns
     from `losses.inject` alone. `joint`: it learns from the K/V loss too, and can absorb it.
-    `shared_space`: every model maps into one space."""
+    `shared_space`: every model maps into one space. `identity`: no map and no standardising, for
+    a teacher of the student's own shape."""
     method: Literal["linear", "full", "bottleneck"] = "linear"
     """Teacher-to-student map: head dim then heads (`linear`), one joint map (`full`), or a
     narrower non-linear middle (`bottleneck`)."""
@@ -164,6 +167,11 @@ class LossConfig(Section):
     """Where the fused KV goes in; the loss counts what follows."""
     inject_text: Fraction = 0.5
     """How much of a sample without such segments the fused KV goes into."""
+    codi: NonNegativeFloat = 0.0
+    """Error of a latent student's hidden states before the answer, against the teacher's at the
+    same place (needs `extraction.hidden_at_cue`)."""
+    rationale: NonNegativeFloat = 0.0
+    """Cross-entropy of a latent student on rationale and answer in words, given the question."""
     entropy: NonNegativeFloat = 0.0
     """Weight of the router's entropy; its sign is `fusion.entropy`."""
     round_trip: NonNegativeFloat = 0.0
@@ -181,7 +189,10 @@ class LossConfig(Section):
 
     def weights(self) -> dict[str, float]:
         """Weight by name of loss."""
-        return {name: getattr(self, name) for name in (*OF_TEACHERS, "entropy", "cross_entropy")}
+        return {name: getattr(self, name) for name in (*OF_TEACHERS, "entropy", *OF_TEXT)}
 
 
-OF_TEACHERS = ("key", "value", "cosine", "attention_kl", "relation", "inject", "round_trip")
+OF_TEACHERS = (
+    "key", "value", "cosine", "attention_kl", "relation", "inject", "round_trip", "codi"
+)  # fmt: skip
+OF_TEXT = ("cross_entropy", "rationale")

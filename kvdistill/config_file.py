@@ -33,11 +33,19 @@ PRESETS: Final[dict[str, dict[str, dict[str, Any]]]] = {
         "projection": {"mode": "shared_space"},
         "losses": {"inject": 1.0, "round_trip": 1.0},
     },
+    "kava": {
+        "alignment": {"time": "latent"},
+        "projection": {"mode": "identity"},
+        "extraction": {"hidden_at_cue": True},
+        "losses": {"key": 0.5, "value": 0.5, "layer_std": True, "codi": 10.0, "rationale": 1.0},
+        "latent": {"method": "pccot"},
+    },
 }
 """Named starting points. A preset is plain settings under the file's own, which win:
 
 1 two teachers, fixed weights · 2 several architectures, or samples of one teacher · 3 weights by
-similarity · 4 a router that learns from an injected cache · 5 one space for every model.
+similarity · 4 a router that learns from an injected cache · 5 one space for every model · kava: a
+student that reasons in latent positions (arXiv 2510.02312).
 """
 
 

@@ -23,7 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvdistill.config_distill import AlignmentConfig, FusionConfig, LossConfig, ProjectionConfig
+from kvdistill.config_distill import (
+    OF_TEXT,
+    AlignmentConfig,
+    FusionConfig,
+    LossConfig,
+    ProjectionConfig,
+)
 from kvdistill.distill.alignment import Band
 from kvdistill.distill.attention_maps import AttentionMaps
 from kvdistill.distill.data.collate import IGNORED_LABEL, Batch
@@ -63,7 +69,7 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
-        self.capture = KVCapture(student)
+        self.capture = self.capture_of(student)
         self.teachers = teachers
         self.projection, self.fusion, self.losses = projection, fusion, losses
         geometry = self.capture.geometry
@@ -96,6 +102,10 @@ class Distiller(nn.Module):
         if losses.attention_kl:
             self.attention_maps = AttentionMaps(student, alignment)
 
+    def capture_of(self, student: Any) -> KVCapture:
+        """What reads the student's keys and values."""
+        return KVCapture(student)
+
     @property
     def projects(self) -> bool:
         """Whether teachers are brought into the student's (or the shared) space."""
@@ -118,22 +128,37 @@ class Distiller(nn.Module):
         """
         counts = counts or {}
         view = self.view(batch)
-        parts = {
-            "cross_entropy": cross_entropy(view.logits, batch["labels"], counts.get("num_labels"))
-        }
+        parts = self.text_parts(batch, view, counts)
         shown: dict[str, Tensor] = {}
         if self.teachers:
             more, shown = self._teacher_parts(batch, view, counts, figures=figures)
             parts |= more
         weight = self.losses.weights()
         weighted = {name: weight[name] * value for name, value in parts.items()}
-        kv = [value for name, value in weighted.items() if name not in ("cross_entropy", "inject")]
+        kv = [value for name, value in weighted.items() if name not in (*OF_TEXT, "inject")]
         return {
             "loss": torch.stack(list(weighted.values())).sum(),
             "kv": torch.stack(kv).sum() if kv else torch.zeros_like(weighted["cross_entropy"]),
             "parts": parts,
             "figures": shown,
         }
+
+    @staticmethod
+    def count(batch: Batch) -> dict[str, Tensor]:
+        """What the losses of a batch are divided by: the numbers that ``forward`` is given."""
+        labels, injected = (num_predicted(batch[name]) for name in ("labels", "inject_labels"))
+        return {
+            "num_labels": labels,
+            "num_covered": num_covered(batch),
+            "num_injected": injected,
+        }
+
+    def text_parts(
+        self, batch: Batch, view: StudentView, counts: Counts
+    ) -> dict[str, Tensor]:
+        """Losses that need no teacher."""
+        loss = cross_entropy(view.logits, batch["labels"], counts.get("num_labels"))
+        return {"cross_entropy": loss}
 
     def view(self, batch: Batch) -> StudentView:
         """One forward pass of the student: logits, unrotated Q, K and V, last hidden state."""
@@ -329,6 +354,17 @@ def cross_entropy(logits: Tensor, labels: Tensor, num_labels: Tensor | None) -> 
         reduction="none",
     )
     return reduce_tokens(errors, wanted != IGNORED_LABEL, num_labels)
+
+
+def num_predicted(labels: Tensor) -> Tensor:
+    """Labels ``[B, T]`` that a token before them predicts."""
+    return (labels[:, 1:] != IGNORED_LABEL).sum()
+
+
+def num_covered(batch: Batch) -> Tensor:
+    """Tokens that any teacher covers."""
+    covered = [teacher["covered"] for teacher in batch["teachers"].values()]
+    return torch.stack(covered).any(0).sum() if covered else batch["labels"].new_zeros(())
 
 
 def mean_weights(alpha_NBLT: Tensor) -> Tensor:

@@ -19,7 +19,9 @@ from kvdistill.distill.projection import (
     Standardise,
     StudentToTeacher,
 )
-from kvdistill.distill.spaces import TeacherSpace
+from kvdistill.distill.spaces import GroupSpace, TeacherSpace
+from kvdistill.errors import ConfigError
+from kvdistill.eviction import Eviction
 from kvdistill.store.codecs import CODECS
 from kvdistill.types import Kind, ProjectionInit
 
@@ -46,7 +48,10 @@ class TeacherHead(nn.Module):
         super().__init__()
         self.kind, self.groups = kind, space.groups
         self.codec = CODECS[space.codec.key if kind == "key" else space.codec.value]
-        self.standardise = nn.ModuleList(Standardise(g.statistics[kind]) for g in space.groups)
+        raw = projection.mode == "identity"
+        self.standardise = nn.ModuleList(
+            nn.Identity() if raw else Standardise(g.statistics[kind]) for g in space.groups
+        )
         self.regress = nn.ModuleList()
         self.project = nn.ModuleList()
         for group in space.groups:
@@ -65,10 +70,23 @@ class TeacherHead(nn.Module):
         """Standardised KV at the student's layers and tokens, per group ``[B, L, H_t, T, D_t]``."""
         found = []
         for group, standardise in zip(self.groups, self.standardise, strict=True):
-            teacher_BLHTD = standardise(self.codec.decode(parts[group.prefix], self.kind))
+            teacher_BLHTD = standardise(self.decode(parts, group))
             mapping = group.layer_map
             found.append(place(teacher_BLHTD, band, mapping, mapping.needed))
         return found
+
+    @torch.no_grad()
+    def kept(self, parts: Parts, evictions: list[Eviction]) -> list[Tensor]:
+        """As ``targets``, of the tokens that an eviction per group keeps: ``T`` is its ``M``."""
+        found = []
+        for i, (group, eviction) in enumerate(zip(self.groups, evictions, strict=True)):
+            kept_BLHMD = self.standardise[i](eviction.keep(self.decode(parts, group)))
+            found.append(group.layer_map.apply(kept_BLHMD, group.layer_map.needed))
+        return found
+
+    def decode(self, parts: Parts, group: GroupSpace) -> Tensor:
+        """One group's stored keys or values ``[B, L, H, T, D]`` float32, not standardised."""
+        return self.codec.decode(parts[group.prefix], self.kind)
 
     def guesses(self, student_BLHTD: Tensor) -> list[Tensor]:
         """The student's guess at ``targets``, group by group."""
@@ -91,6 +109,14 @@ def make_projection(
     config: ProjectionConfig, num_layers: int, source: HeadShape, student: HeadShape
 ) -> Any:
     """A teacher-to-student map as the config says, or a teacher's adapter to the shared space."""
+    if config.mode == "identity":
+        if source != student:
+            raise ConfigError(
+                f"projection.mode identity: the teacher has {source.num_heads} KV heads of "
+                f"{source.head_dim}, the student {student.num_heads} of {student.head_dim}; they "
+                "must agree, or use student_to_teacher"
+            )
+        return nn.Identity()
     if config.mode == "shared_space":
         return SpaceAdapter(num_layers, source, HeadShape(config.space_heads, config.space_dim))
     if config.method == "bottleneck":

@@ -37,6 +37,11 @@ class Eviction:
         """Latent positions that have a teacher token, ``[B, M]``; every head keeps as many."""
         return self.mask_BLHM[:, 0, 0]
 
+    def padded(self, num_slots: int) -> Eviction:
+        """The same with masked slots behind, up to ``num_slots`` in all."""
+        more = (0, num_slots - self.index_BLHM.shape[-1])
+        return Eviction(F.pad(self.index_BLHM, more), F.pad(self.mask_BLHM, more))
+
     def keep(self, x_BLHTD: Tensor) -> Tensor:
         """The kept tokens of keys or values: ``[B, L, H, M, D]``, zero where masked."""
         index = self.index_BLHM.unsqueeze(-1)

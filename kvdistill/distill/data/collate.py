@@ -73,9 +73,9 @@ class Collate:
         batch = student_batch(tokens, self.tokenizer.pad_token_id or 0)
         length = batch["input_ids"].shape[1]
         spans = Spans(
-            _padded([t.char_start for t in tokens], 0, length),
-            _padded([t.char_end for t in tokens], 0, length),
-            _padded([t.segment for t in tokens], -1, length),
+            padded([t.char_start for t in tokens], 0, length),
+            padded([t.char_end for t in tokens], 0, length),
+            padded([t.segment for t in tokens], -1, length),
             batch["text_mask"],
         )
         batch |= injection(spans, batch["labels"], self.losses)
@@ -88,6 +88,10 @@ class Collate:
         }
         return batch
 
+    def without_weight(self, batch: Batch) -> Batch:
+        """The same batch with nothing in it that a loss counts."""
+        return without_weight(batch)
+
     def _teacher(
         self, space: TeacherSpace, rows: list[tuple[EncodedShard, int]], student: Spans
     ) -> Batch:
@@ -96,7 +100,7 @@ class Collate:
         batch: Batch = {"start": band.start, "weight": band.weight, "covered": band.covered}
         for kind in KINDS:
             batch[kind] = {
-                group.prefix: _padded_parts(rows, group.prefix, kind, space.codec)
+                group.prefix: padded_parts(rows, group.prefix, kind, space.codec)
                 for group in space.groups
             }
         if space.prototypes_KE is not None:
@@ -118,9 +122,9 @@ def student_batch(tokens: Sequence[StudentTokens], pad_id: int) -> Batch:
     """Right-padded student tensors of a batch, without teachers."""
     # A row without a single token would leave attention nothing to attend to.
     longest = max((len(t.input_ids) for t in tokens), default=1) or 1
-    input_ids = _padded([t.input_ids for t in tokens], pad_id, longest)
-    present = _padded([np.ones_like(t.input_ids) for t in tokens], 0, longest).bool()
-    segment = _padded([t.segment for t in tokens], -1, longest)
+    input_ids = padded([t.input_ids for t in tokens], pad_id, longest)
+    present = padded([np.ones_like(t.input_ids) for t in tokens], 0, longest).bool()
+    segment = padded([t.segment for t in tokens], -1, longest)
     attention_mask = present.clone()
     attention_mask[:, 0] = True
     return {
@@ -160,16 +164,16 @@ def injection(student: Spans, labels: Tensor, losses: LossConfig) -> Batch:
 
 def _teacher_spans(rows: list[tuple[EncodedShard, int]]) -> Spans:
     tables = [(shard.tokens, shard.tokens.span(idx)) for shard, idx in rows]
-    segment = _padded([table.segment[span] for table, span in tables], -1)
+    segment = padded([table.segment[span] for table, span in tables], -1)
     return Spans(
-        _padded([table.char_start[span] for table, span in tables], 0),
-        _padded([table.char_end[span] for table, span in tables], 0),
+        padded([table.char_start[span] for table, span in tables], 0),
+        padded([table.char_end[span] for table, span in tables], 0),
         segment,
         segment >= 0,
     )
 
 
-def _padded(arrays: Sequence[np.ndarray], fill: int, length: int | None = None) -> Tensor:
+def padded(arrays: Sequence[np.ndarray], fill: int, length: int | None = None) -> Tensor:
     """Stack ragged 1-D integer arrays to ``[B, T]`` long."""
     if length is None:
         length = max((len(array) for array in arrays), default=0)
@@ -179,7 +183,7 @@ def _padded(arrays: Sequence[np.ndarray], fill: int, length: int | None = None) 
     return torch.from_numpy(out)
 
 
-def _padded_parts(
+def padded_parts(
     rows: list[tuple[EncodedShard, int]], prefix: str, kind: Kind, spec: CodecSpec
 ) -> dict[str, Tensor]:
     """Codes and scales of one kind, padded with zeros to ``[B, L, H, T or blocks, width]``.

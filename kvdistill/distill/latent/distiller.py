@@ -1,0 +1,172 @@
+"""A latent student's losses (KaVa: Latent Reasoning via Compressed KV-Cache Distillation,
+arXiv 2510.02312):
+
+    CE(answer | latents, question) + CE(rationale, answer | question) + codi + keys and values
+
+It is a ``Distiller`` whose student is looked at on its latent positions and whose teachers are
+looked at on the tokens that an eviction keeps; what lies between (projection, fusion of several
+teachers by given weights or by similarity, errors, placebos, figures) is the distiller's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvdistill.config_latent import LatentConfig
+from kvdistill.distill.data.collate import IGNORED_LABEL, Batch
+from kvdistill.distill.distiller import (
+    Counts,
+    Distiller,
+    cross_entropy,
+    num_covered,
+    num_predicted,
+)
+from kvdistill.distill.latent.student import LatentStudent
+from kvdistill.distill.latent.targets import Rationales
+from kvdistill.distill.losses import hidden_error
+from kvdistill.distill.objectives import StudentView
+from kvdistill.distill.student import KVCapture
+from kvdistill.store.manifest import TeacherManifest
+from kvdistill.types import KINDS, Kind
+
+
+@dataclass(frozen=True, eq=False)
+class LatentView(StudentView):
+    """Keys and values are the latents', ``T`` is ``M``; logits are those of eot and the answer."""
+
+    cue_BLE: Tensor
+    """Every layer's output at eot."""
+
+
+class LatentDistiller(Distiller):
+    """``LatentStudent``, projectors and losses."""
+
+    student: LatentStudent
+
+    def __init__(
+        self,
+        student: LatentStudent,
+        teachers: list[Any],
+        manifests: dict[str, TeacherManifest],
+        **settings: Any,
+    ) -> None:
+        super().__init__(student, teachers, **settings)
+        self.latent: LatentConfig = student.config
+        self.rationales = {name: Rationales.of(self.latent, m) for name, m in manifests.items()}
+        self.cues = nn.ModuleDict()
+        if self.losses.codi:
+            ours = self.capture.geometry
+            for teacher in teachers:
+                theirs = manifests[teacher.name]
+                self.cues[str(len(self.cues))] = CueMap(
+                    ours.num_layers, ours.hidden_size, theirs, teacher.depths
+                )
+
+    def capture_of(self, student: LatentStudent) -> KVCapture:
+        """Reads the language model inside."""
+        return KVCapture(student.backbone)
+
+    @staticmethod
+    def count(batch: Batch) -> dict[str, Tensor]:
+        """As ``Distiller.count``; the rationale's labels, and samples for the CODI term."""
+        counts = {"num_labels": num_predicted(batch["labels"]), "num_covered": num_covered(batch)}
+        words = batch.get("rationale_labels")
+        none = torch.zeros_like(counts["num_labels"])
+        counts["num_words"] = none if words is None else num_predicted(words)
+        counts["num_samples"] = _answered(batch).sum()
+        return counts
+
+    def view(self, batch: Batch) -> LatentView:
+        """Think and read the answer; what is captured is the last pass, which the answer sees."""
+        prefix, x_BME = self.student.think(batch["question_ids"], batch["question_mask"])
+        with self.capture() as captured:
+            thought = self.student.conclude(
+                prefix, x_BME, batch["answer_ids"], batch["answer_mask"]
+            )
+        layers = zip(*captured, strict=True)
+        query, key, value = (torch.stack(x, dim=1)[:, :, :, thought.columns] for x in layers)
+        return LatentView(
+            thought.logits_BAV, query, key, value, thought.latents_BME, thought.cue_BLE
+        )
+
+    def text_parts(self, batch: Batch, view: StudentView, counts: Counts) -> dict[str, Tensor]:
+        """Cross-entropy of the answer after thinking; of rationale and answer in words; CODI."""
+        parts = super().text_parts(batch, view, counts)
+        if self.losses.rationale:
+            logits = self.student.backbone(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                use_cache=False,
+            ).logits
+            labels, number = batch["rationale_labels"], counts.get("num_words")
+            parts["rationale"] = cross_entropy(logits, labels, number)
+        if self.losses.codi and isinstance(view, LatentView):
+            parts["codi"] = self._codi(batch, view, counts)
+        return parts
+
+    def targets(self, teachers: Batch) -> dict[Kind, list[list[Tensor]]]:
+        """Per kind, teacher and group: the kept tokens ``[B, L, H_t, M, D_t]``."""
+        found: dict[Kind, list[list[Tensor]]] = {kind: [] for kind in KINDS}
+        for space in self.teachers:
+            teacher, keys = teachers[space.name], self.head(space.name, "key")
+            with torch.no_grad():
+                kept = [
+                    self.rationales[space.name].choose(
+                        group, keys.decode(teacher["key"], group), teacher
+                    )
+                    for group in space.groups
+                ]
+            for kind in KINDS:
+                targets = self.head(space.name, kind).kept(teacher[kind], kept)
+                if self.latent.shuffle_targets:
+                    targets = [target.roll(1, dims=0) for target in targets]
+                found[kind].append(targets)
+        return found
+
+    def _codi(self, batch: Batch, view: LatentView, counts: Counts) -> Tensor:
+        """Smooth-L1 of the layers' outputs before the answer (CODI, arXiv 2502.21074)."""
+        mask_B = _answered(batch)
+        errors = []
+        for cue_map, space in zip(self.cues.values(), self.teachers, strict=True):
+            target_BLE = batch["teachers"][space.name]["cue"]
+            ours, theirs = cue_map(view.cue_BLE, target_BLE)
+            errors.append(hidden_error(ours, theirs))
+        error_B = torch.stack(errors).mean(0)
+        number = counts.get("num_samples", mask_B.sum())
+        return torch.where(mask_B, error_B, 0.0).sum() / number.clamp_min(1)
+
+
+class CueMap(nn.Module):
+    """The student's layer outputs beside the teacher's, mapped to its width where they differ.
+
+    The map goes from student to teacher, so that the target cannot come to the student.
+    """
+
+    def __init__(
+        self, num_layers: int, hidden_size: int, teacher: TeacherManifest, depths: list[float]
+    ) -> None:
+        super().__init__()
+        width = teacher.hidden_size
+        self.widen = nn.ModuleList()
+        if width != hidden_size:
+            self.widen = nn.ModuleList(nn.Linear(hidden_size, width) for _ in range(num_layers))
+        # Stored are inputs of the kept layers and the final output: row i + 1 is what layer i gave.
+        stored = sorted(teacher.layers)
+        nearest = [min(range(len(stored)), key=lambda i: abs(stored[i] - d)) for d in depths]
+        self.rows = [i + 1 for i in nearest[:-1]] + [len(stored)]
+
+    def forward(self, student_BLE: Tensor, stored_BLE: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as ``[B, L_s, E_t]``, the last layer's being the final output."""
+        if len(self.widen):
+            layers = zip(self.widen, student_BLE.unbind(1), strict=True)
+            student_BLE = torch.stack([widen(x) for widen, x in layers], 1)
+        return student_BLE, stored_BLE[:, self.rows]
+
+
+def _answered(batch: Batch) -> Tensor:
+    """Samples whose answer counts, ``[B]``."""
+    return (batch["labels"] != IGNORED_LABEL).any(1)
