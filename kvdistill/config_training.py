@@ -41,6 +41,15 @@ class TrainingConfig(Section):
     """Optimizer steps."""
     batch_size: Positive = 8
     """Samples per device and step."""
+    batching: Literal["plain", "bucketed"] = "plain"
+    """`plain`: `batch_size` samples as they come. `bucketed`: samples of like length, as many as
+    `tokens_per_batch` holds."""
+    tokens_per_batch: Positive | None = None
+    """With `bucketed`: student tokens per device and batch, padding included; `batch_size` times
+    `max_length` if not given."""
+    task_weights: dict[str, NonNegativeFloat] = {}
+    """How often an epoch reads a text, by its `task` (for `corpus.parts`, the part's name): 2 is
+    twice, 0.5 every other epoch; 1 for tasks that are not named."""
     gradient_accumulation_steps: Positive = 1
     """Batches per optimizer step."""
     max_length: Positive = 512
@@ -59,6 +68,11 @@ class TrainingConfig(Section):
     """Mixed precision of the student; parameters stay float32."""
     eval_steps: Positive | None = None
     """Evaluate every so many steps (always at the end)."""
+    exact_match_samples: Annotated[int, Field(ge=0)] = 0
+    """At every evaluation, let the student answer this many held-out prompts and count the right
+    answers; samples need a prompt and an answer."""
+    max_new_tokens: Positive = 256
+    """Room for such an answer, its rationale included."""
     save_steps: Positive | None = None
     """Write a checkpoint every so many steps (always at the end)."""
     keep_checkpoints: Positive = 2
@@ -70,6 +84,14 @@ class TrainingConfig(Section):
     window_shards: Positive = 4
     """Samples are shuffled inside a window of this many decoded shards."""
     read_ahead: Positive = 2
-    """Shards decoded ahead of need."""
+    """Threads that read the next window's shards while one is used."""
+    batches_ahead: Positive = 2
+    """Batches collated ahead of need, in a thread."""
     device: str = "auto"
     """`auto` or `cpu`."""
+
+    @model_validator(mode="after")
+    def _budget_is_used(self) -> Self:
+        if self.tokens_per_batch is not None and self.batching != "bucketed":
+            raise ValueError("`tokens_per_batch` goes with `batching: bucketed`, and only with it")
+        return self

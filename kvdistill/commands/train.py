@@ -71,30 +71,54 @@ def run(*, config: Path, overrides: tuple[str, ...], spread: Spread) -> None:
 @click.option("--max-samples", type=click.IntRange(min=1), help="Only the first texts.")
 @click.option("--max-length", default=512, show_default=True, help="Tokens per text.")
 @click.option("--batch-size", default=8, show_default=True, help="Texts per forward pass.")
+@click.option("--generate", is_flag=True, help="Let it answer every prompt; count exact matches.")
+@click.option(
+    "--max-new-tokens", default=256, show_default=True, help="Room for rationale and answer."
+)
+@click.option(
+    "--samples",
+    "rows",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the figures of every sample to this JSONL file.",
+)
 @json_option
 def evaluate(
+    *,
     student: Path,
     corpus: Path,
+    rows: Path | None,
+    as_json: bool,
     max_samples: int | None,
     max_length: int,
     batch_size: int,
-    as_json: bool,
+    generate: bool,
+    max_new_tokens: int,
 ) -> None:
-    """Perplexity and bits per character of STUDENT (a folder) on CORPUS (JSONL)."""
-    from kvdistill.pipelines.evaluate import evaluate_folder
+    """Perplexity, bits per character and exact match of STUDENT (a folder) on CORPUS (JSONL)."""
+    from kvdistill.pipelines.evaluate import evaluate_folder, write_rows
 
-    metrics = evaluate_folder(student, corpus, max_samples, max_length, batch_size).to_dict()
+    found = evaluate_folder(
+        student,
+        corpus,
+        max_samples=max_samples,
+        max_length=max_length,
+        batch_size=batch_size,
+        generate=generate,
+        max_new_tokens=max_new_tokens,
+    )
+    if rows is not None:
+        write_rows(found, rows)
     if as_json:
-        click.echo(json.dumps(metrics))
+        click.echo(json.dumps(found.metrics))
         return
-    for name, value in metrics.items():
+    for name, value in found.metrics.items():
         click.echo(f"{name.replace('_', ' ')}: {value:.6g}")
 
 
 def _print(report: TrainingReport) -> None:
     state = "was finished already" if report.already_finished else "finished"
     click.echo(f"training {state}: {report.folder}")
-    for name in ("eval_perplexity", "eval_bits_per_character"):
+    for name in ("eval_perplexity", "eval_bits_per_character", "eval_exact_match"):
         if name in report.metrics:
             label = name.removeprefix("eval_").replace("_", " ")
             click.echo(f"  held-out {label}: {report.metrics[name]:.4g}")

@@ -44,6 +44,8 @@ def exact_match(
         CorpusError: a sample has no prompt or no answer.
         StudentError: the model has too few positions for ``max_new_tokens``.
     """
+    if not samples:
+        return ExactMatch(())
     for sample in samples:
         target(sample)
     prompts = _prompts(student, tokenizer, samples, max_new_tokens)

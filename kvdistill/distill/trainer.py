@@ -27,7 +27,7 @@ from kvdistill.corpus import Sample
 from kvdistill.distill.data.collate import IGNORED_LABEL, Batch
 from kvdistill.distill.data.stream import KVStream
 from kvdistill.distill.distiller import Distiller
-from kvdistill.distill.evaluate import evaluate
+from kvdistill.distill.held_out import score_held_out
 from kvdistill.distill.interruption import StopOnSignal
 from kvdistill.distill.losses import AbsorptionMonitor, explained_variance, gradient_share
 from kvdistill.errors import NonFiniteError
@@ -64,6 +64,7 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         self._monitor = AbsorptionMonitor()
         self._figured = -1
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
+        self.evaluated_samples: list[dict[str, Any]] = []
         super().__init__(
             model=distiller,
             args=arguments,
@@ -178,23 +179,27 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             )
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """Perplexity and bits per character of the student on the held-out texts.
+        """Perplexity and its like of the student on the held-out texts, and exact match.
 
-        Asked twice at the same step, it answers from memory.
+        Asked twice at the same step, it answers from memory. ``evaluated_samples`` keeps the
+        last evaluation sample by sample.
         """
         step, named = self._evaluated
         if step == self.state.global_step:
             return named
         distiller: Any = self.accelerator.unwrap_model(self.model)
         training = self.experiment.training
-        metrics = evaluate(
+        found = score_held_out(
             distiller.student,
             self.processing_class,
             self.evaluation,
             max_length=training.max_length,
             batch_size=training.batch_size,
+            answer=training.exact_match_samples,
+            max_new_tokens=training.max_new_tokens,
         )
-        named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.to_dict().items()}
+        self.evaluated_samples = found.rows
+        named = {f"{metric_key_prefix}_{key}": value for key, value in found.metrics.items()}
         self._evaluated = (self.state.global_step, named)
         self.log(named)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)

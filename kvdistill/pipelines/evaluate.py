@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from kvdistill.config_training import StudentConfig
 from kvdistill.corpus import read_jsonl
-from kvdistill.distill.evaluate import Metrics, evaluate
+from kvdistill.distill.answers import is_gradable
+from kvdistill.distill.held_out import HeldOut, score_held_out
 from kvdistill.distill.student import build_student
 from kvdistill.distill.tokenizer import load_tokenizer
-from kvdistill.errors import StudentError
+from kvdistill.errors import CorpusError, StudentError
 
 
 def evaluate_folder(
-    student: Path, corpus: Path, max_samples: int | None, max_length: int, batch_size: int
-) -> Metrics:
-    """Score a Hugging Face folder on a JSONL corpus.
+    student: Path,
+    corpus: Path,
+    *,
+    max_samples: int | None,
+    max_length: int,
+    batch_size: int,
+    generate: bool = False,
+    max_new_tokens: int = 256,
+) -> HeldOut:
+    """Score a Hugging Face folder on a JSONL corpus; with ``generate`` also let it answer.
 
     Raises:
         StudentError: the folder is not there, or is not a causal LM with a fast tokenizer.
-        CorpusError: no such corpus, or an unusable one.
+        CorpusError: no such corpus, an unusable one, or nothing in it to answer.
     """
     samples = read_jsonl(corpus, limit=max_samples)
+    if generate and not any(is_gradable(sample) for sample in samples):
+        raise CorpusError(
+            f"{corpus}: --generate puts prompts and compares answers, but no sample has both "
+            "(rows of prompt/rationale/answer, or GSM8K's form)"
+        )
     if not (student / "config.json").is_file():
         raise StudentError(
             f"{student} is not a model folder (it has no config.json); give the `student` folder "
@@ -29,4 +43,18 @@ def evaluate_folder(
         )
     tokenizer = load_tokenizer(str(student))
     model = build_student(StudentConfig(model=str(student)), tokenizer, seed=0)
-    return evaluate(model, tokenizer, samples, max_length=max_length, batch_size=batch_size)
+    return score_held_out(
+        model,
+        tokenizer,
+        samples,
+        max_length=max_length,
+        batch_size=batch_size,
+        answer=None if generate else 0,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def write_rows(found: HeldOut, path: Path) -> None:
+    """One JSON object per sample, as a run's ``eval_samples.jsonl``."""
+    rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows)
+    path.write_text("".join(rows), encoding="utf-8")

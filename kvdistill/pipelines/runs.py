@@ -6,6 +6,7 @@ RUN/training_log.jsonl    one object per log
 RUN/tensorboard/          the same for TensorBoard
 RUN/checkpoint-*/         to resume from
 RUN/student/              the final student: an ordinary Hugging Face folder
+RUN/eval_samples.jsonl    the final evaluation, one object per held-out sample
 RUN/diagnostics.json      layer maps, an alignment, per-layer errors, for the report
 """
 
@@ -49,6 +50,11 @@ class RunFolder:
     def student(self) -> Path:
         """The final student."""
         return self.path / "student"
+
+    @property
+    def eval_samples(self) -> Path:
+        """The final evaluation, sample by sample."""
+        return self.path / "eval_samples.jsonl"
 
     @property
     def diagnostics(self) -> Path:

@@ -13,7 +13,8 @@ from typing import Any
 
 from kvdistill.config import Experiment
 from kvdistill.corpus import fingerprint
-from kvdistill.errors import IncompleteStore, Interrupted, StoreMismatch
+from kvdistill.distill.answers import is_gradable
+from kvdistill.errors import ConfigError, IncompleteStore, Interrupted, StoreMismatch
 from kvdistill.pipelines.corpus import Splits, load_corpus
 from kvdistill.pipelines.runs import RunFolder, begin
 from kvdistill.store.reader import KVStore
@@ -37,9 +38,11 @@ def train(experiment: Experiment) -> TrainingReport:
         IncompleteStore: shards are missing (exit code 3).
         StoreMismatch: the store was made from another corpus, or by other teachers.
         StudentError: the student or its tokenizer cannot be used.
+        ConfigError: exact match is asked for, but no held-out sample has an answer.
         Interrupted: a signal came; a checkpoint was saved (exit code 75).
     """
     splits = load_corpus(experiment.corpus)
+    _check_answers(experiment, splits)
     store = KVStore.open(experiment.store)
     check_store(store, experiment, splits)
     folder = begin(experiment)
@@ -110,6 +113,16 @@ def check_store(store: KVStore, experiment: Experiment, splits: Splits) -> None:
                 )
 
 
+def _check_answers(experiment: Experiment, splits: Splits) -> None:
+    wanted = experiment.training.exact_match_samples
+    if wanted and not any(is_gradable(sample) for sample in splits.evaluation):
+        raise ConfigError(
+            f"training.exact_match_samples is {wanted}, but none of the {len(splits.evaluation)} "
+            "held-out samples has both a prompt and an answer; set it to 0, or hold out such "
+            "samples (corpus.eval_samples or corpus.eval_path)"
+        )
+
+
 def build_trainer(experiment: Experiment, store: KVStore, splits: Splits, folder: RunFolder) -> Any:
     """Student, distiller, stream and trainer of a run, ready to train."""
     from transformers import set_seed
@@ -145,6 +158,8 @@ def _finish(folder: RunFolder, trainer: Any, metrics: dict[str, float], seconds:
 
     diagnostics = diagnose(trainer.accelerator.unwrap_model(trainer.model), trainer.stream)
     folder.diagnostics.write_text(json.dumps(diagnostics), encoding="utf-8")
+    rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in trainer.evaluated_samples]
+    folder.eval_samples.write_text("".join(rows), encoding="utf-8")
     record = folder.read_record()
     folder.write_record(
         record
