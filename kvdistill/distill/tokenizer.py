@@ -59,3 +59,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
     )
+
+
+def character_tokenizer(texts: Iterable[str]) -> Any:
+    """One token per character that occurs, for small formal languages.
+
+    Returns:
+        A ``PreTrainedTokenizerFast`` with BOS, EOS, padding and unknown tokens of its own.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "unk")}
+    characters = sorted({character for text in texts for character in text})
+    vocab = {token: i for i, token in enumerate([*special.values(), *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=special["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
