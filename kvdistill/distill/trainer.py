@@ -24,10 +24,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from kvdistill.config import Experiment
 from kvdistill.corpus import Sample
-from kvdistill.distill.data.collate import IGNORED_LABEL, Batch
+from kvdistill.distill.data.collate import Batch
 from kvdistill.distill.data.stream import KVStream
 from kvdistill.distill.distiller import Distiller
-from kvdistill.distill.held_out import score_held_out
+from kvdistill.distill.held_out import HeldOut, score_held_out
 from kvdistill.distill.interruption import StopOnSignal
 from kvdistill.distill.losses import AbsorptionMonitor, explained_variance, gradient_share
 from kvdistill.errors import NonFiniteError
@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 PROJECTORS: Final = "projectors.safetensors"
 STREAM: Final = "stream.json"
 STUDENT_PREFIX: Final = "student."
-COUNTED: Final = ("num_labels", "num_covered", "num_injected")
 
 
 class KVDistillTrainer(Trainer):  # type: ignore[misc]
@@ -94,11 +93,13 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             if batch is None:
                 break
             batches.append(batch)
-        counts = torch.zeros(len(COUNTED), device=device)
-        for batch in batches:
-            counts += _counts(batch).to(device)
-        counts = self.accelerator.reduce(counts, "sum")
-        return batches, dict(zip(COUNTED, counts, strict=True))
+        distiller: Any = self.accelerator.unwrap_model(self.model)
+        found = [distiller.count(batch) for batch in batches]
+        if not found:
+            return batches, {}
+        rows = [torch.stack(list(counts.values())) for counts in found]
+        counts = self.accelerator.reduce(torch.stack(rows).sum(0).float().to(device), "sum")
+        return batches, dict(zip(found[0], counts, strict=True))
 
     def compute_loss(
         self,
@@ -188,9 +189,19 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         if step == self.state.global_step:
             return named
         distiller: Any = self.accelerator.unwrap_model(self.model)
+        found = self.score(distiller.student)
+        self.evaluated_samples = found.rows
+        named = {f"{metric_key_prefix}_{key}": value for key, value in found.metrics.items()}
+        self._evaluated = (self.state.global_step, named)
+        self.log(named)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
+        return named
+
+    def score(self, student: Any) -> HeldOut:
+        """What is asked about the held-out samples."""
         training = self.experiment.training
-        found = score_held_out(
-            distiller.student,
+        return score_held_out(
+            student,
             self.processing_class,
             self.evaluation,
             max_length=training.max_length,
@@ -198,12 +209,6 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             answer=training.exact_match_samples,
             max_new_tokens=training.max_new_tokens,
         )
-        self.evaluated_samples = found.rows
-        named = {f"{metric_key_prefix}_{key}": value for key, value in found.metrics.items()}
-        self._evaluated = (self.state.global_step, named)
-        self.log(named)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
-        return named
 
     def create_optimizer(self, model: Any = None) -> Any:
         """AdamW with weight decay on matrices alone, and the projectors' own learning rate."""
@@ -270,13 +275,3 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
 
 def _logged_name(part: str) -> str:
     return part if part == "loss" else f"loss_{part}"
-
-
-def _counts(batch: Batch) -> Tensor:
-    """Predicted tokens, tokens that some teacher covers, tokens after an injection: ``[3]``."""
-    labels, injected = (
-        (batch[name][:, 1:] != IGNORED_LABEL).sum() for name in ("labels", "inject_labels")
-    )
-    covered = [teacher["covered"] for teacher in batch["teachers"].values()]
-    num_covered = torch.stack(covered).any(0).sum() if covered else torch.zeros_like(labels)
-    return torch.stack([labels, num_covered, injected]).float()
