@@ -346,13 +346,14 @@ class Distiller(nn.Module):
 
 def cross_entropy(logits: Tensor, labels: Tensor, num_labels: Tensor | None) -> Tensor:
     """Next-token cross-entropy ``[B, T, V]`` against ``[B, T]``, over labels that count."""
-    wanted = labels[:, 1:]
+    # Labels are shifted, not logits: this copies no [B, T, V], and softmax is contiguous.
+    wanted = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
     errors = F.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2),
-        wanted,
+        logits.flatten(0, 1).float(),
+        wanted.flatten(),
         ignore_index=IGNORED_LABEL,
         reduction="none",
-    )
+    ).view_as(wanted)
     return reduce_tokens(errors, wanted != IGNORED_LABEL, num_labels)
 
 
