@@ -15,10 +15,11 @@ from pydantic import Field, model_validator
 
 from kvdistill.config_base import NonNegativeFloat, Positive, Section
 from kvdistill.config_distill import AlignmentConfig, FusionConfig, LossConfig, ProjectionConfig
+from kvdistill.config_latent import LatentConfig
 from kvdistill.config_slurm import SlurmConfig
 from kvdistill.config_training import StudentConfig, TrainingConfig
 from kvdistill.corpus import CorpusFormat
-from kvdistill.types import Backend, CodecSpec, Name
+from kvdistill.types import Backend, CodecSpec, Name, StoredEviction
 
 
 class CorpusConfig(Section):
@@ -97,6 +98,10 @@ class TeacherConfig(Section):
     """Store the teacher's own rationales instead of the corpus's."""
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Layers to keep; all of them if not given."""
+    heads: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
+    """Key/value heads to keep of every layer; all of them if not given."""
+    eviction: StoredEviction | None = None
+    """Store only some tokens; everything if not given, and evict when streaming."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic of the teacher's forward pass."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
@@ -168,12 +173,20 @@ class Experiment(Section):
     projection: ProjectionConfig = ProjectionConfig()
     fusion: FusionConfig = FusionConfig()
     losses: LossConfig = LossConfig()
+    latent: LatentConfig | None = None
+    """Makes the student reason in latent positions; an ordinary language model if not given."""
     training: TrainingConfig = TrainingConfig()
     slurm: SlurmConfig = SlurmConfig()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        for check in (_losses_fit, _weights_fit, _fusion_fits, _projection_fits):
+        for check in (
+            _losses_fit,
+            _weights_fit,
+            _fusion_fits,
+            _projection_fits,
+            _evictions_fit,
+        ):
             check(self)
         return self
 
@@ -209,7 +222,7 @@ def _losses_fit(experiment: Experiment) -> None:
             f"losses.{losses.of_teachers[0]} needs at least one teacher; add one under `teachers`, "
             "or set the losses of keys and values to 0"
         )
-    if not (losses.uses_teachers or losses.cross_entropy):
+    if not (losses.uses_teachers or losses.cross_entropy or losses.rationale):
         raise ValueError("every loss is 0; there is nothing to train on")
 
 
@@ -242,6 +255,17 @@ def _fusion_fits(experiment: Experiment) -> None:
         )
 
 
+def _evictions_fit(experiment: Experiment) -> None:
+    for name, teacher in experiment.teachers.items():
+        if teacher.eviction is None:
+            continue
+        if teacher.eviction.ranks and not experiment.extraction.importance:
+            raise ValueError(
+                f"teachers.{name}.eviction.method {teacher.eviction.method} ranks tokens by the "
+                "attention that they receive; set extraction.importance: true, or use uniform"
+            )
+
+
 def _projection_fits(experiment: Experiment) -> None:
     mode, losses = experiment.projection.mode, experiment.losses
     if mode == "task" and not losses.inject:
@@ -263,3 +287,34 @@ def _projection_fits(experiment: Experiment) -> None:
             "losses.round_trip keeps a shared space from collapsing: give it a weight in "
             "projection.mode shared_space, and 0 in every other"
         )
+
+
+def _latent_fits(experiment: Experiment) -> None:
+    latent, losses = experiment.latent, experiment.losses
+    if (latent is not None) != (experiment.alignment.time == "latent"):
+        raise ValueError("`latent` goes with `alignment.time: latent`, and only with it")
+    if latent is None:
+        for name in ("codi", "rationale"):
+            if getattr(losses, name):
+                raise ValueError(f"losses.{name} is for a student with a `latent` section")
+        return
+    refused = [name for name in ("inject", "attention_kl", "relation") if getattr(losses, name)]
+    if refused:
+        raise ValueError(f"losses.{refused[0]} has no meaning on latent positions; set it to 0")
+    if experiment.fusion.learns:
+        raise ValueError("fusion of latent targets is `fixed` or by `similarity`, not by a router")
+    if experiment.alignment.layers == "cka":
+        raise ValueError("alignment.layers cka compares texts token by token, latents have none")
+    if losses.of_kv and not latent.positions:
+        raise ValueError(f"losses.{losses.of_kv[0]} teaches latents, but latent.method is none")
+    ranked = latent.eviction.method in ("importance", "rkv", "rkv_original")
+    if losses.of_kv and ranked and not experiment.extraction.importance:
+        raise ValueError(
+            f"latent.eviction.method {latent.eviction.method} needs extraction.importance"
+        )
+    if experiment.training.gradient_checkpointing:
+        raise ValueError(
+            "training.gradient_checkpointing gives up the cache that a latent student thinks with"
+        )
+    if losses.codi and not experiment.extraction.hidden_at_cue:
+        raise ValueError("losses.codi needs extraction.hidden_at_cue: true")

@@ -34,7 +34,9 @@ LayerMethod = Literal["ratio", "uniform", "skip", "last_aligned", "cka", "explic
 """How student layers find teacher layers."""
 RopeMethod = Literal["none", "student", "linear", "ntk", "dynamic"]
 """How position-free teacher keys are rotated where a loss needs rotated keys."""
-ProjectionMode = Literal["student_to_teacher", "frozen", "task", "joint", "shared_space"]
+ProjectionMode = Literal[
+    "student_to_teacher", "frozen", "task", "joint", "shared_space", "identity"
+]
 """Who may move: only ``joint`` lets the target come to the student, and warns about it."""
 ProjectionInit = Literal["grouped_mean", "orthogonal", "pca", "ridge"]
 """Initial weights of a projection."""
@@ -64,6 +66,29 @@ class CodecSpec(BaseModel):
 
     key: CodecName = "int8"
     value: CodecName = "int8"
+
+
+class StoredEviction(BaseModel):
+    """Keep only some tokens of a teacher, chosen per layer and head while it is read.
+
+    What is dropped is gone: stage 2 can then align this teacher in time `latent` alone.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    method: Literal["right_crop", "uniform", "random", "importance", "rkv", "rkv_original"] = "rkv"
+    """How tokens are ranked; `importance` and the R-KV methods need `extraction.importance`."""
+    budget: Annotated[int, Field(gt=0)] = 24
+    """Tokens that are kept of every sample, in each layer and head."""
+    mix: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of importance in the R-KV scores, lambda."""
+    segment: SegmentName = "rationale"
+    """What is chosen from; a sample without it is chosen from all of its text but the answer."""
+
+    @property
+    def ranks(self) -> bool:
+        """Whether tokens are ranked by the attention that they receive."""
+        return self.method in ("importance", "rkv", "rkv_original")
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,11 @@ def _show(teacher: Any, tasks: int) -> None:
     )
     sizes = sorted(teacher.gigabytes.items(), key=lambda item: -item[1])
     click.echo("  GB on disk: " + ", ".join(f"{name} {size:,.2f}" for name, size in sizes))
+    if 0 < teacher.kept < 1:
+        click.echo(
+            f"  its heads and eviction keep {teacher.kept:.1%} of keys and values; "
+            f"with everything kept, about {1 / teacher.kept:,.0f} times as much disk"
+        )
     click.echo(f"  tokens per sample: {_quantiles(teacher.lengths)}")
     if teacher.rationale_lengths:
         click.echo(f"  tokens per rationale: {_quantiles(teacher.rationale_lengths)}")

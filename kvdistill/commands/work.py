@@ -73,7 +73,7 @@ class ExtractionWork:
             on_batch=look_up,
             attempt={} if job is None else {"job": job},
         )
-        return extracted.shard.tokens.num_tokens
+        return extracted.num_read
 
     def clear(self, unit: str) -> None:
         """Remove staging folders of a committed shard; their writers can publish no more."""

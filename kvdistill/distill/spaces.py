@@ -15,11 +15,12 @@ from torch import Tensor
 from kvdistill.config_distill import FusionConfig
 from kvdistill.distill.alignment import LayerMap, by_group
 from kvdistill.distill.projection import ChannelStatistics, HeadShape
+from kvdistill.errors import ConfigError
 from kvdistill.store.manifest import TeacherManifest
 from kvdistill.store.prototypes import read_prototypes
 from kvdistill.store.reader import KVStore
 from kvdistill.store.schema import group_prefix
-from kvdistill.types import KINDS, CodecSpec, Kind
+from kvdistill.types import KINDS, CodecSpec, Kind, TimeMethod
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +95,22 @@ def teacher_space(
         found = read_prototypes(store, name)[fusion.prototypes]
         prototypes = torch.from_numpy(found).reshape(-1, found.shape[-1])
     return TeacherSpace(name, manifest.codec, tuple(groups), _is_causal(manifest), prototypes)
+
+
+def refuse_evicted(manifest: TeacherManifest, time: TimeMethod) -> None:
+    """A teacher that kept other tokens in every head has no place for a student's token.
+
+    Raises:
+        ConfigError: it is to be aligned in any way but ``latent``.
+    """
+    if manifest.eviction is None or time == "latent":
+        return
+    raise ConfigError(
+        f"teacher {manifest.name!r} was extracted with eviction {manifest.eviction.method} to "
+        f"{manifest.eviction.budget} tokens, other ones in every layer and head, so alignment.time "
+        f"{time} cannot place them; set it to latent, or extract the teacher without "
+        "`eviction` under another name"
+    )
 
 
 def _is_causal(manifest: TeacherManifest) -> bool:

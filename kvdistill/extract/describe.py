@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from kvdistill import provenance
 from kvdistill.adapters import Adapter
-from kvdistill.config import Experiment, ExtractionConfig
+from kvdistill.config import Experiment, ExtractionConfig, TeacherConfig
 from kvdistill.errors import TeacherError
 from kvdistill.extract.capture import Site
 from kvdistill.extract.fingerprints import tokenizer_fingerprint, weights_fingerprint
@@ -51,6 +51,7 @@ def describe(name: str, experiment: Experiment, reader: Reader, loaded: Loaded) 
     config, extraction, adapter = experiment.teachers[name], experiment.extraction, verified.adapter
     cross = adapter.stream == "cross"
     _refuse_what_is_not_there(name, extraction, model, verified)
+    _refuse_what_cannot_be_kept(name, config, adapter, layers)
     return TeacherManifest(
         name=name,
         model=config.model,
@@ -67,7 +68,9 @@ def describe(name: str, experiment: Experiment, reader: Reader, loaded: Loaded) 
         attn_implementation=config.attn_implementation,
         backend=extraction.backend,
         codec=experiment.codec(name),
-        groups=_groups(layers),
+        groups=_groups(layers, config.heads),
+        kept_heads=config.heads,
+        eviction=config.eviction,
         skipped_layers=verified.skipped,
         position_encoding=_position_encoding(model, verified.layers),
         rotary={layer.layer_idx: layer.rotary for layer in layers if layer.rotary is not None},
@@ -98,9 +101,27 @@ def _refuse_what_is_not_there(
         )
 
 
-def _groups(layers: Sequence[VerifiedLayer]) -> tuple[LayerGroup, ...]:
+def _refuse_what_cannot_be_kept(
+    name: str, config: TeacherConfig, adapter: Adapter, layers: Sequence[VerifiedLayer]
+) -> None:
+    for layer in layers:
+        unknown = sorted(set(config.heads or ()) - set(range(layer.num_key_value_heads)))
+        if unknown:
+            raise TeacherError(
+                f"teacher {name!r}, layer {layer.layer_idx} has no key/value head {unknown}; it "
+                f"has {layer.num_key_value_heads}; change teachers.{name}.heads"
+            )
+    if config.eviction is not None and adapter.stream == "cross" and config.eviction.ranks:
+        raise TeacherError(
+            f"teacher {name!r}: eviction {config.eviction.method} ranks by attention, which "
+            "stream cross does not have; use right_crop, uniform or random"
+        )
+
+
+def _groups(layers: Sequence[VerifiedLayer], heads: Sequence[int] | None) -> tuple[LayerGroup, ...]:
     def geometry(layer: VerifiedLayer) -> tuple[int, int, int]:
-        return layer.num_key_value_heads, layer.key_head_dim, layer.value_head_dim
+        num_heads = layer.num_key_value_heads if heads is None else len(heads)
+        return num_heads, layer.key_head_dim, layer.value_head_dim
 
     ordered = sorted(layers, key=lambda layer: (geometry(layer), layer.layer_idx))
     groups = (

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kvdistill.extract.rotary import rotate
 from kvdistill.store.manifest import RotarySpec
-from kvdistill.types import SEGMENT_IDS, SEGMENT_SPECIAL
+from kvdistill.types import SEGMENT_IDS, SEGMENT_SPECIAL, SegmentName
 
 LAST_QUERIES: Final = 8
 CHUNK: Final = 64
@@ -57,7 +57,7 @@ def choose(segments: Sequence[NDArray[np.int8]]) -> Attended:
     for row, (segment, query) in enumerate(zip(segments, queries, strict=True)):
         query_idx[row, : len(query)] = query
         query_mask[row, : len(query)] = True
-        key_mask[row, : len(segment)] = _keys(segment)
+        key_mask[row, : len(segment)] = asked_tokens(segment)
     asked = np.flatnonzero(key_mask.any(axis=0))
     span = slice(int(asked[0]), int(asked[-1]) + 1) if asked.size else slice(0, 1)
     queries_asking, asking = torch.from_numpy(query_idx), torch.from_numpy(query_mask)
@@ -109,9 +109,9 @@ def _queries(segment: NDArray[np.int8]) -> NDArray[np.bool]:
     return last
 
 
-def _keys(segment: NDArray[np.int8]) -> NDArray[np.bool]:
-    """The rationale, or without one every token of text that is not the answer."""
-    rationale = np.equal(segment, SEGMENT_IDS["rationale"])
-    if rationale.any():
-        return rationale
+def asked_tokens(segment: NDArray[np.int8], name: SegmentName = "rationale") -> NDArray[np.bool]:
+    """Tokens of a segment, or without one every token of text that is not the answer: ``[T]``."""
+    named = np.equal(segment, SEGMENT_IDS[name])
+    if named.any():
+        return named
     return np.isin(segment, (SEGMENT_SPECIAL, SEGMENT_IDS["answer"]), invert=True)

@@ -21,6 +21,7 @@ from kvdistill.adapters import QKV
 from kvdistill.errors import NonFiniteError
 from kvdistill.extract.batches import Batch
 from kvdistill.extract.importance import Attended, choose, importance
+from kvdistill.extract.keep import Slots, only_heads, slot_table, slots_of
 from kvdistill.extract.moments import SampleMoments, moments
 from kvdistill.extract.verify import VerifiedLayer
 from kvdistill.store.codecs import CODECS, part_name
@@ -46,29 +47,46 @@ class _Guides:
     """What encoding needs to know of a batch, on one device."""
 
     text_mask_BT: Tensor
-    real_mask_BT: Tensor
+    stored_mask_BT: Tensor
+    """Which positions are stored: real tokens, or the slots that are filled."""
     last_idx_B: Tensor
+    """The last of these."""
     attended: Attended | None
+    slots: Slots | None
 
     @staticmethod
-    def of(segments: Sequence[NDArray[np.int8]], batch: Batch, *, importance: bool) -> _Guides:
-        last_idx = torch.tensor(batch.lengths) - 1
-        real_mask = torch.arange(batch.input_ids.shape[1]) <= last_idx[:, None]
-        attended = choose(segments) if importance else None
-        return _Guides(text_mask(segments, batch), real_mask, last_idx, attended)
+    def of(shard: ShardPacker, batch: Batch) -> _Guides:
+        segments, width = shard.segments(batch), batch.input_ids.shape[1]
+        slots = None
+        lengths = torch.tensor(batch.lengths)
+        if shard.manifest.eviction is not None:
+            names = [shard.tokens.sample_ids[i] for i in batch.sample_idx]
+            slots = slots_of(shard.manifest.eviction, segments, names, width)
+            lengths, width = slots.count, shard.manifest.eviction.budget
+        stored_mask = torch.arange(width) < lengths[:, None]
+        attended = choose(segments) if shard.manifest.has_importance else None
+        last_idx = (lengths - 1).clamp_min(0)
+        return _Guides(text_mask(segments, batch), stored_mask, last_idx, attended, slots)
 
     def to(self, device: torch.device) -> _Guides:
         attended = None if self.attended is None else self.attended.to(device)
-        text, real = self.text_mask_BT.to(device), self.real_mask_BT.to(device)
-        return _Guides(text, real, self.last_idx_B.to(device), attended)
+        slots = None if self.slots is None else self.slots.to(device)
+        text, stored = self.text_mask_BT.to(device), self.stored_mask_BT.to(device)
+        return _Guides(text, stored, self.last_idx_B.to(device), attended, slots)
 
 
 class ShardPacker:
-    """The packed arrays of one shard of one teacher, filled batch by batch."""
+    """The packed arrays of one shard of one teacher, filled batch by batch.
+
+    ``read`` is the table of the tokens that the teacher reads, ``tokens`` of those it stores.
+    """
 
     def __init__(
         self, manifest: TeacherManifest, layers: Sequence[VerifiedLayer], tokens: TokenTable
     ) -> None:
+        self.read = tokens
+        if manifest.eviction is not None:
+            tokens = slot_table(tokens, manifest.eviction)
         self.tokens = tokens
         self.ptr = {"token": tokens.sample_ptr, "block": block_ptr(tokens.sample_ptr)}
         self.manifest = manifest
@@ -100,7 +118,7 @@ class ShardPacker:
 
     def segments(self, batch: Batch) -> list[NDArray[np.int8]]:
         """Segments of a batch's samples, ``[T]`` each."""
-        return [self.tokens.segment[self.tokens.span(i)] for i in batch.sample_idx]
+        return [self.read.segment[self.read.span(i)] for i in batch.sample_idx]
 
 
 class BatchPacker:
@@ -108,9 +126,7 @@ class BatchPacker:
 
     def __init__(self, shard: ShardPacker, batch: Batch) -> None:
         self._shard, self._batch = shard, batch
-        self._guides = _Guides.of(
-            shard.segments(batch), batch, importance=shard.manifest.has_importance
-        )
+        self._guides = _Guides.of(shard, batch)
         self._on: dict[torch.device, _Guides] = {}
         """Copied once per device: a model may be spread over several."""
         self._codes: list[tuple[_Place, str, str, Tensor]] = []
@@ -123,20 +139,35 @@ class BatchPacker:
         if device not in self._on:
             self._on[device] = self._guides.to(device)
         guides = self._on[device]
+        qkv = only_heads(qkv, self._shard.manifest.kept_heads)
+        received = None
+        if guides.attended is not None:
+            received = self._importance(place, qkv, guides.attended)
+        kept = None
+        if guides.slots is not None:
+            kept = guides.slots.choose(qkv.key, received, place.layer.rotary, layer_idx)
+            self._keep(place, "kept", kept.index_BLHM[:, 0].int())
         for kind in KINDS:
             x_BHTD = qkv.key if kind == "key" else qkv.value
             mean, m2 = moments(x_BHTD, guides.text_mask_BT)
             self._means.append((place, kind, _off(mean), _off(m2)))
-            held = hold_last(x_BHTD, guides.last_idx_B, guides.real_mask_BT)
-            codec = self._shard.codecs[kind]
-            encoded = codec.encode(held, kind)
-            for part in codec.parts(kind):
-                name = part_name(place.prefix + kind, part.suffix)
-                self._codes.append((place, name, part.per, _off(encoded[part.suffix])))
-        if guides.attended is not None:
-            received = self._importance(place, qkv, guides.attended)
-            name = f"{place.prefix}importance"
-            self._codes.append((place, name, "token", _off(received.to(torch.float16))))
+            if kept is not None:
+                x_BHTD = kept.keep(x_BHTD.unsqueeze(1)).squeeze(1)
+            self._encode(place, kind, hold_last(x_BHTD, guides.last_idx_B, guides.stored_mask_BT))
+        if received is not None:
+            if kept is not None:
+                received = kept.keep(received[:, None, ..., None])[:, 0, ..., 0]
+            self._keep(place, "importance", received.to(torch.float16))
+
+    def _encode(self, place: _Place, kind: Kind, x_BHTD: Tensor) -> None:
+        codec = self._shard.codecs[kind]
+        encoded = codec.encode(x_BHTD, kind)
+        for part in codec.parts(kind):
+            name = part_name(kind, part.suffix)
+            self._keep(place, name, encoded[part.suffix], part.per)
+
+    def _keep(self, place: _Place, name: str, x: Tensor, per: str = "token") -> None:
+        self._codes.append((place, f"{place.prefix}{name}", per, _off(x)))
 
     def finish(self) -> None:
         """Wait for the device, check, and put everything where it belongs.
@@ -203,13 +234,13 @@ def text_mask(segments: Sequence[NDArray[np.int8]], batch: Batch) -> Tensor:
     return torch.from_numpy(mask)
 
 
-def hold_last(x_BHTD: Tensor, last_idx_B: Tensor, real_mask_BT: Tensor) -> Tensor:
-    """Replace padding by each sample's last real token; contiguous.
+def hold_last(x_BHTD: Tensor, last_idx_B: Tensor, stored_mask_BT: Tensor) -> Tensor:
+    """Replace padding by each sample's last stored token; contiguous.
 
     A tap's heads lie interleaved; codecs are five times faster on what lies in order.
     """
     idx = last_idx_B[:, None, None, None].expand(-1, x_BHTD.shape[1], 1, x_BHTD.shape[3])
-    held = x_BHTD.where(real_mask_BT[:, None, :, None], x_BHTD.gather(2, idx))
+    held = x_BHTD.where(stored_mask_BT[:, None, :, None], x_BHTD.gather(2, idx))
     return held.contiguous()
 
 

@@ -37,6 +37,8 @@ class ExtractedShard:
     """Samples too long for the teacher, stored without tokens."""
     seconds: float
     """Wall time of reading and encoding."""
+    num_read: int
+    """Tokens that the teacher read; more than are stored, where an eviction drops some."""
 
 
 def extract_samples(
@@ -58,7 +60,8 @@ def extract_samples(
     own = teacher.own_texts(samples, batch_tokens)
     samples = samples if own is None else own
     encoded, truncated, skipped = _read(teacher, samples, long_text)
-    packer = ShardPacker(teacher.manifest, teacher.layers, token_table(samples, encoded))
+    table = token_table(samples, encoded)
+    packer = ShardPacker(teacher.manifest, teacher.layers, table)
     pad_id = teacher.tokenizer.pad_token_id or 0
     for sample_idx in plan([e.num_tokens for e in encoded], batch_tokens):
         batch = collate(encoded, sample_idx, pad_id, teacher.device)
@@ -67,7 +70,7 @@ def extract_samples(
             on_batch(sum(batch.lengths))
     seconds = time.monotonic() - started
     shard = replace(packer.shard(), texts=None if own is None else tuple(own))
-    return ExtractedShard(shard, packer.statistics(), truncated, skipped, seconds)
+    return ExtractedShard(shard, packer.statistics(), truncated, skipped, seconds, table.num_tokens)
 
 
 def token_table(samples: Sequence[Sample], encoded: Sequence[Encoded]) -> TokenTable:

@@ -270,7 +270,7 @@ def _settle(
         report,
         shards=report.shards + published,
         duplicates=report.duplicates + (not published),
-        tokens=report.tokens + extracted.shard.tokens.num_tokens,
+        tokens=report.tokens + extracted.num_read,
         truncated=report.truncated + len(extracted.truncated),
         skipped=report.skipped + len(extracted.skipped),
     )

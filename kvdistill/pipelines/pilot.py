@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from kvdistill.config import Experiment
 from kvdistill.corpus import Sample, Shard, cut
 from kvdistill.distill.alignment import AlignmentQuality, Spans, align_tokens, quality
+from kvdistill.extract.keep import num_slots
 from kvdistill.extract.shard import extract_samples, token_table
 from kvdistill.extract.teacher import Teacher, load_teacher
 from kvdistill.extract.text import Encoded, Reader
@@ -49,6 +50,8 @@ class TeacherPlan:
     codec: str
     gigabytes: dict[str, float]
     """On disk, per codec for keys and values, as ``int8`` or ``key/value``."""
+    kept: float
+    """Share of keys and values that is stored: 1, unless heads are chosen or tokens evicted."""
     lengths: dict[float, int]
     """Quantiles of tokens per sample."""
     rationale_lengths: dict[float, int]
@@ -144,6 +147,7 @@ def _plan_teacher(pilot: _Pilot, teacher: Teacher) -> TeacherPlan:
         hours=tokens / rate / 3600 if rate else 0.0,
         codec=_codec_name(teacher.manifest.codec),
         gigabytes={name: size * tokens / 1e9 for name, size in bytes_per_token.items()},
+        kept=_kept(teacher, encoded),
         lengths=_quantiles(lengths),
         rationale_lengths=_quantiles(rationale[rationale > 0]),
         too_long=float((lengths > limit).mean()),
@@ -185,7 +189,7 @@ def _size(
         publish_shard(store, name, "00000", extracted.shard, extracted.statistics)
         files = store.paths.shard(name, "00000").rglob("*")
         size = sum(file.stat().st_size for file in files if file.is_file())
-    return size, extracted.seconds, extracted.shard.tokens.num_tokens
+    return size, extracted.seconds, extracted.num_read
 
 
 def _student_spans(experiment: Experiment, pilot: Sequence[Sample]) -> list[Encoded] | None:
@@ -219,6 +223,18 @@ def _spans(encoded: Encoded) -> Spans:
     columns = (table.char_start, table.char_end, table.segment)
     start, end, segment = (torch.from_numpy(c.astype(np.int64))[None] for c in columns)
     return Spans(start, end, segment, segment >= 0)
+
+
+def _kept(teacher: Teacher, encoded: Sequence[Encoded]) -> float:
+    """Share of the pilot's keys and values, of the kept layers, that the config stores."""
+    manifest = teacher.manifest
+    read = sum(sample.num_tokens for sample in encoded)
+    stored = read
+    if manifest.eviction is not None:
+        stored = sum(num_slots(sample.segment, manifest.eviction) for sample in encoded)
+    heads = sum(layer.num_key_value_heads for layer in teacher.layers)
+    stored_heads = sum(len(g.layers) * g.num_key_value_heads for g in manifest.groups)
+    return stored * stored_heads / max(read * heads, 1)
 
 
 def _rationale_length(encoded: Encoded) -> int:

@@ -23,6 +23,8 @@ from kvdistill.types import KINDS, Kind
 TOLERANCE: Final = {"float32": 0.01, "float16": 0.03, "bfloat16": 0.05}
 """Largest relative error by the teacher's dtype: another batch size rounds differently, and a
 value on the edge between two codes may fall either way."""
+MOVED: Final = 0.05
+"""Where two tokens rank nearly alike, rounding decides which of them an eviction keeps."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,14 @@ class Comparison:
     """Relative error (Frobenius) of decoded keys, the worst sample."""
     value_error: float
     tolerance: float
+    moved: float = 0.0
+    """Share of an evicted teacher's slots that now hold another token, the worst sample; the
+    errors are over the others."""
 
     @property
     def agrees(self) -> bool:
-        """Whether both errors are within the tolerance."""
-        return max(self.key_error, self.value_error) <= self.tolerance
+        """Whether both errors are within the tolerance, and nearly all slots hold what they did."""
+        return max(self.key_error, self.value_error) <= self.tolerance and self.moved <= MOVED
 
 
 def reextract(store: KVStore, experiment: Experiment, name: str, count: int) -> Comparison:
@@ -56,6 +61,7 @@ def reextract(store: KVStore, experiment: Experiment, name: str, count: int) -> 
     teacher = load_teacher(name, experiment)
     add_teacher(store, teacher.manifest)
     errors: dict[Kind, list[float]] = {kind: [0.0] for kind in KINDS}
+    moved = [0.0]
     num_tokens = 0
     for shard_id, sample_idx, sample in chosen:
         again = extract_samples(
@@ -73,9 +79,11 @@ def reextract(store: KVStore, experiment: Experiment, name: str, count: int) -> 
                 "its tokenizer or template changed"
             )
         num_tokens += stored_ids.size
+        same = _same_slots(store, teacher, shard_id, sample_idx, again.arrays)
+        moved += [1 - float(heads.mean()) for heads in same.values() if heads.size]
         for kind in KINDS:
             fresh = _decoded(teacher, again.arrays, kind)
-            errors[kind].append(_error(store, teacher, sample.sample_id, kind, fresh))
+            errors[kind].append(_error(store, (name, sample.sample_id, kind), fresh, same))
     return Comparison(
         name,
         len(chosen),
@@ -83,6 +91,7 @@ def reextract(store: KVStore, experiment: Experiment, name: str, count: int) -> 
         max(errors["key"]),
         max(errors["value"]),
         TOLERANCE[teacher.manifest.dtype],
+        max(moved),
     )
 
 
@@ -118,11 +127,40 @@ def _decoded(teacher: Teacher, arrays: Mapping[str, np.ndarray], kind: Kind) -> 
     return layers
 
 
-def _error(store: KVStore, teacher: Teacher, sample_id: str, kind: Kind, fresh: Decoded) -> float:
+def _same_slots(
+    store: KVStore,
+    teacher: Teacher,
+    shard_id: str,
+    sample_idx: int,
+    fresh: Mapping[str, np.ndarray],
+) -> dict[int, NDArray[np.bool]]:
+    """Per layer of an evicted teacher ``[H, T]``: slots that hold the same token as before."""
+    manifest = teacher.manifest
+    if manifest.eviction is None:
+        return {}
+    shard = store.read_shard(manifest.name, shard_id, kinds=())
+    span = shard.tokens.span(sample_idx)
+    layers: dict[int, NDArray[np.bool]] = {}
+    for i, group in enumerate(manifest.groups):
+        name = f"{group_prefix(manifest, i)}kept"
+        same = shard.arrays[name][:, :, span] == fresh[name]
+        layers.update(zip(group.layers, same, strict=True))
+    return layers
+
+
+def _error(
+    store: KVStore,
+    place: tuple[str, str, Kind],
+    fresh: Decoded,
+    same: Mapping[int, NDArray[np.bool]],
+) -> float:
+    name, sample_id, kind = place
     difference, size = 0.0, 0.0
     for layer, heads in fresh.items():
-        for head, want in enumerate(heads):
-            stored = store.read(teacher.manifest.name, sample_id, layer, head, kind)
+        for head, want_TD in enumerate(heads):
+            rows = same[layer][head] if layer in same else slice(None)
+            want = want_TD[rows]
+            stored = store.read(name, sample_id, layer, head, kind)[rows]
             difference += float(np.square(stored - want, dtype=np.float64).sum())
             size += float(np.square(want, dtype=np.float64).sum())
     return (difference / size) ** 0.5 if size else 0.0

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from kvdistill.errors import StoreFormatError
-from kvdistill.types import Backend, CodecSpec, LayerGroup, Name
+from kvdistill.types import Backend, CodecSpec, LayerGroup, Name, StoredEviction
 
 FORMAT_VERSION: Final = 1
 MAX_AXIS: Final = 2**31 - 1
@@ -129,6 +129,10 @@ class TeacherManifest(Document):
     backend: Backend
     codec: CodecSpec
     groups: tuple[LayerGroup, ...]
+    kept_heads: tuple[int, ...] | None = None
+    """Where only some KV heads are stored: position ``i`` of the head axis is ``kept_heads[i]``."""
+    eviction: StoredEviction | None = None
+    """Where only some tokens are stored: shards then have slots for tokens (``kept``)."""
     skipped_layers: dict[int, str] = {}
     """Layers without keys and values, and why (hybrid models)."""
     position_encoding: Literal["rotary", "absolute", "relative", "none"]

@@ -122,7 +122,7 @@ class OpenedShard:
         }
 
     def _names(self, kinds: Sequence[Kind]) -> list[str]:
-        """What ``read`` returns: parts of the kinds asked for, importance, hidden states."""
+        """What ``read`` returns: parts of the kinds asked for, importance, kept, hidden states."""
         stems = [f"{group_prefix(self.manifest, i)}" for i in range(len(self.manifest.groups))]
         names = [
             part_name(f"{stem}{kind}", part.suffix)
@@ -130,7 +130,7 @@ class OpenedShard:
             for kind in kinds
             for part in CODECS[getattr(self.manifest.codec, kind)].parts(kind)
         ]
-        names += [f"{stem}importance" for stem in stems]
+        names += [f"{stem}{name}" for stem in stems for name in ("importance", "kept")]
         names += [name for name, spec in self.specs.items() if "sample" in spec.axes]
         return [name for name in names if name in self.specs]
 

@@ -92,6 +92,9 @@ def _group_specs(
         yield ArraySpec(
             f"{prefix}importance", ("layer", "head", "token"), shape, "float16", group=group
         )
+    if manifest.eviction is not None:
+        shape = (*lead, counts.num_tokens)
+        yield ArraySpec(f"{prefix}kept", ("layer", "head", "token"), shape, "int32", group=group)
 
 
 def _part_spec(part: Part, kind: Kind, group: LayerGroup, counts: Counts) -> ArraySpec:
