@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Final, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from kvdistill.types import Stream
@@ -76,15 +76,17 @@ def fused(outputs: tuple[Tensor, ...], heads: Heads) -> QKV:
     """One module, ``[all Q | all K | all V]`` (GPT-2, Phi-3, ModernBERT)."""
     (qkv,) = outputs
     widths = [heads.num_query, heads.num_key_value, heads.num_key_value]
-    query, key, value = torch.split(qkv, [n * heads.head_dim for n in widths], dim=-1)
-    return QKV(*(_split(x, heads.head_dim) for x in (query, key, value)))
+    ends = list(accumulate(n * heads.head_dim for n in widths))
+    # Slices, not torch.split: whoever rewrites a key writes through its view.
+    parts = (qkv[..., start:end] for start, end in pairwise([0, *ends]))
+    return QKV(*(_split(x, heads.head_dim) for x in parts))
 
 
 def fused_per_head(outputs: tuple[Tensor, ...], heads: Heads) -> QKV:
     """One module, ``q k v`` of head 0, then of head 1, … (GPT-NeoX)."""
     (qkv,) = outputs
-    query, key, value = _unflatten(qkv, heads.num_query, 3, heads.head_dim).unbind(-2)
-    return QKV(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    split = _unflatten(qkv, heads.num_query, 3, heads.head_dim)
+    return QKV(*(split[..., i, :].transpose(1, 2) for i in range(3)))
 
 
 def fused_per_group(outputs: tuple[Tensor, ...], heads: Heads) -> QKV:

@@ -66,6 +66,9 @@ class TrainingConfig(Section):
     """Gradients are clipped to this norm."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Mixed precision of the student; parameters stay float32."""
+    gradient_checkpointing: bool = False
+    """Compute the student's layers again in the backward pass instead of keeping their
+    activations: less memory, about a third more arithmetic."""
     eval_steps: Positive | None = None
     """Evaluate every so many steps (always at the end)."""
     exact_match_samples: Annotated[int, Field(ge=0)] = 0

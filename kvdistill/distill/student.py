@@ -1,13 +1,15 @@
 """The student: building or loading it, and reading its keys and values during a forward pass.
 
 Keys are read before rotation, from the same places that teachers are read from. Gradients flow
-through what is read, gradient checkpointing (non-reentrant) included.
+through what is read, with activation checkpointing as well: a layer that the backward pass computes
+again is computed as it was, so what was rewritten is rewritten again, and what was read is not
+read twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,9 @@ from kvdistill.config_training import StudentConfig
 from kvdistill.distill.projection import HeadShape
 from kvdistill.errors import StudentError
 from kvdistill.types import KINDS, Kind
+
+Rewrite = Callable[[Tensor, int, Kind], Tensor]
+"""From own keys or values ``[B, H, T, D]``, layer and kind to what the student attends to."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,27 @@ class KVCapture:
         base = getattr(student, student.base_model_prefix, student)
         layers = base.get_submodule(self.adapter.layers)
         self._attention = [layer.get_submodule(self.adapter.attention) for layer in layers]
+        self._student = student
+        self._rewrite: Rewrite | None = None
+        self.replaying = False
+
+    def checkpoint_activations(self) -> None:
+        """Let the backward pass compute every layer again instead of keeping its activations.
+
+        Raises:
+            StudentError: the architecture does not support it.
+        """
+        if not self._student.supports_gradient_checkpointing:
+            raise StudentError(
+                f"a student of type {self._student.config.model_type!r} does not support "
+                "training.gradient_checkpointing; switch it off"
+            )
+        self._student.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={
+                "use_reentrant": False,
+                "context_fn": lambda: (nullcontext(), _Replay(self, self._rewrite)),
+            }
+        )
 
     @contextmanager
     def __call__(self) -> Iterator[list[QKV]]:
@@ -133,15 +159,24 @@ class KVCapture:
                 handle.remove()
 
     @contextmanager
-    def rewriting(self, rewrite: Callable[[Tensor, int, Kind], Tensor]) -> Iterator[None]:
+    def rewriting(self, rewrite: Rewrite) -> Iterator[None]:
         """While inside, the student attends to ``rewrite(own [B, H, T, D], layer, kind)`` instead.
 
-        Keys are unrotated on both sides. With gradient checkpointing the backward pass has to
-        run inside as well, since it computes the layers again.
+        Keys are unrotated on both sides.
         """
+        outer, self._rewrite = self._rewrite, rewrite
+        try:
+            with self.hooks(rewrite, replays=False):
+                yield
+        finally:
+            self._rewrite = outer
+
+    @contextmanager
+    def hooks(self, rewrite: Rewrite, *, replays: bool) -> Iterator[None]:
+        """Rewrite while inside, in passes that are computed again or in those that are not."""
         handles = [
             attention.get_submodule(tap).register_forward_hook(
-                self._rewriting_hook(layer, tap_idx, rewrite)
+                self._rewriting_hook(layer, tap_idx, rewrite, replays=replays)
             )
             for layer, attention in enumerate(self._attention)
             for tap_idx, tap in enumerate(self.adapter.taps)
@@ -152,14 +187,14 @@ class KVCapture:
             for handle in handles:
                 handle.remove()
 
-    def _rewriting_hook(
-        self, layer: int, tap_idx: int, rewrite: Callable[[Tensor, int, Kind], Tensor]
-    ) -> Any:
+    def _rewriting_hook(self, layer: int, tap_idx: int, rewrite: Rewrite, *, replays: bool) -> Any:
         num_taps = len(self.adapter.taps)
         # One tap holds queries, keys and values; of three the first is queries, which stay.
         kinds = KINDS if num_taps == 1 else KINDS[tap_idx - 1 : tap_idx] if tap_idx else ()
 
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            if self.replaying != replays:
+                return output
             out = output.clone()
             views = self.adapter.cut((out,) * num_taps, self._cut_heads)
             own = self.adapter.cut((output,) * num_taps, self._cut_heads)
@@ -171,6 +206,8 @@ class KVCapture:
 
     def _hook(self, tap: str, outputs: dict[str, Tensor], found: list[QKV]) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if self.replaying:
+                return
             outputs[tap] = output
             if len(outputs) == len(self.adapter.taps):
                 cut = self.adapter.cut(
@@ -180,6 +217,27 @@ class KVCapture:
                 outputs.clear()
 
         return hook
+
+
+class _Replay:
+    """A layer is computed again, by a backward pass: as it was, whatever goes on by then.
+
+    A class, since a graph that is kept is walked again, and this is entered again with it.
+    """
+
+    def __init__(self, capture: KVCapture, rewrite: Rewrite | None) -> None:
+        self._capture, self._rewrite = capture, rewrite
+        self._hooks: AbstractContextManager[None] = nullcontext()
+
+    def __enter__(self) -> None:
+        self._capture.replaying = True
+        if self._rewrite is not None:
+            self._hooks = self._capture.hooks(self._rewrite, replays=True)
+        self._hooks.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+        self._capture.replaying = False
 
 
 def _adapter(model_type: str) -> Adapter:

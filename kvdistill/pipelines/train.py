@@ -130,6 +130,7 @@ def build_trainer(experiment: Experiment, store: KVStore, splits: Splits, folder
     from kvdistill.distill.assembly import assemble
     from kvdistill.distill.callbacks import JsonLines, ProgressBar
     from kvdistill.distill.data.stream import Rank
+    from kvdistill.distill.latent.trainer import LatentTrainer
     from kvdistill.distill.trainer import KVDistillTrainer
     from kvdistill.distill.training_arguments import training_arguments
 
@@ -142,7 +143,10 @@ def build_trainer(experiment: Experiment, store: KVStore, splits: Splits, folder
         Rank(arguments.process_index, arguments.world_size),
         resuming=folder.checkpoint() is not None,
     )
-    return KVDistillTrainer(
+    if experiment.training.gradient_checkpointing:
+        run.distiller.capture.checkpoint_activations()
+    kind = KVDistillTrainer if experiment.latent is None else LatentTrainer
+    return kind(
         run.distiller,
         stream=run.stream,
         tokenizer=run.tokenizer,
@@ -156,7 +160,9 @@ def build_trainer(experiment: Experiment, store: KVStore, splits: Splits, folder
 def _finish(folder: RunFolder, trainer: Any, metrics: dict[str, float], seconds: float) -> None:
     from kvdistill.distill.diagnostics import diagnose
 
-    diagnostics = diagnose(trainer.accelerator.unwrap_model(trainer.model), trainer.stream)
+    diagnostics: dict[str, Any] = {}
+    if trainer.experiment.latent is None:  # the figures are of alignments token by token
+        diagnostics = diagnose(trainer.accelerator.unwrap_model(trainer.model), trainer.stream)
     folder.diagnostics.write_text(json.dumps(diagnostics), encoding="utf-8")
     rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in trainer.evaluated_samples]
     folder.eval_samples.write_text("".join(rows), encoding="utf-8")
