@@ -157,6 +157,8 @@ class LossConfig(Section):
     """Relation heads; must divide heads times dim of student and teachers."""
     cross_entropy: NonNegativeFloat = 1.0
     """Next-token cross-entropy on the text."""
+    cross_entropy_prompt: bool = True
+    """Whether the words of a prompt count in it; off, the student learns to answer alone."""
     inject: NonNegativeFloat = 0.0
     """Cross-entropy of what follows when the student runs on the teachers' fused KV."""
     inject_style: Literal["residual", "replace"] = "residual"
@@ -181,6 +183,11 @@ class LossConfig(Section):
     def of_teachers(self) -> list[str]:
         """Losses with a weight that need the store."""
         return [name for name, weight in self.weights().items() if weight and name in OF_TEACHERS]
+
+    @property
+    def of_kv(self) -> list[str]:
+        """Losses with a weight that compare keys and values."""
+        return [name for name in self.of_teachers if name != "codi"]
 
     @property
     def uses_teachers(self) -> bool:

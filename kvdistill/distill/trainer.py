@@ -154,7 +154,10 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             f"weight_{teacher.name}": float(weight)
             for teacher, weight in zip(distiller.teachers, output["figures"]["alpha"], strict=True)
         }
-        watched = {"target_variance": float(output["figures"]["target_variance"])}
+        figures = dict(output["figures"])
+        figures.pop("alpha")
+        watched = {"target_variance": float(figures.pop("target_variance"))}
+        found |= {name: float(value) for name, value in figures.items()}
         if output["kv"].requires_grad and not self.is_fsdp_enabled:
             student = list(distiller.student.parameters())
             watched["gradient_share"] = gradient_share(
@@ -163,7 +166,8 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         for warning in self._monitor.update(**watched):
             log.warning(warning)
         errors = [output["parts"][kind] for kind in KINDS if kind in output["parts"]]
-        if errors and self.experiment.losses.distance == "mse":
+        losses = self.experiment.losses
+        if errors and losses.distance == "mse" and not losses.layer_std:
             error = torch.stack(errors).mean().detach()
             found["explained_variance"] = explained_variance(error, watched["target_variance"])
         return found | watched

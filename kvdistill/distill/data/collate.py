@@ -78,6 +78,9 @@ class Collate:
             padded([t.segment for t in tokens], -1, length),
             batch["text_mask"],
         )
+        if not self.losses.cross_entropy_prompt:
+            prompt = spans.segment == SEGMENT_IDS["prompt"]
+            batch["labels"] = batch["labels"].masked_fill(prompt, IGNORED_LABEL)
         batch |= injection(spans, batch["labels"], self.losses)
         prompt = spans.segment == SEGMENT_IDS["prompt"]
         batch["query_mask"] = torch.where(prompt.any(1, keepdim=True), prompt, spans.mask)

@@ -129,9 +129,7 @@ class LatentCollate(Collate):
     def _rationales(
         self, space: TeacherSpace, rows: list[tuple[EncodedShard, int]], samples: list[Sample]
     ) -> Batch:
-        segment = padded(
-            [shard.tokens.segment[shard.tokens.span(idx)] for shard, idx in rows], -1
-        )
+        segment = padded([shard.tokens.segment[shard.tokens.span(idx)] for shard, idx in rows], -1)
         rationale = segment == SEGMENT_IDS["rationale"]
         num_kept = rationale.sum(1, keepdim=True).clamp_max(self.latent.budget)
         batch: Batch = {
@@ -139,7 +137,7 @@ class LatentCollate(Collate):
             "covered": torch.arange(self.latent.positions) < num_kept,
             "seed": torch.tensor([self._seed(sample) for sample in samples]),
         }
-        for kind in KINDS:
+        for kind in KINDS if self.losses.of_kv else ():
             batch[kind] = {
                 group.prefix: padded_parts(rows, group.prefix, kind, space.codec)
                 for group in space.groups

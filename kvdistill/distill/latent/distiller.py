@@ -1,11 +1,11 @@
-"""A latent student's losses (KaVa: Latent Reasoning via Compressed KV-Cache Distillation,
-arXiv 2510.02312):
+"""A latent student's losses.
 
     CE(answer | latents, question) + CE(rationale, answer | question) + codi + keys and values
 
-It is a ``Distiller`` whose student is looked at on its latent positions and whose teachers are
-looked at on the tokens that an eviction keeps; what lies between (projection, fusion of several
-teachers by given weights or by similarity, errors, placebos, figures) is the distiller's own.
+KaVa: Latent Reasoning via Compressed KV-Cache Distillation (arXiv 2510.02312). It is a
+``Distiller`` whose student is looked at on its latent positions and whose teachers are looked at
+on the tokens that an eviction keeps; what lies between (projection, fusion of several teachers by
+given weights or by similarity, errors, figures) is the distiller's own.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from kvdistill.distill.latent.targets import Rationales
 from kvdistill.distill.losses import hidden_error
 from kvdistill.distill.objectives import StudentView
 from kvdistill.distill.student import KVCapture
+from kvdistill.eviction import num_evicted
 from kvdistill.store.manifest import TeacherManifest
 from kvdistill.types import KINDS, Kind
 
@@ -89,9 +90,7 @@ class LatentDistiller(Distiller):
             )
         layers = zip(*captured, strict=True)
         query, key, value = (torch.stack(x, dim=1)[:, :, :, thought.columns] for x in layers)
-        return LatentView(
-            thought.logits_BAV, query, key, value, thought.latents_BME, thought.cue_BLE
-        )
+        return LatentView(thought.answer_logits, query, key, value, thought.latents, thought.cue)
 
     def text_parts(self, batch: Batch, view: StudentView, counts: Counts) -> dict[str, Tensor]:
         """Cross-entropy of the answer after thinking; of rationale and answer in words; CODI."""
@@ -126,6 +125,16 @@ class LatentDistiller(Distiller):
                     targets = [target.roll(1, dims=0) for target in targets]
                 found[kind].append(targets)
         return found
+
+    def _teacher_parts(
+        self, batch: Batch, view: StudentView, counts: Counts, *, figures: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        if not self.losses.of_kv:
+            return {}, {}
+        parts, shown = super()._teacher_parts(batch, view, counts, figures=figures)
+        if figures:
+            shown |= how_often_it_bites(batch, self.latent.budget)
+        return parts, shown
 
     def _codi(self, batch: Batch, view: LatentView, counts: Counts) -> Tensor:
         """Smooth-L1 of the layers' outputs before the answer (CODI, arXiv 2502.21074)."""
@@ -165,6 +174,17 @@ class CueMap(nn.Module):
             layers = zip(self.widen, student_BLE.unbind(1), strict=True)
             student_BLE = torch.stack([widen(x) for widen, x in layers], 1)
         return student_BLE, stored_BLE[:, self.rows]
+
+
+def how_often_it_bites(batch: Batch, budget: int) -> dict[str, Tensor]:
+    """Share of samples with a rationale longer than the budget, and of tokens that are dropped."""
+    masks = [teacher["rationale"] for teacher in batch["teachers"].values()]
+    lengths = torch.cat([mask.sum(1) for mask in masks])
+    dropped = torch.cat([num_evicted(mask, budget) for mask in masks])
+    return {
+        "eviction_bites": (dropped > 0).float().mean(),
+        "eviction_dropped": dropped.sum() / lengths.sum().clamp_min(1),
+    }
 
 
 def _answered(batch: Batch) -> Tensor:

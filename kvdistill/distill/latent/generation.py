@@ -75,7 +75,7 @@ def _greedy(
     student: LatentStudent, thought: Thought, max_new_tokens: int, eos_id: int | None
 ) -> list[list[int]]:
     cache, mask = thought.run.cache, thought.mask_BT
-    token_B = thought.logits_BAV[:, 0].argmax(-1)
+    token_B = thought.answer_logits[:, 0].argmax(-1)
     written = [token_B]
     done = token_B == eos_id if eos_id is not None else torch.zeros_like(token_B, dtype=torch.bool)
     while len(written) < max_new_tokens and not bool(done.all()):

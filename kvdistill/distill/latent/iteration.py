@@ -49,8 +49,8 @@ class Run:
     cache: DynamicCache
 
     @property
-    def hidden_BTE(self) -> Tensor:
-        """Last hidden states, after the final norm."""
+    def last_hidden(self) -> Tensor:
+        """``[B, T, E]`` of what was put in, after the final norm."""
         hidden: Tensor = self.output.hidden_states[-1]
         return hidden
 
@@ -93,11 +93,11 @@ def jacobi(
     )
     cached = cut(first.cache, prefix.mask_BT.shape[1])
     # The hidden state at bot gives the first latent's input, that of a latent the next one's.
-    shifted = first.hidden_BTE[:, -num_latents - 1 : -1]
+    shifted = first.last_hidden[:, -num_latents - 1 : -1]
     x_BME = project(shifted)
     first_BE = x_BME[:, :1]
     for _ in range(iterations - 1):
-        hidden = run(model, x_BME, _longer(prefix.mask_BT, num_latents), cached).hidden_BTE
+        hidden = run(model, x_BME, _longer(prefix.mask_BT, num_latents), cached).last_hidden
         x_BME = torch.cat([first_BE, project(hidden[:, :-1])], 1)
     return Prefix(prefix.embeds_BTE, prefix.mask_BT, cached), x_BME
 
@@ -111,11 +111,11 @@ def sequential(
     """
     first = run(model, prefix.embeds_BTE, prefix.mask_BT, None)
     cached = grown = cut(first.cache, prefix.mask_BT.shape[1])
-    inputs = [project(first.hidden_BTE[:, -1:])]
+    inputs = [project(first.last_hidden[:, -1:])]
     for latent in range(1, num_latents):
         step = run(model, inputs[-1], _longer(prefix.mask_BT, latent), grown)
         grown = cut(step.cache, prefix.mask_BT.shape[1] + latent)
-        inputs.append(project(step.hidden_BTE))
+        inputs.append(project(step.last_hidden))
     return Prefix(prefix.embeds_BTE, prefix.mask_BT, cached), torch.cat(inputs, 1)
 
 
@@ -135,9 +135,7 @@ def conclude(
 
 def cut(cache: DynamicCache, length: int) -> Cached:
     """The first ``length`` positions of a cache."""
-    return tuple(
-        (layer.keys[:, :, :length], layer.values[:, :, :length]) for layer in cache.layers
-    )
+    return tuple((layer.keys[:, :, :length], layer.values[:, :, :length]) for layer in cache.layers)
 
 
 def _longer(mask_BT: Tensor, columns: int) -> Tensor:

@@ -39,21 +39,21 @@ class Thought:
     num_tail: int
 
     @property
-    def logits_BAV(self) -> Tensor:
-        """At eot and the answer's tokens: column 0 predicts the answer's first token."""
+    def answer_logits(self) -> Tensor:
+        """``[B, 1 + A, V]``: column 0, at eot, predicts the answer's first token."""
         logits: Tensor = self.run.output.logits[:, -self.num_tail :]
         return logits
 
     @property
-    def cue_BLE(self) -> Tensor:
-        """Every layer's output at eot, from which the answer's first token is predicted."""
+    def cue(self) -> Tensor:
+        """``[B, L, E]``: every layer's output at eot, the last after the final norm."""
         layers = [h[:, -self.num_tail] for h in self.run.output.hidden_states[1:]]
         return torch.stack(layers, 1)
 
     @property
-    def latents_BME(self) -> Tensor:
-        """Last hidden states of the latent positions."""
-        return self.run.hidden_BTE[:, self.columns]
+    def latents(self) -> Tensor:
+        """``[B, M, E]``: last hidden states of the latent positions."""
+        return self.run.last_hidden[:, self.columns]
 
     @property
     def columns(self) -> slice:
