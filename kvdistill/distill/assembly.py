@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from kvdistill.config import Experiment
 from kvdistill.corpus import Sample
 from kvdistill.distill.alignment import LayerMap, layer_map
 from kvdistill.distill.data.collate import Collate
-from kvdistill.distill.data.stream import KVStream, Rank, StoreSource
+from kvdistill.distill.data.reading import open_stream
+from kvdistill.distill.data.source import Source, StoreSource
+from kvdistill.distill.data.stream import KVStream, Rank
 from kvdistill.distill.distiller import Distiller
+from kvdistill.distill.latent.collate import LatentCollate
+from kvdistill.distill.latent.distiller import LatentDistiller
+from kvdistill.distill.latent.student import LatentStudent
+from kvdistill.distill.latent.targets import nearest_layers
 from kvdistill.distill.pilot import cka_map, pilot, start_projectors
-from kvdistill.distill.spaces import teacher_space
+from kvdistill.distill.spaces import TeacherSpace, refuse_evicted, teacher_space
 from kvdistill.distill.student import build_student, student_geometry
 from kvdistill.distill.tokenizer import load_tokenizer
 from kvdistill.errors import ConfigError
 from kvdistill.store.reader import KVStore
+
+SourceOf = Callable[[KVStore, Mapping[str, Sequence[int]]], Source]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +46,7 @@ def assemble(
     rank: Rank,
     *,
     resuming: bool = False,
+    source_of: SourceOf = StoreSource,
 ) -> Assembled:
     """Build a run from its config and its store.
 
@@ -45,6 +56,7 @@ def assemble(
         samples: the training texts, of which the task tags are taken.
         rank: this process among those that train together.
         resuming: a checkpoint will overwrite all weights, so closed-form ones are not computed.
+        source_of: what the shards come from, given the store and each teacher's needed layers.
 
     Raises:
         StudentError, StoreError, ConfigError: see the parts.
@@ -54,40 +66,54 @@ def assemble(
     student = build_student(config, tokenizer, experiment.seed)
     tasks = sorted({sample.task for sample in samples if sample.task is not None})
     task_ids = {task: number for number, task in enumerate(tasks, start=1)}
-    alone = Collate(
-        tokenizer, training.max_length, experiment.alignment, experiment.losses, [], task_ids
-    )
+    alone = _collate(experiment, tokenizer, task_ids)
     names = experiment.teachers if experiment.losses.uses_teachers else ()
+    for name in names:
+        refuse_evicted(store.teacher(name), experiment.alignment.time)
     maps = {name: _layers(experiment, student, store, name, alone) for name in names}
     teachers = [teacher_space(store, name, maps[name], experiment.fusion) for name in maps]
     collate = replace(alone, teachers=teachers)
-    source = StoreSource(store, {space.name: space.needed for space in teachers})
-    distiller = Distiller(
-        student,
-        teachers,
-        alignment=experiment.alignment,
-        projection=experiment.projection,
-        fusion=experiment.fusion,
-        losses=experiment.losses,
-        num_tasks=len(tasks),
-    )
+    source = source_of(store, {space.name: space.needed for space in teachers})
+    distiller = _distiller(experiment, student, teachers, store, len(tasks))
     if not resuming:
         _start(distiller, source, collate, experiment)
-    stream = KVStream(
-        source,
-        collate,
-        batch_size=training.batch_size,
-        seed=experiment.seed,
-        window_shards=training.window_shards,
-        read_ahead=training.read_ahead,
-        rank=rank,
-    )
+    stream = open_stream(source, collate, samples, training, seed=experiment.seed, rank=rank)
     return Assembled(distiller, stream, tokenizer)
 
 
-def _start(
-    distiller: Distiller, source: StoreSource, collate: Collate, experiment: Experiment
-) -> None:
+def _collate(experiment: Experiment, tokenizer: Any, task_ids: dict[str, int]) -> Collate:
+    """Makes batches, as yet without teachers."""
+    max_length, losses = experiment.training.max_length, experiment.losses
+    shared = (tokenizer, max_length, experiment.alignment, losses, (), task_ids)
+    if experiment.latent is None:
+        return Collate(*shared)
+    return LatentCollate(*shared, experiment.latent)
+
+
+def _distiller(
+    experiment: Experiment,
+    student: Any,
+    teachers: list[TeacherSpace],
+    store: KVStore,
+    num_tasks: int,
+) -> Distiller:
+    settings: dict[str, Any] = {
+        "alignment": experiment.alignment,
+        "projection": experiment.projection,
+        "fusion": experiment.fusion,
+        "losses": experiment.losses,
+        "num_tasks": num_tasks,
+    }
+    if experiment.latent is None:
+        return Distiller(student, teachers, **settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(experiment.seed)
+        thinking = LatentStudent(student, experiment.latent)
+    manifests = {space.name: store.teacher(space.name) for space in teachers}
+    return LatentDistiller(thinking, teachers, manifests, **settings)
+
+
+def _start(distiller: Distiller, source: Source, collate: Collate, experiment: Experiment) -> None:
     """Closed-form first weights, where the config asks for them and something projects."""
     projection = experiment.projection
     if projection.first_weights in ("pca", "ridge") and distiller.teachers and distiller.projects:
@@ -108,4 +134,5 @@ def _layers(
         explicit = alignment.explicit_layers[name]
     layers = store.teacher(name).layers
     num_layers = student_geometry(student).num_layers
-    return layer_map(alignment.layers, num_layers, layers, explicit=explicit)
+    mapping = layer_map(alignment.layers, num_layers, layers, explicit=explicit)
+    return mapping if experiment.latent is None else nearest_layers(mapping)

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvdistill.config_distill import FusionConfig, ProjectionConfig
 from kvdistill.distill.alignment import LayerMap, linear_cka, monotone_map
 from kvdistill.distill.data.collate import Batch, Collate
-from kvdistill.distill.data.stream import StoreSource
+from kvdistill.distill.data.source import Source, StoreSource
 from kvdistill.distill.distiller import Distiller, band_of
 from kvdistill.distill.head import TeacherHead
 from kvdistill.distill.projection import HeadShape, PilotMoments, initialise
@@ -24,7 +24,7 @@ from kvdistill.store.reader import KVStore
 from kvdistill.types import KINDS, Kind
 
 
-def pilot(source: StoreSource, collate: Collate, batch_size: int, batches: int) -> Iterator[Batch]:
+def pilot(source: Source, collate: Collate, batch_size: int, batches: int) -> Iterator[Batch]:
     """The corpus's first batches, in order."""
 
     def all_batches() -> Iterator[Batch]:

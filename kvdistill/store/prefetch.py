@@ -13,7 +13,7 @@ The iterator belongs to one thread; the store under it may be shared by any numb
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ class Request:
 
 def prefetch(
     store: KVStore, requests: Iterable[Request], *, threads: int = 2, ahead: int = 2
-) -> Iterator[tuple[Request, EncodedShard]]:
+) -> Generator[tuple[Request, EncodedShard], None, None]:
     """Yield every request with its shard, in order. ``requests`` may be endless.
 
     Requests are drawn in the caller's thread, ``ahead`` + 1 before the first shard is handed out.
@@ -52,7 +52,7 @@ def prefetch(
 
 def _prefetch(
     store: KVStore, requests: Iterator[Request], threads: int, ahead: int
-) -> Iterator[tuple[Request, EncodedShard]]:
+) -> Generator[tuple[Request, EncodedShard], None, None]:
     waiting: deque[tuple[Request, Future[EncodedShard]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="kvdistill-prefetch")
     try:

@@ -2,29 +2,30 @@
 
 The epoch's global order (``order.py``) is cut into global batches, and each rank takes its share
 of every one. State is one number, the global position; a run that stopped on two ranks goes on
-with three at the same sample. Shards of the next windows are read ahead by a bounded number of
-threads, as stored codes; only the mapped layers are read.
+with three at the same sample. A thread collates a few batches ahead of the step; shards of the
+next window are read ahead of that, as stored codes; only the mapped layers are read.
 
-    order → shards → read ahead → items → collate → batch
+    order → shards → read ahead → items → collate ahead → batch
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, Final
 
 from torch.utils.data import IterableDataset
 
-from kvdistill.corpus import Sample
-from kvdistill.distill.data.collate import Batch, Collate, Item, without_weight
-from kvdistill.distill.data.order import Window, windows
-from kvdistill.errors import IncompleteStore, StoreMismatch
-from kvdistill.store.reader import KVStore
-from kvdistill.store.shard import EncodedShard
+from kvdistill.distill.data.ahead import ahead
+from kvdistill.distill.data.collate import Batch, Collate, Item
+from kvdistill.distill.data.order import Order
+from kvdistill.distill.data.source import LoadedShard, Source
+from kvdistill.errors import StoreMismatch
+
+PLACE: Final = ("epoch", "position")
+"""What of a stream's state changes while it is read."""
 
 
 @dataclass(frozen=True)
@@ -35,120 +36,79 @@ class Rank:
     world_size: int = 1
 
 
-@dataclass(frozen=True, eq=False)
-class LoadedShard:
-    """A shard of the corpus with every teacher's codes for it."""
-
-    samples: tuple[Sample, ...]
-    teachers: Mapping[str, EncodedShard]
-
-    def item(self, sample_idx: int) -> Item:
-        """One sample and where its KV lies."""
-        shards = {name: (shard, sample_idx) for name, shard in self.teachers.items()}
-        return Item(self.samples[sample_idx], shards)
-
-
-@dataclass(frozen=True, eq=False)
-class StoreSource:
-    """Loads shards of a store: which layers of which teachers."""
-
-    store: KVStore
-    layers: Mapping[str, Sequence[int]]
-    """Per teacher, the layers that the student's layer map needs."""
-
-    def __post_init__(self) -> None:
-        for teacher in self.layers:
-            missing = self.store.missing(teacher)
-            if missing:
-                raise IncompleteStore(
-                    f"{self.store.paths.root}: teacher {teacher!r} lacks {len(missing)} of "
-                    f"{len(self.store.shard_ids)} shards (first: {missing[0]}); "
-                    "run `kvdistill extract` with this config to complete it"
-                )
-
-    @property
-    def sizes(self) -> list[int]:
-        """Number of samples of every shard of the plan."""
-        return [plan.num_samples for plan in self.store.manifest.shards]
-
-    def load(self, shard_idx: int) -> LoadedShard:
-        """Read one shard: its samples, and every teacher's codes of the needed layers."""
-        shard_id = self.store.shard_ids[shard_idx]
-        samples = self.store.samples(shard_id)
-        teachers = {}
-        for name, layers in self.layers.items():
-            teachers[name] = self.store.read_shard(name, shard_id, layers=layers)
-            stored = teachers[name].tokens.sample_ids
-            if stored != tuple(sample.sample_id for sample in samples):
-                raise StoreMismatch(
-                    f"{self.store.paths.root}: shard {shard_id} of teacher {name!r} holds other "
-                    "samples than the corpus; run `kvdistill verify`"
-                )
-        return LoadedShard(samples, teachers)
-
-
 class KVStream(IterableDataset[Batch]):
-    """One rank's batches, epoch after epoch; ``state_dict`` restores it at any batch."""
+    """One rank's batches, epoch after epoch; ``state_dict`` restores it at any batch.
+
+    A batch of a rank is ``batch_size`` samples, or with length buckets one bucket.
+    """
 
     def __init__(
         self,
-        source: StoreSource,
+        source: Source,
         collate: Collate,
+        order: Order,
         *,
         batch_size: int,
-        seed: int,
-        window_shards: int,
-        read_ahead: int,
+        read_threads: int,
+        batches_ahead: int,
         rank: Rank | None = None,
     ) -> None:
-        self.source, self.collate = source, collate
-        self.batch_size, self.seed = batch_size, seed
-        self.window_shards, self.read_ahead = window_shards, read_ahead
+        self.source, self.collate, self.order = source, collate, order
+        self.read_threads, self.batches_ahead = read_threads, batches_ahead
         self.rank = rank or Rank()
-        self.sizes = source.sizes
-        self.num_samples = sum(self.sizes)
         self.epoch = 0
         self.position = 0
+        self._units_per_batch = batch_size if order.buckets is None else 1
+        self._num_units: dict[int, int] = {}
         self._skip = 0
 
     @property
     def global_batch(self) -> int:
-        """Samples that all ranks take together per batch."""
-        return self.batch_size * self.rank.world_size
+        """Units of the order that all ranks take together per batch."""
+        return self._units_per_batch * self.rank.world_size
 
     def __len__(self) -> int:
-        """Batches per epoch; the last may be smaller."""
-        return ceil(self.num_samples / self.global_batch)
+        """Batches of the present epoch; the last may be smaller."""
+        return self.num_batches(self.epoch)
+
+    def num_batches(self, epoch: int) -> int:
+        """Batches of an epoch."""
+        return ceil(self._units(epoch) / self.global_batch)
 
     @property
     def batches_done(self) -> int:
         """Batches of this epoch that count as done, so that done + left = ``len(self)``."""
-        return len(self) - ceil((self.num_samples - self.position) / self.global_batch)
+        left = self._units(self.epoch) - self.position
+        return len(self) - ceil(left / self.global_batch)
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the stream is: the epoch, and the samples that all ranks have taken of it."""
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is: the epoch, and the units that all ranks have taken of it.
+
+        Of batches that were handed out; those that are ready ahead of need do not count.
+        """
         return {
             "epoch": self.epoch,
             "position": self.position,
-            "seed": self.seed,
-            "num_samples": self.num_samples,
+            "seed": self.order.seed,
+            "num_samples": self.order.num_samples,
+            "order": self.order.fingerprint,
         }
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state, on this or another number of ranks.
 
         The next iteration first yields ``batches_done`` empty batches, because the trainer that
         resumes discards as many; they cost nothing.
 
         Raises:
-            StoreMismatch: the state belongs to another corpus or seed.
+            StoreMismatch: the state belongs to another corpus, seed or way of batching.
         """
-        here = {"seed": self.seed, "num_samples": self.num_samples}
-        there = {name: state[name] for name in here}
+        here = {name: value for name, value in self.state_dict().items() if name not in PLACE}
+        there = {name: state.get(name) for name in here}
         if here != there:
             raise StoreMismatch(
-                f"the checkpoint was written with {there}, this run has {here}; "
-                "resume with the same seed and store, or start anew"
+                f"the checkpoint was written with {there}, this run has {here}; resume with the "
+                "same seed, store, window, batching and task weights, or start anew"
             )
         self.epoch, self.position = state["epoch"], state["position"]
         self._skip = self.batches_done
@@ -158,55 +118,46 @@ class KVStream(IterableDataset[Batch]):
         for _ in range(self._skip):
             yield {}
         self._skip = 0
-        for items, taken in self._global_batches():
-            batch = self._batch(items)
+        num_units = self._units(self.epoch)
+        for batch, taken in ahead(self._batches(), self.batches_ahead):
             self.position += taken
-            if self.position >= self.num_samples:
+            if self.position >= num_units:
                 self.epoch, self.position = self.epoch + 1, 0
             yield batch
 
-    def _batch(self, items: list[tuple[LoadedShard, int]]) -> Batch:
-        """This rank's part of a global batch: every ``world_size``-th sample."""
-        mine = items[self.rank.rank :: self.rank.world_size]
-        batch = self.collate([shard.item(idx) for shard, idx in mine or items[:1]])
-        return batch if mine else without_weight(batch)
+    def _units(self, epoch: int) -> int:
+        if epoch not in self._num_units:
+            self._num_units[epoch] = self.order.num_units(epoch)
+        return self._num_units[epoch]
 
-    def _global_batches(self) -> Iterator[tuple[list[tuple[LoadedShard, int]], int]]:
-        pending: list[tuple[LoadedShard, int]] = []
-        for row in self._rows(self.epoch, self.position):
-            pending.append(row)
-            if len(pending) == self.global_batch:
-                yield pending, len(pending)
-                pending = []
+    def _batches(self) -> Generator[tuple[Batch, int], None, None]:
+        """This rank's part of every global batch, and the units all ranks took for it."""
+        pending: list[list[Item]] = []
+        with closing(self._items(self.epoch, self.position)) as units:
+            for unit in units:
+                pending.append(unit)
+                if len(pending) == self.global_batch:
+                    yield self._batch(pending), len(pending)
+                    pending = []
         if pending:
-            yield pending, len(pending)
+            yield self._batch(pending), len(pending)
 
-    def _rows(self, epoch: int, start: int) -> Iterator[tuple[LoadedShard, int]]:
-        """(shard, sample) in global order from position ``start`` on."""
-        plan = windows(self.seed, epoch, self.sizes, self.window_shards, start)
-        for window, shards in self._loaded(plan):
-            for shard_idx, sample_idx in window.rows[max(0, start - window.first_position) :]:
-                yield shards[int(shard_idx)], int(sample_idx)
+    def _batch(self, units: Sequence[list[Item]]) -> Batch:
+        """Every ``world_size``-th unit of a global batch."""
+        mine = [item for unit in units[self.rank.rank :: self.rank.world_size] for item in unit]
+        batch = self.collate(mine or units[0][:1])
+        return batch if mine else self.collate.without_weight(batch)
 
-    def _loaded(self, plan: Iterator[Window]) -> Iterator[tuple[Window, dict[int, LoadedShard]]]:
-        """Windows with their shards, the next one being read while this one is used."""
-        with ThreadPoolExecutor(self.read_ahead, "kvdistill-read") as pool:
-            queue: deque[tuple[Window, dict[int, Future[LoadedShard]]]] = deque()
-            try:
-                for window in plan:
-                    futures = {i: pool.submit(self.source.load, i) for i in window.shards}
-                    queue.append((window, futures))
-                    if len(queue) > 1:
-                        yield _ready(*queue.popleft())
-                while queue:
-                    yield _ready(*queue.popleft())
-            finally:
-                for _, futures in queue:
-                    for future in futures.values():
-                        future.cancel()
-
-
-def _ready(
-    window: Window, futures: dict[int, Future[Any]]
-) -> tuple[Window, dict[int, LoadedShard]]:
-    return window, {shard_idx: future.result() for shard_idx, future in futures.items()}
+    def _items(self, epoch: int, start: int) -> Generator[list[Item], None, None]:
+        """Units in global order from unit ``start`` on."""
+        wanted = (i for window in self.order.windows(epoch, start) for i in window.shards)
+        reads = self.source.load_all(
+            wanted, threads=self.read_threads, num_ahead=self.order.window_shards
+        )
+        shards: dict[int, LoadedShard] = {}
+        with closing(reads) as loaded:
+            for window in self.order.windows(epoch, start):
+                shards.clear()  # before the next ones come, or three windows would be in memory
+                shards.update(zip(window.shards, loaded, strict=False))
+                for unit in window.units:
+                    yield [shards[int(shard)].item(int(sample)) for shard, sample in unit]

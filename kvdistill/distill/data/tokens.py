@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvdistill.corpus import Sample
 from kvdistill.types import SEGMENT_SPECIAL
+
+COUNTED_TOGETHER: Final = 1000
+"""Texts per call of the tokenizer, which spreads them over the cores."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +47,17 @@ def tokenize(tokenizer: Any, samples: list[Sample], max_length: int) -> list[Stu
     )
     rows = zip(samples, encoded["input_ids"], encoded["offset_mapping"], strict=True)
     return [_one(tokenizer, sample, ids, offsets, max_length) for sample, ids, offsets in rows]
+
+
+def token_counts(tokenizer: Any, samples: Sequence[Sample], max_length: int) -> NDArray[np.int64]:
+    """Tokens of every sample as ``tokenize`` gives them: ``[N]``. Costs a pass over the texts."""
+    special = sum(i is not None for i in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    counts = []
+    for start in range(0, len(samples), COUNTED_TOGETHER):
+        texts = [sample.text for sample in samples[start : start + COUNTED_TOGETHER]]
+        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        counts += [min(len(row) + special, max_length) for row in ids["input_ids"]]
+    return np.array(counts, np.int64)
 
 
 def segments_of(sample: Sample, char_start: NDArray[np.int64]) -> NDArray[np.int64]:

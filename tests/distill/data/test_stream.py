@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+import threading
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from kvdistill.corpus import Sample
+from kvdistill.distill.data.buckets import Buckets
 from kvdistill.distill.data.collate import Item
-from kvdistill.distill.data.stream import KVStream, LoadedShard, Rank
+from kvdistill.distill.data.mixture import Mixture
+from kvdistill.distill.data.order import Order
+from kvdistill.distill.data.source import LoadedShard
+from kvdistill.distill.data.stream import KVStream, Rank
 from kvdistill.errors import StoreMismatch
 
-SIZES = [3, 5, 1, 4, 2, 6]
+SIZES = (3, 5, 1, 4, 2, 6)
+EVERYTHING = sorted(f"{s}.{i}" for s, size in enumerate(SIZES) for i in range(size))
+LENGTHS = np.random.default_rng(0).integers(1, 20, len(EVERYTHING))
+ORDERS = {
+    "plain": Order(5, SIZES, 2),
+    "buckets": Order(5, SIZES, 2, buckets=Buckets(LENGTHS, 16)),
+    "mixture": Order(5, SIZES, 2, Mixture(np.arange(len(EVERYTHING)) % 2, (1.0, 2.0))),
+}
 
 
 class FakeSource:
     """Shards whose samples are named by their place; counts what is loaded."""
-
-    sizes = SIZES
 
     def __init__(self) -> None:
         self.loaded: list[int] = []
@@ -29,22 +41,36 @@ class FakeSource:
         names = [f"{shard_idx}.{i}" for i in range(SIZES[shard_idx])]
         return LoadedShard(tuple(Sample(name, (("text", name),)) for name in names), {})
 
-
-def collate(items: Sequence[Item]) -> dict[str, Any]:
-    labels = torch.zeros(len(items), 1, dtype=torch.long)
-    return {
-        "ids": [item.sample.sample_id for item in items],
-        "labels": labels,
-        "inject_labels": labels,
-        "teachers": {},
-    }
+    def load_all(
+        self, shard_idx: Iterable[int], *, threads: int, num_ahead: int
+    ) -> Generator[LoadedShard, None, None]:
+        yield from map(self.load, shard_idx)
 
 
-def stream(rank: int = 0, world_size: int = 1, batch_size: int = 2) -> KVStream:
+class FakeCollate:
+    """Batches of names; counts the calls, and fails at one of them."""
+
+    def __init__(self, fails_at: int = -1) -> None:
+        self.calls, self.fails_at = 0, fails_at
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise OSError("this one is gone")
+        names = [item.sample.sample_id for item in items]
+        return {"ids": names, "labels": torch.zeros(len(names), 1, dtype=torch.long)}
+
+    def without_weight(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {**batch, "labels": torch.full_like(batch["labels"], -100)}
+
+
+def stream(
+    rank: int = 0, world_size: int = 1, batch_size: int = 2, order: str = "plain"
+) -> KVStream:
     source: Any = FakeSource()
-    make: Any = collate
+    make: Any = FakeCollate()
     return KVStream(
-        source, make, batch_size=batch_size, seed=5, window_shards=2, read_ahead=2,
+        source, make, ORDERS[order], batch_size=batch_size, read_threads=2, batches_ahead=3,
         rank=Rank(rank, world_size),
     )  # fmt: skip
 
@@ -53,9 +79,9 @@ def counted(batches: Sequence[dict[str, Any]]) -> list[str]:
     return [name for b in batches if b and (b["labels"] != -100).any() for name in b["ids"]]
 
 
-def global_order(world_size: int, batch_size: int = 2) -> list[list[str]]:
+def global_order(world_size: int, batch_size: int = 2, order: str = "plain") -> list[list[str]]:
     """Sets of samples per global batch, over all ranks."""
-    ranks = [list(stream(r, world_size, batch_size)) for r in range(world_size)]
+    ranks = [list(stream(r, world_size, batch_size, order)) for r in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
     return [sorted(counted([batches[i] for batches in ranks])) for i in range(len(ranks[0]))]
 
@@ -63,8 +89,7 @@ def global_order(world_size: int, batch_size: int = 2) -> list[list[str]]:
 def test_an_epoch_is_every_sample_once_and_epochs_differ() -> None:
     one = stream()
     first, second = counted(list(one)), counted(list(one))
-    everything = sorted(f"{s}.{i}" for s, size in enumerate(SIZES) for i in range(size))
-    assert sorted(first) == sorted(second) == everything
+    assert sorted(first) == sorted(second) == EVERYTHING
     assert first != second
     assert len(one) == 11
     assert one.state_dict()["epoch"] == 2
@@ -78,20 +103,31 @@ def test_the_global_order_does_not_depend_on_the_ranks(world_size: int) -> None:
     assert shared == [sorted(alone[i : i + size]) for i in range(0, len(alone), size)]
 
 
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_ranks_take_turns_at_buckets_that_are_the_same_for_any_number(world_size: int) -> None:
+    buckets = [batch["ids"] for batch in stream(order="buckets")]
+    assert len({len(bucket) for bucket in buckets}) > 1
+    ranks = [list(stream(r, world_size, order="buckets")) for r in range(world_size)]
+    for rank, batches in enumerate(ranks):
+        found = [batch["ids"] for batch in batches if counted([batch])]
+        assert found == buckets[rank::world_size]
+
+
 def test_a_rank_without_samples_still_gets_a_batch_that_counts_nothing() -> None:
     ranks = [list(stream(r, 8, 2)) for r in range(8)]  # 21 samples: 16, then 5 for 8 ranks
     assert all(len(batches) == 2 for batches in ranks)
     assert sum(bool(counted(batches[1:])) for batches in ranks) == 5
 
 
-def test_stopping_at_every_batch_and_restoring_gives_the_tail() -> None:
-    whole = [batch["ids"] for batch in stream()]
+@pytest.mark.parametrize("order", ORDERS)
+def test_stopping_at_every_batch_and_restoring_gives_the_tail(order: str) -> None:
+    whole = [batch["ids"] for batch in stream(order=order)]
     for stop in range(len(whole)):
-        first = stream()
+        first = stream(order=order)
         batches = iter(first)
         for _ in range(stop):
             next(batches)
-        second = stream()
+        second = stream(order=order)
         second.load_state_dict(first.state_dict())
         skipped = second.batches_done
         rest = list(second)
@@ -100,19 +136,35 @@ def test_stopping_at_every_batch_and_restoring_gives_the_tail() -> None:
         assert [batch["ids"] for batch in rest[skipped:]] == whole[stop:]
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 3), (3, 1)])
-def test_restoring_on_another_number_of_ranks_repeats_and_loses_nothing(
-    before: int, after: int
-) -> None:
-    first = [stream(r, before) for r in range(before)]
-    running = [iter(one) for one in first]
-    done = [name for _ in range(2) for batches in running for name in counted([next(batches)])]
-    second = [stream(r, after) for r in range(after)]
-    for one in second:
-        one.load_state_dict(first[0].state_dict())
-    rest = [name for one in second for name in counted(list(one))]
-    everything = sorted(f"{s}.{i}" for s, size in enumerate(SIZES) for i in range(size))
-    assert sorted(done + rest) == everything
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("ranks", [(1, 2, 3), (3, 2, 1), (2, 4, 1)])
+def test_other_numbers_of_ranks_go_on_with_what_is_left(ranks: tuple[int, ...], order: str) -> None:
+    wanted = sorted(name for batch in stream(order=order) for name in batch["ids"])
+    state: dict[str, Any] | None = None
+    done: list[str] = []
+    for world_size in ranks:
+        streams = [stream(r, world_size, 1, order) for r in range(world_size)]
+        for one in streams:
+            if state is not None:
+                one.load_state_dict(state)
+        running = [iter(one) for one in streams]
+        for _ in range(streams[0].batches_done):
+            assert [next(batches) for batches in running] == [{}] * world_size
+        for _ in range(2):
+            done += [name for batches in running for name in counted([next(batches)])]
+        (state,) = {str(one.state_dict()): one.state_dict() for one in streams}.values()
+    rest = stream(order=order)
+    assert state is not None
+    rest.load_state_dict(state)
+    assert sorted(done + counted(list(rest))) == wanted
+
+
+def test_the_state_is_of_what_was_handed_out_not_of_what_is_ready() -> None:
+    one = stream(batch_size=1)
+    batches = iter(one)
+    for number in range(1, 8):
+        next(batches)
+        assert one.state_dict()["position"] == number
 
 
 def test_few_shards_are_held_and_a_restored_stream_skips_what_it_does_not_need() -> None:
@@ -120,20 +172,41 @@ def test_few_shards_are_held_and_a_restored_stream_skips_what_it_does_not_need()
     batches = iter(one)
     next(batches)
     source: Any = one.source
-    assert len(source.loaded) <= 4  # this window and the next
+    assert len(source.loaded) <= 4  # this window, and the next if a batch ahead needs it
     late = stream()
-    late.load_state_dict({"epoch": 0, "position": 20, "seed": 5, "num_samples": 21})
+    late.load_state_dict({**late.state_dict(), "position": 20})
     assert len(counted(list(late))) == 1
     late_source: Any = late.source
     assert len(late_source.loaded) <= 2
 
 
-def test_a_state_of_another_run_is_refused() -> None:
-    with pytest.raises(StoreMismatch, match="seed"):
-        stream().load_state_dict({"epoch": 0, "position": 2, "seed": 6, "num_samples": 21})
+@pytest.mark.parametrize("other", ["buckets", "mixture"])
+def test_a_state_of_another_run_is_refused(other: str) -> None:
+    with pytest.raises(StoreMismatch, match="same seed, store, window, batching"):
+        stream().load_state_dict(stream(order=other).state_dict())
+    with pytest.raises(StoreMismatch, match="'seed': 6"):
+        stream().load_state_dict({**stream().state_dict(), "seed": 6})
 
 
-def test_an_error_while_reading_ahead_reaches_the_reader() -> None:
+def threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("kvdistill")]
+
+
+def test_an_error_while_collating_ahead_comes_at_its_turn_and_ends_the_thread() -> None:
+    one = stream()
+    one.collate = FakeCollate(fails_at=3)  # type: ignore[assignment]
+    batches = iter(one)
+    next(batches)
+    next(batches)
+    with pytest.raises(OSError, match="this one is gone"):
+        next(batches)
+    assert threads() == []
+    assert one.state_dict()["position"] == 4
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_an_error_while_reading_reaches_the_reader() -> None:
     one = stream()
 
     def broken(shard_idx: int) -> LoadedShard:
@@ -142,3 +215,13 @@ def test_an_error_while_reading_ahead_reaches_the_reader() -> None:
     one.source.load = broken  # type: ignore[method-assign]
     with pytest.raises(OSError, match="is gone"):
         list(one)
+    assert threads() == []
+
+
+def test_letting_go_of_a_stream_midway_ends_its_threads() -> None:
+    batches = iter(stream())
+    next(batches)
+    assert threads() == ["kvdistill-collate_0"]
+    del batches
+    gc.collect()
+    assert threads() == []
