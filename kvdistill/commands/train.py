@@ -73,8 +73,11 @@ def run(*, config: Path, overrides: tuple[str, ...], spread: Spread) -> None:
 @click.option("--batch-size", default=8, show_default=True, help="Texts per forward pass.")
 @click.option("--generate", is_flag=True, help="Let it answer every prompt; count exact matches.")
 @click.option(
-    "--max-new-tokens", default=256, show_default=True, help="Room for rationale and answer."
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    help="Room for rationale and answer: 256, or what a latent student was trained with.",
 )
+@click.option("--diagnose", is_flag=True, help="Look into a latent student's latents.")
 @click.option(
     "--samples",
     "rows",
@@ -92,7 +95,8 @@ def evaluate(
     max_length: int,
     batch_size: int,
     generate: bool,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
+    diagnose: bool,
 ) -> None:
     """Perplexity, bits per character and exact match of STUDENT (a folder) on CORPUS (JSONL)."""
     from kvdistill.pipelines.evaluate import evaluate_folder, write_rows
@@ -105,6 +109,7 @@ def evaluate(
         batch_size=batch_size,
         generate=generate,
         max_new_tokens=max_new_tokens,
+        diagnose=diagnose,
     )
     if rows is not None:
         write_rows(found, rows)

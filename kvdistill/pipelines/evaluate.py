@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Final
 
 from kvdistill.config_training import StudentConfig
-from kvdistill.corpus import read_jsonl
+from kvdistill.corpus import Sample, read_jsonl
 from kvdistill.distill.answers import is_gradable
 from kvdistill.distill.held_out import HeldOut, score_held_out
+from kvdistill.distill.latent.diagnose import diagnose_latents
+from kvdistill.distill.latent.evaluate import score_latent
+from kvdistill.distill.latent.student import LatentStudent, is_latent
 from kvdistill.distill.student import build_student
 from kvdistill.distill.tokenizer import load_tokenizer
 from kvdistill.errors import CorpusError, StudentError
+
+MAX_NEW_TOKENS: Final = 256
+"""Room for a rationale and an answer in words."""
 
 
 def evaluate_folder(
@@ -22,9 +30,13 @@ def evaluate_folder(
     max_length: int,
     batch_size: int,
     generate: bool = False,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
+    diagnose: bool = False,
 ) -> HeldOut:
     """Score a Hugging Face folder on a JSONL corpus; with ``generate`` also let it answer.
+
+    A latent student can only answer; with ``diagnose`` its latents are looked into and tampered
+    with. Room for new tokens, if not given, is 256 or what a latent student was trained with.
 
     Raises:
         StudentError: the folder is not there, or is not a causal LM with a fast tokenizer.
@@ -42,6 +54,22 @@ def evaluate_folder(
             "of a run, or one of its checkpoints"
         )
     tokenizer = load_tokenizer(str(student))
+    if is_latent(student):
+        if not generate:
+            raise StudentError(
+                f"{student} holds a latent student, which is judged by its answers; add --generate"
+            )
+        thinking = LatentStudent.from_pretrained(student)
+        return _evaluate_latent(
+            thinking,
+            tokenizer,
+            samples,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens or thinking.config.max_new_tokens,
+            diagnose=diagnose,
+        )
+    if diagnose:
+        raise StudentError(f"{student} is no latent student: --diagnose looks into latents")
     model = build_student(StudentConfig(model=str(student)), tokenizer, seed=0)
     return score_held_out(
         model,
@@ -50,8 +78,22 @@ def evaluate_folder(
         max_length=max_length,
         batch_size=batch_size,
         answer=None if generate else 0,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_new_tokens or MAX_NEW_TOKENS,
     )
+
+
+def _evaluate_latent(
+    student: LatentStudent,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    diagnose: bool,
+) -> HeldOut:
+    room = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    found = score_latent(student, tokenizer, samples, **room)
+    return diagnose_latents(student, tokenizer, samples, found, **room) if diagnose else found
 
 
 def write_rows(found: HeldOut, path: Path) -> None:
