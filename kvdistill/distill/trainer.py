@@ -10,34 +10,38 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from kvdistill.config import Experiment
 from kvdistill.corpus import Sample
+from kvdistill.distill.best import Best, best_of
 from kvdistill.distill.data.collate import Batch
+from kvdistill.distill.data.schedule import epochs_for, steps_in, steps_left
 from kvdistill.distill.data.stream import KVStream
 from kvdistill.distill.distiller import Distiller
+from kvdistill.distill.guard import StepGuard
 from kvdistill.distill.held_out import HeldOut, score_held_out
 from kvdistill.distill.interruption import StopOnSignal
 from kvdistill.distill.losses import AbsorptionMonitor, explained_variance, gradient_share
-from kvdistill.errors import NonFiniteError
+from kvdistill.distill.parameter_groups import parameter_groups
+from kvdistill.distill.weights import load_weights, save_weights
 from kvdistill.types import KINDS
 
 log = logging.getLogger(__name__)
 
-PROJECTORS: Final = "projectors.safetensors"
 STREAM: Final = "stream.json"
-STUDENT_PREFIX: Final = "student."
+GUARD: Final = "recent_losses.json"
+BEST: Final = "best"
+"""Folder of the best student so far, beside the checkpoints."""
 
 
 class KVDistillTrainer(Trainer):  # type: ignore[misc]
@@ -62,8 +66,10 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         self._figures: dict[str, float] = {}
         self._monitor = AbsorptionMonitor()
         self._figured = -1
+        self._steps_before = 0
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         self.evaluated_samples: list[dict[str, Any]] = []
+        self.guard = StepGuard(experiment.name, experiment.training.spike_factor)
         super().__init__(
             model=distiller,
             args=arguments,
@@ -117,6 +123,9 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         output = model(inputs, num_items_in_batch, figures=figures)
         for name, value in {"loss": output["loss"], **output["parts"]}.items():
             self._parts[name] = self._parts.get(name, 0) + value.detach()
+        if self.model.training:
+            parts = {"loss": output["loss"], **output["parts"]}
+            self.guard.note(inputs.get("sample_ids", ()), parts)
         if figures:
             self._figures = self._read_figures(output)
         # Data parallelism averages gradients over ranks; the counts are already global.
@@ -130,7 +139,6 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             for name, value in self._parts.items():
                 total = self.accelerator.reduce(value, "sum")
                 logs[_logged_name(name)] = float(total) / steps
-            self._refuse_non_finite(logs)
             self._parts, self._parts_since = {}, self.state.global_step
             logs |= self._figures
             self._figures = {}
@@ -159,7 +167,7 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         watched = {"target_variance": float(figures.pop("target_variance"))}
         found |= {name: float(value) for name, value in figures.items()}
         if output["kv"].requires_grad and not self.is_fsdp_enabled:
-            student = list(distiller.student.parameters())
+            student = [p for p in distiller.student.parameters() if p.requires_grad]
             watched["gradient_share"] = gradient_share(
                 output["kv"], output["loss"] - output["kv"], student
             )
@@ -172,16 +180,19 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             found["explained_variance"] = explained_variance(error, watched["target_variance"])
         return found | watched
 
-    def _refuse_non_finite(self, logs: dict[str, float]) -> None:
-        """Stop a run that has gone wrong; its last checkpoint is from before it did, or near it."""
-        bad = [name for name in self._parts if not math.isfinite(logs[_logged_name(name)])]
-        if bad:
-            raise NonFiniteError(
-                f"{self.experiment.name}: between steps {self._parts_since + 1} and "
-                f"{self.state.global_step}, {', '.join(sorted(bad))} became NaN or infinite; lower "
-                "training.learning_rate or training.max_grad_norm, or use bfloat16 or float32, and "
-                "go on from the last checkpoint under another name"
-            )
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The last word before the optimizer steps: a step that is no number ends the run."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        spike = self.guard.check(
+            self.state.global_step + 1,
+            # fp16 has infinite gradients now and then; its scaler leaves these steps out itself.
+            None if self.args.fp16 else norm,
+            lambda loss: self.accelerator.reduce(loss, "sum"),
+        )
+        if spike and self.experiment.training.skip_spikes:
+            log.warning("step %d is left out", self.state.global_step + 1)
+            model.zero_grad(set_to_none=True)
+        return norm
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Perplexity and its like of the student on the held-out texts, and exact match.
@@ -199,7 +210,40 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         self._evaluated = (self.state.global_step, named)
         self.log(named)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
+        self._keep_or_stop()
         return named
+
+    def _keep_or_stop(self) -> None:
+        """Save what was just found to be the best student; end where patience does."""
+        training, best = self.experiment.training, self.best
+        if best is None:
+            return
+        if training.keep_best and best.step == self.state.global_step:
+            self.save_model(str(Path(self.args.output_dir) / BEST))
+        patience = training.early_stop_patience
+        if patience is not None and best.since >= patience:
+            self.control.should_training_stop = True
+            log.warning(
+                "%s: no better %s in %d evaluations since step %d; training ends at step %d",
+                self.experiment.name, training.best_metric, best.since, best.step,
+                self.state.global_step,
+            )  # fmt: skip
+
+    @property
+    def best(self) -> Best | None:
+        """The best evaluation so far, where they are compared."""
+        training = self.experiment.training
+        if not training.chooses_best:
+            return None
+        return best_of(self.state.log_history, training.best_metric)
+
+    def take_best(self) -> dict[str, float]:
+        """Make the best student that was kept the present one, and evaluate it."""
+        distiller: Any = self.accelerator.unwrap_model(self.model)
+        load_weights(distiller, Path(self.args.output_dir) / BEST)
+        found = self.score(distiller.student)
+        self.evaluated_samples = found.rows
+        return {f"eval_{key}": value for key, value in found.metrics.items()}
 
     def score(self, student: Any) -> HeldOut:
         """What is asked about the held-out samples."""
@@ -218,22 +262,15 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         """AdamW with weight decay on matrices alone, and the projectors' own learning rate."""
         if self.optimizer is None:
             model = self.model if model is None else model
-            decay = set(self.get_decay_parameter_names(model))
-            rate = self.experiment.projection.learning_rate or self.args.learning_rate
-            groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    student = name.startswith(STUDENT_PREFIX)
-                    key = (
-                        self.args.weight_decay if name in decay else 0.0,
-                        self.args.learning_rate if student else rate,
-                    )
-                    groups.setdefault(key, []).append(parameter)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = kind(
-                [{"params": p, "weight_decay": d, "lr": lr} for (d, lr), p in groups.items()],
-                **options,
+            groups = parameter_groups(
+                model,
+                decaying=set(self.get_decay_parameter_names(model)),
+                weight_decay=self.args.weight_decay,
+                student_rate=self.args.learning_rate,
+                other_rate=self.experiment.projection.learning_rate or self.args.learning_rate,
             )
+            self.optimizer = kind(groups, **options)
         return self.optimizer
 
     def _save(
@@ -243,30 +280,41 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         distiller: Any = self.accelerator.unwrap_model(self.model)
-        state = state_dict or distiller.state_dict()
-        student, projectors = {}, {}
-        for name, value in state.items():
-            if name.startswith(STUDENT_PREFIX):
-                student[name.removeprefix(STUDENT_PREFIX)] = value
-            else:
-                projectors[name] = value.contiguous()
-        distiller.student.save_pretrained(folder, state_dict=student)
-        self.processing_class.save_pretrained(folder)
-        if projectors:
-            save_file(projectors, folder / PROJECTORS)
+        save_weights(distiller, self.processing_class, folder, state_dict)
+        (folder / GUARD).write_text(json.dumps(self.guard.state_dict()), encoding="utf-8")
         (folder / STREAM).write_text(json.dumps(self.stream.state_dict()), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Restore the student, the projectors and the stream's place."""
         folder = Path(resume_from_checkpoint)
         distiller: Any = self.accelerator.unwrap_model(model or self.model)
-        saved = type(distiller.student).from_pretrained(folder, dtype=torch.float32)
-        distiller.student.load_state_dict(saved.state_dict())
-        if (folder / PROJECTORS).is_file():
-            distiller.load_state_dict(load_file(folder / PROJECTORS), strict=False)
-        self.stream.load_state_dict(json.loads((folder / STREAM).read_text(encoding="utf-8")))
+        load_weights(distiller, folder)
+        if (folder / GUARD).is_file():
+            self.guard.load_state_dict(json.loads((folder / GUARD).read_text(encoding="utf-8")))
+        place, state = (
+            json.loads((folder / name).read_text(encoding="utf-8"))
+            for name in (STREAM, TRAINER_STATE_NAME)
+        )
+        accumulation = self.args.gradient_accumulation_steps
+        self.stream.load_state_dict(place, batches_per_step=accumulation)
+        self._steps_before = state["global_step"]
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
+        """Numbers of epochs and steps, counted epoch by epoch from where the stream is."""
+        _, *per_epoch, max_steps = super().set_initial_training_values(args, dataloader)
+        accumulation, before = args.gradient_accumulation_steps, self._steps_before
+        if args.max_steps <= 0:
+            max_steps = before + steps_left(self.stream, args.num_train_epochs, accumulation)
+        epochs = epochs_for(self.stream, max_steps - before, accumulation)
+        return epochs, *per_epoch, max_steps
+
+    def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
+        """One epoch, of its own number of batches: length buckets do not cut all epochs alike."""
+        batches = self.stream.num_batches(epoch)
+        steps = steps_in(self.stream, epoch, self.args.gradient_accumulation_steps)
+        own = {"steps_in_epoch": batches, "num_update_steps_per_epoch": steps}
+        super()._run_epoch(epoch=epoch, **kwargs | own)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Where to go on: the stream knows, on whatever number of ranks it is restored."""

@@ -36,6 +36,15 @@ class Rank:
     world_size: int = 1
 
 
+@dataclass(frozen=True)
+class _Resumed:
+    """What a restored stream says of the epoch that it goes on with."""
+
+    epoch: int
+    batches_done: int
+    batches_left: int
+
+
 class KVStream(IterableDataset[Batch]):
     """One rank's batches, epoch after epoch; ``state_dict`` restores it at any batch.
 
@@ -60,6 +69,7 @@ class KVStream(IterableDataset[Batch]):
         self.position = 0
         self._units_per_batch = batch_size if order.buckets is None else 1
         self._num_units: dict[int, int] = {}
+        self._resumed = _Resumed(0, 0, 0)
         self._skip = 0
 
     @property
@@ -72,14 +82,16 @@ class KVStream(IterableDataset[Batch]):
         return self.num_batches(self.epoch)
 
     def num_batches(self, epoch: int) -> int:
-        """Batches of an epoch."""
+        """Batches of an epoch; of the one that was resumed, those that count as done and left."""
+        resumed = self._resumed
+        if resumed.batches_done and epoch == resumed.epoch:
+            return resumed.batches_done + resumed.batches_left
         return ceil(self._units(epoch) / self.global_batch)
 
     @property
     def batches_done(self) -> int:
-        """Batches of this epoch that count as done, so that done + left = ``len(self)``."""
-        left = self._units(self.epoch) - self.position
-        return len(self) - ceil(left / self.global_batch)
+        """Batches of the present epoch that counted as done when the stream was restored."""
+        return self._resumed.batches_done if self.epoch == self._resumed.epoch else 0
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is: the epoch, and the units that all ranks have taken of it.
@@ -94,11 +106,12 @@ class KVStream(IterableDataset[Batch]):
             "order": self.order.fingerprint,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, batches_per_step: int = 1) -> None:
         """Continue from a state, on this or another number of ranks.
 
         The next iteration first yields ``batches_done`` empty batches, because the trainer that
-        resumes discards as many; they cost nothing.
+        resumes discards as many; they cost nothing. On another number of ranks that number is
+        made up: whole steps of ``batches_per_step``, so that accumulation starts afresh.
 
         Raises:
             StoreMismatch: the state belongs to another corpus, seed or way of batching.
@@ -111,7 +124,12 @@ class KVStream(IterableDataset[Batch]):
                 "same seed, store, window, batching and task weights, or start anew"
             )
         self.epoch, self.position = state["epoch"], state["position"]
-        self._skip = self.batches_done
+        left = ceil((self._units(self.epoch) - self.position) / self.global_batch)
+        done = ceil(self._units(self.epoch) / self.global_batch) - left
+        if self.position:
+            done = batches_per_step * max(1, ceil(done / batches_per_step))
+        self._resumed = _Resumed(self.epoch, done, left)
+        self._skip = done
 
     def __iter__(self) -> Iterator[Batch]:
         """This rank's batches from the current position to the epoch's end."""
@@ -146,6 +164,7 @@ class KVStream(IterableDataset[Batch]):
         """Every ``world_size``-th unit of a global batch."""
         mine = [item for unit in units[self.rank.rank :: self.rank.world_size] for item in unit]
         batch = self.collate(mine or units[0][:1])
+        batch["sample_ids"] = [item.sample.sample_id for item in mine]  # for errors to name
         return batch if mine else self.collate.without_weight(batch)
 
     def _items(self, epoch: int, start: int) -> Generator[list[Item], None, None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Generator, Iterable, Sequence
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from kvdistill.distill.data.buckets import Buckets
 from kvdistill.distill.data.collate import Item
 from kvdistill.distill.data.mixture import Mixture
 from kvdistill.distill.data.order import Order
+from kvdistill.distill.data.schedule import epochs_for, steps_left
 from kvdistill.distill.data.source import LoadedShard
 from kvdistill.distill.data.stream import KVStream, Rank
 from kvdistill.errors import StoreMismatch
@@ -225,3 +227,39 @@ def test_letting_go_of_a_stream_midway_ends_its_threads() -> None:
     del batches
     gc.collect()
     assert threads() == []
+
+
+def test_steps_are_counted_epoch_by_epoch_and_from_where_the_stream_is() -> None:
+    one = stream(order="buckets")
+    batches = [len(list(stream_at(epoch))) for epoch in range(4)]
+    assert len(set(batches)) > 1  # epochs are cut differently
+    in_steps = [ceil(n / 2) for n in batches]
+    assert steps_left(one, 3, 2) == sum(in_steps[:3])
+    assert steps_left(one, 1.5, 2) == in_steps[0] + ceil(in_steps[1] / 2)
+    assert epochs_for(one, sum(in_steps[:3]), 2) == 3
+    assert epochs_for(one, sum(in_steps[:3]) + 1, 2) == 4
+    for epoch, steps in ((0, 3), (1, 2)):
+        state = {**one.state_dict(), "epoch": epoch, "position": 2 * steps}
+        resumed = stream_at(epoch, state)
+        done = sum(in_steps[:epoch]) + steps
+        assert steps_left(resumed, 3, 2) == sum(in_steps[:3]) - done
+        assert epochs_for(resumed, sum(in_steps[:3]) - done, 2) == 3
+
+
+def stream_at(epoch: int, state: dict[str, Any] | None = None) -> KVStream:
+    one = stream(order="buckets")
+    place = {**one.state_dict(), "epoch": epoch}
+    one.load_state_dict(state or place, batches_per_step=2)
+    return one
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_step_of_several_batches_starts_afresh_on_other_ranks(world_size: int) -> None:
+    state = {**stream().state_dict(), "position": 10}
+    resumed = stream(0, world_size)
+    resumed.load_state_dict(state, batches_per_step=3)
+    done = resumed.batches_done
+    assert done % 3 == 0
+    batches = list(resumed)
+    assert [batch == {} for batch in batches].count(True) == done
+    assert len(batches) == done + ceil(11 / (2 * world_size))
