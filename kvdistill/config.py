@@ -14,7 +14,13 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from kvdistill.config_base import NonNegativeFloat, Positive, Section
-from kvdistill.config_distill import AlignmentConfig, FusionConfig, LossConfig, ProjectionConfig
+from kvdistill.config_distill import (
+    AlignmentConfig,
+    FusionConfig,
+    LossConfig,
+    PlaceboConfig,
+    ProjectionConfig,
+)
 from kvdistill.config_latent import LatentConfig
 from kvdistill.config_slurm import SlurmConfig
 from kvdistill.config_training import StudentConfig, TrainingConfig
@@ -83,6 +89,8 @@ class TeacherConfig(Section):
     """Hub id or folder of the tokenizer, where it is not the model's own."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you have read that code."""
+    weights: Literal["trained", "random"] = "trained"
+    """`random`: the architecture with weights drawn anew, a placebo for what the model learned."""
     stream: Literal["encoder", "decoder", "cross"] | None = None
     """Which attention of an encoder-decoder is read; only for these, and required for them."""
     template: str | None = None
@@ -119,6 +127,8 @@ class TeacherConfig(Section):
             raise ValueError("`system` needs `chat: true`")
         if self.stream == "decoder" and (self.chat or self.template is not None):
             raise ValueError("stream `decoder` reads the prompt and the rest; it has no template")
+        if self.weights == "random" and (self.gguf_file is not None or self.device_map is not None):
+            raise ValueError("`weights: random` goes with neither `gguf_file` nor `device_map`")
         if self.generate is not None and self.stream is not None:
             raise ValueError("`generate` is for decoders; it does not go with `stream`")
         return self
@@ -173,6 +183,7 @@ class Experiment(Section):
     projection: ProjectionConfig = ProjectionConfig()
     fusion: FusionConfig = FusionConfig()
     losses: LossConfig = LossConfig()
+    placebo: PlaceboConfig = PlaceboConfig()
     latent: LatentConfig | None = None
     """Makes the student reason in latent positions; an ordinary language model if not given."""
     training: TrainingConfig = TrainingConfig()

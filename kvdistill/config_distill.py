@@ -12,6 +12,7 @@ from kvdistill.types import (
     FusionMethod,
     Granularity,
     LayerMethod,
+    Name,
     ProjectionInit,
     ProjectionMode,
     RopeMethod,
@@ -134,6 +135,18 @@ class FusionConfig(Section):
                 f"granularity, task_tag and warmup_steps are a router's; method is {self.method}"
             )
         return self
+
+
+class PlaceboConfig(Section):
+    """Targets that know nothing of their text: what they gain too is not knowledge."""
+
+    method: Literal["none", "shuffled", "noise"] = "none"
+    """`shuffled`: another text's keys and values, of like length. `noise`: Gaussian, with the
+    stored mean and variance of every channel."""
+    teachers: tuple[Name, ...] | None = None
+    """Only these teachers'; all teachers' if not given."""
+    seed: int = 0
+    """Decides the partners, or the noise; the same for every seed of a run."""
 
 
 class LossConfig(Section):

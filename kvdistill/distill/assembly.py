@@ -12,6 +12,7 @@ from kvdistill.config import Experiment
 from kvdistill.corpus import Sample
 from kvdistill.distill.alignment import LayerMap, layer_map
 from kvdistill.distill.data.collate import Collate
+from kvdistill.distill.data.placebo import with_placebo
 from kvdistill.distill.data.reading import open_stream
 from kvdistill.distill.data.source import Source, StoreSource
 from kvdistill.distill.data.stream import KVStream, Rank
@@ -73,7 +74,8 @@ def assemble(
     maps = {name: _layers(experiment, student, store, name, alone) for name in names}
     teachers = [teacher_space(store, name, maps[name], experiment.fusion) for name in maps]
     collate = replace(alone, teachers=teachers)
-    source = source_of(store, {space.name: space.needed for space in teachers})
+    layers = {space.name: space.needed for space in teachers}
+    source = with_placebo(source_of(store, layers), store, layers, experiment.placebo)
     distiller = _distiller(experiment, student, teachers, store, len(tasks))
     if not resuming:
         _start(distiller, source, collate, experiment)

@@ -28,6 +28,8 @@ def load_model(name: str, config: TeacherConfig, device: torch.device) -> tuple[
     if config.device_map is not None:
         options["device_map"] = config.device_map
     try:
+        if config.weights == "random":
+            return _untrained(kind, config).to(device), set()
         with _without_progress_bars():
             model, info = kind.from_pretrained(
                 config.model,
@@ -78,6 +80,27 @@ def load_tokenizer(name: str, config: TeacherConfig) -> Any:
             f"alignment needs them; set teachers.{name}.tokenizer to one with a tokenizer.json"
         )
     return tokenizer
+
+
+def _untrained(kind: Any, config: TeacherConfig) -> Any:
+    """The model's architecture with weights that are drawn anew: a placebo for what it learned.
+
+    Always the same draw, so that every process of an extraction reads with the same teacher.
+    """
+    from transformers import AutoConfig
+
+    architecture = AutoConfig.from_pretrained(
+        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = kind.from_config(
+            architecture,
+            trust_remote_code=config.trust_remote_code,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+        )
+    return model.eval().requires_grad_(False)
 
 
 @contextmanager
