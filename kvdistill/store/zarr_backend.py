@@ -25,7 +25,8 @@ from kvdistill.store.backend import OpenShard, Specs
 from kvdistill.store.integrity import REMEDY, check_content, check_size
 from kvdistill.store.manifest import Commit
 from kvdistill.store.schema import ArraySpec
-from kvdistill.store.sharded_file import ZSTD_LEVEL, Grid, read_box, read_index, write_array
+from kvdistill.store.sharded_file import ZSTD_LEVEL, Grid, read_index, write_array
+from kvdistill.store.sharded_read import read_box
 
 CHUNK_TOKENS: Final = 1024
 FILL_VALUES: Final[dict[str, float]] = {

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import zarr
 
-from kvdistill.store.sharded_file import Grid, read_box, read_index, write_array
+from kvdistill.store.sharded_file import Grid, read_index, write_array
+from kvdistill.store.sharded_read import read_box
 
 SHARD = Path("store", "teachers", "tiny", "shards", "00000")
 PIPELINES = {
