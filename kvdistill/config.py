@@ -197,6 +197,8 @@ class Experiment(Section):
             _fusion_fits,
             _projection_fits,
             _evictions_fit,
+            _latent_fits,
+            _training_fits,
         ):
             check(self)
         return self
@@ -297,6 +299,26 @@ def _projection_fits(experiment: Experiment) -> None:
         raise ValueError(
             "losses.round_trip keeps a shared space from collapsing: give it a weight in "
             "projection.mode shared_space, and 0 in every other"
+        )
+
+
+def _training_fits(experiment: Experiment) -> None:
+    training, corpus = experiment.training, experiment.corpus
+    if not training.chooses_best:
+        return
+    if corpus.eval_path is None and not corpus.eval_samples:
+        raise ValueError(
+            "training.early_stop_patience and training.keep_best compare evaluations on held-out "
+            "samples; give corpus.eval_samples or corpus.eval_path"
+        )
+    answers = training.exact_match_samples > 0 or experiment.latent is not None
+    if training.best_metric == "exact_match" and not answers:
+        raise ValueError(
+            "training.best_metric exact_match needs answers; give training.exact_match_samples"
+        )
+    if training.best_metric != "exact_match" and experiment.latent is not None:
+        raise ValueError(
+            "a latent student is evaluated by its answers; set training.best_metric: exact_match"
         )
 
 

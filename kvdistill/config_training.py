@@ -9,6 +9,19 @@ from pydantic import Field, model_validator
 from kvdistill.config_base import NonNegativeFloat, Positive, PositiveFloat, Section
 
 
+class LoraConfig(Section):
+    """Low-rank updates of a pretrained student whose own weights stay (extra `lora`)."""
+
+    rank: Positive = 16
+    """Width of the updates."""
+    alpha: PositiveFloat = 32.0
+    """Updates are scaled by alpha over rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before an update."""
+    target_modules: tuple[str, ...] | None = None
+    """Names of the modules that get one, such as `k_proj`; every linear layer if not given."""
+
+
 class StudentConfig(Section):
     """The model that learns."""
 
@@ -20,6 +33,8 @@ class StudentConfig(Section):
     """Hub id or folder; the model's own if not given."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you have read that code."""
+    lora: LoraConfig | None = None
+    """Train low-rank updates alone; all weights if not given."""
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:
@@ -29,6 +44,8 @@ class StudentConfig(Section):
             raise ValueError("`architecture` needs `model_type`, such as llama")
         if self.architecture is not None and self.tokenizer is None:
             raise ValueError("a student from scratch needs `tokenizer`")
+        if self.lora is not None and self.model is None:
+            raise ValueError("`lora` adapts a pretrained student; give `model`")
         return self
 
 
@@ -56,14 +73,18 @@ class TrainingConfig(Section):
     """Student tokens per sample; the rest of a longer text is cut off."""
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate of the student."""
-    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
-    """Learning-rate schedule after warm-up."""
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    """Learning-rate schedule after warm-up; `constant` has none."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear warm-up."""
     weight_decay: NonNegativeFloat = 0.01
     """AdamW's decay."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
+    spike_factor: Annotated[float, Field(gt=1)] = 5.0
+    """Warn, naming the samples, when a step's loss is this many times the median of the last 64."""
+    skip_spikes: bool = False
+    """Leave the weights as they are in such a step."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Mixed precision of the student; parameters stay float32."""
     gradient_checkpointing: bool = False
@@ -76,6 +97,12 @@ class TrainingConfig(Section):
     answers; samples need a prompt and an answer."""
     max_new_tokens: Positive = 256
     """Room for such an answer, its rationale included."""
+    best_metric: Literal["bits_per_character", "perplexity", "exact_match"] = "bits_per_character"
+    """Which figure of the held-out samples says that one student is better than another."""
+    early_stop_patience: Positive | None = None
+    """End training after so many evaluations in a row without a better one."""
+    keep_best: bool = False
+    """The final student is the best one that was evaluated, not the last."""
     save_steps: Positive | None = None
     """Write a checkpoint every so many steps (always at the end)."""
     keep_checkpoints: Positive = 2
@@ -98,3 +125,18 @@ class TrainingConfig(Section):
         if self.tokens_per_batch is not None and self.batching != "bucketed":
             raise ValueError("`tokens_per_batch` goes with `batching: bucketed`, and only with it")
         return self
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> Self:
+        if self.schedule == "constant" and self.warmup_steps:
+            raise ValueError("schedule `constant` has no warm-up; use `constant_with_warmup`")
+        if self.chooses_best and self.eval_steps is None:
+            raise ValueError(
+                "`early_stop_patience` and `keep_best` compare evaluations; give `eval_steps`"
+            )
+        return self
+
+    @property
+    def chooses_best(self) -> bool:
+        """Whether evaluations are compared with one another."""
+        return self.keep_best or self.early_stop_patience is not None

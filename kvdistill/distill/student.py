@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kvdistill.adapters import DECODERS, QKV, Adapter, Heads
 from kvdistill.config_training import StudentConfig
+from kvdistill.distill.lora import adapt
 from kvdistill.distill.projection import HeadShape
 from kvdistill.errors import StudentError
 from kvdistill.types import KINDS, Kind
@@ -48,6 +49,7 @@ def build_student(config: StudentConfig, tokenizer: Any, seed: int) -> Any:
 
     Raises:
         StudentError: not found, an impossible architecture, or a vocabulary that is too small.
+        MissingExtra: LoRA without peft.
     """
     from transformers import AutoModelForCausalLM
 
@@ -66,7 +68,7 @@ def build_student(config: StudentConfig, tokenizer: Any, seed: int) -> Any:
             f"the student has {rows} embeddings but its tokenizer has {len(tokenizer)} tokens; "
             "they must belong together (student.tokenizer)"
         )
-    return student
+    return student if config.lora is None else adapt(student, config.lora, seed)
 
 
 def check_student(config: StudentConfig, tokenizer: Any) -> StudentGeometry:

@@ -5,6 +5,7 @@ RUN/run.json              provenance; ``finished`` and the final metrics once it
 RUN/training_log.jsonl    one object per log
 RUN/tensorboard/          the same for TensorBoard
 RUN/checkpoint-*/         to resume from
+RUN/best/                 the best student so far, while the run goes on
 RUN/student/              the final student: an ordinary Hugging Face folder
 RUN/eval_samples.jsonl    the final evaluation, one object per held-out sample
 RUN/diagnostics.json      layer maps, an alignment, per-layer errors, for the report
@@ -50,6 +51,11 @@ class RunFolder:
     def student(self) -> Path:
         """The final student."""
         return self.path / "student"
+
+    @property
+    def best(self) -> Path:
+        """The best student so far, while the run goes on."""
+        return self.path / "best"
 
     @property
     def eval_samples(self) -> Path:

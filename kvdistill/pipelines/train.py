@@ -6,8 +6,9 @@ No teacher is loaded and no code that could load one is imported.
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,12 @@ def train(experiment: Experiment) -> TrainingReport:
             f"of {trainer.state.max_steps}. Run the same command again to go on"
         )
     metrics = trainer.evaluate() if splits.evaluation else {}
+    best = trainer.best
+    if experiment.training.keep_best and best.step != trainer.state.global_step:
+        metrics = trainer.take_best()
     trainer.save_model(str(folder.student))
     if trainer.is_world_process_zero():
+        shutil.rmtree(folder.best, ignore_errors=True)  # it is the student now
         _finish(folder, trainer, metrics, time.monotonic() - began)
     return TrainingReport(folder.path, metrics, checkpoint is not None)
 
@@ -173,6 +178,7 @@ def _finish(folder: RunFolder, trainer: Any, metrics: dict[str, float], seconds:
             "finished": True,
             "metrics": metrics,
             "steps": trainer.state.global_step,
+            "best": None if trainer.best is None else asdict(trainer.best),
             "seconds": seconds,
         }
     )

@@ -1,0 +1,192 @@
+"""What a trainer offers for long runs: schedules, early stop, the best student, spikes, memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from kvdistill.distill.guard import StepGuard
+from kvdistill.distill.held_out import HeldOut
+from kvdistill.distill.trainer import KVDistillTrainer
+from kvdistill.errors import ConfigError
+from kvdistill.pipelines.corpus import load_corpus
+from kvdistill.pipelines.runs import RunFolder, begin
+from kvdistill.pipelines.train import build_trainer, train
+from kvdistill.store.reader import KVStore
+from tests.pipelines.test_train import StopAt, losses, weights
+from tests.pipelines.tiny import variant
+
+
+def trainer_of(experiment: Any) -> Any:
+    store, splits = KVStore.open(experiment.store), load_corpus(experiment.corpus)
+    return build_trainer(experiment, store, splits, begin(experiment))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "shape"),
+    [
+        ("linear", 0, lambda t: 1 - t / 6),
+        ("cosine", 2, lambda t: t / 2 if t < 2 else (1 + math.cos(math.pi * (t - 2) / 4)) / 2),
+        ("constant", 0, lambda t: 1.0),
+        ("constant_with_warmup", 3, lambda t: min(t / 3, 1.0)),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule(
+    extracted: Path, tmp_path: Path, schedule: str, warmup: int, shape: Any
+) -> None:
+    changes = {"training__schedule": schedule, "training__warmup_steps": warmup}
+    report = train(
+        variant(
+            extracted, tmp_path, training__log_steps=1, losses__key=0, losses__value=0, **changes
+        )
+    )
+    rates = [row["learning_rate"] for row in losses(report.folder)]
+    assert rates == pytest.approx([1e-3 * shape(step) for step in range(6)])
+
+
+def test_gradients_are_clipped_and_old_checkpoints_go(extracted: Path, tmp_path: Path) -> None:
+    experiment = variant(extracted, tmp_path, training__save_steps=1, training__max_grad_norm=1e-3)
+    trainer = trainer_of(experiment)
+    norms: list[float] = []
+
+    class Norms(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+            norms.append(float(torch.stack([g.norm() for g in grads]).norm()))
+
+    trainer.add_callback(Norms())
+    trainer.train()
+    assert norms == pytest.approx([1e-3] * 6, rel=1e-2)
+    kept = sorted(path.name for path in (tmp_path / "tiny").glob("checkpoint-*"))
+    assert kept == ["checkpoint-5", "checkpoint-6"]
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
+    """Evaluations that find what a script says, by step."""
+    real = KVDistillTrainer.score
+
+    def score(self: Any, student: Any) -> HeldOut:
+        found = real(self, student)
+        value = values[min(self.state.global_step, len(values)) - 1]
+        return replace(found, metrics=found.metrics | {"bits_per_character": value})
+
+    monkeypatch.setattr(KVDistillTrainer, "score", score)
+
+
+PATIENT = {
+    "training__max_steps": 12, "training__eval_steps": 1, "training__save_steps": 1,
+    "training__keep_checkpoints": 20, "training__early_stop_patience": 3,
+    "training__keep_best": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("killed_at", [None, 4])
+def test_training_ends_with_patience_and_the_best_student_is_kept(
+    extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int | None
+) -> None:
+    scripted(monkeypatch, [5.0, 3.0, 3.5, 3.0, 4.0, 1.0])
+    experiment = variant(extracted, tmp_path, **PATIENT)
+    if killed_at is not None:
+        trainer = trainer_of(experiment)
+        trainer.add_callback(StopAt(killed_at))
+        trainer.train()
+    report = train(experiment)
+    record = RunFolder(report.folder).read_record()
+    assert record["steps"] == 5
+    assert record["best"] == {"step": 2, "value": 3.0, "since": 3}
+    final = weights(report.folder / "student")
+    best, last = (weights(report.folder / f"checkpoint-{step}") for step in (2, 5))
+    assert all(torch.equal(final[name], best[name]) for name in best)
+    assert not all(torch.equal(final[name], last[name]) for name in last)
+    assert not (report.folder / "best").exists()
+
+
+def test_the_last_student_stays_where_it_is_the_best(
+    extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, [5.0, 4.0, 3.0, 2.0, 1.0, 0.5])
+    report = train(variant(extracted, tmp_path, **PATIENT | {"training__max_steps": 6}))
+    assert RunFolder(report.folder).read_record()["best"]["step"] == 6
+    final, last = weights(report.folder / "student"), weights(report.folder / "checkpoint-6")
+    assert all(torch.equal(final[name], last[name]) for name in last)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"training__keep_best": True}, "eval_steps"),
+        ({"training__early_stop_patience": 1, "training__eval_steps": 1,
+          "corpus__eval_samples": 0}, "held-out"),
+        ({"training__keep_best": True, "training__eval_steps": 1,
+          "training__best_metric": "exact_match"}, "exact_match_samples"),
+        ({"training__schedule": "constant", "training__warmup_steps": 5}, "constant_with_warmup"),
+        ({"student__lora": {"rank": 2}}, "pretrained"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_are_refused(
+    extracted: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        variant(extracted, tmp_path, **changes)
+
+
+def test_a_spike_can_be_left_out(
+    extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spikes: list[bool] = []
+    real = StepGuard.check
+
+    def check(self: Any, *args: Any) -> bool:
+        spikes.append(real(self, *args))
+        return spikes[-1]
+
+    monkeypatch.setattr(StepGuard, "check", check)
+    settings = {"training__spike_factor": 1.0001, "training__skip_spikes": True}
+    trainer = trainer_of(variant(extracted, tmp_path, training__max_steps=20, **settings))
+    moved: list[bool] = []
+    weight = trainer.model.student.model.layers[0].mlp.up_proj.weight
+    last = weight.detach().clone()
+
+    class Moved(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            moved.append(not torch.equal(weight, last))
+            last.copy_(weight.detach())
+
+    trainer.add_callback(Moved())
+    trainer.train()
+    assert True in spikes
+    assert moved == [not spike for spike in spikes]
+
+
+def test_checkpointed_activations_train_the_same_student(extracted: Path, tmp_path: Path) -> None:
+    """A first pass whose KV is read, a second one that is injected into, twice per step."""
+    changes = {
+        "losses__inject": 1.0, "projection__mode": "task", "training__log_steps": 1,
+        "training__figure_steps": 2, "training__gradient_accumulation_steps": 2,
+    }  # fmt: skip
+    plain = train(variant(extracted, tmp_path / "plain", **changes))
+    saving = train(
+        variant(extracted, tmp_path / "saving", training__gradient_checkpointing=True, **changes)
+    )
+    for ours, theirs in zip(losses(plain.folder), losses(saving.folder), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert ours["loss_inject"] == pytest.approx(theirs["loss_inject"], rel=1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+    one, other = (
+        AutoModelForCausalLM.from_pretrained(run.folder / "student") for run in (plain, saving)
+    )
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_every_line_of_the_log_is_a_number(extracted: Path, tmp_path: Path) -> None:
+    report = train(variant(extracted, tmp_path, training__log_steps=1, training__eval_steps=3))
+    for line in RunFolder(report.folder).log.read_text().splitlines():
+        assert all(isinstance(value, int | float) for value in json.loads(line).values())
