@@ -1,0 +1,90 @@
+"""Teachers in memory behind the interface of a store: online distillation, for comparison.
+
+Tests use it to show that cached and live keys and values give equal losses, benchmarks to measure
+what caching saves. Training proper never does: stage 2 loads no teacher.
+
+The store is still opened, for its corpus, its plan and its manifests (geometry and statistics);
+of its shards nothing is read. Every shard is read by every teacher each time it comes up, as
+online distillation would, and encoded as the store's would be, so that the same items come out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from kvdistill.config import Experiment
+from kvdistill.distill.assembly import SourceOf
+from kvdistill.distill.data.source import LoadedShard
+from kvdistill.extract.teacher import Teacher, load_teacher
+from kvdistill.pipelines.extract import read_shard
+from kvdistill.store.manifest import TeacherManifest
+from kvdistill.store.reader import KVStore
+from kvdistill.store.schema import Counts, shard_arrays
+from kvdistill.store.shard import EncodedShard
+
+
+@dataclass(frozen=True, eq=False)
+class LiveSource:
+    """Gives the shards of a plan by running the teachers over its samples."""
+
+    experiment: Experiment
+    teachers: Mapping[str, Teacher]
+    store: KVStore
+    layers: Mapping[str, Sequence[int]]
+    """Per teacher, the layers that the student's layer map needs."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of samples of every shard of the plan."""
+        return [plan.num_samples for plan in self.store.manifest.shards]
+
+    def load(self, shard_idx: int) -> LoadedShard:
+        """Run every teacher over one shard, here and now."""
+        shard_id = self.store.shard_ids[shard_idx]
+        found = {}
+        for name, layers in self.layers.items():
+            teacher = self.teachers[name]
+            shard = read_shard(self.store, self.experiment, teacher, shard_id).shard
+            found[name] = only_layers(shard, teacher.manifest, layers)
+        return LoadedShard(self.store.samples(shard_id), found)
+
+    def load_all(
+        self, shard_idx: Iterable[int], *, threads: int, num_ahead: int
+    ) -> Generator[LoadedShard, None, None]:
+        """Shards in order, each when it is asked for: a teacher's pass fills the machine."""
+        del threads, num_ahead
+        for i in shard_idx:
+            yield self.load(i)
+
+
+def live_source(experiment: Experiment) -> SourceOf:
+    """Load every teacher of an experiment; what ``build_trainer`` wants as its ``source_of``.
+
+    Raises:
+        TeacherError: one of them cannot be loaded or verified.
+    """
+    teachers = {name: load_teacher(name, experiment) for name in experiment.teachers}
+
+    def source_of(store: KVStore, layers: Mapping[str, Sequence[int]]) -> LiveSource:
+        return LiveSource(experiment, teachers, store, layers)
+
+    return source_of
+
+
+def only_layers(
+    shard: EncodedShard, manifest: TeacherManifest, layers: Sequence[int]
+) -> EncodedShard:
+    """What ``KVStore.read_shard`` returns for some layers, of a shard that has all of them."""
+    tokens = shard.tokens
+    counts = Counts(tokens.num_samples, tokens.num_tokens, tokens.num_blocks)
+    arrays = dict(shard.arrays)
+    for name, spec in shard_arrays(manifest, counts).items():
+        if spec.group is None or name not in arrays:
+            continue
+        rows = [i for i, layer in enumerate(spec.group.layers) if layer in set(layers)]
+        if not rows:
+            del arrays[name]
+        elif len(rows) < len(spec.group.layers):
+            arrays[name] = arrays[name][rows]
+    return replace(shard, arrays=arrays)

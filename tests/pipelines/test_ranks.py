@@ -1,0 +1,105 @@
+"""Several processes (gloo) train as one does, and go on where another number of them stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvdistill import config_file
+from kvdistill.pipelines.corpus import load_corpus
+from kvdistill.pipelines.runs import RunFolder
+from tests.pipelines.tiny import variant
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("rank_worker.py")
+COMMON = {
+    "training__max_steps": None,
+    "training__epochs": 1,
+    "training__log_steps": 1,
+    "training__save_steps": None,
+    "training__max_length": 600,
+}
+
+
+def run(
+    extracted: Path, folder: Path, ranks: int, stop_step: int = 10_000, **changes: Any
+) -> dict[str, Any]:
+    """Train on some ranks; the texts that counted, the steps, and the logged rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    experiment = variant(extracted, folder / "runs", **(COMMON | changes))
+    config = folder / "config.yaml"
+    config.write_text(config_file.dump(experiment), encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [str(WORKER), str(config), str(folder), str(stop_step)]
+    done = subprocess.run(
+        [sys.executable, *(launcher if ranks > 1 else []), *command],
+        capture_output=True, text=True, check=False, cwd=ROOT, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = [json.loads((folder / f"rank-{r}.json").read_text()) for r in range(ranks)]
+    log = RunFolder(folder / "runs" / experiment.name).log
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    return {
+        "texts": sorted(text for rank in found for text in rank["texts"]),
+        "step": found[0]["step"],
+        "of": found[0]["of"],
+        "rows": [row for row in rows if "loss" in row],
+    }
+
+
+def corpus_texts(extracted: Path) -> list[str]:
+    return sorted(s.text for s in load_corpus(config_file.load(extracted).corpus).train)
+
+
+def same_losses(one: dict[str, Any], two: dict[str, Any]) -> None:
+    assert len(one["rows"]) == len(two["rows"]) > 3
+    for alone, shared in zip(one["rows"], two["rows"], strict=True):
+        for part in ("loss", "loss_key", "loss_value", "loss_cross_entropy", "grad_norm"):
+            assert shared[part] == pytest.approx(alone[part], rel=1e-5), (alone["step"], part)
+
+
+def test_two_processes_train_as_one_does(extracted: Path, tmp_path: Path) -> None:
+    """Unequal lengths, accumulation, and a last step of fewer texts."""
+    accumulated = {"training__gradient_accumulation_steps": 2}
+    one = run(extracted, tmp_path / "1", 1, training__batch_size=6, **accumulated)
+    two = run(extracted, tmp_path / "2", 2, training__batch_size=3, **accumulated)
+    assert one["texts"] == two["texts"] == corpus_texts(extracted)
+    same_losses(one, two)
+
+
+@pytest.mark.slow
+def test_two_processes_in_buckets_train_as_one_does(extracted: Path, tmp_path: Path) -> None:
+    """A bucket per rank and batch; a rank without a bucket takes part and counts nothing."""
+    buckets = {"training__batching": "bucketed", "training__tokens_per_batch": 1500}
+    steps = "training__gradient_accumulation_steps"
+    one = run(extracted, tmp_path / "1", 1, **buckets, **{steps: 4})
+    two = run(extracted, tmp_path / "2", 2, **buckets, **{steps: 2})
+    assert one["texts"] == two["texts"] == corpus_texts(extracted)
+    same_losses(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batching", ["plain", "bucketed"])
+def test_one_then_two_then_three_processes_read_every_text_once(
+    extracted: Path, tmp_path: Path, batching: str
+) -> None:
+    changes = {
+        "training__batching": batching,
+        "training__gradient_accumulation_steps": 2,
+        "training__save_steps": 1,
+    }
+    if batching == "bucketed":
+        changes["training__tokens_per_batch"] = 900
+    seen = []
+    for ranks, stop_step in ((1, 3), (2, 5), (3, 10_000)):
+        part = run(extracted, tmp_path, ranks, stop_step, **changes)
+        seen += part["texts"]
+        assert part["step"] == min(stop_step, part["of"])
+    assert sorted(seen) == corpus_texts(extracted)
