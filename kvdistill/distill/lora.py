@@ -89,13 +89,9 @@ def save_adapter(student: Any, state: Mapping[str, Tensor], folder: Path) -> Non
     """Write ``folder/adapter`` as peft does; ``PeftModel.from_pretrained`` reads it."""
     place = folder / ADAPTER
     place.mkdir(parents=True, exist_ok=True)
-    own = {
-        PREFIX + name.replace(f".{NAME}.", "."): value.contiguous()
-        for name, value in state.items()
-        if ".lora_" in name
-    }
-    save_file(own, place / WEIGHTS)
-    student.peft_config[NAME].save_pretrained(str(place))
+    names = _file_names(student)
+    save_file({names[k]: state[k].contiguous() for k in names}, place / WEIGHTS)
+    _host(student)[1].peft_config[NAME].save_pretrained(str(place))
 
 
 def load_adapter(student: Any, folder: Path) -> None:
@@ -107,15 +103,28 @@ def load_adapter(student: Any, folder: Path) -> None:
     place = folder / ADAPTER / WEIGHTS
     if not place.is_file():
         raise StudentError(f"{folder} has no {ADAPTER}/; it was not saved by a LoRA student")
-    stored = load_file(place)
-    own = {k: v for k, v in student.state_dict().items() if ".lora_" in k}
-    names = {name: PREFIX + name.replace(f".{NAME}.", ".") for name in own}
+    stored, names, own = load_file(place), _file_names(student), student.state_dict()
     fits = set(names.values()) == set(stored)
-    if not fits or any(stored[names[name]].shape != own[name].shape for name in own):
+    if not fits or any(stored[names[name]].shape != own[name].shape for name in names):
         raise StudentError(
             f"{place} holds adapters of other modules or of another rank than student.lora asks for"
         )
-    student.load_state_dict({name: stored[names[name]] for name in own}, strict=False)
+    student.load_state_dict({name: stored[names[name]] for name in names}, strict=False)
+
+
+def _host(student: Any) -> tuple[str, Any]:
+    """The language model that holds the adapters, and its name: a latent student wraps one."""
+    return next((n, m) for n, m in student.named_modules() if hasattr(m, "peft_config"))
+
+
+def _file_names(student: Any) -> dict[str, str]:
+    """Adapter weights of a student's state, each with its name in peft's file."""
+    prefix = f"{_host(student)[0]}.".removeprefix(".")
+    return {
+        name: PREFIX + name.removeprefix(prefix).replace(f".{NAME}.", ".")
+        for name in student.state_dict()
+        if ".lora_" in name
+    }
 
 
 def _layers(student: Any) -> dict[str, Any]:
