@@ -38,6 +38,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "rm": ("store:rm", "Remove a teacher from a store."),
     "train": ("train:train", "Stage 2: distil the store into a student."),
     "run": ("train:run", "Extract, then train."),
+    "ablate": ("ablate:ablate", "Arms times seeds from one store, compared fairly."),
     "evaluate": ("train:evaluate", "Perplexity and bits per character of a student."),
     "plot": ("report:plot", "Draw a run: layer map, alignment, errors, weights, spectra."),
     "report": ("report:report", "One page with curves and figures from finished runs."),

@@ -60,6 +60,18 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Experiment:
         ConfigError: no such file, not YAML, an unknown key, a wrong type, or parts that do not
             fit each other. The message is one line and names the key.
     """
+    body = read(path)
+    for given in overrides:
+        override(body, given)
+    return parse(body, str(path))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, as they are.
+
+    Raises:
+        ConfigError: no such file, or not YAML of keys and values.
+    """
     if not path.is_file():
         raise ConfigError(f"no config file at {path}; `kvdistill init {path}` writes one")
     try:
@@ -68,9 +80,7 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Experiment:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(body, dict):
         raise ConfigError(f"{path}: expected keys and values, got {type(body).__name__}")
-    for override in overrides:
-        _override(body, override)
-    return parse(body, str(path))
+    return body
 
 
 def parse(body: dict[str, Any], where: str = "config") -> Experiment:
@@ -118,22 +128,36 @@ def flatten(body: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _override(body: dict[str, Any], override: str) -> None:
-    dotted, sign, value = override.partition("=")
+def override(body: dict[str, Any], given: str) -> None:
+    """Apply one ``a.b=value``; the value is read as YAML.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
+    dotted, sign, value = given.partition("=")
     if not sign or not dotted.strip():
-        raise ConfigError(f"--set {override}: expected key=value, such as training.epochs=2")
-    *parents, last = dotted.strip().split(".")
+        raise ConfigError(f"--set {given}: expected key=value, such as training.epochs=2")
+    try:
+        put(body, dotted.strip(), yaml.safe_load(value), f"--set {given}")
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {given}: the value is not YAML") from None
+
+
+def put(body: dict[str, Any], dotted: str, value: Any, where: str) -> None:
+    """Set one setting, or a whole section, by its dotted name.
+
+    Raises:
+        ConfigError: a part of the name is a value, not a section; ``where`` begins the message.
+    """
+    *parents, last = dotted.split(".")
     place = body
     for parent in parents:
         if place.get(parent) is None:
             place[parent] = {}
         place = place[parent]
         if not isinstance(place, dict):
-            raise ConfigError(f"--set {override}: {parent} is a value, not a section")
-    try:
-        place[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: the value is not YAML") from None
+            raise ConfigError(f"{where}: {parent} is a value, not a section")
+    place[last] = value
 
 
 def _line(problem: Any) -> str:

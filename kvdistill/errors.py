@@ -16,6 +16,10 @@ class ConfigError(KVDistillError, ValueError):
     """The experiment file, or an override of it, is not usable."""
 
 
+class ControlError(KVDistillError, ValueError):
+    """Arms of a study differ in something that a fair comparison holds equal."""
+
+
 class CorpusError(KVDistillError, ValueError):
     """A corpus is missing, empty, malformed, or not the one a store was made from."""
 

@@ -96,7 +96,7 @@ def begin(experiment: Experiment) -> RunFolder:
     if os.environ.get("RANK", "0") != "0":
         return folder  # torchrun's other ranks start at the same moment; the first keeps the books
     if folder.config.is_file():
-        _refuse_other_config(folder, experiment)
+        refuse_other_config(folder, experiment)
     else:
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.config.write_text(config_file.dump(experiment), encoding="utf-8")
@@ -114,7 +114,12 @@ def begin(experiment: Experiment) -> RunFolder:
     return folder
 
 
-def _refuse_other_config(folder: RunFolder, experiment: Experiment) -> None:
+def refuse_other_config(folder: RunFolder, experiment: Experiment) -> None:
+    """See to it that a folder's run is of this configuration; Slurm's settings do not count.
+
+    Raises:
+        ConfigError: names the folder, the setting and both values.
+    """
     stored = config_file.flatten(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
     asked = config_file.flatten(experiment.model_dump(mode="json"))
     # What is asked of Slurm changes no number, and may change between two tries.

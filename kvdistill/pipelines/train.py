@@ -10,15 +10,19 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvdistill.config import Experiment
 from kvdistill.corpus import fingerprint
 from kvdistill.distill.answers import is_gradable
 from kvdistill.errors import ConfigError, IncompleteStore, Interrupted, StoreMismatch
 from kvdistill.pipelines.corpus import Splits, load_corpus
+from kvdistill.pipelines.measured import controls, costs, forget_peak, weights_hash
 from kvdistill.pipelines.runs import RunFolder, begin
 from kvdistill.store.reader import KVStore
+
+if TYPE_CHECKING:
+    from kvdistill.distill.assembly import SourceOf
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ def train(experiment: Experiment) -> TrainingReport:
         return TrainingReport(folder.path, record["metrics"], False, already_finished=True)
     checkpoint = folder.checkpoint()
     began = time.monotonic()
+    forget_peak()
     trainer = build_trainer(experiment, store, splits, folder)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.stop.name is not None and trainer.state.global_step < trainer.state.max_steps:
@@ -66,7 +71,7 @@ def train(experiment: Experiment) -> TrainingReport:
     trainer.save_model(str(folder.student))
     if trainer.is_world_process_zero():
         shutil.rmtree(folder.best, ignore_errors=True)  # it is the student now
-        _finish(folder, trainer, metrics, time.monotonic() - began)
+        _finish(folder, trainer, splits, metrics, time.monotonic() - began)
     return TrainingReport(folder.path, metrics, checkpoint is not None)
 
 
@@ -128,12 +133,22 @@ def _check_answers(experiment: Experiment, splits: Splits) -> None:
         )
 
 
-def build_trainer(experiment: Experiment, store: KVStore, splits: Splits, folder: RunFolder) -> Any:
-    """Student, distiller, stream and trainer of a run, ready to train."""
+def build_trainer(
+    experiment: Experiment,
+    store: KVStore,
+    splits: Splits,
+    folder: RunFolder,
+    source_of: SourceOf | None = None,
+) -> Any:
+    """Student, distiller, stream and trainer of a run, ready to train.
+
+    ``source_of`` says where shards come from; from the store if not given.
+    """
     from transformers import set_seed
 
     from kvdistill.distill.assembly import assemble
     from kvdistill.distill.callbacks import JsonLines, ProgressBar
+    from kvdistill.distill.data.source import StoreSource
     from kvdistill.distill.data.stream import Rank
     from kvdistill.distill.latent.trainer import LatentTrainer
     from kvdistill.distill.trainer import KVDistillTrainer
@@ -147,11 +162,13 @@ def build_trainer(experiment: Experiment, store: KVStore, splits: Splits, folder
         splits.train,
         Rank(arguments.process_index, arguments.world_size),
         resuming=folder.checkpoint() is not None,
+        source_of=source_of or StoreSource,
     )
+    initial_student = weights_hash(run.distiller.student)
     if experiment.training.gradient_checkpointing:
         run.distiller.capture.checkpoint_activations()
     kind = KVDistillTrainer if experiment.latent is None else LatentTrainer
-    return kind(
+    trainer = kind(
         run.distiller,
         stream=run.stream,
         tokenizer=run.tokenizer,
@@ -160,9 +177,13 @@ def build_trainer(experiment: Experiment, store: KVStore, splits: Splits, folder
         evaluation=splits.evaluation,
         callbacks=[JsonLines(folder.log), ProgressBar(experiment.name)],
     )
+    trainer.initial_student = initial_student
+    return trainer
 
 
-def _finish(folder: RunFolder, trainer: Any, metrics: dict[str, float], seconds: float) -> None:
+def _finish(
+    folder: RunFolder, trainer: Any, splits: Splits, metrics: dict[str, float], seconds: float
+) -> None:
     from kvdistill.distill.diagnostics import diagnose
 
     diagnostics: dict[str, Any] = {}
@@ -180,5 +201,7 @@ def _finish(folder: RunFolder, trainer: Any, metrics: dict[str, float], seconds:
             "steps": trainer.state.global_step,
             "best": None if trainer.best is None else asdict(trainer.best),
             "seconds": seconds,
+            **costs(),
+            "controls": controls(trainer, splits.train, splits.evaluation),
         }
     )

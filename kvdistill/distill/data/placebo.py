@@ -15,6 +15,7 @@ The third, a teacher whose weights were never trained, is extracted: ``teachers.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -38,7 +39,8 @@ from kvdistill.types import KINDS, CodecSpec
 NEIGHBOURS: Final = 8
 """Texts of like length among which partners are drawn."""
 
-Distort = Callable[[LoadedShard], LoadedShard]
+Distort = Callable[[int, LoadedShard], LoadedShard]
+"""Makes a placebo of a shard, given its place in the plan."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,15 +57,18 @@ class PlaceboSource:
 
     def load(self, shard_idx: int) -> LoadedShard:
         """One shard, distorted."""
-        return self.distort(self.source.load(shard_idx))
+        return self.distort(shard_idx, self.source.load(shard_idx))
 
     def load_all(
         self, shard_idx: Iterable[int], *, threads: int, num_ahead: int
     ) -> Generator[LoadedShard, None, None]:
         """Shards in order, read ahead by the source beneath."""
-        reads = self.source.load_all(shard_idx, threads=threads, num_ahead=num_ahead)
+        wanted, asked = itertools.tee(shard_idx)
+        reads = self.source.load_all(asked, threads=threads, num_ahead=num_ahead)
         with closing(reads) as loaded:
-            yield from map(self.distort, loaded)
+            # The shards first: asking for the next place only then, no read begins too early.
+            for shard in loaded:
+                yield self.distort(next(wanted), shard)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,17 +76,16 @@ class ShuffledShard(LoadedShard):
     """A shard whose samples come with the keys and values of their partners."""
 
     partners: NDArray[np.int64]
-    swapped: frozenset[str]
-    """Teachers whose keys and values are swapped; the others' are the sample's own."""
+    lenders: Mapping[str, EncodedShard]
+    """Where partners lie, per teacher that is swapped: this shard, or the neighbour of one that
+    has a single text."""
 
     def item(self, sample_idx: int) -> Item:
         """One sample, and where its partner's KV lies."""
+        own = {name: (shard, sample_idx) for name, shard in self.teachers.items()}
         partner = int(self.partners[sample_idx])
-        shards = {
-            name: (shard, partner if name in self.swapped else sample_idx)
-            for name, shard in self.teachers.items()
-        }
-        return Item(self.samples[sample_idx], shards)
+        lent = {name: (shard, partner) for name, shard in self.lenders.items()}
+        return Item(self.samples[sample_idx], own | lent)
 
 
 def with_placebo(
@@ -107,11 +111,11 @@ def with_placebo(
         )
     chosen = frozenset(config.teachers or layers)
     if config.method == "shuffled":
-        return PlaceboSource(source, lambda shard: _shuffled(shard, chosen, config.seed))
+        return PlaceboSource(source, _shuffler(source, chosen, config.seed))
     moments = {name: _moments(store, name, layers[name]) for name in sorted(chosen)}
     codecs = {name: store.teacher(name).codec for name in moments}
 
-    def noisy(shard: LoadedShard) -> LoadedShard:
+    def noisy(_: int, shard: LoadedShard) -> LoadedShard:
         drawn = {
             name: noise(shard.teachers[name], moments[name], codecs[name], f"{config.seed}/{name}")
             for name in moments
@@ -126,15 +130,8 @@ def partners(lengths: Sequence[int], seed: int) -> NDArray[np.int64]:
 
     Texts are sorted by length and cut into groups of ``NEIGHBOURS``; each group is one cycle.
 
-    Raises:
-        ConfigError: there is only one text.
     """
     count = len(lengths)
-    if count < 2:
-        raise ConfigError(
-            "placebo.method shuffled swaps texts inside a shard, and there is a shard of one text; "
-            "raise corpus.shard_chars and extract anew"
-        )
     rng = np.random.default_rng(seed)
     order = np.argsort(np.asarray(lengths), kind="stable")
     found = np.empty(count, np.int64)
@@ -176,10 +173,28 @@ def noise(
     return replace(shard, arrays={**shard.arrays, **arrays})
 
 
-def _shuffled(shard: LoadedShard, swapped: frozenset[str], seed: int) -> ShuffledShard:
-    lengths = [len(sample.text) for sample in shard.samples]
-    own = _number(f"{seed}/{shard.samples[0].sample_id}")
-    return ShuffledShard(shard.samples, shard.teachers, partners(lengths, own), swapped)
+def _shuffler(source: Source, swapped: frozenset[str], seed: int) -> Distort:
+    """Gives the texts of a shard partners; the text of a shard of one gets its neighbour's.
+
+    Raises:
+        ConfigError: the corpus has only one text.
+    """
+    if sum(source.sizes) < 2:
+        raise ConfigError("placebo.method shuffled swaps texts, and the corpus has only one")
+
+    def shuffle(shard_idx: int, shard: LoadedShard) -> LoadedShard:
+        lengths = [len(sample.text) for sample in shard.samples]
+        lender = shard
+        if len(lengths) > 1:
+            found = partners(lengths, _number(f"{seed}/{shard.samples[0].sample_id}"))
+        else:
+            lender = source.load(shard_idx - 1 if shard_idx else 1)
+            gaps = [abs(len(sample.text) - lengths[0]) for sample in lender.samples]
+            found = np.array([int(np.argmin(gaps))])
+        lenders = {name: lender.teachers[name] for name in sorted(swapped)}
+        return ShuffledShard(shard.samples, shard.teachers, found, lenders)
+
+    return shuffle
 
 
 def _moments(

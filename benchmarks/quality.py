@@ -1,0 +1,216 @@
+"""The reference experiment: does a teacher's key/value cache teach, and do several teach more?
+
+A student of 4 layers learns GSM8K text from scratch, equal steps for every arm: cross-entropy
+alone, one teacher at a time, several teachers fused in four ways, and three placebos. Settings
+are searched first, on validation texts and one seed (``search``); the chosen ones are then run
+under five seeds and scored on texts that the search never saw (``final``).
+
+    make models
+    python benchmarks/quality.py quality-output            # search, then final, then the report
+    python benchmarks/quality.py quality-output --only final --workers 2
+
+Every run is a folder, finished ones are never computed again, and the same command continues.
+Results, and what did not work: ``docs/quality.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from kvdistill.corpus import read_jsonl
+from kvdistill.distill.tokenizer import train_tokenizer
+
+DATA: Final = Path(__file__).parents[1] / "examples/data"
+NUM_TRAIN: Final = 600
+VOCABULARY: Final = 4096
+LAYERS: Final = {
+    "smollm2": [2, 5, 8, 11, 14, 17, 20, 23, 26, 29],
+    "gemma3": [1, 3, 5, 7, 9, 11, 13, 15, 17],
+}
+TEACHERS: Final[dict[str, dict[str, Any]]] = {
+    "smollm2": {"model": "models/smollm2", "layers": LAYERS["smollm2"]},
+    "gemma3": {"model": "models/gemma3", "layers": LAYERS["gemma3"]},
+    "minilm": {"model": "models/minilm"},
+    "untrained": {"model": "models/smollm2", "weights": "random", "layers": LAYERS["smollm2"]},
+}
+STUDENT: Final = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 344,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+TRAINING: Final = {
+    "max_steps": 150,
+    "batching": "bucketed",
+    "tokens_per_batch": 768,
+    "max_length": 192,
+    "learning_rate": 4e-3,
+    "warmup_steps": 15,
+    "log_steps": 30,
+    "figure_steps": 1000,
+    "window_shards": 15,
+    "device": "cpu",
+}
+SINGLE: Final = 10
+"""Weight of the key and the value loss where there is one teacher; the search chose it."""
+MULTI: Final = 20
+"""The same for several teachers, whose weights sum to one."""
+RIDGE: Final = {"mode": "frozen", "method": "full", "init": "ridge"}
+
+
+def experiment(folder: Path, evaluation: str) -> dict[str, Any]:
+    """What all arms share; ``evaluation`` is ``validation`` or ``test``."""
+    return {
+        "store": str(folder / "store"),
+        "output_dir": str(folder),
+        "corpus": {
+            "path": str(folder / "train.jsonl"),
+            "eval_path": str(folder / f"{evaluation}.jsonl"),
+            "shard_chars": 22_000,
+        },
+        "extraction": {"summaries": True, "importance": False},
+        "student": {"tokenizer": str(folder / "tokenizer"), "architecture": STUDENT},
+        "alignment": {
+            "layers": "explicit",
+            "explicit_layers": {
+                "smollm2": [2, 11, 20, 29],
+                "gemma3": [1, 7, 11, 17],
+                "minilm": [0, 2, 3, 5],
+                "untrained": [2, 11, 20, 29],
+            },
+        },
+        "training": TRAINING,
+    }
+
+
+def arm(*teachers: str, weight: float, placebo: bool = False, **settings: Any) -> dict[str, Any]:
+    """An arm that learns from some teachers; ``fusion__method`` stands for ``fusion.method``."""
+    stated = {"losses.key": weight, "losses.value": weight}
+    stated |= {name.replace("__", "."): value for name, value in settings.items()}
+    return {"teachers": list(teachers), "settings": stated, "placebo": placebo}
+
+
+def search_arms() -> dict[str, Any]:
+    """What was searched: direction and mode of the projection, weights, teachers together."""
+    one, two = ("smollm2",), ("smollm2", "gemma3")
+    baseline = {"losses.key": 0, "losses.value": 0}
+    rates = {
+        f"cross-entropy-{rate:g}": {
+            "teachers": [],
+            "settings": {**baseline, "training.learning_rate": rate},
+        }
+        for rate in (2e-3, 6e-3)
+    }
+    return {
+        "cross-entropy": {"teachers": [], "settings": baseline},
+        **rates,
+        **{f"smollm2-{weight}": arm(*one, weight=weight) for weight in (3, 10, 30)},
+        **{f"gemma3-{weight}": arm("gemma3", weight=weight) for weight in (10, 30)},
+        **{f"minilm-{weight}": arm("minilm", weight=weight) for weight in (10, 30)},
+        **{f"smollm2-gemma3-{weight}": arm(*two, weight=weight) for weight in (10, 20, 60)},
+        "smollm2-minilm-20": arm("smollm2", "minilm", weight=20),
+        "joint": arm(*one, weight=10, projection__mode="joint"),
+        "frozen": arm(*one, weight=10, projection__mode="frozen"),
+        "ridge": arm(*one, weight=10, projection=RIDGE),
+        "cosine": arm(*one, weight=10, losses__cosine=10),
+    }
+
+
+def final_arms() -> dict[str, Any]:
+    """What the search chose, and the placebos of the best single teacher."""
+    every = ("smollm2", "gemma3", "minilm")
+    return {
+        "cross-entropy": {"teachers": [], "settings": {"losses.key": 0, "losses.value": 0}},
+        "single-smollm2": arm("smollm2", weight=SINGLE),
+        "single-gemma3": arm("gemma3", weight=SINGLE),
+        "single-minilm": arm("minilm", weight=SINGLE),
+        "multi-fixed": arm(*every, weight=MULTI),
+        "multi-similarity": arm(*every, weight=MULTI, fusion__method="similarity"),
+        "multi-learnable": arm(*every, weight=MULTI, fusion__method="mlp"),
+        "multi-inject": arm(*every, weight=MULTI, losses__inject=1.0),
+        "placebo-shuffled": arm("smollm2", weight=SINGLE, placebo=True, placebo__method="shuffled"),
+        "placebo-noise": arm("smollm2", weight=SINGLE, placebo=True, placebo__method="noise"),
+        "placebo-untrained": arm("untrained", weight=SINGLE, placebo=True),
+    }
+
+
+def study(folder: Path, name: str, seeds: Sequence[int], arms: dict[str, Any]) -> Path:
+    """Write a study file; returns its path."""
+    searching = name == "search"
+    body = {
+        "name": name,
+        "experiment": experiment(folder, "validation" if searching else "test"),
+        "teachers": TEACHERS,
+        "baseline": "cross-entropy",
+        "seeds": list(seeds),
+        "arms": arms,
+        "may_differ": ["training.learning_rate"] if searching else [],
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(body, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def prepare(folder: Path) -> None:
+    """Texts and the student's tokenizer, which sees the training texts alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    train_lines, test_lines = (
+        [line for file in files for line in (DATA / file).read_text("utf-8").splitlines()]
+        for files in (
+            ("gsm8k_train.jsonl", "gsm8k_train_more.jsonl"),
+            ("gsm8k_test.jsonl", "gsm8k_test_more.jsonl"),
+        )
+    )
+    splits = {
+        "train": train_lines[:NUM_TRAIN],
+        "validation": train_lines[NUM_TRAIN:],
+        "test": test_lines,
+    }
+    for name, lines in splits.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if not (folder / "tokenizer").exists():
+        texts = [sample.text for sample in read_jsonl(folder / "train.jsonl")]
+        train_tokenizer(texts, VOCABULARY).save_pretrained(str(folder / "tokenizer"))
+
+
+def ablate(path: Path, workers: int) -> None:
+    """Run a study as a user would; finished runs are kept, and the teachers are read once."""
+    command = [sys.executable, "-m", "kvdistill.cli", "ablate", str(path), "--extract"]
+    subprocess.run([*command, "--workers", str(workers)], check=True)
+
+
+def main() -> None:
+    """Search, final runs and report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("folder", type=Path, help="where everything goes")
+    parser.add_argument("--only", choices=("files", "search", "final", "report"))
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds of the final runs")
+    asked = parser.parse_args()
+    prepare(asked.folder)
+    search = study(asked.folder, "search", [0], search_arms())
+    final = study(asked.folder, "final", range(asked.seeds), final_arms())
+    if asked.only in (None, "search"):
+        ablate(search, asked.workers)
+    if asked.only in (None, "final"):
+        ablate(final, asked.workers)
+    if asked.only in (None, "report"):
+        output = asked.folder / "report.html"
+        report = ["report", str(asked.folder / "final"), "--output", str(output)]
+        subprocess.run([sys.executable, "-m", "kvdistill.cli", *report], check=True)
+
+
+if __name__ == "__main__":
+    main()

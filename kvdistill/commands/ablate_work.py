@@ -1,0 +1,90 @@
+"""A study as work for ``kvdistill.slurm``: a run is a unit, its folder says what is done."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import yaml
+
+from kvdistill.errors import Interrupted
+from kvdistill.pipelines.ablate import Plan, PlannedRun, load_plan
+from kvdistill.slurm.ledger import Ledger
+from kvdistill.slurm.task import Task, share
+
+TARGET: Final = "kvdistill.commands.ablate_work:ablation_work"
+
+
+class AblationWork:
+    """Training runs of one study. Every run goes on from its own checkpoint, if it has one."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._runs = {run.name: run for run in plan.runs}
+
+    def is_done(self, unit: str) -> bool:
+        """Whether the run has finished."""
+        return self._runs[unit].is_finished
+
+    def prepare(self) -> None:
+        """Nothing: runs share no model."""
+
+    def run(self, unit: str, should_stop: Callable[[], bool]) -> int:
+        """Train one run; returns its steps. Training saves and stops on a signal by itself."""
+        from kvdistill.pipelines.train import train
+
+        run = self._runs[unit]
+        if should_stop():
+            raise Interrupted(f"run {unit} was not begun")
+        try:
+            train(run.experiment)
+        except Interrupted:
+            # Training took the signal for itself; the worker must know of it too.
+            signal.raise_signal(signal.SIGTERM)
+            raise
+        return int(run.folder.read_record()["steps"])
+
+    def clear(self, unit: str) -> None:
+        """Nothing: a run's folder is its own."""
+
+
+def ablation_work(config: str) -> AblationWork:
+    """The target of a study's tasks; ``config`` is a frozen study file."""
+    return AblationWork(load_plan(Path(config)))
+
+
+def ablation_tasks(
+    plan: Plan, runs: Sequence[PlannedRun], num_tasks: int, warning_seconds: float = 120.0
+) -> list[Task]:
+    """Share runs out among ``num_tasks`` tasks (fewer if there are fewer runs)."""
+    ledger = Ledger(plan.folder.absolute())
+    frozen = freeze_plan(plan, ledger.jobs)
+    units = tuple(run.name for run in runs)
+    num = max(1, min(num_tasks, len(units)))
+    return [
+        Task(
+            target=TARGET,
+            arguments={"config": str(frozen)},
+            folder=ledger.folder,
+            units=share(units, task, num),
+            task=task,
+            num_tasks=num,
+            warning_seconds=warning_seconds,
+        )
+        for task in range(num)
+    ]
+
+
+def freeze_plan(plan: Plan, folder: Path) -> Path:
+    """Write a study down as it is now, its experiment inside it."""
+    body = plan.config.model_dump(mode="json", exclude_defaults=True)
+    text = yaml.safe_dump({**body, "experiment": plan.body}, sort_keys=False, allow_unicode=True)
+    path = folder / f"study-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        staged = path.with_suffix(f".{id(text):x}.tmp")
+        staged.write_text(text, encoding="utf-8")
+        staged.replace(path)
+    return path
