@@ -11,16 +11,30 @@ import click
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--output",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, dir_okay=False),
     default=Path("report.html"),
     show_default=True,
-    help="Where to write the page.",
+    help="The page; Markdown and CSV go beside it.",
 )
-def report(runs: tuple[Path, ...], output: Path) -> None:
-    """Write one page that compares finished RUNS; changes are against the last one given."""
+@click.option(
+    "--baseline",
+    metavar="ARM",
+    help="Arm to compare with; if not given, the ablation's, else the one without teachers, "
+    "else the last.",
+)
+def report(runs: tuple[Path, ...], output: Path, baseline: str | None) -> None:
+    """Compare finished RUNS: one page, its tables as Markdown, its figures as CSV.
+
+    RUNS are run folders, folders of runs, or an ablation's folder. Runs that differ in nothing but
+    the seed are one arm; with several seeds there are intervals and p-values.
+    """
     from kvdistill.pipelines.report import write_report
 
-    write_report(list(runs), output)
+    written, notes = write_report(list(runs), output, baseline)
+    for note in notes:
+        click.echo(f"note: {note}")
+    for path in written[1:]:
+        click.echo(f"wrote {path}")
     click.echo(f"wrote {output}; open it in a browser")
 
 

@@ -1,119 +1,76 @@
-"""One self-contained page from finished runs: what was compared, and how it went."""
+"""The report as files: one page that needs no other, its tables as Markdown, its figures as CSV."""
 
 from __future__ import annotations
 
-import json
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from kvdistill.config_file import flatten
 from kvdistill.errors import ConfigError
-from kvdistill.pipelines import plots
-from kvdistill.pipelines.report.study import Run, read_run
+from kvdistill.pipelines.plots.style import svg
+from kvdistill.pipelines.report import rows as results
+from kvdistill.pipelines.report import tables, words
+from kvdistill.pipelines.report.costs import arm_costs, teacher_costs
+from kvdistill.pipelines.report.drawn import Drawn
+from kvdistill.pipelines.report.fairness import unequal
+from kvdistill.pipelines.report.figures import sections
+from kvdistill.pipelines.report.inside import run_figures
+from kvdistill.pipelines.report.study import Run, Study, read_run, read_study
 
 
-def write_report(paths: list[Path], output: Path) -> None:
-    """Write one HTML page that compares the runs; no other file is needed to read it.
+@dataclass(frozen=True)
+class Shown:
+    """A figure as the page shows it."""
+
+    words: str
+    svg: str
+    runs: str
+    """Numbers of its runs in the table of all runs."""
+    made_by: str
+    """Their seeds, commits, versions and configurations."""
+
+
+def write_report(
+    paths: Sequence[Path], output: Path, baseline: str | None = None
+) -> tuple[list[Path], tuple[str, ...]]:
+    """Write ``output`` (HTML) and, beside it, its tables as Markdown and CSV.
+
+    Args:
+        paths: run folders, folders of runs, ablation folders.
+        output: the page; no other file is needed to read it.
+        baseline: the arm that the others are compared with.
+
+    Returns:
+        The files written, and what a reader must know (runs left out, and why).
 
     Raises:
-        ConfigError: a path is not a finished run.
+        ConfigError: no finished run, or no arm of that name.
     """
-    runs = [read_run(path) for path in paths]
+    study = read_study(paths, baseline)
+    rows = results.rows(study)
+    content = _content(study, rows)
+    output.parent.mkdir(parents=True, exist_ok=True)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
+        autoescape=jinja2.select_autoescape(["html.j2"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html.j2").render(
-        runs=[_row(run, runs[-1]) for run in runs],
-        figures=_figures(runs),
-        differences=_differences(runs),
-    )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding="utf-8")
-
-
-def _figures(runs: list[Run]) -> list[dict[str, str]]:
-    found = []
-    for key, (label, title, caption) in CURVES.items():
-        series = {run.name: run.curve(key) for run in runs if any(key in row for row in run.logs)}
-        if series:
-            found.append((plots.curves(series, label, title), caption))
-    for run in runs:
-        drawn = run_figures(run).values()
-        found += [(figure, f"{run.name}: {caption}") for figure, caption in drawn]
-    return [{"source": plots.data_uri(figure), "caption": caption} for figure, caption in found]
-
-
-CURVES = {
-    "eval_bits_per_character": (
-        "bits per character",
-        "Held-out text",
-        "How well the student predicts text it has not seen; lower is better.",
-    ),
-    "loss_cross_entropy": (
-        "nats per token",
-        "Training: cross-entropy",
-        "Next-token loss on the training text.",
-    ),
-    "loss_key": (
-        "error (1 = the mean)",
-        "Training: key loss",
-        "Error of the student's keys, before weighting.",
-    ),
-    "loss_value": (
-        "error (1 = the mean)",
-        "Training: value loss",
-        "Error of the student's values, before weighting.",
-    ),
-}
-
-
-def run_figures(run: Run) -> dict[str, tuple[Any, str]]:
-    """Every figure of one run with its caption, by a name that a file can have."""
-    found: dict[str, tuple[Any, str]] = {}
-    told = run.diagnostics
-    if not told:
-        return found
-    depths = {name: teacher["layer_map"] for name, teacher in told["teachers"].items()}
-    found["layer-map"] = (
-        plots.layer_map(depths),
-        "which teacher layer a student layer learns from.",
-    )
-    found["error-by-layer"] = (
-        plots.error_by_layer(told["error_by_layer"]),
-        "error after training; 1 is what predicting the mean of a standardised target scores.",
-    )
-    weights = {
-        name: run.curve(f"weight_{name}") for name in depths if run.curve(f"weight_{name}")[0]
-    }
-    if weights and run.config["fusion"]["method"] != "fixed":
-        found["weights"] = (
-            plots.curves(weights, "fusion weight", "Fusion weights over training"),
-            "how much each teacher counts, over training.",
-        )
-        found["weights-by-layer"] = (
-            plots.weights_by_layer(told["weights"]["by_layer"]),
-            "how much each teacher counts, by student layer.",
-        )
-        found["weights-by-task"] = (
-            plots.weights_by_task(told["weights"]["by_task"]),
-            "how much each teacher counts, by the sample's task.",
-        )
-    found["spectra"] = (
-        plots.spectra(told["spectra"]),
-        "singular values of the projectors; a steep fall is a map of low rank.",
-    )
-    for name, teacher in told["teachers"].items():
-        found[f"alignment-{name}"] = (
-            plots.alignment(teacher["alignment"], name),
-            f"the first text, the student's tokens against {name}'s.",
-        )
-    return found
+    written = []
+    for suffix in (".html", ".md"):
+        template = environment.get_template(f"report{suffix}.j2")
+        written.append(output if suffix == ".html" else output.with_suffix(suffix))
+        written[-1].write_text(template.render(content), encoding="utf-8")
+    written.append(output.with_suffix(".csv"))
+    _write_csv(written[-1], [results.plain(row) for row in rows])
+    written.append(output.with_name(f"{output.stem}-runs.csv"))
+    _write_csv(written[-1], [_run_line(arm.name, run) for arm in study.arms for run in arm.runs])
+    return written, content["notes"]
 
 
 def write_plots(path: Path, output: Path) -> list[Path]:
@@ -127,40 +84,82 @@ def write_plots(path: Path, output: Path) -> list[Path]:
         raise ConfigError(f"{path} was trained without teachers; there is nothing to plot")
     output.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, (figure, _) in figures.items():
+    for name, figure in figures.items():
         written.append(output / f"{name}.png")
         figure.savefig(written[-1], dpi=150)
     return written
 
 
-def _row(run: Run, baseline: Run) -> dict[str, Any]:
-    metrics, reference = run.record["metrics"], baseline.record["metrics"]
-    last = run.record["attempts"][-1]
-    row = {
-        "name": run.name,
-        "teachers": ", ".join(run.config["teachers"]) if run.diagnostics else "none",
-        "perplexity": metrics.get("eval_perplexity"),
-        "bits": metrics.get("eval_bits_per_character"),
-        "change": None,
+def _content(study: Study, rows: Sequence[results.Row]) -> dict[str, Any]:
+    """Everything that the templates show."""
+    runs = [run for arm in study.arms for run in arm.runs]
+    numbers = {id(run): number for number, run in enumerate(runs, 1)}
+    saved, gone = teacher_costs(study)
+    return {
+        "study": study,
+        "summary": words.summary(study, rows),
+        "notes": (*study.notes, *unequal(study), *gone),
+        "arms": [(arm.name, arm.description, arm.placebo) for arm in study.arms],
+        "results": tables.results(rows, study.baseline),
+        "certainty": tables.certainty(rows),
+        "answers": tables.answers(rows),
+        "sections": [
+            (section.heading, section.folded, [_shown(d, numbers) for d in section.figures])
+            for section in sections(study, rows)
+        ],
+        "costs": tables.costs(arm_costs(study)),
+        "savings": tables.savings(saved),
+        "settings": tables.settings(study),
+        "provenance": tables.provenance(study, numbers),
+    }
+
+
+def _shown(drawn: Drawn, numbers: Mapping[int, int]) -> Shown:
+    title = drawn.figure.axes[0].get_title(loc="left") or drawn.figure.axes[0].get_title()
+    label = f"{title}. {drawn.words.partition('.')[0]}."
+    numbered = _ranges([numbers[id(run)] for run in drawn.runs])
+    return Shown(drawn.words, svg(drawn.figure, drawn.name, label), numbered, _made_by(drawn.runs))
+
+
+def _made_by(runs: Sequence[Run]) -> str:
+    seeds = sorted({run.seed for run in runs})
+    commits = sorted({tables.commit(run) for run in runs})
+    configs = sorted({tables.config_hash(run) for run in runs})
+    shown = ", ".join(configs[:3]) + (" …" if len(configs) > 3 else "")
+    versions = sorted({run.record["attempts"][-1]["versions"]["kvdistill"] for run in runs})
+    return (
+        f"seeds {_ranges(seeds)}; commit {', '.join(commits)}; kvdistill {', '.join(versions)}; "
+        f"config {shown}"
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``1–3, 7`` for 1, 2, 3, 7."""
+    groups: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if groups and number == groups[-1][-1] + 1:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return ", ".join(f"{g[0]}–{g[-1]}" if len(g) > 1 else str(g[0]) for g in groups)
+
+
+def _run_line(arm: str, run: Run) -> dict[str, Any]:
+    return {
+        "arm": arm,
+        "run": run.name,
+        "seed": run.seed,
         "steps": run.record["steps"],
         "seconds": run.record["seconds"],
-        "seed": run.record["seed"],
-        "command": last["command"],
-        "commit": last["git_commit"] or "not a checkout",
-        "started": last["started"],
-        "versions": ", ".join(f"{name} {version}" for name, version in last["versions"].items()),
+        "commit": run.record["attempts"][-1]["git_commit"],
+        "config": tables.config_hash(run),
+        **run.metrics,
     }
-    if row["perplexity"] and reference.get("eval_perplexity") and run is not baseline:
-        row["change"] = 100 * (row["perplexity"] / reference["eval_perplexity"] - 1)
-    return row
 
 
-def _differences(runs: list[Run]) -> list[dict[str, Any]]:
-    """Settings that are not the same in every run: what the comparison is about."""
-    flat = [flatten(run.config) for run in runs]
-    keys = sorted({key for settings in flat for key in settings} - {"name"})
-    return [
-        {"key": key, "values": [settings.get(key) for settings in flat]}
-        for key in keys
-        if len({json.dumps(settings.get(key)) for settings in flat}) > 1
-    ]
+def _write_csv(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(key for line in lines for key in line))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(lines)

@@ -13,7 +13,8 @@ A study is read from an ablation folder, whose ``ablation.json`` says what the a
 configurations: runs that differ in nothing but the seed and the name are one arm.
 
 Beside its ``run.json`` a run may hold ``eval_samples.jsonl``, one held-out text a line
-(``sample_id``, ``nll`` in nats, ``num_tokens``, ``num_chars``): what pairing by text needs.
+(``sample_id``, ``nll`` in nats, ``num_tokens``, ``num_chars``, perhaps ``correct``): what pairing
+by text needs.
 
 A run that is missing, has not finished or ended in NaN is left out and named in the notes; a
 report of what there is beats no report.
@@ -22,6 +23,7 @@ report of what there is beats no report.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,7 +36,6 @@ from kvdistill.errors import ConfigError
 from kvdistill.pipelines.runs import RunFolder
 
 ABLATION: Final = "ablation.json"
-SAMPLES: Final = "eval_samples.jsonl"
 NOT_OF_AN_ARM: Final = ("name", "seed", "output_dir", "slurm", "store")
 """Settings that two runs of one arm may differ in."""
 
@@ -47,6 +48,8 @@ class SampleScore:
     """Negative log-likelihood of its tokens, nats."""
     num_tokens: int
     num_chars: int
+    correct: bool | None = None
+    """Whether the right answer was generated; None where none was asked for."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,18 @@ class Arm:
         """The settings of its first run; the others differ in seed and name."""
         return self.runs[0].config
 
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Teachers that it learned from; none for cross-entropy alone."""
+        if not self.runs[0].diagnostics and not self.config.get("latent"):
+            return ()
+        weights = self.config["fusion"].get("weights") or {}
+        return tuple(name for name in self.config["teachers"] if weights.get(name, 1) > 0)
+
+    def by_seed(self) -> dict[int, Run]:
+        """Its runs by seed."""
+        return {run.seed: run for run in self.runs}
+
 
 @dataclass(frozen=True)
 class Study:
@@ -128,8 +143,10 @@ def read_run(path: Path) -> Run:
         _json_lines(folder.log),
         json.loads(folder.diagnostics.read_text(encoding="utf-8")),
         {
-            row["sample_id"]: SampleScore(row["nll"], row["num_tokens"], row["num_chars"])
-            for row in _json_lines(path / SAMPLES)
+            row["sample_id"]: SampleScore(
+                row["nll"], row["num_tokens"], row["num_chars"], row.get("correct")
+            )
+            for row in _json_lines(folder.eval_samples)
         },
     )
 
@@ -150,19 +167,31 @@ def read_study(paths: Sequence[Path], baseline: str | None = None) -> Study:
     chosen, loose, names = baseline, [], []
     for path in paths:
         if (path / ABLATION).is_file():
-            body = json.loads((path / ABLATION).read_text(encoding="utf-8"))
+            body = _read_ablation(path / ABLATION)
             names.append(body.get("name", path.name))
             chosen = chosen or body.get("baseline")
+            if body.get("may_differ"):
+                listed = ", ".join(body["may_differ"])
+                notes.append(f"arms of {names[-1]} differ on purpose in {listed}")
             arms += _arms_of_ablation(path, body, notes)
         else:
             loose += _run_folders(path)
-    arms += _grouped(_finished(loose, notes))
+    arms += _grouped(_finished(loose, notes), notes)
     if not arms:
         raise ConfigError(
             "; ".join(notes) or "no arm has a finished run; give folders of `kvdistill train`"
         )
     name = " and ".join(names) or _title(arms)
     return Study(name, tuple(arms), _baseline(arms, chosen), tuple(notes))
+
+
+def _read_ablation(path: Path) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for entry in body.get("arms", [{}]):
+        for key in ("name", "runs"):
+            if key not in entry:
+                raise ConfigError(f"{path}: an arm has no {key!r}; `kvdistill ablate` writes it")
+    return body
 
 
 def _run_folders(path: Path) -> list[Path]:
@@ -178,9 +207,15 @@ def _finished(paths: Sequence[Path], notes: list[str]) -> list[Run]:
     found = []
     for path in paths:
         try:
-            found.append(read_run(path))
+            run = read_run(path)
         except ConfigError as error:
             notes.append(str(error))
+            continue
+        bad = [key for key, value in run.metrics.items() if not math.isfinite(value)]
+        if bad:
+            notes.append(f"{path} ended with {', '.join(bad)} that is no number")
+        else:
+            found.append(run)
     return found
 
 
@@ -191,18 +226,23 @@ def _arms_of_ablation(path: Path, body: dict[str, Any], notes: list[str]) -> lis
         if not runs:
             notes.append(f"arm {entry['name']!r} has no finished run")
             continue
-        arms.append(
-            Arm(
-                entry["name"],
-                tuple(sorted(runs, key=lambda run: run.seed)),
-                entry.get("description", ""),
-                entry.get("placebo", False),
-            )
-        )
+        about = (entry.get("description", ""), entry.get("placebo", False))
+        arms.append(Arm(entry["name"], _one_per_seed(entry["name"], runs, notes), *about))
     return arms
 
 
-def _grouped(runs: Sequence[Run]) -> list[Arm]:
+def _one_per_seed(name: str, runs: Sequence[Run], notes: list[str]) -> tuple[Run, ...]:
+    """In the order of their seeds; a second run of a seed would count its luck twice."""
+    found: dict[int, Run] = {}
+    for run in sorted(runs, key=lambda run: run.seed):
+        if run.seed in found:
+            notes.append(f"arm {name!r} has seed {run.seed} twice; {run.path} is left out")
+        else:
+            found[run.seed] = run
+    return tuple(found.values())
+
+
+def _grouped(runs: Sequence[Run], notes: list[str]) -> list[Arm]:
     """Runs whose settings differ in nothing but seed and name are one arm."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -210,10 +250,9 @@ def _grouped(runs: Sequence[Run]) -> list[Arm]:
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
     arms: list[Arm] = []
     for members in groups.values():
-        members.sort(key=lambda run: run.seed)
         name = _without_seed(members[0]) if len(members) > 1 else members[0].name
-        taken = {arm.name for arm in arms}
-        arms.append(Arm(name if name not in taken else members[0].name, tuple(members)))
+        name = name if name not in {arm.name for arm in arms} else str(members[0].path)
+        arms.append(Arm(name, _one_per_seed(name, members, notes)))
     return arms
 
 
@@ -228,7 +267,7 @@ def _baseline(arms: Sequence[Arm], asked: str | None) -> str:
         if asked not in names:
             raise ConfigError(f"no arm {asked!r} to compare with; there are: {', '.join(names)}")
         return asked
-    alone = [arm.name for arm in arms if not arm.runs[0].diagnostics]
+    alone = [arm.name for arm in arms if not arm.teachers]
     return alone[0] if len(alone) == 1 else names[-1]
 
 

@@ -1,50 +1,17 @@
-"""A run's figures, each from plain data to a matplotlib figure."""
+"""Figures of one run."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-mpl.rcParams.update(
-    {
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-        "axes.titlesize": 10,
-        "savefig.bbox": "tight",
-    }
-)
+from kvdistill.pipelines.plots.style import QUIET, SHADES, canvas, legend_below
 
-Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
-"""Curves by name: x and y."""
 ByName = Mapping[str, Sequence[float]]
-
-
-def data_uri(figure: Figure, dpi: int = 130) -> str:
-    """A figure as a ``data:`` address, so that a page needs no other file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def curves(series: Curves, y_label: str, title: str) -> Figure:
-    """Lines over optimizer steps; a dot for every point where there are few."""
-    figure, axes = _canvas(3.4)
-    for name, (x, y) in series.items():
-        axes.plot(x, y, label=name, marker="o" if len(x) < 30 else None, markersize=3, lw=1.4)
-    axes.set(xlabel="optimizer step", ylabel=y_label, title=title)
-    axes.legend(frameon=False)
-    return figure
 
 
 def layer_map(depths: ByName) -> Figure:
@@ -55,7 +22,7 @@ def layer_map(depths: ByName) -> Figure:
 def error_by_layer(kinds: ByName) -> Figure:
     """Mean squared error of keys and values against the target, by student layer."""
     figure = _over_layers(kinds, "error (1 = the mean)", "KV error by layer")
-    figure.axes[0].axhline(1.0, color="grey", lw=0.8, ls=":")
+    figure.axes[0].axhline(1.0, color=QUIET, lw=0.8, ls=":")
     figure.axes[0].set_ylim(bottom=0)
     return figure
 
@@ -69,7 +36,7 @@ def weights_by_layer(teachers: ByName) -> Figure:
 
 def weights_by_task(tasks: Mapping[str, Mapping[str, float]]) -> Figure:
     """Stacked bars: each teacher's share, by task."""
-    figure, axes = _canvas(3.0)
+    figure, axes = canvas(3.0)
     names = [task or "no task" for task in tasks]
     bottom = np.zeros(len(names))
     for teacher in next(iter(tasks.values())):
@@ -77,17 +44,17 @@ def weights_by_task(tasks: Mapping[str, Mapping[str, float]]) -> Figure:
         axes.bar(names, shares, bottom=bottom, label=teacher)
         bottom += shares
     axes.set(ylabel="fusion weight", title="Fusion weights by task", ylim=(0, 1))
-    axes.legend(frameon=False)
+    legend_below(figure)
     return figure
 
 
 def spectra(values: ByName) -> Figure:
     """Singular values of the projectors, largest first; a steep fall is a map of low rank."""
-    figure, axes = _canvas(3.4)
+    figure, axes = canvas(3.2)
     for name, singular in values.items():
         axes.plot(np.arange(1, len(singular) + 1), singular, lw=1.2, label=name)
     axes.set(xlabel="index", ylabel="singular value", title="Projector spectra", yscale="log")
-    axes.legend(frameon=False, fontsize=7)
+    legend_below(figure)
     return figure
 
 
@@ -96,9 +63,8 @@ def alignment(example: Mapping[str, Any], teacher: str) -> Figure:
     weights = np.asarray(example["weights"])
     rows = [_shown(token) for token in example["student_tokens"]]
     columns = [_shown(token) for token in example["teacher_tokens"]]
-    figure = Figure(figsize=(1.6 + 0.19 * len(columns), 1.2 + 0.19 * len(rows)))
-    axes = figure.subplots()
-    image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    figure, axes = canvas(1.2 + 0.19 * len(rows), 1.6 + 0.19 * len(columns))
+    image = axes.imshow(weights, cmap=SHADES, vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=6)
     axes.set_yticks(range(len(rows)), rows, fontsize=6)
     axes.set(xlabel=f"{teacher}'s tokens", ylabel="student's tokens", title=f"Alignment: {teacher}")
@@ -107,19 +73,13 @@ def alignment(example: Mapping[str, Any], teacher: str) -> Figure:
     return figure
 
 
-def _canvas(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5.6, height))
-    axes: Axes = figure.subplots()
-    return figure, axes
-
-
 def _over_layers(series: ByName, y_label: str, title: str) -> Figure:
-    figure, axes = _canvas(3.0)
+    figure, axes = canvas(3.0)
     for name, values in series.items():
         axes.plot(range(len(values)), values, marker="o", markersize=4, lw=1, label=name)
     axes.set(xlabel="student layer", ylabel=y_label, title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False)
+    legend_below(figure)
     return figure
 
 
