@@ -14,6 +14,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from kvdistill.config_base import NonNegativeFloat, Positive, Section
+from kvdistill.config_corpus import CorpusConfig
 from kvdistill.config_distill import (
     AlignmentConfig,
     FusionConfig,
@@ -24,39 +25,7 @@ from kvdistill.config_distill import (
 from kvdistill.config_latent import LatentConfig
 from kvdistill.config_slurm import SlurmConfig
 from kvdistill.config_training import StudentConfig, TrainingConfig
-from kvdistill.corpus import CorpusFormat
 from kvdistill.types import Backend, CodecSpec, Name, StoredEviction
-
-
-class CorpusConfig(Section):
-    """The texts that every teacher reads and the student learns from."""
-
-    path: Path | None = None
-    """JSONL file of `text`, of `prompt`/`rationale`/`answer`, or of GSM8K's `question`/`answer`."""
-    dataset: str | None = None
-    """Hugging Face dataset name, instead of `path` (extra `datasets`)."""
-    subset: str | None = None
-    """Configuration of the dataset, such as `main`."""
-    split: str = "train"
-    """Split of the dataset."""
-    format: CorpusFormat = "auto"
-    """How to read a row; `auto` decides by its keys."""
-    max_samples: Positive | None = None
-    """Read only the first samples."""
-    shard_chars: Positive = 100_000
-    """Cut the corpus into shards of about this many characters (one shard is one unit of work)."""
-    eval_path: Path | None = None
-    """JSONL file of held-out samples, never extracted and never trained on."""
-    eval_samples: Annotated[int, Field(ge=0)] = 0
-    """Without `eval_path`: hold out this many samples from the end of the corpus."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.path is None) == (self.dataset is None):
-            raise ValueError("give exactly one of `path` and `dataset`")
-        if self.eval_path is not None and self.eval_samples:
-            raise ValueError("give `eval_path` or `eval_samples`, not both")
-        return self
 
 
 class GenerateConfig(Section):

@@ -61,8 +61,9 @@ def fetch(
 
 
 def _needs(experiment: Experiment) -> Iterator[Need]:
-    if experiment.corpus.dataset is not None:
-        yield Need("dataset", experiment.corpus.dataset)
+    for source in experiment.corpus.sources.values():
+        if source.dataset is not None:
+            yield Need("dataset", source.dataset)
     for teacher in experiment.teachers.values():
         code = CODE_FILES if teacher.trust_remote_code else ()
         weights = (teacher.gguf_file, *TOKENIZER_FILES) if teacher.gguf_file else MODEL_FILES

@@ -77,7 +77,7 @@ def test_two_processes_train_as_one_does(extracted: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_two_processes_in_buckets_train_as_one_does(extracted: Path, tmp_path: Path) -> None:
     """A bucket per rank and batch; a rank without a bucket takes part and counts nothing."""
-    buckets = {"training__batching": "bucketed", "training__tokens_per_batch": 1500}
+    buckets = {"training__batching": "bucketed", "training__tokens_per_batch": 600}
     steps = "training__gradient_accumulation_steps"
     one = run(extracted, tmp_path / "1", 1, **buckets, **{steps: 4})
     two = run(extracted, tmp_path / "2", 2, **buckets, **{steps: 2})
@@ -96,7 +96,7 @@ def test_one_then_two_then_three_processes_read_every_text_once(
         "training__save_steps": 1,
     }
     if batching == "bucketed":
-        changes["training__tokens_per_batch"] = 900
+        changes["training__tokens_per_batch"] = 600
     seen = []
     for ranks, stop_step in ((1, 3), (2, 5), (3, 10_000)):
         part = run(extracted, tmp_path, ranks, stop_step, **changes)
