@@ -6,12 +6,17 @@
 ``--kv`` is a file of ``torch.save({"key": [...], "value": [...]})``, one ``[L, H, T, D]`` per
 sample. Speeds are elements of K and V per second, so that codecs compare; every figure is the
 best of interleaved rounds, as others' work only ever slows one down. ``--clock cpu`` counts
-processor seconds of all threads instead of time on the wall.
+processor seconds of all threads instead of time on the wall. Files are in the page cache, and
+where they lie matters: a map of a file in tmpfs costs a page fault every few pages, one on ext4
+hardly any. ``--folder`` chooses.
 
-    copy      ``array.copy()`` of the stored arrays: what any reader that owns its result must pay
-    (into)    the same bytes copied into memory that is already mapped
-    .pt       one file per sample, bf16, ``torch.load``; a shard's worth is held at a time
-    pipeline  the store's own zarr files through zarr-python's default pipeline, and zarrs
+    1 thread    shard after shard; its checksums are checked anew in every round. The bars are
+                for this one: torch.load and the copies run in one thread as well
+    2 threads   the same through ``prefetch``
+    .pt         one file per sample, bf16, ``torch.load``; a shard's worth is held at a time
+    copy        ``array.copy()`` of the stored arrays: what any reader that owns its result must pay
+    into        the same bytes copied into memory that is already mapped
+    zarr-python, zarrs   the store's own zarr files through these; both use all cores
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +47,14 @@ from kvdistill.store.writer import add_teacher, create, publish_shard
 from kvdistill.types import KINDS, Kind, LayerGroup
 
 Samples = dict[Kind, list[torch.Tensor]]
+Tasks = dict[str, tuple[Callable[[], Any], int]]
 CODEC_NAMES = ("bf16", "int8", "int4")
 PLAIN = "zarr.core.codec_pipeline.BatchedCodecPipeline"
 ZARRS = "zarrs.ZarrsCodecPipeline"
 NUM_SHARDS = 4
 
 
-def synthetic(num_samples: int = 40) -> Samples:
+def synthetic(num_samples: int) -> Samples:
     """SmolLM2's shape, GSM8K's lengths, channels of unequal size."""
     rng = torch.Generator().manual_seed(0)
     lengths = torch.randint(80, 320, (num_samples,), generator=rng).tolist()
@@ -125,16 +132,21 @@ def encode(
     return EncodedShard(tokens, arrays), stats
 
 
-def in_order(store: KVStore, codec: str, again: bool = False) -> None:
-    """All shards through ``prefetch``, as an epoch reads them.
+def in_order(store: KVStore, codec: str, threads: int) -> None:
+    """All shards, as an epoch reads them, from a store that nothing is known of yet."""
+    fresh = KVStore.open(store.paths.root)
+    if threads == 1:
+        for shard_id in fresh.shard_ids:
+            _touch_all(fresh.read_shard(codec, shard_id))
+        return
+    requests = [Request(codec, shard_id) for shard_id in fresh.shard_ids]
+    for _, shard in prefetch(fresh, requests, threads=threads, ahead=threads):
+        _touch_all(shard)
 
-    A fresh store object each time, so that nothing is open or checked yet, unless ``again``.
-    """
-    source = store if again else KVStore.open(store.paths.root)
-    requests = [Request(codec, shard_id) for shard_id in source.shard_ids]
-    for _, shard in prefetch(source, requests, threads=2, ahead=2):
-        for array in shard.arrays.values():
-            _touch(array)
+
+def _touch_all(shard: EncodedShard) -> None:
+    for array in shard.arrays.values():
+        _touch(array)
 
 
 def through_zarr(store: KVStore, codec: str, pipeline: str) -> None:
@@ -146,12 +158,18 @@ def through_zarr(store: KVStore, codec: str, pipeline: str) -> None:
                     _touch(group[part_name(kind, part.suffix)][...])
 
 
-def at_random(store: KVStore, codec: str, picks: list[tuple[str, int]]) -> None:
+def at_random(
+    store: KVStore, codec: str, sample_ids: list[str], layers: list[int], one_by_one: bool
+) -> None:
+    """Keys and values of some samples and layers; by one call each, or one per layer and head."""
     fresh = KVStore.open(store.paths.root)
-    for sample_id, layer in picks:
-        for head in range(fresh.teacher(codec).groups[0].num_key_value_heads):
-            for kind in KINDS:
-                fresh.read(codec, sample_id, layer, head, kind)
+    heads = range(fresh.teacher(codec).groups[0].num_key_value_heads)
+    for sample_id, kind in product(sample_ids, KINDS):
+        if not one_by_one:
+            fresh.read_sample(codec, sample_id, kind, layers)
+            continue
+        for layer, head in product(layers, heads):
+            fresh.read(codec, sample_id, layer, head, kind)
 
 
 def pt_files(folder: Path, chosen: list[int]) -> None:
@@ -172,7 +190,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 clock = CLOCKS["wall"]
 
 
-def rates(tasks: dict[str, tuple[Callable[[], Any], int]], rounds: int) -> dict[str, float]:
+def rates(tasks: Tasks, rounds: int) -> dict[str, float]:
     """Best elements per second of every task, the rounds of all tasks interleaved."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(rounds):
@@ -192,9 +210,15 @@ def reading(root: Path, samples: Samples, rounds: int) -> None:
         one = {kind: samples[kind][i].bfloat16().clone() for kind in KINDS}
         torch.save(one, root / "pt" / f"{i}.pt")
     every = list(range(len(samples["key"])))
-    tasks: dict[str, tuple[Callable[[], Any], int]] = {
-        ".pt": (lambda: pt_files(root / "pt", every), elements)
-    }
+    tasks = {".pt": (lambda: pt_files(root / "pt", every), elements)}
+    print_order(rates(tasks | order_tasks(store, mapped, elements), rounds))
+    random_access(store, mapped, samples, root, rounds)
+    sizes(store, mapped, written, elements)
+
+
+def order_tasks(store: KVStore, mapped: KVStore, elements: int) -> Tasks:
+    """Every way of reading all shards in order."""
+    tasks: Tasks = {}
     for codec in CODEC_NAMES:
         source = [
             array
@@ -205,29 +229,38 @@ def reading(root: Path, samples: Samples, rounds: int) -> None:
         tasks |= {
             f"{codec} copy": (lambda s=source: [array.copy() for array in s], elements),
             f"{codec} into": (lambda s=source, t=target: _copy(s, t), elements),
-            f"{codec} zarr": (lambda c=codec: in_order(store, c), elements),
-            f"{codec} safetensors": (lambda c=codec: in_order(mapped, c), elements),
-            f"{codec} again": (lambda c=codec: in_order(mapped, c, again=True), elements),
             f"{codec} zarr-python": (lambda c=codec: through_zarr(store, c, PLAIN), elements),
             f"{codec} zarrs": (lambda c=codec: through_zarr(store, c, ZARRS), elements),
         }
-    speed = rates(tasks, rounds)
-    print("\nreading in order, elements of K and V per second, warm")
-    print(f"  .pt per sample, bf16      {speed['.pt'] / 1e6:8,.0f} M/s")
+        for name, one in (("zarr", store), ("safetensors", mapped)):
+            for threads in (1, 2):
+                tasks[f"{codec} {name} {threads}"] = (
+                    lambda o=one, c=codec, t=threads: in_order(o, c, t),
+                    elements,
+                )
+    return tasks
+
+
+def print_order(speed: dict[str, float]) -> None:
+    print("\nreading in order, millions of elements of K and V per second, warm")
+    print(f"  .pt per sample, bf16 {speed['.pt'] / 1e6:8,.0f}")
     for codec in CODEC_NAMES:
-        zarr_rate, plain = speed[f"{codec} zarr"], speed[f"{codec} zarr-python"]
-        map_rate, again = speed[f"{codec} safetensors"], speed[f"{codec} again"]
-        copied, into = speed[f"{codec} copy"], speed[f"{codec} into"]
-        print(
-            f"  {codec:5} zarr {zarr_rate / 1e6:8,.0f} M/s = {zarr_rate / plain:4.1f} × zarr-python"
-            f" = {zarr_rate / speed[f'{codec} zarrs']:4.1f} × zarrs"
-            f" = {zarr_rate / speed['.pt']:4.2f} × .pt"
-            f"\n        safetensors {map_rate / 1e6:8,.0f} M/s = {map_rate / copied:4.2f} × copy"
-            f" ({map_rate / into:4.2f}); once checked {again / 1e6:8,.0f} M/s"
-            f" = {again / copied:4.2f} × copy ({again / into:4.2f})"
-        )
-    random_access(store, mapped, samples, root, rounds)
-    sizes(store, mapped, written, elements)
+        own = {name: speed[f"{codec} {name}"] for name in ("zarr-python", "zarrs", "copy", "into")}
+        print(f"  {codec}: " + ", ".join(f"{n} {rate / 1e6:,.0f}" for n, rate in own.items()))
+        for threads in (1, 2):
+            rate = speed[f"{codec} zarr {threads}"]
+            print(
+                f"    zarr,        {threads} thread(s) {rate / 1e6:8,.0f}"
+                f" = {rate / own['zarr-python']:5.1f} × zarr-python"
+                f" = {rate / own['zarrs']:4.2f} × zarrs = {rate / speed['.pt']:4.2f} × .pt"
+            )
+        for threads in (1, 2):
+            rate = speed[f"{codec} safetensors {threads}"]
+            print(
+                f"    safetensors, {threads} thread(s) {rate / 1e6:8,.0f}"
+                f" = {rate / own['copy']:5.2f} × copy = {rate / own['into']:4.2f} × into"
+                f" = {rate / speed['.pt']:4.2f} × .pt"
+            )
 
 
 def _copy(source: list[np.ndarray], target: list[np.ndarray]) -> None:
@@ -242,20 +275,21 @@ def random_access(
     rng = np.random.default_rng(0)
     chosen = rng.choice(len(samples["key"]), 8, replace=False).tolist()
     num_layers, num_heads, _, dim = samples["key"][0].shape
-    layers = rng.choice(num_layers, min(8, num_layers), replace=False).tolist()
-    picks = [(f"s{i}", layer) for i in chosen for layer in layers]
+    layers = sorted(rng.choice(num_layers, min(8, num_layers), replace=False).tolist())
+    ids = [f"s{i}" for i in chosen]
     tokens = sum(samples["key"][i].shape[2] for i in chosen)
     useful = tokens * len(layers) * num_heads * dim * 2
-    tasks: dict[str, tuple[Callable[[], Any], int]] = {
-        ".pt": (lambda: pt_files(root / "pt", chosen), useful)
-    }
-    for codec in CODEC_NAMES:
-        tasks[f"{codec} zarr"] = (lambda c=codec: at_random(store, c, picks), useful)
-        tasks[f"{codec} safetensors"] = (lambda c=codec: at_random(mapped, c, picks), useful)
+    tasks: Tasks = {".pt": (lambda: pt_files(root / "pt", chosen), useful)}
+    for codec, (name, one) in product(CODEC_NAMES, (("zarr", store), ("safetensors", mapped))):
+        for how, each in (("", False), (", a call per head", True)):
+            tasks[f"{codec} {name}{how}"] = (
+                lambda o=one, c=codec, e=each: at_random(o, c, ids, layers, e),
+                useful,
+            )
     speed = rates(tasks, rounds)
     print("\nreading at random: 8 samples × 8 layers, useful elements per second, warm")
     for name, rate in speed.items():
-        print(f"  {name:18} {rate / 1e6:8,.0f} M/s = {rate / speed['.pt']:4.2f} × .pt")
+        print(f"  {name:34} {rate / 1e6:8,.0f} M/s = {rate / speed['.pt']:4.2f} × .pt")
 
 
 def sizes(store: KVStore, mapped: KVStore, written: dict[str, float], elements: int) -> None:
@@ -307,6 +341,7 @@ def opening(root: Path, num_shards: int = 10_000, num_teachers: int = 5) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kv", type=Path, help="torch.save of real keys and values")
+    parser.add_argument("--samples", type=int, default=128, help="how many synthetic ones")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to write (a disk, or memory)")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu where shared")
@@ -314,8 +349,9 @@ def main() -> None:
     global clock  # noqa: PLW0603
     clock = CLOCKS[arguments.clock]
     torch.set_num_threads(1)
-    samples = synthetic()
-    if arguments.kv:
+    if arguments.kv is None:
+        samples = synthetic(arguments.samples)
+    else:
         loaded = torch.load(arguments.kv)
         loaded = loaded.get("kv", loaded)
         samples = {kind: [x.float() for x in loaded[kind]] for kind in KINDS}

@@ -129,16 +129,30 @@ def convert(store: Path, target: Path, backend: Literal["zarr", "safetensors"]) 
 @click.command()
 @click.argument("target", type=click.Path(path_type=Path))
 @click.argument("sources", type=click.Path(path_type=Path), nargs=-1, required=True)
-def merge(target: Path, sources: tuple[Path, ...]) -> None:
+@click.option(
+    "--prototypes",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="extraction.prototypes of the experiment, for teachers that only now are complete.",
+)
+def merge(target: Path, sources: tuple[Path, ...], prototypes: int) -> None:
     """Copy into TARGET the shards of other stores over the same corpus that it lacks."""
     from kvdistill.store.merge import merge as bring
+    from kvdistill.store.prototypes import lacks_prototypes
 
     opened = KVStore.open(target)
     copied = bring(opened, [KVStore.open(source) for source in sources], progress=_say("copied"))
     print(f"{target}: {copied} shards copied")
     for name in opened.teachers():
         missing = opened.missing(name)
-        print(f"  {name}: {'complete' if not missing else f'{len(missing)} shards missing'}")
+        state = f"{len(missing)} shards missing" if missing else "complete"
+        if lacks_prototypes(opened, name):
+            _make_prototypes(opened, name, prototypes)
+            state += ", prototypes made"
+        elif missing and opened.teacher(name).has_summaries:
+            state += "; its prototypes need all of them"
+        print(f"  {name}: {state}")
 
 
 @click.command()
@@ -156,6 +170,15 @@ def rm(store: Path, teacher: str, yes: bool) -> None:
         click.confirm(f"Remove {teacher} with {count} shards from {store}?", abort=True)
     remove_teacher(opened, teacher)
     print(f"{store}: removed {teacher}, {count} shards; left: {opened.teachers() or 'no teacher'}")
+
+
+def _make_prototypes(store: KVStore, teacher: str, num_centres: int) -> None:
+    """Of all shards' summaries, as the extraction of a whole teacher makes them."""
+    from kvdistill.extract.prototypes import prototypes
+    from kvdistill.store.prototypes import hidden_summaries, write_prototypes
+
+    made = prototypes(*hidden_summaries(store, teacher), num_centres)
+    write_prototypes(store, teacher, made)
 
 
 def _report(store: KVStore, teacher: str, shards: int, plots: Path | None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from kvdistill.extract.prototypes import prototypes
 from kvdistill.extract.shard import ExtractedShard, extract_samples
 from kvdistill.extract.teacher import Teacher, load_teacher
 from kvdistill.pipelines.stored import is_done, prepare
-from kvdistill.store.prototypes import write_prototypes
+from kvdistill.store.prototypes import hidden_summaries, write_prototypes
 from kvdistill.store.reader import KVStore
 from kvdistill.store.writer import add_teacher, publish_shard
 
@@ -195,13 +195,7 @@ def store_prototypes(
     store: KVStore, experiment: Experiment, name: str
 ) -> dict[str, NDArray[np.float32]]:
     """Prototypes of a teacher whose shards are all there, from their hidden summaries."""
-    one_layer = store.teacher(name).layers[:1]
-    summaries = [
-        store.read_shard(name, shard_id, one_layer, kinds=()).arrays["hidden_summary"]
-        for shard_id in store.shard_ids
-    ]
-    mean_NE, first_NE = np.concatenate(summaries, axis=1)
-    return prototypes(mean_NE, first_NE, experiment.extraction.prototypes)
+    return prototypes(*hidden_summaries(store, name), experiment.extraction.prototypes)
 
 
 @dataclass(frozen=True)

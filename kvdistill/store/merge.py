@@ -22,6 +22,9 @@ def merge(
 
     Files are copied as they are and checked against their commit before publication, so a copy
     is the original, byte for byte. Plans and teachers are compared before a shard is copied.
+    Statistics are sums over shards and so are complete with them; prototypes come along where a
+    source has them, and where every source had a part, see ``prototypes.lacks_prototypes``.
+    Notes of attempts, failures and what was put aside stay where they were made.
 
     Raises:
         StoreMismatch: another corpus, another cut, or a teacher of one name extracted

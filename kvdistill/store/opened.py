@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -71,46 +72,67 @@ class OpenedShard:
         return arrays
 
     def decode(
-        self, sample_idx: int, layer: int, head: int, kind: Kind, tokens: slice
+        self,
+        sample_idx: int,
+        kind: Kind,
+        layers: Sequence[int] | None,
+        heads: Sequence[int] | None,
+        tokens: slice,
     ) -> NDArray[np.float32]:
-        """Decoded float32 ``[tokens, D]`` of one sample, layer and head. See ``KVStore.read``."""
-        _refuse_unknown_layers(self.manifest, [layer])
-        first, last = (int(i) for i in self.sample_ptr[sample_idx : sample_idx + 2])
+        """Decoded float32 ``[L, H, tokens, D]`` of one sample. See ``KVStore.read_sample``."""
+        _refuse_unknown_layers(self.manifest, layers)
+        first, last = self._bounds[sample_idx], self._bounds[sample_idx + 1]
         start, stop, step = tokens.indices(last - first)
         if step != 1:
             raise GeometryError(f"tokens must be a slice without a step, got {tokens}")
         stop = max(start, stop)
-        block = int(block_ptr(self.sample_ptr)[sample_idx])
+        block = self._blocks[sample_idx]
         spans = {
             "token": slice(first + start, first + stop),
             "block": slice(block + start // BLOCK_TOKENS, block - (-stop // BLOCK_TOKENS)),
         }
-        group_idx = next(i for i, g in enumerate(self.manifest.groups) if layer in g.layers)
-        stem = f"{group_prefix(self.manifest, group_idx)}{kind}"
-        codec = CODECS[getattr(self.manifest.codec, kind)]
+        stem, codec = self._stem(kind, layers), CODECS[getattr(self.manifest.codec, kind)]
         parts = {}
         for part in codec.parts(kind):
-            spec = self.specs[part_name(stem, part.suffix)]
-            positions = _positions(spec, [layer], [head])
-            if positions is not None:
-                parts[part.suffix] = self.data.read(spec.name, *positions, spans[part.per])[0, 0]
+            name = part_name(stem, part.suffix)
+            layer_idx, head_idx = _positions(self.specs[name], layers, heads) or (None, None)
+            parts[part.suffix] = self.data.read(name, layer_idx, head_idx, spans[part.per])
         token_blocks = np.arange(start, stop) // BLOCK_TOKENS - start // BLOCK_TOKENS
         return codec.decode(parts, kind, token_blocks)
+
+    @cached_property
+    def _bounds(self) -> list[int]:
+        return [int(i) for i in self.sample_ptr]
+
+    @cached_property
+    def _blocks(self) -> list[int]:
+        return [int(i) for i in block_ptr(self.sample_ptr)]
+
+    def _stem(self, kind: Kind, layers: Sequence[int] | None) -> str:
+        """The array that holds a kind of these layers.
+
+        Raises:
+            GeometryError: no one array does.
+        """
+        chosen = self.manifest.layers if layers is None else layers
+        groups = [i for i, g in enumerate(self.manifest.groups) if set(g.layers) & set(chosen)]
+        if len(groups) != 1:
+            raise GeometryError(
+                f"teacher {self.manifest.name!r}: these layers lie in {len(groups)} arrays of "
+                f"different heads or dims; choose layers of one of "
+                f"{[group.layers for group in self.manifest.groups]}"
+            )
+        return f"{group_prefix(self.manifest, groups[0])}{kind}"
 
     def decode_shard(
         self, kind: Kind, layers: Sequence[int] | None, heads: Sequence[int] | None
     ) -> NDArray[np.float32]:
         """Decoded float32 ``[L, H, T, D]``. See ``KVStore.read_decoded``."""
+        _refuse_unknown_layers(self.manifest, layers)
+        stem = self._stem(kind, layers)
         arrays = self.read(layers, heads, [kind])
-        stems = [name for name in arrays if name.rpartition("/")[2] == kind]
-        if len(stems) != 1:
-            raise GeometryError(
-                f"teacher {self.manifest.name!r}: these layers lie in {len(stems)} arrays of "
-                f"different heads or dims; choose layers of one of "
-                f"{[group.layers for group in self.manifest.groups]}"
-            )
         codec = CODECS[getattr(self.manifest.codec, kind)]
-        return codec.decode(parts_of(arrays, stems[0]), kind, block_idx(self.sample_ptr))
+        return codec.decode(parts_of(arrays, stem), kind, block_idx(self.sample_ptr))
 
     def statistics(self) -> dict[str, ChannelStatistics]:
         """This shard's statistics by ``"key"``, ``"value"`` (``"g0/key"`` …)."""

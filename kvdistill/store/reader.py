@@ -186,15 +186,38 @@ class KVStore:
     ) -> NDArray[np.float32]:
         """Decoded keys or values of one sample, layer and head: float32 ``[tokens, D]``.
 
-        The first call builds an index of all sample ids; for a whole corpus, read shards.
+        ``read_sample`` reads several layers and heads by one call, many times faster.
+
+        Raises:
+            ShardNotFound, ShardCorrupt, GeometryError: as ``read_sample``.
+        """
+        found = self.read_sample(teacher, sample_id, kind, [layer], [head], tokens=tokens)
+        token_TD: NDArray[np.float32] = found[0, 0]
+        return token_TD
+
+    def read_sample(
+        self,
+        teacher: str,
+        sample_id: str,
+        kind: Kind,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+        *,
+        tokens: slice = slice(None),
+    ) -> NDArray[np.float32]:
+        """Decoded keys or values of one sample: float32 ``[L, H, tokens, D]``, keys not rotated.
+
+        Layers and heads ascend, all of them when None. The first call builds an index of all
+        sample ids; for a whole corpus, read shards.
 
         Raises:
             ShardNotFound: no such sample, or its shard is not committed.
             ShardCorrupt: bytes are missing, truncated or flipped.
-            GeometryError: no such layer or head, or a slice with a step.
+            GeometryError: no such layer or head, layers without a common array, or a slice with
+                a step.
         """
         shard_id, sample_idx = self.find(sample_id)
-        return self._opened(teacher, shard_id).decode(sample_idx, layer, head, kind, tokens)
+        return self._opened(teacher, shard_id).decode(sample_idx, kind, layers, heads, tokens)
 
     def token_table(self, teacher: str, shard_id: str) -> TokenTable:
         """The tokens of a shard, without its keys and values."""

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -76,7 +76,7 @@ def _batches(pieces: Iterator[_Piece], index: Index) -> Iterator[list[_Piece]]:
 
 def _read(batch: list[_Piece], index: Index, grid: Grid, descriptor: int, path: Path) -> None:
     """Read a run of chunks, check them and put them in place."""
-    buffers: list[np.ndarray] = []
+    buffers: list[Any] = []
     for piece in batch:
         length = index[piece.entry][1]
         if piece.inside is None and not grid.compressed and piece.target.nbytes <= length:

@@ -95,6 +95,9 @@ def make_shard(
     if teacher.has_hidden_at_cue:
         shape = (len(teacher.layers) + 1, len(lengths), teacher.hidden_size)
         arrays["hidden_at_cue"] = torch.randn(*shape, generator=generator).numpy()
+    if teacher.has_summaries:
+        shape = (2, len(lengths), teacher.hidden_size)
+        arrays["hidden_summary"] = torch.randn(*shape, generator=generator).numpy()
     texts = None
     if teacher.own_text:
         texts = tuple(Sample(i, (("text", "own\n\u2028text" * 20),)) for i in sample_ids)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 from kvdistill.cli import cli
 from kvdistill.errors import ConfigError, ShardCorrupt, ShardNotFound
+from kvdistill.extract.prototypes import prototypes
+from kvdistill.store.prototypes import hidden_summaries, read_prototypes
 from kvdistill.store.reader import KVStore
+from kvdistill.store.writer import create
 
 
 def run(*arguments: object, **options: Any) -> Result:
@@ -63,6 +68,47 @@ def test_convert_merge_and_rm(tmp_path: Path, build: Any) -> None:
     assert KVStore.open(tmp_path / "c").teachers() == ["second", "tiny"]
     out = run("rm", tmp_path / "c", "--teacher", "tiny", "--yes")
     assert "removed tiny, 2 shards; left: ['second']" in out.stdout
+
+
+def test_two_halves_of_a_teacher_become_a_whole_one(tmp_path: Path, build: Any) -> None:
+    teacher = build.teacher(has_summaries=True)
+    whole, _ = build.store(tmp_path / "whole", teacher)
+    summaries = hidden_summaries(whole, "tiny")
+    for half, lost in (("a", "00001"), ("b", "00000")):
+        shutil.copytree(tmp_path / "whole", tmp_path / half)
+        shutil.rmtree(KVStore.open(tmp_path / half).paths.shard("tiny", lost))
+    empty = create(tmp_path / "c", build.corpus())
+    out = run("merge", tmp_path / "c", tmp_path / "a")
+    assert "tiny: 1 shards missing; its prototypes need all of them" in out.stdout
+    out = run("merge", tmp_path / "c", tmp_path / "b", "--prototypes", "2")
+    assert "tiny: complete, prototypes made" in out.stdout
+    made, wanted = read_prototypes(empty, "tiny"), prototypes(*summaries, 2)
+    assert made.keys() == wanted.keys()
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(made[name], array)
+    for name, statistics in whole.statistics("tiny").items():
+        merged = KVStore.open(tmp_path / "c").statistics("tiny")[name]
+        np.testing.assert_array_equal(merged.to_array(), statistics.to_array())
+    assert "prototypes made" not in run("merge", tmp_path / "c", tmp_path / "b").stdout
+
+
+def test_inspect_and_verify_run_on_a_distributed_scheduler(tmp_path: Path, build: Any) -> None:
+    distributed = pytest.importorskip("distributed")
+    store, _ = build.store(tmp_path / "store", build.teacher(has_importance=True))
+    alone = json.loads(run("inspect", tmp_path / "store", "--json").stdout)
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None
+    ) as cluster:
+        address = cluster.scheduler_address
+        there = run("inspect", tmp_path / "store", "--json", "--scheduler", address)
+        assert json.loads(there.stdout) == alone
+        good = run("verify", tmp_path / "store", "--scheduler", address)
+        assert "2 shards, nothing wrong" in good.stderr
+        path = store.paths.shard("tiny", "00001") / "key/c/0/0/0/0"
+        path.write_bytes(path.read_bytes()[::-1])
+        bad = run("verify", tmp_path / "store", "--json", "--scheduler", address)
+    assert isinstance(bad.exception, ShardCorrupt)
+    assert {finding["shard_id"] for finding in json.loads(bad.stdout)["findings"]} == {"00001"}
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "convert", "merge", "rm"])

@@ -93,6 +93,25 @@ def test_random_access_equals_decoding_the_shard(tmp_path: Any, build: Any, teac
                         assert got.dtype == np.float32
 
 
+def test_a_sample_is_read_as_it_lies_in_its_shard(tmp_path: Any, build: Any, backend: str) -> None:
+    store, _ = build.store(tmp_path / "store", build.teacher(backend=backend))
+    ptr = store.token_table("tiny", "00000").sample_ptr
+    whole = store.read_decoded("tiny", "00000", "value")
+    for i, tokens in enumerate((slice(60, 129), slice(None), slice(-3, None))):
+        want = whole[:, :, ptr[i] : ptr[i + 1]][:, :, tokens]
+        got = store.read_sample("tiny", f"s{i}", "value", tokens=tokens)
+        np.testing.assert_array_equal(got, want)
+        got = store.read_sample("tiny", f"s{i}", "value", [0, 3], [1], tokens=tokens)
+        np.testing.assert_array_equal(got, want[[0, 2]][:, [1]])
+
+
+def test_a_sample_of_several_geometries_is_read_one_at_a_time(tmp_path: Any, build: Any) -> None:
+    store, _ = build.store(tmp_path / "store", build.teacher(groups=build.two_groups))
+    assert store.read_sample("tiny", "s0", "key", [0, 2]).shape == (2, 1, 130, 8)
+    with pytest.raises(GeometryError, match=r"2 arrays of different heads or dims"):
+        store.read_sample("tiny", "s0", "key")
+
+
 def test_decoded_values_are_near_the_teachers(tmp_path: Any, build: Any, backend: str) -> None:
     store, made = build.store(tmp_path / "store", build.teacher(backend=backend))
     got = store.read("tiny", "s0", 3, 1, "key")
