@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,7 +68,7 @@ def run(*, config: Path, overrides: tuple[str, ...], spread: Spread) -> None:
 
 @click.command()
 @click.argument("student", type=click.Path(path_type=Path))
-@click.argument("corpus", type=click.Path(path_type=Path))
+@click.argument("corpus", type=click.Path(path_type=Path), required=False)
 @click.option("--max-samples", type=click.IntRange(min=1), help="Only the first texts.")
 @click.option("--max-length", default=512, show_default=True, help="Tokens per text.")
 @click.option("--batch-size", default=8, show_default=True, help="Texts per forward pass.")
@@ -84,11 +85,17 @@ def run(*, config: Path, overrides: tuple[str, ...], spread: Spread) -> None:
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write the figures of every sample to this JSONL file.",
 )
+@click.option(
+    "--harness",
+    metavar="TASKS",
+    help="Instead of CORPUS: tasks of lm-evaluation-harness, or task files (.yaml), by commas.",
+)
 @json_option
 def evaluate(
     *,
     student: Path,
-    corpus: Path,
+    corpus: Path | None,
+    harness: str | None,
     rows: Path | None,
     as_json: bool,
     max_samples: int | None,
@@ -99,6 +106,12 @@ def evaluate(
     diagnose: bool,
 ) -> None:
     """Perplexity, bits per character and exact match of STUDENT (a folder) on CORPUS (JSONL)."""
+    if (corpus is None) == (harness is None):
+        raise click.UsageError("give a CORPUS, or --harness with tasks, and not both")
+    if corpus is None:
+        tasks = [task.strip() for task in str(harness).split(",")]
+        _harness(student, tasks, max_samples, batch_size, max_length, as_json=as_json)
+        return
     from kvdistill.pipelines.evaluate import evaluate_folder, write_rows
 
     found = evaluate_folder(
@@ -118,6 +131,27 @@ def evaluate(
         return
     for name, value in found.metrics.items():
         click.echo(f"{name.replace('_', ' ')}: {value:.6g}")
+
+
+def _harness(
+    student: Path,
+    tasks: list[str],
+    limit: int | None,
+    batch_size: int,
+    max_length: int,
+    *,
+    as_json: bool,
+) -> None:
+    from kvdistill.pipelines.harness import run_harness
+
+    found = run_harness(student, tasks, limit=limit, batch_size=batch_size, max_length=max_length)
+    if as_json:
+        click.echo(json.dumps([asdict(figure) for figure in found]))
+        return
+    for figure in found:
+        error = figure.standard_error
+        spread = "" if error is None else f" ± {error:.3g}"
+        click.echo(f"{figure.task} {figure.metric}: {figure.value:.6g}{spread}")
 
 
 def _print(report: TrainingReport) -> None:

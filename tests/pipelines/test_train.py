@@ -178,7 +178,7 @@ def test_the_report_holds_everything_in_one_page(extracted: Path, tmp_path: Path
     write_report([with_kv.folder, without.folder], page)
     text = page.read_text(encoding="utf-8")
     assert text.count("<figure>") > 8
-    for words in ("losses.key", "plain", "perplexity", "first text", "llama", "bert"):
+    for words in ("losses.key", "plain", "perplexity", "first training text", "llama", "bert"):
         assert words in text
 
 
