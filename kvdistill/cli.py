@@ -40,6 +40,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "run": ("train:run", "Extract, then train."),
     "ablate": ("ablate:ablate", "Arms times seeds from one store, compared fairly."),
     "evaluate": ("train:evaluate", "Perplexity and bits per character of a student."),
+    "export": ("export:export", "Write a student as ONNX, checked against torch."),
     "plot": ("report:plot", "Draw a run: layer map, alignment, errors, weights, spectra."),
     "report": ("report:report", "One page with curves and figures from finished runs."),
 }

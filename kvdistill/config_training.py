@@ -90,6 +90,9 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = False
     """Compute the student's layers again in the backward pass instead of keeping their
     activations: less memory, about a third more arithmetic."""
+    compile: bool = False
+    """`torch.compile` the student's feed-forward blocks and norms. Attention stays as it is: keys
+    and values are read inside it."""
     eval_steps: Positive | None = None
     """Evaluate every so many steps (always at the end)."""
     exact_match_samples: Annotated[int, Field(ge=0)] = 0
@@ -130,6 +133,11 @@ class TrainingConfig(Section):
     def _settings_fit(self) -> Self:
         if self.schedule == "constant" and self.warmup_steps:
             raise ValueError("schedule `constant` has no warm-up; use `constant_with_warmup`")
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError(
+                "`compile` and `gradient_checkpointing` do not go together: a layer that is "
+                "computed again would not be the compiled one"
+            )
         if self.chooses_best and self.eval_steps is None:
             raise ValueError(
                 "`early_stop_patience` and `keep_best` compare evaluations; give `eval_steps`"

@@ -120,10 +120,23 @@ class KVCapture:
         self._cut_heads = Heads(config.num_attention_heads, *self.geometry.heads)
         base = getattr(student, student.base_model_prefix, student)
         layers = base.get_submodule(self.adapter.layers)
+        self._layers = list(layers)
         self._attention = [layer.get_submodule(self.adapter.attention) for layer in layers]
         self._student = student
         self._rewrite: Rewrite | None = None
         self.replaying = False
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """``torch.compile`` what a layer does outside of its attention, in place.
+
+        Hooks come and go inside attention, and dynamo does not look for hooks that it has not
+        seen when it traced; so what is compiled has none.
+        """
+        first, _, _ = self.adapter.attention.partition(".")
+        for layer in self._layers:
+            for name, child in layer.named_children():
+                if name != first:
+                    child.compile(backend=backend, dynamic=True)
 
     def checkpoint_activations(self) -> None:
         """Let the backward pass compute every layer again instead of keeping its activations.

@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 from kvdistill.config import Experiment
 from kvdistill.corpus import Sample
 from kvdistill.distill.best import Best, best_of
+from kvdistill.distill.callbacks import HumanLog
 from kvdistill.distill.data.collate import Batch
 from kvdistill.distill.data.schedule import epochs_for, steps_in, steps_left
 from kvdistill.distill.data.stream import KVStream
@@ -143,6 +144,13 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             logs |= self._figures
             self._figures = {}
         super().log(logs, start_time)
+
+    def give_up(self, reason: str) -> None:
+        """Training failed: say so in the log, and let callbacks release what they hold."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, HumanLog):
+                callback.write(reason)
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def _wants_figures(self) -> bool:
         """Once per ``figure_steps`` optimizer steps, on the micro-batch that starts the step."""

@@ -3,6 +3,7 @@
 RUN/config.yaml           the whole experiment, defaults included
 RUN/run.json              provenance; ``finished`` and the final metrics once it is
 RUN/training_log.jsonl    one object per log
+RUN/training.log          the same for people, warnings included
 RUN/tensorboard/          the same for TensorBoard
 RUN/checkpoint-*/         to resume from
 RUN/best/                 the best student so far, while the run goes on
@@ -46,6 +47,11 @@ class RunFolder:
     def log(self) -> Path:
         """One JSON object per log of the trainer."""
         return self.path / "training_log.jsonl"
+
+    @property
+    def human_log(self) -> Path:
+        """The same for people, with warnings."""
+        return self.path / "training.log"
 
     @property
     def student(self) -> Path:

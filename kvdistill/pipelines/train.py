@@ -16,6 +16,7 @@ from kvdistill.config import Experiment
 from kvdistill.corpus import fingerprint
 from kvdistill.distill.answers import is_gradable
 from kvdistill.errors import ConfigError, IncompleteStore, Interrupted, StoreMismatch
+from kvdistill.pipelines.card import model_card
 from kvdistill.pipelines.corpus import Splits, load_corpus
 from kvdistill.pipelines.measured import controls, costs, forget_peak, weights_hash
 from kvdistill.pipelines.runs import RunFolder, begin
@@ -58,7 +59,11 @@ def train(experiment: Experiment) -> TrainingReport:
     began = time.monotonic()
     forget_peak()
     trainer = build_trainer(experiment, store, splits, folder)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except Exception as error:
+        trainer.give_up(f"{type(error).__name__}: {error}")
+        raise
     if trainer.stop.name is not None and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"{folder.path}: {trainer.stop.name} came; saved at step {trainer.state.global_step} "
@@ -72,6 +77,7 @@ def train(experiment: Experiment) -> TrainingReport:
     if trainer.is_world_process_zero():
         shutil.rmtree(folder.best, ignore_errors=True)  # it is the student now
         _finish(folder, trainer, splits, metrics, time.monotonic() - began)
+        _write_card(folder, experiment, store)
     return TrainingReport(folder.path, metrics, checkpoint is not None)
 
 
@@ -147,7 +153,7 @@ def build_trainer(
     from transformers import set_seed
 
     from kvdistill.distill.assembly import assemble
-    from kvdistill.distill.callbacks import JsonLines, ProgressBar
+    from kvdistill.distill.callbacks import HumanLog, JsonLines, ProgressBar
     from kvdistill.distill.data.source import StoreSource
     from kvdistill.distill.data.stream import Rank
     from kvdistill.distill.latent.trainer import LatentTrainer
@@ -167,6 +173,8 @@ def build_trainer(
     initial_student = weights_hash(run.distiller.student)
     if experiment.training.gradient_checkpointing:
         run.distiller.capture.checkpoint_activations()
+    if experiment.training.compile:
+        run.distiller.capture.compile_layers()
     kind = KVDistillTrainer if experiment.latent is None else LatentTrainer
     trainer = kind(
         run.distiller,
@@ -175,10 +183,22 @@ def build_trainer(
         experiment=experiment,
         arguments=arguments,
         evaluation=splits.evaluation,
-        callbacks=[JsonLines(folder.log), ProgressBar(experiment.name)],
+        callbacks=[
+            JsonLines(folder.log),
+            HumanLog(folder.human_log, experiment.name),
+            ProgressBar(experiment.name),
+        ],
     )
     trainer.initial_student = initial_student
     return trainer
+
+
+def _write_card(folder: RunFolder, experiment: Experiment, store: KVStore) -> None:
+    names = experiment.teachers if experiment.losses.uses_teachers else ()
+    teachers = {name: store.teacher(name) for name in names}
+    corpus = store.manifest.corpus_fingerprint
+    card = model_card(experiment, teachers, corpus, folder.read_record())
+    (folder.student / "README.md").write_text(card, encoding="utf-8")
 
 
 def _finish(

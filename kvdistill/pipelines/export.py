@@ -1,0 +1,139 @@
+"""A student as ONNX: exported, run by onnxruntime, and compared with torch before it is kept."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from kvdistill.config_training import StudentConfig
+from kvdistill.distill.student import build_student
+from kvdistill.distill.tokenizer import load_tokenizer
+from kvdistill.errors import MissingExtra, StudentError
+
+MODEL: Final = "model.onnx"
+SHAPES: Final = ((2, 9), (1, 16), (3, 5))
+"""Batches and lengths that are compared; the first one is what is traced."""
+TOLERANCE: Final = 1e-3
+"""Largest difference of a logit, relative to the largest logit."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model that was written and checked."""
+
+    path: Path
+    error: float
+    """Largest difference from torch, relative to the largest logit."""
+
+
+def export_onnx(student: Path, output: Path) -> Exported:
+    """Write ``output/model.onnx``: ``input_ids``, ``attention_mask [B, T]`` → ``logits [B, T, V]``.
+
+    Without a cache: it scores texts and answers one token per call. Batch and length are free.
+    The tokenizer and the config are copied beside it.
+
+    Args:
+        student: a Hugging Face folder of a causal LM.
+        output: a folder that is not there yet.
+
+    Raises:
+        MissingExtra: onnx, onnxscript or onnxruntime is not installed.
+        StudentError: no student, ``output`` exists, or onnxruntime disagrees with torch.
+    """
+    _need_extra()
+    if output.exists():
+        raise StudentError(f"{output} is already there; give another name, or remove it first")
+    if not (student / "config.json").is_file():
+        raise StudentError(
+            f"{student} is not a model folder (it has no config.json); give the `student` folder "
+            "of a run, or one of its checkpoints"
+        )
+    tokenizer = load_tokenizer(str(student))
+    model = _LogitsOnly(build_student(StudentConfig(model=str(student)), tokenizer, seed=0).eval())
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".onnx-") as staged:
+        folder = Path(staged) / "model"
+        folder.mkdir()
+        _write(model, folder / MODEL)
+        error = _compare(model, folder / MODEL)
+        if not error <= TOLERANCE:
+            raise StudentError(
+                f"{student}: onnxruntime's logits differ from torch's by {error:.2g} of the "
+                f"largest one (at most {TOLERANCE} is accepted); nothing was written"
+            )
+        tokenizer.save_pretrained(folder)
+        model.student.config.save_pretrained(folder)
+        shutil.move(folder, output)
+    return Exported(output / MODEL, error)
+
+
+class _LogitsOnly(nn.Module):
+    """Tensors in, one tensor out: what the exporter can trace."""
+
+    def __init__(self, student: Any) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        output = self.student(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        logits: Tensor = output.logits
+        return logits
+
+
+def _need_extra() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingExtra(
+            f"export --onnx needs the extra 'onnx' ({error}): pip install 'kvdistill[onnx]'"
+        ) from error
+
+
+def _inputs(vocab_size: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Tokens, the first text two tokens shorter than the others."""
+    generator = torch.Generator().manual_seed(shape[1])
+    mask = torch.ones(shape, dtype=torch.long)
+    if shape[0] > 1:
+        mask[0, -2:] = 0
+    return torch.randint(0, vocab_size, shape, generator=generator), mask
+
+
+def _write(model: _LogitsOnly, path: Path) -> None:
+    free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter about itself
+        program: Any = torch.onnx.export(
+            model,
+            _inputs(model.student.config.get_text_config().vocab_size, SHAPES[0]),
+            dynamo=True,
+            verbose=False,
+            input_names=["input_ids", "attention_mask"],
+            output_names=["logits"],
+            dynamic_shapes={"input_ids": free, "attention_mask": free},
+        )
+    program.save(str(path), external_data=True)  # one file holds 2 GB at most
+
+
+@torch.inference_mode()
+def _compare(model: _LogitsOnly, path: Path) -> float:
+    """Largest difference over all shapes, on positions that are no padding."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for shape in SHAPES:
+        ids, mask = _inputs(model.student.config.get_text_config().vocab_size, shape)
+        wanted = model(ids, mask)[mask.bool()]
+        (found,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        difference = torch.from_numpy(found)[mask.bool()] - wanted
+        worst = max(worst, float(difference.abs().max() / wanted.abs().max()))
+    return worst
