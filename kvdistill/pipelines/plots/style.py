@@ -100,7 +100,7 @@ def svg(figure: Figure, name: str, label: str) -> str:
 
     Args:
         figure: what was drawn.
-        name: unique in the page, for the identifiers inside.
+        name: unique in the page; the identifiers inside begin with it.
         label: what a screen reader says.
     """
     buffer = io.StringIO()
@@ -108,6 +108,7 @@ def svg(figure: Figure, name: str, label: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    name = re.sub(r"[^\w-]", "-", name)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
     for color, variable in VARIABLES.items():

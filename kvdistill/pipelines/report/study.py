@@ -251,7 +251,8 @@ def _grouped(runs: Sequence[Run], notes: list[str]) -> list[Arm]:
     arms: list[Arm] = []
     for members in groups.values():
         name = _without_seed(members[0]) if len(members) > 1 else members[0].name
-        name = name if name not in {arm.name for arm in arms} else str(members[0].path)
+        if name in {arm.name for arm in arms}:
+            name = f"{members[0].path.parent.name}/{members[0].path.name}"
         arms.append(Arm(name, _one_per_seed(name, members, notes)))
     return arms
 

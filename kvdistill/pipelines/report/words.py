@@ -157,7 +157,8 @@ def _limits(others: Sequence[Row]) -> list[str]:
     if num_seeds == 1:
         said.append(
             "An arm has one seed in common with the baseline: for it nothing is said of other "
-            "initialisations, and a small difference means nothing."
+            "initialisations, its interval is over texts alone, and a small difference means "
+            "nothing."
         )
     elif smallest_p(num_seeds) >= 0.05:
         said.append(
