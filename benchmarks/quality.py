@@ -63,9 +63,9 @@ TRAINING: Final = {
     "window_shards": 15,
     "device": "cpu",
 }
-SINGLE: Final = 10
+SINGLE: Final = 5
 """Weight of the key and the value loss where there is one teacher; the search chose it."""
-MULTI: Final = 20
+MULTI: Final = 10
 """The same for several teachers, whose weights sum to one."""
 RIDGE: Final = {"mode": "frozen", "method": "full", "init": "ridge"}
 

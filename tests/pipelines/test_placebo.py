@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, LlamaForCausalLM
 
 from kvdistill import config_file
 from kvdistill.config_distill import PlaceboConfig
@@ -124,7 +126,10 @@ def test_training_runs_on_a_placebo_and_ends_elsewhere(
 def test_an_untrained_teacher_is_another_extraction_and_always_the_same(
     extracted: Path, tmp_path: Path
 ) -> None:
-    model = config_file.load(extracted).teachers["llama"].model
+    model = str(tmp_path / "llama")
+    shutil.copytree(config_file.load(extracted).teachers["llama"].model, model)
+    torch.manual_seed(1)  # the tiny teacher itself is as untrained as can be, from seed 0
+    LlamaForCausalLM(AutoConfig.from_pretrained(model)).save_pretrained(model)
     found = []
     for number in range(2):
         body = variant(
