@@ -102,6 +102,9 @@ class FusionConfig(Section):
     `attention`: a router that learns."""
     weights: dict[str, NonNegativeFloat] | None = None
     """With `fixed`: a weight per teacher, normalised to sum to one; uniform if not given."""
+    layers: dict[str, tuple[Annotated[int, Field(ge=0)], ...]] | None = None
+    """Student layers that a teacher teaches, by its name; a teacher that is not named teaches all.
+    Teachers with layers of their own need not share the student's few channels."""
     granularity: Granularity = "sample"
     """What a router gives its own weights to: each `sample`, `layer` or `token`."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0

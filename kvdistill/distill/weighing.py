@@ -7,7 +7,7 @@ own hidden space (kept with its shards), with that teacher's prototypes. The rou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from kvdistill.distill.fusion import (
     similarity_weights,
 )
 from kvdistill.distill.spaces import TeacherSpace
+from kvdistill.errors import ConfigError
 
 ROUTERS = ("mlp", "gate", "attention")
 
@@ -43,6 +44,8 @@ class FusionWeights(nn.Module):
         self.routing = True
         """False while a router warms up: weights are uniform then."""
         self.router: Router | None = None
+        if config.layers is not None:
+            self.register_buffer("serves", _serves(config.layers, self.names, num_layers))
         if config.method == "fixed":
             given = config.weights or dict.fromkeys(self.names, 1.0)
             self.register_buffer("fixed", fixed_weights([given[name] for name in self.names]))
@@ -75,7 +78,10 @@ class FusionWeights(nn.Module):
         covered_NBT = torch.stack([teacher["covered"] for teacher in teachers])
         if self.training and self.config.teacher_dropout:
             covered_NBT = drop_teachers(covered_NBT, self.config.teacher_dropout)
-        return renormalise(self._raw(batch, teachers, hidden_BTE), covered_NBT), covered_NBT
+        raw = self._raw(batch, teachers, hidden_BTE)
+        if self.config.layers is not None:
+            raw = raw * self.get_buffer("serves")
+        return renormalise(raw, covered_NBT), covered_NBT
 
     def _raw(self, batch: Batch, teachers: list[Batch], hidden_BTE: Tensor | None) -> Tensor:
         if self.config.method == "fixed":
@@ -98,3 +104,21 @@ class FusionWeights(nn.Module):
             return weights
         # Multiplied, not left out: data parallelism waits for a gradient of every parameter.
         return 0.0 * weights + 1 / len(self.names)
+
+
+def _serves(layers: Mapping[str, Sequence[int]], names: Sequence[str], num_layers: int) -> Tensor:
+    """1 where a teacher teaches a student layer, else 0: ``[N, 1, L, 1]``.
+
+    Raises:
+        ConfigError: an unknown teacher, or a layer that the student has not.
+    """
+    served = torch.ones(len(names), 1, num_layers, 1)
+    for name, wanted in layers.items():
+        if name not in names or not set(wanted) <= set(range(num_layers)):
+            raise ConfigError(
+                f"fusion.layers: {name} {list(wanted)}; the teachers are {sorted(names)}, and the "
+                f"student's layers count from 0 to {num_layers - 1}"
+            )
+        served[names.index(name), 0, :, 0] = 0.0
+        served[names.index(name), 0, list(wanted), 0] = 1.0
+    return served
