@@ -100,6 +100,21 @@ def bars(
     return figure
 
 
+def reliability(series: Mapping[str, Points], looks: Mapping[str, Look]) -> Figure:
+    """Accuracy over confidence, one line per arm; on the diagonal, both are the same."""
+    figure, axes = canvas(3.2)
+    axes.plot([0, 1], [0, 1], color=QUIET, lw=0.9, ls=":")
+    for name, (confidence, accuracy) in series.items():
+        style = looks[name]
+        axes.plot(
+            confidence, accuracy, label=name, color=style.color, ls=style.line,
+            marker=style.marker, markersize=3, lw=1.2,
+        )  # fmt: skip
+    axes.set(xlabel="how sure", ylabel="how often right", title="Reliability")
+    legend_below(figure)
+    return figure
+
+
 def by_layer(
     series: Mapping[str, Sequence[float]], looks: Mapping[str, Look], y_label: str, title: str
 ) -> Figure:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvdistill.errors import StoreError
+from kvdistill.pipelines.report.drawn import shown
 from kvdistill.pipelines.report.study import Arm, Run, Study
 from kvdistill.store.reader import KVStore
 
@@ -46,7 +47,7 @@ def arm_costs(study: Study) -> list[ArmCost]:
     """The cost of each arm, in their order."""
     return [
         ArmCost(
-            arm.name,
+            shown(arm),
             _mean([float(run.record["seconds"]) for run in arm.runs]) or 0.0,
             _mean([m for run in arm.runs if (m := run.record.get("peak_memory_bytes"))]),
             _mean([m for run in arm.runs if (m := run.record.get("peak_device_bytes"))]),

@@ -43,6 +43,22 @@ CURVES: Final = {
         "The same for the attention's values.",
     ),
 }
+BEHAVIOUR: Final = {
+    "calibration_error": (
+        "Calibration",
+        "expected calibration error",
+        "Whether the students are right as often as they are sure. A student that gives its next "
+        "token 70 % should be right 7 times in 10; the bar is the mean distance from that, over "
+        "all tokens (Guo et al., arXiv 1706.04599). Shorter is better.",
+    ),
+    "exact_match": (
+        "Exact match",
+        "share of right answers",
+        "The share of held-out problems that a student answers rightly when it writes the answer "
+        "itself. Longer is better; a line reaches from the lowest seed to the highest.",
+    ),
+}
+CALIBRATION_BINS: Final = 15
 BAND: Final = (
     " A line is the mean of an arm's seeds; its band reaches from the lowest to the highest."
 )
@@ -143,31 +159,48 @@ def _curves(study: Study, looks: Mapping[str, Look]) -> list[Drawn]:
 
 
 def _behaviour(study: Study, looks: Mapping[str, Look]) -> list[Drawn]:
-    found = []
-    for name, key, label, title, words in (
-        (
-            "calibration",
-            "eval_calibration_error",
-            "expected calibration error",
-            "Calibration",
-            "Whether the students are right as often as they are sure. A student that gives its "
-            "next token 70 % should be right 7 times in 10; the bar is the mean distance from "
-            "that, over all tokens (Guo et al., arXiv 1706.04599). Shorter is better.",
-        ),
-        (
-            "exact-match",
-            "eval_exact_match",
-            "share of right answers",
-            "Exact match",
-            "The share of held-out problems that a student answers rightly when it writes the "
-            "answer itself. Longer is better; a line reaches from the lowest seed to the highest.",
-        ),
-    ):
-        figures = _by_arm(study, lambda run, key=key: run.metrics.get(key))  # type: ignore[misc]
+    found = _reliability(study, looks)
+    for name, (title, label, words) in BEHAVIOUR.items():
+        key = f"eval_{name}"
+        figures = {arm.name: v for arm in study.arms if (v := _known(arm.runs, key))}
         if figures:
             figure = plots.bars(named(study, figures), named(study, looks), label, title)
-            found.append(Drawn(name, words, figure, runs_of(study, figures)))
+            found.append(Drawn(name.replace("_", "-"), words, figure, runs_of(study, figures)))
     return found
+
+
+def _known(runs: Sequence[Run], key: str) -> list[float]:
+    return [run.metrics[key] for run in runs if key in run.metrics]
+
+
+def _reliability(study: Study, looks: Mapping[str, Look]) -> list[Drawn]:
+    bins = {
+        arm.name: bins
+        for arm in study.arms
+        if (bins := [b for run in arm.runs for b in run.record.get("calibration", ())])
+    }
+    if not bins:
+        return []
+    words = (
+        "How often the students' likeliest next token is the right one, by how sure they are of "
+        "it. On the dotted line both are the same; below it a student is too sure of itself, above "
+        "it not sure enough. Tokens of all seeds together, in 15 bins."
+    )
+    curves = {name: _pooled(found) for name, found in bins.items()}
+    figure = plots.reliability(named(study, curves), named(study, looks))
+    return [Drawn("reliability", words, figure, runs_of(study, curves))]
+
+
+def _pooled(bins: Sequence[Mapping[str, float]]) -> tuple[list[float], list[float]]:
+    """Confidence and accuracy by bin, tokens of all runs together."""
+    totals: dict[int, list[float]] = {}
+    for found in bins:
+        place = min(int(found["confidence"] * CALIBRATION_BINS), CALIBRATION_BINS - 1)
+        sums = totals.setdefault(place, [0.0, 0.0, 0.0])
+        for idx, value in enumerate((1.0, found["confidence"], found["accuracy"])):
+            sums[idx] += found["num_tokens"] * value
+    ordered = [totals[place] for place in sorted(totals)]
+    return [c / num for num, c, _ in ordered], [a / num for num, _, a in ordered]
 
 
 def _cost(study: Study, looks: Mapping[str, Look]) -> list[Drawn]:

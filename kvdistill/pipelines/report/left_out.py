@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 
 from kvdistill.config_file import flatten
-from kvdistill.pipelines.report.study import NOT_OF_AN_ARM, Arm, Study
+from kvdistill.pipelines.report.reading import NOT_OF_AN_ARM
+from kvdistill.pipelines.report.study import Arm, Study
 
 
 def left_out(study: Study) -> dict[str, Mapping[str, Arm]]:

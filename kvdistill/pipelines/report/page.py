@@ -19,7 +19,8 @@ from kvdistill.pipelines.report.drawn import Drawn
 from kvdistill.pipelines.report.fairness import unequal
 from kvdistill.pipelines.report.figures import sections
 from kvdistill.pipelines.report.inside import run_figures
-from kvdistill.pipelines.report.study import Run, Study, read_run, read_study
+from kvdistill.pipelines.report.reading import read_run, read_study
+from kvdistill.pipelines.report.study import Run, Study
 
 
 @dataclass(frozen=True)

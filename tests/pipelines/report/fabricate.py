@@ -79,7 +79,14 @@ def write_run(
         "versions": {"python": "3.11.7", "kvdistill": "0.1.0", "torch": "2.13.0"},
     }
     record = {"name": folder.name, "seed": seed, "finished": True, "attempts": [attempt]}
-    record |= {"metrics": metrics, "steps": STEPS[-1], "seconds": 80.0 + 20 * len(arm.teachers)}
+    sure = [i / 15 + 1 / 30 for i in range(15)]
+    bins = [{"num_tokens": 90, "confidence": c, "accuracy": c**1.2} for c in sure]
+    record |= {
+        "calibration": bins,
+        "metrics": metrics,
+        "steps": STEPS[-1],
+        "seconds": 80.0 + 20 * len(arm.teachers),
+    }
     (folder / "run.json").write_text(json.dumps(record))
     return folder
 
@@ -150,7 +157,7 @@ def _config(folder: Path, arm: MadeUp, seed: int) -> dict[str, Any]:
         "teachers": {name: {"model": f"models/{name}"} for name in arm.teachers},
         "fusion": {"method": arm.method, "weights": None},
         "losses": {"key": arm.losses if arm.teachers else 0.0},
-        "shuffle_target": arm.placebo,
+        "placebo": {"method": "shuffled" if arm.placebo else "none", "teachers": None},
         "slurm": {"profile": f"of-{seed}"},
     }
 

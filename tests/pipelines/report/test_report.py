@@ -134,6 +134,7 @@ def test_the_page_and_the_markdown_say_it_in_words(written: Path) -> None:
         assert "shuffled (placebo)" in text
         assert "With 3 seeds the test over seeds alone cannot give less than p = 0.25" in text
         assert "losses.key" in text
+    assert 'aria-label="Reliability' in (written / "report.html").read_text()
     markdown = (written / "report.md").read_text()
     for table in re.findall(r"(?:^\|.*\n)+", markdown, re.MULTILINE):
         widths = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
@@ -185,6 +186,7 @@ def test_runs_of_a_folder_are_grouped_by_their_settings(tmp_path: Path) -> None:
         "cross-entropy": [0, 1],
         "shuffled": [0, 1],
     }
+    assert [arm.name for arm in study.arms if arm.placebo] == ["shuffled"]
     assert study.baseline == "cross-entropy"  # the only arm without teachers
     assert read_study([tmp_path / "runs"], "both").baseline == "both"
 
