@@ -19,6 +19,7 @@ from kvdistill.errors import CorpusError
 from kvdistill.types import SegmentName
 
 RationaleForm = Literal["annotated", "words", "equations"]
+ChainForm = Literal["equations", "results"]
 ANNOTATION: Final = re.compile(r"<<(.*?)>>")
 OPERATIONS: Final = "+-*"
 
@@ -57,6 +58,7 @@ def arithmetic(
     modulus: int = 10,
     seed: int = 0,
     skip: int = 0,
+    form: ChainForm = "equations",
     drop_last: bool = False,
 ) -> list[Sample]:
     """Chains such as ``7+3*4-6``, read from left to right, every step modulo ``modulus``.
@@ -69,6 +71,7 @@ def arithmetic(
         modulus: values are 0 … modulus - 1; the numbers written are 1 … modulus - 1.
         seed: of the endless list of chains.
         skip: begin so far into that list.
+        form: a rationale of ``equations`` (``7+3=0 0*4=0``) or of ``results`` alone (``0 0``).
         drop_last: leave the last step out of the rationale; the answer then has to compute it.
 
     Raises:
@@ -84,7 +87,7 @@ def arithmetic(
         )
     chains = islice(_chains(steps, modulus, seed), skip, skip + num_samples)
     return [
-        _sample(f"{seed}-{skip + i:08d}", chain, modulus, drop_last)
+        _sample(f"{seed}-{skip + i:08d}", chain, modulus, form, drop_last)
         for i, chain in enumerate(chains)
     ]
 
@@ -103,17 +106,21 @@ def _chains(steps: int, modulus: int, seed: int) -> Iterator[tuple[int, tuple[st
 
 
 def _sample(
-    sample_id: str, chain: tuple[int, tuple[str, ...]], modulus: int, drop_last: bool
+    sample_id: str,
+    chain: tuple[int, tuple[str, ...]],
+    modulus: int,
+    form: ChainForm,
+    drop_last: bool,
 ) -> Sample:
     value, terms = chain
     question = f"{value}{''.join(terms)}"
-    equations = []
+    written = []
     for term in terms:
         number = int(term[1:])
         result = {"+": value + number, "-": value - number, "*": value * number}[term[0]] % modulus
-        equations.append(f"{value}{term}={result}")
+        written.append(f"{value}{term}={result}" if form == "equations" else str(result))
         value = result
-    steps = equations[:-1] if drop_last else equations
+    steps = written[:-1] if drop_last else written
     segments: list[tuple[SegmentName, str]] = [("prompt", question)]
     if steps:
         segments.append(("rationale", "\n" + " ".join(steps)))

@@ -13,7 +13,7 @@ from kvdistill.errors import CorpusError
 
 if TYPE_CHECKING:
     from kvdistill.corpus import Sample
-    from kvdistill.recipes import RationaleForm
+    from kvdistill.recipes import ChainForm, RationaleForm
 
 
 drop_last_option = click.option(
@@ -74,6 +74,14 @@ def gsm8k(
 @click.option("--modulus", default=10, show_default=True, help="Values are taken modulo this.")
 @click.option("--seed", default=0, show_default=True, help="Which list of chains.")
 @click.option("--skip", default=0, show_default=True, help="Begin so far into that list.")
+@click.option(
+    "--rationale",
+    "form",
+    type=click.Choice(["equations", "results"]),
+    default="equations",
+    show_default=True,
+    help="7+3=0 0*4=0, or nothing but 0 0.",
+)
 @drop_last_option
 def arithmetic(
     *,
@@ -83,6 +91,7 @@ def arithmetic(
     modulus: int,
     seed: int,
     skip: int,
+    form: ChainForm,
     drop_last: bool,
 ) -> None:
     """Write chains such as 7+3*4-6, read from left to right modulo 10, to OUTPUT as JSONL.
@@ -92,7 +101,13 @@ def arithmetic(
     from kvdistill import recipes
 
     chains = recipes.arithmetic(
-        samples, steps=steps, modulus=modulus, seed=seed, skip=skip, drop_last=drop_last
+        samples,
+        steps=steps,
+        modulus=modulus,
+        seed=seed,
+        skip=skip,
+        form=form,
+        drop_last=drop_last,
     )
     _write(chains, output)
 
