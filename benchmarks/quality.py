@@ -52,21 +52,22 @@ STUDENT: Final = {
     "tie_word_embeddings": True,
 }
 TRAINING: Final = {
-    "max_steps": 150,
+    "max_steps": 240,
     "batching": "bucketed",
     "tokens_per_batch": 768,
     "max_length": 192,
-    "learning_rate": 4e-3,
-    "warmup_steps": 15,
-    "log_steps": 30,
+    "learning_rate": 2e-3,
+    "warmup_steps": 20,
+    "log_steps": 24,
     "figure_steps": 1000,
     "window_shards": 15,
     "device": "cpu",
 }
-SINGLE: Final = 5
-"""Weight of the key and the value loss where there is one teacher; the search chose it."""
+WEIGHT: Final = {"smollm2": 5, "gemma3": 10, "minilm": 10}
+"""Weight of the key and of the value loss where there is one teacher; the search chose it."""
 MULTI: Final = 10
 """The same for several teachers, whose weights sum to one."""
+SHARES: Final = {"smollm2": 0.5, "gemma3": 0.25, "minilm": 0.25}
 RIDGE: Final = {"mode": "frozen", "method": "full", "init": "ridge"}
 
 
@@ -111,7 +112,7 @@ def search_arms() -> dict[str, Any]:
             "teachers": [],
             "settings": {**baseline, "training.learning_rate": rate},
         }
-        for rate in (2e-3, 6e-3)
+        for rate in (1e-3, 4e-3, 6e-3)
     }
     return {
         "cross-entropy": {"teachers": [], "settings": baseline},
@@ -130,19 +131,17 @@ def search_arms() -> dict[str, Any]:
 
 def final_arms() -> dict[str, Any]:
     """What the search chose, and the placebos of the best single teacher."""
-    every = ("smollm2", "gemma3", "minilm")
+    every, single = tuple(SHARES), WEIGHT["smollm2"]
     return {
         "cross-entropy": {"teachers": [], "settings": {"losses.key": 0, "losses.value": 0}},
-        "single-smollm2": arm("smollm2", weight=SINGLE),
-        "single-gemma3": arm("gemma3", weight=SINGLE),
-        "single-minilm": arm("minilm", weight=SINGLE),
-        "multi-fixed": arm(*every, weight=MULTI),
+        **{f"single-{name}": arm(name, weight=weight) for name, weight in WEIGHT.items()},
+        "placebo-shuffled": arm("smollm2", weight=single, placebo=True, placebo__method="shuffled"),
+        "placebo-noise": arm("smollm2", weight=single, placebo=True, placebo__method="noise"),
+        "placebo-untrained": arm("untrained", weight=single, placebo=True),
+        "multi-fixed": arm(*every, weight=MULTI, fusion__weights=SHARES),
         "multi-similarity": arm(*every, weight=MULTI, fusion__method="similarity"),
         "multi-learnable": arm(*every, weight=MULTI, fusion__method="mlp"),
-        "multi-inject": arm(*every, weight=MULTI, losses__inject=1.0),
-        "placebo-shuffled": arm("smollm2", weight=SINGLE, placebo=True, placebo__method="shuffled"),
-        "placebo-noise": arm("smollm2", weight=SINGLE, placebo=True, placebo__method="noise"),
-        "placebo-untrained": arm("untrained", weight=SINGLE, placebo=True),
+        "multi-inject": arm(*every, weight=MULTI, fusion__weights=SHARES, losses__inject=1.0),
     }
 
 
