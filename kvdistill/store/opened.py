@@ -15,7 +15,7 @@ from kvdistill.corpus import Sample
 from kvdistill.errors import GeometryError, ShardCorrupt
 from kvdistill.store.backend import Backend, OpenShard
 from kvdistill.store.codecs import CODECS, part_name, parts_of
-from kvdistill.store.integrity import REMEDY, check_content
+from kvdistill.store.integrity import REMEDY, checked_bytes
 from kvdistill.store.layout import TEXTS
 from kvdistill.store.manifest import Commit, TeacherManifest
 from kvdistill.store.safetensors_backend import SafetensorsBackend
@@ -56,8 +56,7 @@ class OpenedShard:
         """The teacher's own text, where it generated its rationales."""
         if not self.manifest.own_text:
             return None
-        check_content(self.folder, TEXTS, self.commit)
-        return read_samples((self.folder / TEXTS).read_text(encoding="utf-8"))
+        return read_samples(checked_bytes(self.folder, TEXTS, self.commit).decode("utf-8"))
 
     def read(
         self, layers: Sequence[int] | None, heads: Sequence[int] | None, kinds: Sequence[Kind]

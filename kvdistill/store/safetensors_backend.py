@@ -107,14 +107,11 @@ class _MappedShard:
         """See ``OpenShard.read``. Neighbouring layers and all heads come without a copy."""
         spec, array = self._specs[name], self._arrays[name]
         self._check(spec, array, layers, heads)
+        if span is not None:
+            array = array[:, :, span]
         if layers is not None:
-            run = range(layers[0], layers[-1] + 1)
-            array = array[run.start : run.stop] if len(run) == len(layers) else array[list(layers)]
-        if heads is not None:
-            run = range(heads[0], heads[-1] + 1)
-            whole = len(run) == len(heads)
-            array = array[:, run.start : run.stop] if whole else array[:, list(heads)]
-        return array if span is None else array[:, :, span]
+            array = array[_along(layers)]
+        return array if heads is None else array[:, _along(heads)]
 
     def _check(
         self,
@@ -131,6 +128,12 @@ class _MappedShard:
                     f"{self._path}: tensor {name} does not match its checksum; {REMEDY}"
                 )
             self._checked.add(name)
+
+
+def _along(positions: Sequence[int]) -> slice | list[int]:
+    """Neighbours as a slice, which gives a view; others as a list, which copies."""
+    first, last = positions[0], positions[-1]
+    return slice(first, last + 1) if last - first + 1 == len(positions) else list(positions)
 
 
 def _ordered(specs: Specs) -> list[ArraySpec]:

@@ -22,7 +22,7 @@ import numpy as np
 
 from kvdistill.errors import ShardCorrupt
 from kvdistill.store.backend import OpenShard, Specs
-from kvdistill.store.integrity import REMEDY, check_content, check_size
+from kvdistill.store.integrity import REMEDY, check_size, checked_bytes
 from kvdistill.store.manifest import Commit
 from kvdistill.store.schema import ArraySpec
 from kvdistill.store.sharded_file import ZSTD_LEVEL, Grid, read_index, write_array
@@ -134,8 +134,7 @@ def _write_json(folder: Path, body: dict[str, Any]) -> None:
 
 
 def _read_json(folder: Path, name: str, commit: Commit) -> dict[str, Any]:
-    check_content(folder, name, commit)
-    body: dict[str, Any] = json.loads((folder / name).read_bytes())
+    body: dict[str, Any] = json.loads(checked_bytes(folder, name, commit))
     return body
 
 

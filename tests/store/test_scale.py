@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvdistill.store.codecs import CODECS, parts_of
+from kvdistill.errors import NonFiniteError
+from kvdistill.store.codecs import CODECS, part_name, parts_of
 from kvdistill.store.reader import OPEN_SHARDS, KVStore
-from kvdistill.store.shard import block_idx
+from kvdistill.store.shard import EncodedShard, block_idx
 from kvdistill.store.writer import add_teacher, create, publish_shard
 from kvdistill.types import LayerGroup
 
@@ -107,3 +110,37 @@ def test_any_shape_survives_any_codec_and_backend(
             [chosen.decode(chosen.encode(x, kind), kind).numpy() for x in one.values[kind]], axis=2
         )
         np.testing.assert_array_equal(whole, alone)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    stored=st.tuples(st.sampled_from(sorted(CODECS)), st.sampled_from(["zarr", "safetensors"])),
+    kind=st.sampled_from(["key", "value"]),
+    bad=st.tuples(
+        st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+        st.sampled_from([np.nan, np.inf, -np.inf]),
+        st.tuples(st.integers(0, 2), st.integers(0, 1), st.integers(0, 69), st.integers(0, 3)),
+    ),
+)
+def test_nothing_but_finite_numbers_enters_a_store(
+    tmp_path_factory: Any, build: Any, stored: Any, kind: Any, bad: Any
+) -> None:
+    (codec, backend), (dtype, number, place) = stored, bad
+    shards = build.corpus(1, 2)
+    store = create(tmp_path_factory.mktemp("bad") / "store", shards)
+    both = {"key": codec, "value": codec}
+    teacher = add_teacher(store, build.teacher(backend=backend, codec=both))
+    one = build.shard(teacher, ["s0", "s1"], (3, 70))
+    x = one.values[kind][1].to(dtype)
+    x[place] = number
+    arrays = {name: array.copy() for name, array in one.shard.arrays.items()}
+    for suffix, part in CODECS[codec].encode(x, kind).items():
+        arrays[part_name(kind, suffix)][:, :, -part.shape[2] :] = part.numpy()
+    layer = teacher.layers[place[0]]
+    with pytest.raises(NonFiniteError, match=f"layer {layer}, head {place[1]}, sample 's1'"):
+        publish_shard(
+            store, "tiny", "00000", EncodedShard(one.shard.tokens, arrays), one.statistics
+        )
+    assert store.missing("tiny") == ["00000"]
