@@ -26,6 +26,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -93,7 +94,7 @@ def read_study(paths: Sequence[Path], baseline: str | None = None) -> Study:
             arms += _arms_of_ablation(path, body, notes)
         else:
             loose += _run_folders(path)
-    arms += _grouped(_finished(loose, notes), notes)
+    arms = _told_apart([*arms, *_grouped(_finished(loose, notes), notes)])
     if not arms:
         raise ConfigError(
             "; ".join(notes) or "no arm has a finished run; give folders of `kvdistill train`"
@@ -168,11 +169,22 @@ def _grouped(runs: Sequence[Run], notes: list[str]) -> list[Arm]:
     arms: list[Arm] = []
     for members in groups.values():
         name = _without_seed(members[0]) if len(members) > 1 else members[0].name
-        if name in {arm.name for arm in arms}:
-            name = f"{members[0].path.parent.name}/{members[0].path.name}"
         placebo = _is_placebo(members[0].config)
         arms.append(Arm(name, _one_per_seed(name, members, notes), placebo=placebo))
     return arms
+
+
+def _told_apart(arms: Sequence[Arm]) -> list[Arm]:
+    """Arms of one name, from different folders, get their folder's name as well."""
+    found: list[Arm] = []
+    for arm in arms:
+        name = arm.name
+        if name in {other.name for other in found}:
+            name = f"{arm.runs[0].path.parent.name}/{name}"
+        while name in {other.name for other in found}:
+            name += "+"
+        found.append(replace(arm, name=name))
+    return found
 
 
 def _is_placebo(config: dict[str, Any]) -> bool:

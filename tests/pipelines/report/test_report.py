@@ -272,6 +272,15 @@ def test_a_seed_that_comes_twice_counts_once(tmp_path: Path) -> None:
     assert "has seed 0 twice" in study.notes[0]
 
 
+def test_arms_of_two_studies_stand_side_by_side(tmp_path: Path) -> None:
+    write_ablation(tmp_path / "first", ARMS[:2], seeds=(0,))
+    write_ablation(tmp_path / "second", ARMS[:2], seeds=(0,))
+    study = read_study([tmp_path / "first", tmp_path / "second"])
+    names = ["cross-entropy", "both", "second/cross-entropy", "second/both"]
+    assert [arm.name for arm in study.arms] == names
+    assert study.baseline == "cross-entropy"
+
+
 def test_user_errors_name_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no run\.json"):
         write_report([tmp_path / "nowhere"], tmp_path / "report.html")
