@@ -37,12 +37,25 @@ class SampleScore:
 
 
 @dataclass(frozen=True)
+class CalibrationBin:
+    """Tokens that a student predicted with like confidence."""
+
+    num_tokens: int
+    confidence: float
+    """Mean probability of the likeliest token."""
+    accuracy: float
+    """How often that was the right one."""
+
+
+@dataclass(frozen=True)
 class Metrics:
     """Scores of a set of texts, in their order; special tokens (BOS, EOS) are not counted."""
 
     samples: tuple[SampleScore, ...]
     calibration_error: float
     """Expected calibration error of the next token, over 15 bins of confidence."""
+    calibration: tuple[CalibrationBin, ...] = ()
+    """The bins that hold tokens, by ascending confidence."""
 
     @property
     def nll(self) -> float:
@@ -123,7 +136,8 @@ def evaluate(
             chars = _num_chars(tokens[row])
             scores[i] = SampleScore(samples[i].sample_id, nll[row], counts[row], chars)
     student.train(was_training)
-    return Metrics(tuple(score for score in scores if score is not None), calibration.error)
+    found = tuple(score for score in scores if score is not None)
+    return Metrics(found, calibration.error, calibration.bins)
 
 
 class _Calibration:
@@ -147,6 +161,15 @@ class _Calibration:
         """Mean over tokens of |confidence - accuracy| of their bin."""
         num, confidence, right = self._sums
         return float((confidence - right).abs().sum() / num.sum().clamp_min(1))
+
+    @property
+    def bins(self) -> tuple[CalibrationBin, ...]:
+        """Bins that hold tokens."""
+        return tuple(
+            CalibrationBin(int(num), confidence / num, right / num)
+            for num, confidence, right in self._sums.T.tolist()
+            if num
+        )
 
 
 def _nll(logits: Tensor, labels: Tensor) -> Tensor:

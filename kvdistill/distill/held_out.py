@@ -6,7 +6,7 @@ One row per sample holds all its figures, because runs are compared sample by sa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kvdistill.corpus import Sample
@@ -24,6 +24,8 @@ class HeldOut:
     """Per sample: ``nll`` (nats), ``num_tokens``, ``num_chars``; and, where it was asked to
     answer, ``correct``, ``expected``, ``predicted``, ``text``, ``num_new_tokens``,
     ``num_forwards``."""
+    calibration: list[dict[str, float]] = field(default_factory=list)
+    """``num_tokens``, ``confidence`` and ``accuracy`` of every bin that holds tokens."""
 
 
 def score_held_out(
@@ -57,4 +59,4 @@ def score_held_out(
         metrics |= answers.to_dict()
         for row in answers.rows():
             rows[row["sample_id"]] |= row
-    return HeldOut(metrics, list(rows.values()))
+    return HeldOut(metrics, list(rows.values()), [asdict(found) for found in scores.calibration])

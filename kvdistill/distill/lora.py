@@ -94,8 +94,8 @@ def save_adapter(student: Any, state: Mapping[str, Tensor], folder: Path) -> Non
     _host(student)[1].peft_config[NAME].save_pretrained(str(place))
 
 
-def load_adapter(student: Any, folder: Path) -> None:
-    """Read ``folder/adapter`` into a student that has the same adapters.
+def load_adapter(student: Any, folder: Path) -> dict[str, Tensor]:
+    """Read ``folder/adapter`` for a student that has the same adapters: its part of the state.
 
     Raises:
         StudentError: there is none, or it has other modules or another rank.
@@ -109,7 +109,7 @@ def load_adapter(student: Any, folder: Path) -> None:
         raise StudentError(
             f"{place} holds adapters of other modules or of another rank than student.lora asks for"
         )
-    student.load_state_dict({name: stored[names[name]] for name in names}, strict=False)
+    return {name: stored[names[name]] for name in names}
 
 
 def _host(student: Any) -> tuple[str, Any]:

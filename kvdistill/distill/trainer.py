@@ -34,6 +34,7 @@ from kvdistill.distill.held_out import HeldOut, score_held_out
 from kvdistill.distill.interruption import StopOnSignal
 from kvdistill.distill.losses import AbsorptionMonitor, explained_variance, gradient_share
 from kvdistill.distill.parameter_groups import parameter_groups
+from kvdistill.distill.sharded import gathered
 from kvdistill.distill.weights import load_weights, save_weights
 from kvdistill.types import KINDS
 
@@ -70,7 +71,11 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         self._steps_before = 0
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         self.evaluated_samples: list[dict[str, Any]] = []
+        self.evaluated_calibration: list[dict[str, float]] = []
         self.guard = StepGuard(experiment.name, experiment.training.spike_factor)
+        # Which layers a sharding plugin wraps is the student's to say.
+        whole: Any = distiller
+        whole._no_split_modules = getattr(whole.student, "_no_split_modules", None)
         super().__init__(
             model=distiller,
             args=arguments,
@@ -194,7 +199,8 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         spike = self.guard.check(
             self.state.global_step + 1,
             # fp16 has infinite gradients now and then; its scaler leaves these steps out itself.
-            None if self.args.fp16 else norm,
+            # A sharded model's norm is a DTensor, which is not the number until it is gathered.
+            None if self.args.fp16 else float(getattr(norm, "full_tensor", lambda: norm)()),
             lambda loss: self.accelerator.reduce(loss, "sum"),
         )
         if spike and self.experiment.training.skip_spikes:
@@ -212,8 +218,9 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         if step == self.state.global_step:
             return named
         distiller: Any = self.accelerator.unwrap_model(self.model)
-        found = self.score(distiller.student)
-        self.evaluated_samples = found.rows
+        with gathered(distiller):
+            found = self.score(distiller.student)
+        self.evaluated_samples, self.evaluated_calibration = found.rows, found.calibration
         named = {f"{metric_key_prefix}_{key}": value for key, value in found.metrics.items()}
         self._evaluated = (self.state.global_step, named)
         self.log(named)
@@ -249,8 +256,9 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         """Make the best student that was kept the present one, and evaluate it."""
         distiller: Any = self.accelerator.unwrap_model(self.model)
         load_weights(distiller, Path(self.args.output_dir) / BEST)
-        found = self.score(distiller.student)
-        self.evaluated_samples = found.rows
+        with gathered(distiller):
+            found = self.score(distiller.student)
+        self.evaluated_samples, self.evaluated_calibration = found.rows, found.calibration
         return {f"eval_{key}": value for key, value in found.metrics.items()}
 
     def score(self, student: Any) -> HeldOut:
@@ -322,6 +330,7 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         batches = self.stream.num_batches(epoch)
         steps = steps_in(self.stream, epoch, self.args.gradient_accumulation_steps)
         own = {"steps_in_epoch": batches, "num_update_steps_per_epoch": steps}
+        len(kwargs["train_dataloader"])  # it warns of more batches than it said when last asked
         super()._run_epoch(epoch=epoch, **kwargs | own)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:

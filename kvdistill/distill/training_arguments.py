@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -38,7 +39,16 @@ def training_arguments(experiment: Experiment, folder: Path, evaluates: bool) ->
         logging_steps=training.log_steps,
         logging_nan_inf_filter=False,
         use_cpu=training.device == "cpu",
-        report_to=["tensorboard"],
+        report_to=_reports(),
         remove_unused_columns=False,
         disable_tqdm=True,
     )
+
+
+def _reports() -> list[str]:
+    """TensorBoard; Weights & Biases where it is installed and its environment asks for it."""
+    asked = any(os.environ.get(name) for name in ("WANDB_PROJECT", "WANDB_API_KEY"))
+    off = os.environ.get("WANDB_MODE") == "disabled"
+    if asked and not off and importlib.util.find_spec("wandb") is not None:
+        return ["tensorboard", "wandb"]
+    return ["tensorboard"]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvdistill.distill import lora
+from kvdistill.distill.sharded import load_state
 
 PROJECTORS: Final = "projectors.safetensors"
 STUDENT_PREFIX: Final = "student."
@@ -45,9 +46,10 @@ def save_weights(
 def load_weights(distiller: Any, folder: Path) -> None:
     """Read back what ``save_weights`` wrote; frozen weights under an adapter are left alone."""
     if lora.is_adapted(distiller.student):
-        lora.load_adapter(distiller.student, folder)
+        student = lora.load_adapter(distiller.student, folder)
     else:
-        saved = type(distiller.student).from_pretrained(folder, dtype=torch.float32)
-        distiller.student.load_state_dict(saved.state_dict())
+        student = type(distiller.student).from_pretrained(folder, dtype=torch.float32).state_dict()
+    state = {f"{STUDENT_PREFIX}{name}": value for name, value in student.items()}
     if (folder / PROJECTORS).is_file():
-        distiller.load_state_dict(load_file(folder / PROJECTORS), strict=False)
+        state |= load_file(folder / PROJECTORS)
+    load_state(distiller, state)

@@ -74,7 +74,9 @@ def train(experiment: Experiment) -> TrainingReport:
     if experiment.training.keep_best and best.step != trainer.state.global_step:
         metrics = trainer.take_best()
     trainer.save_model(str(folder.student))
+    diagnostics = _diagnose(trainer)
     if trainer.is_world_process_zero():
+        folder.diagnostics.write_text(json.dumps(diagnostics), encoding="utf-8")
         shutil.rmtree(folder.best, ignore_errors=True)  # it is the student now
         _finish(folder, trainer, splits, metrics, time.monotonic() - began)
         _write_card(folder, experiment, store)
@@ -201,15 +203,22 @@ def _write_card(folder: RunFolder, experiment: Experiment, store: KVStore) -> No
     (folder.student / "README.md").write_text(card, encoding="utf-8")
 
 
+def _diagnose(trainer: Any) -> dict[str, Any]:
+    """The report's figures; ranks that share one sharded model run it together."""
+    from kvdistill.distill.diagnostics import diagnose
+    from kvdistill.distill.sharded import gathered
+
+    alone = trainer.is_world_process_zero() or trainer.is_fsdp_enabled
+    if not alone or trainer.experiment.latent is not None:  # alignments are token by token
+        return {}
+    distiller = trainer.accelerator.unwrap_model(trainer.model)
+    with gathered(distiller):
+        return diagnose(distiller, trainer.stream)
+
+
 def _finish(
     folder: RunFolder, trainer: Any, splits: Splits, metrics: dict[str, float], seconds: float
 ) -> None:
-    from kvdistill.distill.diagnostics import diagnose
-
-    diagnostics: dict[str, Any] = {}
-    if trainer.experiment.latent is None:  # the figures are of alignments token by token
-        diagnostics = diagnose(trainer.accelerator.unwrap_model(trainer.model), trainer.stream)
-    folder.diagnostics.write_text(json.dumps(diagnostics), encoding="utf-8")
     rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in trainer.evaluated_samples]
     folder.eval_samples.write_text("".join(rows), encoding="utf-8")
     record = folder.read_record()
@@ -218,6 +227,7 @@ def _finish(
         | {
             "finished": True,
             "metrics": metrics,
+            "calibration": trainer.evaluated_calibration,
             "steps": trainer.state.global_step,
             "best": None if trainer.best is None else asdict(trainer.best),
             "seconds": seconds,
