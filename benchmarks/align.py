@@ -2,7 +2,9 @@
 
 Three teachers of the sizes of SmolLM2-135M, Gemma 3 270M and MiniLM feed a student of SmolLM2's
 size (random weights; arithmetic does not care), batch 8 x 512 tokens, in both modes whose target
-cannot move. Also: the banded product against a dense matrix product and against gathers.
+cannot move. Counted is all that a step does with keys and values, by the code that training runs:
+from stored int8 codes (decoding and standardising included) to gradients on the student's KV.
+Also: the banded product against a dense matrix product and against gathers.
 
 Processor seconds, by default of one thread: on a shared machine they are what can be compared.
 
@@ -21,18 +23,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvdistill.distill.alignment import (
-    Band,
-    LayerMap,
-    Spans,
-    align_tokens,
-    apply_band,
-    layer_map,
-    place,
-)
+from kvdistill.config_distill import LossConfig, ProjectionConfig
+from kvdistill.distill.alignment import Band, Spans, align_tokens, apply_band, layer_map
 from kvdistill.distill.fusion import fixed_weights, fuse, renormalise
+from kvdistill.distill.head import TeacherHead
 from kvdistill.distill.losses import kv_error, reduce_tokens
-from kvdistill.distill.projection import HeadShape, LinearProjection, StudentToTeacher
+from kvdistill.distill.objectives import StudentView, regression_sums
+from kvdistill.distill.projection import ChannelStatistics, HeadShape
+from kvdistill.distill.spaces import GroupSpace, TeacherSpace
+from kvdistill.store.codecs import CODECS
+from kvdistill.types import KINDS, CodecSpec, Kind
 
 STUDENT_LAYERS, STUDENT = 30, HeadShape(3, 64)
 TEACHERS = {  # layers, KV heads x dim, characters per token
@@ -41,18 +41,17 @@ TEACHERS = {  # layers, KV heads x dim, characters per token
     "MiniLM": (6, HeadShape(12, 32), 4.4),
 }
 STUDENT_CHARS = 3.5
-KINDS = 2
+CODEC = "int8"
 
 
 @dataclass
 class Teacher:
-    """One teacher's stored KV, and everything that was made for it before the step."""
+    """One teacher's stored codes, and everything that was made for it before the step."""
 
-    mapping: LayerMap
-    kv: list[Tensor]
+    parts: dict[Kind, dict[str, dict[str, Tensor]]]
     band: Band
-    heads: list[StudentToTeacher]
-    frozen: list[LinearProjection]
+    heads: dict[Kind, TeacherHead]
+    frozen: dict[Kind, TeacherHead]
 
 
 def spans(batch: int, tokens: int, chars_per_token: float, seed: int) -> Spans:
@@ -79,45 +78,63 @@ def make_teachers(batch: int, tokens: int, student: Spans) -> list[Teacher]:
     out = []
     for seed, (layers, shape, chars) in enumerate(TEACHERS.values(), start=1):
         length = int(tokens * STUDENT_CHARS / chars) + 1
-        teacher = spans(batch, length, chars, seed)
-        mapping = layer_map("ratio", STUDENT_LAYERS, range(layers))
-        sizes = (batch, len(mapping.needed), shape.num_heads, length, shape.head_dim)
-        out.append(
-            Teacher(
-                mapping,
-                [torch.randn(sizes) for _ in range(KINDS)],
-                align_tokens(student, teacher),
-                [StudentToTeacher(STUDENT_LAYERS, STUDENT, shape) for _ in range(KINDS)],
-                [LinearProjection(STUDENT_LAYERS, shape, STUDENT) for _ in range(KINDS)],
+        band = align_tokens(student, spans(batch, length, chars, seed))
+        space = space_of(layers, shape)
+        stored = len(space.needed)
+        parts: dict[Kind, dict[str, dict[str, Tensor]]] = {}
+        for kind in KINDS:
+            x = torch.randn(batch, stored, shape.num_heads, length, shape.head_dim)
+            parts[kind] = {"": CODECS[CODEC].encode(x, kind)}
+        heads, frozen = (
+            {kind: TeacherHead(space, kind, STUDENT, config, projects=projects) for kind in KINDS}
+            for config, projects in (
+                (ProjectionConfig(), False),
+                (ProjectionConfig(mode="frozen"), True),
             )
         )
+        out.append(Teacher(parts, band, heads, frozen))
     return out
 
 
-def target(teacher: Teacher, kind: int) -> Tensor:
-    return place(teacher.kv[kind], teacher.band, teacher.mapping, teacher.mapping.needed)
+def space_of(layers: int, shape: HeadShape) -> TeacherSpace:
+    mapping = layer_map("ratio", STUDENT_LAYERS, range(layers))
+    channels = (len(mapping.needed), *shape)
+    statistics = ChannelStatistics(torch.randn(channels), torch.rand(channels) + 0.5)
+    group = GroupSpace(
+        "",
+        tuple(range(STUDENT_LAYERS)),
+        mapping,
+        dict.fromkeys(KINDS, shape),
+        dict.fromkeys(KINDS, statistics),
+    )
+    return TeacherSpace("", CodecSpec(key=CODEC, value=CODEC), (group,), causal=True)
 
 
-def regress(teachers: list[Teacher], student_kv: list[Tensor], mask: Tensor) -> None:
-    """``student_to_teacher``, forward and backward down to the student's KV."""
-    loss = torch.zeros(())
-    for kind in range(KINDS):
-        for teacher in teachers:
-            guess = teacher.heads[kind](student_kv[kind])
-            loss = loss + reduce_tokens(kv_error(guess, target(teacher, kind)), mask)
-    loss.backward()
-
-
-def compare_with_fused(teachers: list[Teacher], student_kv: list[Tensor], mask: Tensor) -> None:
-    """``frozen``: project and fuse without gradient, then compare with the student's KV."""
+def weights(teachers: list[Teacher]) -> Tensor:
     covered = torch.stack([teacher.band.covered for teacher in teachers])
-    alpha = renormalise(fixed_weights([1.0] * len(teachers)), covered)
+    return renormalise(fixed_weights([1.0] * len(teachers)), covered)
+
+
+def regress(teachers: list[Teacher], student: StudentView, mask: Tensor) -> None:
+    """``student_to_teacher``, forward and backward down to the student's KV."""
+    heads = {kind: [teacher.heads[kind] for teacher in teachers] for kind in KINDS}
+    rows = {kind: [t.heads[kind].layers(t.parts[kind], t.band) for t in teachers] for kind in KINDS}
+    sums = regression_sums(student, heads, rows, weights(teachers), LossConfig())
+    (torch.stack(list(sums.values())).sum() / mask.sum()).backward()
+
+
+def compare_with_fused(teachers: list[Teacher], student: StudentView, mask: Tensor) -> None:
+    """``frozen``: project and fuse without gradient, then compare with the student's KV."""
+    alpha = weights(teachers)
     loss = torch.zeros(())
-    for kind in range(KINDS):
+    for kind in KINDS:
         with torch.no_grad():
-            projected = [teacher.frozen[kind](target(teacher, kind)) for teacher in teachers]
+            projected = [
+                t.frozen[kind].projected(t.frozen[kind].targets(t.parts[kind], t.band))
+                for t in teachers
+            ]
             fused = fuse(alpha, projected)
-        loss = loss + reduce_tokens(kv_error(student_kv[kind], fused), mask)
+        loss = loss + reduce_tokens(kv_error(student.kind(kind), fused), mask)
     loss.backward()
 
 
@@ -166,16 +183,18 @@ def main() -> None:
     student = spans(batch, tokens, STUDENT_CHARS, 0)
     teachers = make_teachers(batch, tokens, student)
     shape = (batch, STUDENT_LAYERS, STUDENT.num_heads, tokens, STUDENT.head_dim)
-    student_kv = [torch.randn(shape, requires_grad=True) for _ in range(KINDS)]
-    big, band = teachers[0].kv[0], teachers[0].band
+    none = torch.empty(0)
+    view = StudentView(none, none, *(torch.randn(shape, requires_grad=True) for _ in KINDS), None)
+    band = teachers[0].band
+    big = CODECS[CODEC].decode(teachers[0].parts["key"][""], "key")
     torch.testing.assert_close(apply_band(band, big), dense_product(band, big))
     works: dict[str, Callable[[], object]] = {
         "build_band": lambda: align_tokens(student, student),
         "banded_product": lambda: apply_band(band, big),
         "dense_product": lambda: dense_product(band, big),
         "gathered_product": lambda: gathered(band, big),
-        "student_to_teacher": lambda: regress(teachers, student_kv, student.mask),
-        "frozen": lambda: compare_with_fused(teachers, student_kv, student.mask),
+        "student_to_teacher": lambda: regress(teachers, view, student.mask),
+        "frozen": lambda: compare_with_fused(teachers, view, student.mask),
         "student_step": student_step(batch, tokens),
     }
     cost = {name: seconds(work, args.repeats) for name, work in works.items()}

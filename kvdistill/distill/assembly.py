@@ -22,7 +22,7 @@ from kvdistill.distill.latent.distiller import LatentDistiller
 from kvdistill.distill.latent.student import LatentStudent
 from kvdistill.distill.latent.targets import nearest_layers
 from kvdistill.distill.pilot import cka_map, pilot, start_projectors
-from kvdistill.distill.spaces import TeacherSpace, refuse_evicted, teacher_space
+from kvdistill.distill.spaces import TeacherSpace, check_alignment, teacher_space
 from kvdistill.distill.student import build_student, student_geometry
 from kvdistill.distill.tokenizer import load_tokenizer
 from kvdistill.errors import ConfigError
@@ -70,7 +70,7 @@ def assemble(
     alone = _collate(experiment, tokenizer, task_ids)
     names = experiment.teachers if experiment.losses.uses_teachers else ()
     for name in names:
-        refuse_evicted(store.teacher(name), experiment.alignment.time)
+        check_alignment(store.teacher(name), experiment.alignment.time)
     maps = {name: _layers(experiment, student, store, name, alone) for name in names}
     teachers = [teacher_space(store, name, maps[name], experiment.fusion) for name in maps]
     collate = replace(alone, teachers=teachers)

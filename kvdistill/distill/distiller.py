@@ -20,7 +20,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvdistill.config_distill import (
@@ -32,12 +31,20 @@ from kvdistill.config_distill import (
 )
 from kvdistill.distill.alignment import Band
 from kvdistill.distill.attention_maps import AttentionMaps
-from kvdistill.distill.data.collate import IGNORED_LABEL, Batch
-from kvdistill.distill.fusion import entropy, fuse, renormalise
+from kvdistill.distill.data.collate import Batch
+from kvdistill.distill.fusion import entropy, fuse, mean_weights, renormalise
 from kvdistill.distill.head import TeacherHead
 from kvdistill.distill.injection import InjectionGate, KVInjection
 from kvdistill.distill.losses import reduce_tokens, target_variance
-from kvdistill.distill.objectives import StudentView, fused_errors, teacher_errors
+from kvdistill.distill.objectives import (
+    Rows,
+    StudentView,
+    fused_errors,
+    regression_sums,
+    rows_of,
+    teacher_errors,
+)
+from kvdistill.distill.prediction import cross_entropy, num_covered, num_predicted
 from kvdistill.distill.projection import HeadShape, SpaceAdapter
 from kvdistill.distill.spaces import TeacherSpace
 from kvdistill.distill.student import KVCapture
@@ -109,7 +116,17 @@ class Distiller(nn.Module):
     @property
     def projects(self) -> bool:
         """Whether teachers are brought into the student's (or the shared) space."""
-        return self.projection.mode != "student_to_teacher" or self.losses.inject > 0
+        return not self.regresses or self.losses.inject > 0
+
+    @property
+    def regresses(self) -> bool:
+        """Whether the student's KV is regressed onto the teachers' own."""
+        return self.projection.mode == "student_to_teacher"
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether a step needs the targets of all layers at once."""
+        return self.projects or self.losses.cosine > 0 or self.losses.relation > 0
 
     def forward(
         self, batch: Batch, counts: Counts | None = None, *, figures: bool = False
@@ -153,9 +170,7 @@ class Distiller(nn.Module):
             "num_injected": injected,
         }
 
-    def text_parts(
-        self, batch: Batch, view: StudentView, counts: Counts
-    ) -> dict[str, Tensor]:
+    def text_parts(self, batch: Batch, view: StudentView, counts: Counts) -> dict[str, Tensor]:
         """Losses that need no teacher."""
         loss = cross_entropy(view.logits, batch["labels"], counts.get("num_labels"))
         return {"cross_entropy": loss}
@@ -202,6 +217,18 @@ class Distiller(nn.Module):
             for kind in KINDS
         }
 
+    def rows(self, teachers: Batch) -> Rows:
+        """``targets`` of each layer when it is asked for, so that they never all exist."""
+        return {
+            kind: [
+                self.head(space.name, kind).layers(
+                    teachers[space.name][kind], band_of(teachers[space.name])
+                )
+                for space in self.teachers
+            ]
+            for kind in KINDS
+        }
+
     def kv_maps(
         self,
         view: StudentView,
@@ -210,10 +237,10 @@ class Distiller(nn.Module):
         alpha: Tensor,
         covered_BT: Tensor,
     ) -> dict[str, Tensor]:
-        """Every K/V error per token ``[B, T]``, by the name of its loss."""
-        if self.projection.mode == "student_to_teacher":
+        """K/V errors per token ``[B, T]`` by name; a regression's own is summed elsewhere."""
+        if self.regresses:
             maps: dict[str, Tensor] = {}
-            for kind in KINDS:
+            for kind in KINDS if self.losses.cosine or self.losses.relation else ():
                 heads = [self.head(teacher.name, kind) for teacher in self.teachers]
                 errors = teacher_errors(view.kind(kind), heads, targets[kind], alpha, self.losses)
                 maps |= errors if kind == "key" else _joined(maps, errors)
@@ -257,17 +284,23 @@ class Distiller(nn.Module):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         alpha, covered_NBT = self.weigh(batch, view.hidden)
         covered_BT = covered_NBT.any(0)
-        targets = self.targets(batch["teachers"])
+        targets = self.targets(batch["teachers"]) if figures or self.needs_whole else {}
         # A router with a task to learn from must not be drawn to what is easy to imitate.
         kv_alpha = alpha.detach() if self.losses.inject else alpha
         projected = self.projected(targets) if self.projects else {}
+        weights = self.losses.weights()
+        covered = counts.get("num_covered", covered_BT.sum())
+        parts = {}
+        if self.regresses:
+            rows = rows_of(targets) if targets else self.rows(batch["teachers"])
+            heads = {kind: [self.head(t.name, kind) for t in self.teachers] for kind in KINDS}
+            sums = regression_sums(view, heads, rows, kv_alpha, self.losses)
+            parts = {name: total / covered.clamp_min(1) for name, total in sums.items()}
         maps = self.kv_maps(view, targets, projected, kv_alpha, covered_BT)
         if self.losses.entropy:
             sign = 1.0 if self.fusion.entropy == "specialized" else -1.0
             maps["entropy"] = sign * entropy(alpha).expand_as(covered_BT)
-        weights = self.losses.weights()
-        covered = counts.get("num_covered")
-        parts = {
+        parts |= {
             name: reduce_tokens(error, covered_BT, covered)
             for name, error in maps.items()
             if weights[name]
@@ -342,37 +375,6 @@ class Distiller(nn.Module):
         else:
             found = [fuse(alpha, teachers) for teachers in projected.values()]
         return torch.stack([target_variance(x, covered_BT) for x in found]).mean()
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, num_labels: Tensor | None) -> Tensor:
-    """Next-token cross-entropy ``[B, T, V]`` against ``[B, T]``, over labels that count."""
-    # Labels are shifted, not logits: this copies no [B, T, V], and softmax is contiguous.
-    wanted = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-    errors = F.cross_entropy(
-        logits.flatten(0, 1).float(),
-        wanted.flatten(),
-        ignore_index=IGNORED_LABEL,
-        reduction="none",
-    ).view_as(wanted)
-    return reduce_tokens(errors, wanted != IGNORED_LABEL, num_labels)
-
-
-def num_predicted(labels: Tensor) -> Tensor:
-    """Labels ``[B, T]`` that a token before them predicts."""
-    return (labels[:, 1:] != IGNORED_LABEL).sum()
-
-
-def num_covered(batch: Batch) -> Tensor:
-    """Tokens that any teacher covers."""
-    covered = [teacher["covered"] for teacher in batch["teachers"].values()]
-    return torch.stack(covered).any(0).sum() if covered else batch["labels"].new_zeros(())
-
-
-def mean_weights(alpha_NBLT: Tensor) -> Tensor:
-    """Mean weight of each teacher over tokens that any covers: ``[N]``, without gradient."""
-    alpha = alpha_NBLT.detach()
-    covered = alpha.sum(0) > 0
-    return alpha.sum(dim=(1, 2, 3)) / covered.sum().clamp_min(1)
 
 
 def _refuse_blind_injection(teachers: list[TeacherSpace]) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kvdistill.config_distill import ProjectionConfig
-from kvdistill.distill.alignment import Band, place
+from kvdistill.distill.alignment import Band, bags_of
+from kvdistill.distill.layer_targets import LayerTargets, Read
+from kvdistill.distill.losses import Regression
 from kvdistill.distill.projection import (
     BottleneckProjection,
     FullProjection,
@@ -27,6 +29,8 @@ from kvdistill.types import Kind, ProjectionInit
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 """Per group prefix, codes and scales by suffix, as ``Collate`` pads them."""
+TargetOf = Callable[[int], Tensor]
+"""Row of a group's student layers → target ``[B, H_t, T, D_t]``."""
 
 
 class TeacherHead(nn.Module):
@@ -65,15 +69,19 @@ class TeacherHead(nn.Module):
         order = [layer for group in space.groups for layer in group.student_layers]
         self._order = [order.index(layer) for layer in sorted(order)]
 
-    @torch.no_grad()
-    def targets(self, parts: Parts, band: Band) -> list[Tensor]:
-        """Standardised KV at the student's layers and tokens, per group ``[B, L, H_t, T, D_t]``."""
+    def layers(self, parts: Parts, band: Band) -> list[LayerTargets]:
+        """Standardised KV at the student's layers and tokens, layer by layer, of every group."""
         found = []
-        for group, standardise in zip(self.groups, self.standardise, strict=True):
-            teacher_BLHTD = standardise(self.decode(parts, group))
-            mapping = group.layer_map
-            found.append(place(teacher_BLHTD, band, mapping, mapping.needed))
+        for i, group in enumerate(self.groups):
+            stored = parts[group.prefix]
+            _, _, num_heads, num_columns, _ = stored[""].shape
+            bags = bags_of(band, num_heads, num_columns)
+            found.append(LayerTargets(self._reader(i), stored, group.layer_map, bags))
         return found
+
+    def targets(self, parts: Parts, band: Band) -> list[Tensor]:
+        """``layers``, all at once: per group ``[B, L, H_t, T, D_t]``."""
+        return [layers.whole() for layers in self.layers(parts, band)]
 
     @torch.no_grad()
     def kept(self, parts: Parts, evictions: list[Eviction]) -> list[Tensor]:
@@ -87,6 +95,33 @@ class TeacherHead(nn.Module):
     def decode(self, parts: Parts, group: GroupSpace) -> Tensor:
         """One group's stored keys or values ``[B, L, H, T, D]`` float32, not standardised."""
         return self.codec.decode(parts[group.prefix], self.kind)
+
+    def _reader(self, group_idx: int) -> Read:
+        standardise: Any = self.standardise[group_idx]
+
+        def read(parts: Mapping[str, Tensor], row: int) -> Tensor:
+            decoded_BHTD: Tensor = self.codec.decode(parts, self.kind)
+            if isinstance(standardise, nn.Identity):
+                return decoded_BHTD
+            return standardise.layer(decoded_BHTD, row)  # type: ignore[no-any-return]
+
+        return read
+
+    def regressions(self, targets: Sequence[TargetOf], alpha_BLT: Tensor) -> list[Regression]:
+        """What ``losses.regression_error`` sums up: one regression per group.
+
+        Args:
+            targets: per group, the target of a row of its student layers.
+            alpha_BLT: this teacher's fusion weights; L may be 1.
+        """
+        return [
+            Regression(maps.weight_LIO, maps.bias_LO, group.student_layers, target, alpha_BLT)
+            for maps, group, target in zip(self._maps, self.groups, targets, strict=True)
+        ]
+
+    @property
+    def _maps(self) -> list[StudentToTeacher]:
+        return [maps for maps in self.regress if isinstance(maps, StudentToTeacher)]
 
     def guesses(self, student_BLHTD: Tensor) -> list[Tensor]:
         """The student's guess at ``targets``, group by group."""

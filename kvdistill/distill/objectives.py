@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kvdistill.config_distill import LossConfig
-from kvdistill.distill.head import TeacherHead
-from kvdistill.distill.losses import cosine_error, kv_error, layer_std, relation_error
+from kvdistill.distill.head import TargetOf, TeacherHead
+from kvdistill.distill.losses import (
+    cosine_error,
+    kv_error,
+    layer_std,
+    regression_error,
+    relation_error,
+)
 from kvdistill.types import KINDS, Kind
 
 
@@ -30,6 +37,45 @@ class StudentView:
         return self.key_BLHTD if kind == "key" else self.value_BLHTD
 
 
+Rows = dict[Kind, list[Sequence[TargetOf]]]
+"""Per kind, teacher and group: what gives the target of a student layer."""
+
+
+def rows_of(targets: Mapping[Kind, Sequence[Sequence[Tensor]]]) -> Rows:
+    """Targets that are there already, row by row."""
+    return {
+        kind: [[partial(torch.select, x, 1) for x in groups] for groups in teachers]
+        for kind, teachers in targets.items()
+    }
+
+
+def regression_sums(
+    view: StudentView,
+    heads: Mapping[Kind, Sequence[TeacherHead]],
+    rows: Rows,
+    alpha_NBLT: Tensor,
+    losses: LossConfig,
+) -> dict[str, Tensor]:
+    """In mode ``student_to_teacher``: the errors of keys and of values, summed over tokens.
+
+    Args:
+        view: the student.
+        heads: per kind, one per teacher.
+        rows: per kind and teacher, the targets of its groups.
+        alpha_NBLT: fusion weights; L may be 1.
+        losses: which errors are wanted, and how a difference is measured.
+    """
+    sums: dict[str, Tensor] = {}
+    for kind in KINDS:
+        if losses.weights()[kind]:
+            of_kind = zip(heads[kind], rows[kind], alpha_NBLT, strict=True)
+            regressions = [
+                one for head, targets, alpha in of_kind for one in head.regressions(targets, alpha)
+            ]
+            sums[kind] = regression_error(view.kind(kind), regressions, losses.distance)
+    return sums
+
+
 def teacher_errors(
     student_BLHTD: Tensor,
     heads: Sequence[TeacherHead],
@@ -37,7 +83,9 @@ def teacher_errors(
     alpha_NBLT: Tensor,
     losses: LossConfig,
 ) -> dict[str, Tensor]:
-    """One kind in mode ``student_to_teacher``: each teacher's error, mixed by its weight.
+    """One kind in mode ``student_to_teacher``: cosine and relation, mixed by teachers' weights.
+
+    The error itself is ``losses.regression_error``, which keeps no guess.
 
     Args:
         student_BLHTD: the student's keys or values.
@@ -47,7 +95,7 @@ def teacher_errors(
         losses: which errors are wanted.
 
     Returns:
-        ``[B, T]`` maps by name: the kind's own, and ``cosine`` and ``relation`` where wanted.
+        ``[B, T]`` maps: ``cosine`` and ``relation`` where wanted.
     """
     num_layers = student_BLHTD.shape[1]
     alpha = alpha_NBLT.expand(-1, -1, num_layers, -1)
@@ -61,13 +109,11 @@ def teacher_errors(
             target = targets[i][group_idx]
             layers = list(head.groups[group_idx].student_layers)
             weight_BLT = alpha[i][:, layers]
-            for start, stop in _runs(weight_BLT, alpha_NBLT.shape[2] > 1):
+            runs = _runs(weight_BLT, alpha_NBLT.shape[2] > 1) if losses.cosine else []
+            for start, stop in runs:
                 share = (stop - start) / num_layers
-                weight_BT = weight_BLT[:, start] * share
                 ours, theirs = guess[:, start:stop], target[:, start:stop]
-                add(head.kind, weight_BT * kv_error(ours, theirs, losses.distance))
-                if losses.cosine:
-                    add("cosine", weight_BT * cosine_error(ours, theirs))
+                add("cosine", weight_BLT[:, start] * share * cosine_error(ours, theirs))
             if losses.relation:
                 own = head.of_group(student_BLHTD, group_idx)
                 mask_BT = weight_BLT[:, 0] > 0

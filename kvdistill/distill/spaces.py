@@ -97,20 +97,24 @@ def teacher_space(
     return TeacherSpace(name, manifest.codec, tuple(groups), _is_causal(manifest), prototypes)
 
 
-def refuse_evicted(manifest: TeacherManifest, time: TimeMethod) -> None:
-    """A teacher that kept other tokens in every head has no place for a student's token.
+def check_alignment(manifest: TeacherManifest, time: TimeMethod) -> None:
+    """Refuse an alignment in time that a teacher's shards have no places for.
 
     Raises:
-        ConfigError: it is to be aligned in any way but ``latent``.
+        ConfigError: it kept other tokens in every head, or wrote another text than the student's.
     """
-    if manifest.eviction is None or time == "latent":
-        return
-    raise ConfigError(
-        f"teacher {manifest.name!r} was extracted with eviction {manifest.eviction.method} to "
-        f"{manifest.eviction.budget} tokens, other ones in every layer and head, so alignment.time "
-        f"{time} cannot place them; set it to latent, or extract the teacher without "
-        "`eviction` under another name"
-    )
+    name, eviction = manifest.name, manifest.eviction
+    if eviction is not None and time != "latent":
+        raise ConfigError(
+            f"teacher {name!r} was extracted with eviction {eviction.method} to {eviction.budget} "
+            f"tokens, other ones in every layer and head, so alignment.time {time} cannot place "
+            "them; set it to latent, or extract the teacher without `eviction` under another name"
+        )
+    if manifest.own_text and time == "tokens":
+        raise ConfigError(
+            f"teacher {name!r} wrote its own rationales, which share no characters with the "
+            "corpus's; set alignment.time to segments"
+        )
 
 
 def _is_causal(manifest: TeacherManifest) -> bool:

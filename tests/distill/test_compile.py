@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvdistill.distill.alignment import Band, align_global, layer_map, place, rotate
+from kvdistill.distill.alignment import Band, align_global, apply_band, layer_map, rotate
 from kvdistill.distill.fusion import Router, entropy, fixed_weights, fuse, renormalise
 from kvdistill.distill.losses import cosine_error, kv_error, reduce_tokens
 from kvdistill.distill.projection import HeadShape, LinearProjection, StudentToTeacher
@@ -12,6 +12,10 @@ from kvdistill.eviction import evict
 
 STUDENT, TEACHER = HeadShape(2, 4), HeadShape(3, 6)
 MAPPING = layer_map("uniform", 2, range(3))
+
+
+def place(teacher, band):
+    return MAPPING.apply(apply_band(band, teacher), MAPPING.needed)
 
 
 def inputs():
@@ -34,7 +38,7 @@ def test_student_to_teacher():
     head = StudentToTeacher(2, STUDENT, TEACHER)
 
     def step(start, weight, covered, student, teacher):
-        target = place(teacher, Band(start, weight, covered), MAPPING, MAPPING.needed)
+        target = place(teacher, Band(start, weight, covered))
         guess = head(student)
         return reduce_tokens(kv_error(guess, target) + cosine_error(guess, target), covered)
 
@@ -48,7 +52,7 @@ def test_project_route_and_fuse():
 
     def step(band, student, teacher, hidden):
         start, weight, covered = band
-        placed = place(teacher, Band(start, weight, covered), MAPPING, MAPPING.needed)
+        placed = place(teacher, Band(start, weight, covered))
         projected = projection(placed)
         alpha = renormalise(router(hidden), torch.stack([covered, covered]))
         fused = fuse(alpha, [projected, rotate(projected, torch.arange(7)[None], torch.ones(2))])
@@ -77,7 +81,7 @@ def test_half_precision_autocast_gives_float32_losses():
     router = Router("mlp", 2, 8)
     with torch.autocast("cpu", torch.bfloat16):
         guess = head(student)
-        target = place(teacher, band, MAPPING, MAPPING.needed)
+        target = place(teacher, band)
         error = kv_error(guess, target)
         alpha = router(torch.randn(2, 8))
     assert guess.dtype == torch.bfloat16

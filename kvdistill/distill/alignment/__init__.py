@@ -1,10 +1,9 @@
 """Alignment: which teacher positions and layers a student position and layer is compared with."""
 
-from kvdistill.distill.alignment.band import Band, apply_band
+from kvdistill.distill.alignment.band import Bags, Band, apply_band, bags_of
 from kvdistill.distill.alignment.cka import linear_cka, monotone_map
 from kvdistill.distill.alignment.groups import GroupMap, by_group
 from kvdistill.distill.alignment.layers import LayerMap, layer_map
-from kvdistill.distill.alignment.place import place
 from kvdistill.distill.alignment.quality import AlignmentQuality, quality
 from kvdistill.distill.alignment.rope import inverse_frequencies, rotate, scale_frequencies
 from kvdistill.distill.alignment.spans import Spans
@@ -13,6 +12,7 @@ from kvdistill.distill.alignment.tokens import align_tokens
 
 __all__ = [
     "AlignmentQuality",
+    "Bags",
     "Band",
     "GroupMap",
     "LayerMap",
@@ -21,12 +21,12 @@ __all__ = [
     "align_segments",
     "align_tokens",
     "apply_band",
+    "bags_of",
     "by_group",
     "inverse_frequencies",
     "layer_map",
     "linear_cka",
     "monotone_map",
-    "place",
     "quality",
     "rotate",
     "scale_frequencies",

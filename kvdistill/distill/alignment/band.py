@@ -54,20 +54,38 @@ def apply_band(band: Band, x_BLHTD: Tensor) -> Tensor:
             f"got {tuple(x_BLHTD.shape)}"
         )
     b, num_layers, num_heads, num_columns, dim = x_BLHTD.shape
-    num_rows, width = band.weight.shape[1:]
-    shape = (b, num_layers, num_heads, num_rows, dim)
-    if 0 in x_BLHTD.shape or num_rows == 0:
-        return x_BLHTD.new_zeros(shape)
-    columns = (band.start.unsqueeze(-1) + torch.arange(width, device=band.start.device)).clamp_max(
-        num_columns - 1
-    )
-    first_row = num_columns * torch.arange(b * num_layers * num_heads, device=columns.device)
-    index = columns.unsqueeze(1) + first_row.view(b, -1, 1, 1)
-    weight = band.weight.to(x_BLHTD.dtype).unsqueeze(1).expand(index.shape)
-    out = F.embedding_bag(
-        index.reshape(-1, width),
-        x_BLHTD.reshape(-1, dim),
-        per_sample_weights=weight.reshape(-1, width),
-        mode="sum",
-    )
-    return out.view(shape)
+    bags = bags_of(band, num_layers * num_heads, num_columns)
+    out = bags.sum(x_BLHTD.reshape(b, num_layers * num_heads, num_columns, dim))
+    return out.view(b, num_layers, num_heads, -1, dim)
+
+
+@dataclass(frozen=True)
+class Bags:
+    """A band laid out for one weighted ``embedding_bag``; made once for all layers of a teacher."""
+
+    shape: tuple[int, int, int]
+    """B, heads, T_s."""
+    index: Tensor
+    """``[B·heads·T_s, W]``: rows of ``x`` as a table of vectors."""
+    weight: Tensor
+
+    def sum(self, x_BHTD: Tensor) -> Tensor:
+        """The product with one layer: ``[B, H, T_t, D]`` to ``[B, H, T_s, D]``."""
+        dim = x_BHTD.shape[-1]
+        if 0 in x_BHTD.shape or 0 in self.shape:
+            return x_BHTD.new_zeros(*self.shape, dim)
+        weight = self.weight.to(x_BHTD.dtype)
+        table = x_BHTD.reshape(-1, dim)
+        out = F.embedding_bag(self.index, table, per_sample_weights=weight, mode="sum")
+        return out.view(*self.shape, dim)
+
+
+def bags_of(band: Band, num_heads: int, num_columns: int) -> Bags:
+    """Lay a band out for a KV of ``num_heads`` heads and ``num_columns`` teacher positions."""
+    b, num_rows, width = band.weight.shape
+    columns = band.start.unsqueeze(-1) + torch.arange(width, device=band.start.device)
+    columns = columns.clamp_max(max(num_columns - 1, 0))
+    first_row = num_columns * torch.arange(b * num_heads, device=columns.device)
+    index = columns.unsqueeze(1) + first_row.view(b, num_heads, 1, 1)
+    weight = band.weight.unsqueeze(1).expand(index.shape)
+    return Bags((b, num_heads, num_rows), index.reshape(-1, width), weight.reshape(-1, width))

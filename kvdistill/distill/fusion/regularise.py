@@ -23,11 +23,10 @@ def drop_teachers(
 ) -> Tensor:
     """Silence teachers at random, per sample, so that none becomes indispensable: ``[N, B, T]``.
 
-    A sample that would lose everyone keeps everyone.
+    A token that would lose everyone keeps everyone, so that as many tokens are covered as before:
+    losses are divided by a number that is counted ahead of the step.
     """
     shape = covered_NBT.shape[:2]
     draw = torch.rand(shape, generator=generator, device=covered_NBT.device)
-    spoken = covered_NBT.any(2)
-    keep = (draw >= chance) & spoken
-    keep = keep | ~keep.any(0, keepdim=True)
-    return covered_NBT & keep.unsqueeze(2)
+    kept = covered_NBT & (draw >= chance).unsqueeze(2)
+    return torch.where(kept.any(0), kept, covered_NBT)

@@ -2,7 +2,7 @@
 
 ``mlp``        softmax over teachers of a small network's logits
 ``gate``       an independent sigmoid per teacher, then normalised: several may be fully open
-``attention``  softmax of a query against one key per teacher, learned or set from prototypes
+``attention``  softmax of a query against one learned key per teacher
 
 A router that is trained on the K/V loss alone picks the teacher that is easiest to imitate, not
 the one that helps; train it through an injected cache (``inject``) if that is what is wanted.
@@ -95,18 +95,3 @@ class Router(nn.Module):
         if self.granularity == "token":
             return scores.squeeze(-1).permute(2, 0, 1).unsqueeze(2)
         return scores.permute(1, 0, 2).unsqueeze(-1)
-
-    @torch.no_grad()
-    def set_teacher_keys(self, prototypes_NE: Tensor) -> None:
-        """Start an attention router from prototypes in the student's space, ``[N, E]``.
-
-        Raises:
-            GeometryError: not one prototype per teacher, or of another width.
-        """
-        if tuple(prototypes_NE.shape) != (self.num_teachers, self.hidden_size):
-            raise GeometryError(
-                f"router: expected prototypes [{self.num_teachers}, {self.hidden_size}], "
-                f"got {tuple(prototypes_NE.shape)}"
-            )
-        keys = self.enter(self.norm(prototypes_NE.float()))
-        self.key_OW.copy_(keys.repeat_interleave(self.num_outputs, dim=0))

@@ -48,3 +48,10 @@ def renormalise(alpha_NBLT: Tensor, covered_NBT: Tensor) -> Tensor:
     present = torch.where(covered_NBT.unsqueeze(2), alpha_NBLT, 0.0)
     total = present.sum(0, keepdim=True)
     return present / torch.where(total > 0, total, 1.0)
+
+
+def mean_weights(alpha_NBLT: Tensor) -> Tensor:
+    """Mean weight of each teacher over tokens that any covers: ``[N]``, without gradient."""
+    alpha = alpha_NBLT.detach()
+    covered = alpha.sum(0) > 0
+    return alpha.sum(dim=(1, 2, 3)) / covered.sum().clamp_min(1)

@@ -18,17 +18,12 @@ from torch import Tensor, nn
 
 from kvdistill.config_latent import LatentConfig
 from kvdistill.distill.data.collate import IGNORED_LABEL, Batch
-from kvdistill.distill.distiller import (
-    Counts,
-    Distiller,
-    cross_entropy,
-    num_covered,
-    num_predicted,
-)
+from kvdistill.distill.distiller import Counts, Distiller
 from kvdistill.distill.latent.student import LatentStudent
 from kvdistill.distill.latent.targets import Rationales
 from kvdistill.distill.losses import hidden_error
 from kvdistill.distill.objectives import StudentView
+from kvdistill.distill.prediction import cross_entropy, num_covered, num_predicted
 from kvdistill.distill.student import KVCapture
 from kvdistill.eviction import num_evicted
 from kvdistill.store.manifest import TeacherManifest
@@ -106,6 +101,11 @@ class LatentDistiller(Distiller):
         if self.losses.codi and isinstance(view, LatentView):
             parts["codi"] = self._codi(batch, view, counts)
         return parts
+
+    @property
+    def needs_whole(self) -> bool:
+        """An eviction ranks tokens by all layers' keys."""
+        return True
 
     def targets(self, teachers: Batch) -> dict[Kind, list[list[Tensor]]]:
         """Per kind, teacher and group: the kept tokens ``[B, L, H_t, M, D_t]``."""

@@ -10,10 +10,12 @@ from kvdistill.distill.losses.attention import attention_kl
 from kvdistill.distill.losses.codi import hidden_error
 from kvdistill.distill.losses.distance import cosine_error, kv_error, layer_std
 from kvdistill.distill.losses.reduce import reduce_tokens
+from kvdistill.distill.losses.regression import Regression, regression_error
 from kvdistill.distill.losses.relation import relation_error
 
 __all__ = [
     "AbsorptionMonitor",
+    "Regression",
     "attention_kl",
     "cosine_error",
     "explained_variance",
@@ -22,6 +24,7 @@ __all__ = [
     "kv_error",
     "layer_std",
     "reduce_tokens",
+    "regression_error",
     "relation_error",
     "target_variance",
 ]

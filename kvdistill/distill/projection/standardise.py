@@ -43,3 +43,7 @@ class Standardise(nn.Module):
     def forward(self, x_BLHTD: Tensor) -> Tensor:
         """``[B, L, H, T, D]`` to the same, standardised; a constant layer becomes zero."""
         return (x_BLHTD - self.mean_LHD[:, :, None]) * self.scale_LHD[:, :, None]
+
+    def layer(self, x_BHTD: Tensor, row: int) -> Tensor:
+        """One of the layers alone, ``[B, H, T, D]``."""
+        return (x_BHTD - self.mean_LHD[row, :, None]) * self.scale_LHD[row, :, None]

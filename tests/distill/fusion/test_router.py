@@ -80,17 +80,6 @@ def test_a_noise_teacher_loses_its_weight_when_the_target_is_known(method):
     assert module(torch.randn(50, 8))[2].mean().item() < 0.05
 
 
-def test_attention_can_start_from_prototypes():
-    module = Router("attention", 2, 8, width=64)
-    prototypes = torch.stack([torch.ones(8), torch.arange(8.0)]) * 10
-    prototypes[0, ::2] = -10
-    module.set_teacher_keys(prototypes)
-    alpha = module(prototypes)[:, :, 0, 0]
-    assert bool((alpha.diagonal() > 0.5).all())
-    with pytest.raises(GeometryError, match=r"expected prototypes \[2, 8\]"):
-        module.set_teacher_keys(torch.zeros(3, 8))
-
-
 def test_entropy_by_hand():
     alpha = torch.tensor([[1.0, 0.5], [0.0, 0.5]]).view(2, 2, 1, 1).requires_grad_()
     got = entropy(alpha)
@@ -99,15 +88,16 @@ def test_entropy_by_hand():
     assert bool(alpha.grad.isfinite().all())
 
 
-def test_dropped_teachers_are_silent_but_never_all():
+def test_dropped_teachers_are_silent_where_another_speaks():
     covered = torch.rand(3, 400, 5) < 0.7
     covered[1, :200] = False
     dropped = drop_teachers(covered, 0.5)
     assert not (dropped & ~covered).any()
-    assert bool((dropped.any(0).any(1) == covered.any(0).any(1)).all())
-    kept = dropped.any(2)
-    assert bool((covered == dropped).all(2).logical_or(~kept).all())  # a teacher goes as a whole
-    assert 0.4 < float(kept[0].float().mean()) < 0.75
+    assert torch.equal(dropped.any(0), covered.any(0))  # no token loses its only teacher
+    gone = covered & ~dropped
+    whole = ~(dropped & (covered.sum(0) > 1)).any(2) | ~gone.any(2)
+    assert whole.float().mean() > 0.9  # a teacher goes as a whole, but for tokens it has alone
+    assert 0.2 < gone.float().mean() / covered.float().mean() < 0.5
     assert torch.equal(drop_teachers(covered, 0.0), covered)
     assert torch.equal(drop_teachers(covered, 1.0), covered)
 

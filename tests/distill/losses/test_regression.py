@@ -1,0 +1,126 @@
+"""The one sweep over layers against guess, difference and norm: values and gradients."""
+
+import pytest
+import torch
+
+from kvdistill.distill.losses import Regression, kv_error, regression_error
+from kvdistill.distill.projection import HeadShape, StudentToTeacher
+from kvdistill.errors import GeometryError
+
+STUDENT, TEACHERS = HeadShape(2, 4), (HeadShape(3, 5), HeadShape(1, 6))
+SAMPLES, LAYERS, TOKENS = 3, 4, 7
+
+
+def setting(dtype=torch.float64, by_layer=False):
+    torch.manual_seed(0)
+    student = torch.randn(SAMPLES, LAYERS, 2, TOKENS, 4, dtype=dtype, requires_grad=True)
+    maps = [StudentToTeacher(LAYERS, STUDENT, shape).to(dtype) for shape in TEACHERS]
+    for one in maps:
+        torch.nn.init.normal_(one.bias_LO)
+    targets = [torch.randn(SAMPLES, LAYERS, h, TOKENS, d, dtype=dtype) for h, d in TEACHERS]
+    alpha = torch.rand(2, SAMPLES, LAYERS if by_layer else 1, TOKENS, dtype=dtype)
+    alpha[:, 1, :, 4:] = 0  # tokens that no teacher covers
+    return student, maps, targets, alpha.requires_grad_()
+
+
+def regressions(maps, targets, alpha, layers=tuple(range(LAYERS))):
+    rows = [lambda row, x=x: x[:, row] for x in targets]
+    return [
+        Regression(m.weight_LIO, m.bias_LO, layers, row, a)
+        for m, row, a in zip(maps, rows, alpha, strict=True)
+    ]
+
+
+def reference(student, maps, targets, alpha, distance):
+    """One layer at a time, so that each has its own weight."""
+    total = 0
+    for one, target, weight in zip(maps, targets, alpha.expand(-1, -1, LAYERS, -1), strict=True):
+        guess = one(student)
+        for layer in range(LAYERS):
+            ours, theirs = guess[:, layer].double(), target[:, layer].double()
+            if distance == "mse":
+                error = (ours - theirs).square()
+            else:
+                error = torch.nn.functional.smooth_l1_loss(ours, theirs, reduction="none")
+            total = total + (weight[:, layer] * error.mean(dim=(1, 3))).sum() / LAYERS
+    return total
+
+
+@pytest.mark.parametrize("distance", ["mse", "smooth_l1"])
+@pytest.mark.parametrize("by_layer", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equals_guess_and_difference(dtype, by_layer, distance):
+    student, maps, targets, alpha = setting(dtype, by_layer)
+    leaves = [student, alpha, *(p for one in maps for p in one.parameters())]
+    mine = 3 * regression_error(student, regressions(maps, targets, alpha), distance)
+    theirs = 3 * reference(student, maps, targets, alpha, distance)
+    torch.testing.assert_close(mine, theirs.to(dtype))
+    found = torch.autograd.grad(mine, leaves, retain_graph=True)
+    again = torch.autograd.grad(mine, leaves)  # a figure may ask twice
+    wanted = torch.autograd.grad(theirs, leaves)
+    for got, same, want in zip(found, again, wanted, strict=True):
+        torch.testing.assert_close(got, want)
+        assert torch.equal(got, same)
+
+
+def test_a_squared_error_is_kv_error_weighted():
+    student, maps, targets, alpha = setting(torch.float32)
+    got = regression_error(student, regressions(maps, targets, alpha))
+    errors = [kv_error(one(student), target) for one, target in zip(maps, targets, strict=True)]
+    torch.testing.assert_close(got, (torch.stack(errors) * alpha[:, :, 0]).sum())
+
+
+def test_groups_of_layers_sum_to_the_whole():
+    student, maps, targets, alpha = setting(by_layer=True)
+    whole = regression_error(student, regressions(maps[:1], targets[:1], alpha[:1]))
+    parts = []
+    for layers in ((0, 3), (1, 2)):
+        cut = StudentToTeacher(2, STUDENT, TEACHERS[0]).double()
+        with torch.no_grad():
+            cut.weight_LIO.copy_(maps[0].weight_LIO[list(layers)])
+            cut.bias_LO.copy_(maps[0].bias_LO[list(layers)])
+        parts += regressions([cut], [targets[0][:, list(layers)]], alpha[:1], layers)
+    torch.testing.assert_close(regression_error(student, parts), whole)
+    mine = torch.autograd.grad(regression_error(student, parts), student)
+    torch.testing.assert_close(mine, torch.autograd.grad(whole, student))
+
+
+def test_nothing_is_differentiated_that_need_not_be():
+    student, maps, targets, alpha = setting()
+    error = regression_error(student.detach(), regressions(maps, targets, alpha.detach()))
+    error.backward()
+    assert student.grad is None
+    assert alpha.grad is None
+    assert all(bool(p.grad.any()) for one in maps for p in one.parameters())
+    with torch.no_grad():
+        assert not regression_error(student, regressions(maps, targets, alpha)).requires_grad
+
+
+def test_tokens_without_weight_have_no_gradient():
+    student, maps, targets, alpha = setting()
+    regression_error(student, regressions(maps, targets, alpha)).backward()
+    assert not student.grad[1, :, :, 4:].any()
+    assert bool((student.grad[0] != 0).all())
+
+
+def test_autocast_multiplies_in_half_precision_and_sums_in_float32():
+    student, maps, targets, alpha = setting(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        error = regression_error(student, regressions(maps, targets, alpha))
+    exact = reference(student, maps, targets, alpha, "mse")
+    assert error.dtype == torch.float32
+    torch.testing.assert_close(error.double(), exact, rtol=0.02, atol=0.02)
+    (mine,) = torch.autograd.grad(error, student)
+    (theirs,) = torch.autograd.grad(exact, student)
+    assert mine.dtype == torch.float32
+    assert float((mine - theirs).norm() / theirs.norm()) < 0.02
+    half = student.detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        regression_error(half, regressions(maps, targets, alpha)).backward()
+    assert half.grad.dtype == torch.bfloat16
+
+
+def test_a_target_of_another_shape_is_refused():
+    student, maps, targets, alpha = setting()
+    with pytest.raises(GeometryError, match=r"got a student and targets of \(3, 7, 15\)"):
+        regression_error(student, regressions(maps[1:], targets[:1], alpha[:1]))
