@@ -40,6 +40,7 @@ from kvdistill.distill.objectives import (
     Rows,
     StudentView,
     fused_errors,
+    joined,
     regression_sums,
     rows_of,
     teacher_errors,
@@ -243,7 +244,7 @@ class Distiller(nn.Module):
             for kind in KINDS if self.losses.cosine or self.losses.relation else ():
                 heads = [self.head(teacher.name, kind) for teacher in self.teachers]
                 errors = teacher_errors(view.kind(kind), heads, targets[kind], alpha, self.losses)
-                maps |= errors if kind == "key" else _joined(maps, errors)
+                maps |= errors if kind == "key" else joined(maps, errors)
         else:
             fused = {kind: fuse(alpha, teachers) for kind, teachers in projected.items()}
             moving = self.projection.mode == "joint"
@@ -389,12 +390,6 @@ def _refuse_blind_injection(teachers: list[TeacherSpace]) -> None:
 def band_of(teacher: Batch) -> Band:
     """The alignment that a teacher's part of a batch carries."""
     return Band(teacher["start"], teacher["weight"], teacher["covered"])
-
-
-def _joined(keys: dict[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Errors of both kinds; those that keys and values share a weight for are averaged."""
-    shared = {name: (keys[name] + values[name]) / len(KINDS) for name in keys.keys() & values}
-    return keys | values | shared
 
 
 def _module_name(teacher: str) -> str:

@@ -142,6 +142,12 @@ def fused_errors(
     return {name: torch.as_tensor(error) for name, error in maps.items()}
 
 
+def joined(keys: dict[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Errors of both kinds; those that keys and values share a weight for are averaged."""
+    shared = {name: (keys[name] + values[name]) / len(KINDS) for name in keys.keys() & values}
+    return keys | values | shared
+
+
 def _runs(weight_BLT: Tensor, by_layer: bool) -> list[tuple[int, int]]:
     """Layers that share a weight: all of them, or each its own where a router tells them apart."""
     num_layers = weight_BLT.shape[1]

@@ -65,7 +65,7 @@ def describe(name: str, experiment: Experiment, reader: Reader, loaded: Loaded) 
         extraction_fingerprint=experiment.extraction_fingerprint(name),
         versions=provenance.versions(),
         dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
+        attn_implementation=model.config._attn_implementation,
         backend=extraction.backend,
         codec=experiment.codec(name),
         groups=_groups(layers, config.heads),

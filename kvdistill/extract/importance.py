@@ -5,8 +5,9 @@
 KaVa: Latent Reasoning via Compressed KV-Cache Distillation (arXiv 2510.02312): the queries are
 the answer's tokens, the softmax runs over the rationale's tokens only. Without segments the
 queries are the last 8 tokens (R-KV: Redundancy-aware KV Cache Compression, arXiv 2505.24133).
-``scale`` is the model's own. Only these few queries meet the keys, so the cost grows with the
-text's length and not with its square. Additive position biases (T5, ALiBi) are left out.
+``scale`` is the model's own, and so is a soft cap on scores (Gemma 2). Only these few queries meet
+the keys, so the cost grows with the text's length and not with its square. Additive position biases
+(T5, ALiBi) are left out.
 """
 
 from __future__ import annotations
@@ -72,12 +73,13 @@ def importance(
     rotary: RotarySpec | None,
     *,
     causal: bool,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attention received by every token: float32 ``[B, H, T]``, rows sum to 1 over the keys.
 
     Queries ``[B, H·G, T, D]`` and keys ``[B, H, T, D]`` are unrotated; they are rotated here, in
     float32, at their positions. Samples without a query or without a key get zeros. With
-    ``causal``, a query sees no later key.
+    ``causal``, a query sees no later key. ``softcap`` c makes a score s into ``c·tanh(s/c)``.
     """
     num_heads, idx_BQ, span = key_BHTD.shape[1], attended.query_idx_BQ, attended.key_span
     picked = idx_BQ[:, None, :, None].expand(-1, query_BHTD.shape[1], -1, query_BHTD.shape[3])
@@ -91,6 +93,8 @@ def importance(
     for start in range(0, idx_BQ.shape[1], CHUNK):
         part = slice(start, start + CHUNK)
         scores = torch.einsum("bhgqd,bhtd->bhgqt", query[:, :, :, part], key).amax(dim=2)
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
         allowed = attended.key_mask_BT[:, None, span] & attended.query_mask_BQ[:, part, None]
         if causal:
             allowed = allowed & (positions <= idx_BQ[:, part, None])

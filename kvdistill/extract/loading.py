@@ -36,7 +36,7 @@ def load_model(name: str, config: TeacherConfig, device: torch.device) -> tuple[
                 revision=config.revision,
                 trust_remote_code=config.trust_remote_code,
                 dtype=getattr(torch, config.dtype),
-                attn_implementation=config.attn_implementation,
+                attn_implementation=_kernel(config),
                 use_safetensors=None if config.gguf_file else True,
                 output_loading_info=True,
                 **options,
@@ -98,9 +98,14 @@ def _untrained(kind: Any, config: TeacherConfig) -> Any:
             architecture,
             trust_remote_code=config.trust_remote_code,
             dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attn_implementation,
+            attn_implementation=_kernel(config),
         )
     return model.eval().requires_grad_(False)
+
+
+def _kernel(config: TeacherConfig) -> str | None:
+    """None lets transformers take sdpa, or eager for what sdpa cannot do (Gemma 2's soft cap)."""
+    return None if config.attn_implementation == "sdpa" else config.attn_implementation
 
 
 @contextmanager

@@ -200,6 +200,7 @@ class BatchPacker:
             place.layer.rotary,
             causal=self._shard.manifest.kind != "encoder"
             and self._shard.manifest.stream != "encoder",
+            softcap=place.layer.softcap,
         )
 
     def _scatter(

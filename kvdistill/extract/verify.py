@@ -40,6 +40,8 @@ class VerifiedLayer:
     """Factor between ``q · k`` of the tapped queries and keys and the attention's scores."""
     error: float
     """Largest difference to the attention's own inputs, relative to their largest entry."""
+    softcap: float | None = None
+    """What the model's attention scores are soft-capped at (Gemma 2)."""
 
 
 def verify(
@@ -101,7 +103,14 @@ def _compare(
     _, num_heads, _, key_dim = taps.key.shape
     scaling = seen.scaling or getattr(site.attention, "scaling", key_dim**-0.5)
     return VerifiedLayer(
-        site.layer_idx, num_heads, key_dim, taps.value.shape[-1], spec, factor * scaling, error
+        layer_idx=site.layer_idx,
+        num_key_value_heads=num_heads,
+        key_head_dim=key_dim,
+        value_head_dim=taps.value.shape[-1],
+        rotary=spec,
+        scaling=factor * scaling,
+        error=error,
+        softcap=getattr(site.attention, "attn_logit_softcapping", None),
     )
 
 

@@ -107,13 +107,14 @@ def test_encoder_equals_own_attention_inputs(name: str, side: str) -> None:
         torch.testing.assert_close(ours.value * real, value * real, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("stream", STREAMS)
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
-def test_encoder_decoder_streams(name: str, stream: Stream) -> None:
+def test_encoder_decoder_streams(name: str, stream: Stream, side: str) -> None:
     model_type, options = ENCODER_DECODERS[name]
     model = tiny_model(model_type, **options)
     found, layers = verified(model, stream)
-    ids, mask, _ = padded("right")
+    ids, mask, _ = padded(side)
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     with recorded_attention() as products:
         seen, _ = captured(

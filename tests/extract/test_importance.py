@@ -50,6 +50,20 @@ def test_equals_the_formula_in_a_padded_batch(causal: bool, groups: int) -> None
         torch.testing.assert_close(found[row], own, rtol=1e-5, atol=1e-6)
 
 
+def test_a_soft_cap_bends_scores_before_the_softmax() -> None:
+    torch.manual_seed(0)
+    query, key = 9 * torch.randn(1, 4, 10, 8), torch.randn(1, 2, 10, 8)
+    asked = (choose([SEGMENTED]), 0.4, ROTARY)
+    plain = importance(query, key, *asked, causal=True)
+    capped = importance(query, key, *asked, causal=True, softcap=2.0)
+    turned, keys = rotate(query, torch.arange(10), ROTARY), rotate(key, torch.arange(10), ROTARY)
+    scores = torch.stack([turned[0, 2 * h : 2 * h + 2] @ keys[0, h].T for h in range(2)])
+    scores = (0.4 * scores).amax(1)[:, 7:9, 3:7]
+    expected = (2.0 * torch.tanh(scores / 2.0)).softmax(-1).mean(1)
+    torch.testing.assert_close(capped[0, :, 3:7], expected)
+    assert (capped - plain).abs().max() > 0.05
+
+
 def test_many_queries_are_taken_in_chunks() -> None:
     torch.manual_seed(0)
     segment = np.array([2] * 40 + [3] * 150, np.int8)
