@@ -46,6 +46,7 @@ bench: models  ## every benchmark; prints ratios
 	$(BIN)/python benchmarks/extract.py $(MODELS)/smollm2 examples/data/gsm8k_train.jsonl \
 	  --dtype float32 --samples 16
 	$(BIN)/python benchmarks/align.py
+	$(BIN)/python benchmarks/train.py --models $(MODELS)
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict

@@ -118,8 +118,8 @@ class TrainingConfig(Section):
     """Samples are shuffled inside a window of this many decoded shards."""
     read_ahead: Positive = 2
     """Threads that read the next window's shards while one is used."""
-    batches_ahead: Positive = 2
-    """Batches collated ahead of need, in a thread."""
+    steps_ahead: Positive = 2
+    """Optimizer steps whose batches are collated ahead of need, in a thread."""
     device: str = "auto"
     """`auto` or `cpu`."""
 

@@ -39,7 +39,8 @@ def diagnose(distiller: Distiller, stream: KVStream) -> dict[str, Any]:
     was_training = distiller.training
     distiller.eval()
     device = next(distiller.parameters()).device
-    batches = [send_to_device(batch, device) for batch in islice(stream, BATCHES)]
+    real = (batch for batch in stream if batch)  # a restored stream begins with empty ones
+    batches = [send_to_device(batch, device) for batch in islice(real, BATCHES)]
     figures = {
         "error_by_layer": _errors_by_layer(distiller, batches),
         "weights": _weights(distiller, batches, stream.collate.tasks),

@@ -30,6 +30,8 @@ class _Block:
         self.__array_interface__: dict[str, Any] = memory.__array_interface__
 
     def __del__(self) -> None:
+        if _kept is None:  # the interpreter is ending, and globals are gone
+            return
         _kept.append(self._memory)
         while sum(memory.nbytes for memory in tuple(_kept)) > MAX_KEPT_BYTES:
             try:

@@ -113,6 +113,21 @@ def test_a_stopped_run_resumed_equals_one_never_stopped(extracted: Path, tmp_pat
     assert {row["step"]: row["loss_key"] for row in losses(resumed.folder)} == by_step
 
 
+def test_a_run_killed_after_its_last_checkpoint_ends_without_another_step(
+    extracted: Path, tmp_path: Path
+) -> None:
+    first = train(variant(extracted, tmp_path))
+    before = weights(first.folder / "student")
+    folder = RunFolder(first.folder)
+    assert folder.checkpoint() == folder.path / "checkpoint-6"
+    folder.write_record(folder.read_record() | {"finished": False})
+    again = train(variant(extracted, tmp_path))
+    assert again.resumed
+    assert folder.read_record()["steps"] == 6
+    for name, tensor in weights(again.folder / "student").items():
+        assert torch.equal(tensor, before[name]), name
+
+
 def test_a_signal_saves_after_the_step_and_the_same_command_goes_on(
     extracted: Path, tmp_path: Path
 ) -> None:
@@ -209,6 +224,15 @@ def test_a_run_of_another_config_is_not_overwritten(extracted: Path, tmp_path: P
     with pytest.raises(ConfigError, match=r"training\.learning_rate") as caught:
         begin(variant(extracted, tmp_path, training__learning_rate=0.5))
     assert "choose another name" in str(caught.value)
+
+
+def test_a_run_goes_on_under_a_version_with_more_settings(extracted: Path, tmp_path: Path) -> None:
+    folder = begin(variant(extracted, tmp_path))
+    lines = folder.config.read_text().splitlines(keepends=True)
+    older = [line for line in lines if "spike" not in line and "lora" not in line]
+    assert len(older) < len(lines)
+    folder.config.write_text("".join(older))
+    assert begin(variant(extracted, tmp_path)) == folder
 
 
 def test_a_store_that_does_not_fit_is_refused_before_training(

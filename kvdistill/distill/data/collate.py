@@ -27,6 +27,7 @@ from kvdistill.distill.alignment import (
 from kvdistill.distill.data.tokens import StudentTokens, tokenize
 from kvdistill.distill.injection import following
 from kvdistill.distill.spaces import TeacherSpace
+from kvdistill.store import buffers
 from kvdistill.store.codecs import CODECS, part_name
 from kvdistill.store.shard import EncodedShard
 from kvdistill.types import KINDS, SEGMENT_IDS, CodecSpec, Kind
@@ -194,17 +195,29 @@ def padded_parts(
     Quantisation blocks restart at every sample, so block ``t // 64`` holds in a padded row too.
     """
     codec = CODECS[spec.key if kind == "key" else spec.value]
+    spans = [
+        (row, {"token": row[0].tokens.span(row[1]), "block": row[0].tokens.block_span(row[1])})
+        for row in rows
+    ]
     out = {}
     for part in codec.parts(kind):
-        pieces = []
-        for shard, idx in rows:
-            tokens = shard.tokens
-            span = tokens.span(idx) if part.per == "token" else tokens.block_span(idx)
-            pieces.append(shard.arrays[part_name(f"{prefix}{kind}", part.suffix)][:, :, span])
-        longest = max(piece.shape[2] for piece in pieces)
-        num_layers, num_heads, _, width = pieces[0].shape
-        padded = np.zeros((len(pieces), num_layers, num_heads, longest, width), pieces[0].dtype)
-        for row, piece in enumerate(pieces):
-            padded[row, :, :, : piece.shape[2]] = piece
-        out[part.suffix] = torch.from_numpy(padded)
+        name = part_name(f"{prefix}{kind}", part.suffix)
+        out[part.suffix] = _stacked(
+            [shard.arrays[name][:, :, span[part.per]] for (shard, _), span in spans]
+        )
     return out
+
+
+def _stacked(pieces: Sequence[np.ndarray]) -> Tensor:
+    """Pad ``[L, H, T, width]`` arrays with zeros to one ``[B, L, H, T, width]``.
+
+    In memory that earlier batches left: fresh pages would cost as much as the copies.
+    """
+    num_layers, num_heads, _, width = pieces[0].shape
+    longest = max(piece.shape[2] for piece in pieces)
+    shape = (len(pieces), num_layers, num_heads, longest, width)
+    stacked = buffers.empty(shape, pieces[0].dtype.str)
+    for row, piece in zip(stacked, pieces, strict=True):
+        row[:, :, : piece.shape[2]] = piece
+        row[:, :, piece.shape[2] :] = 0
+    return torch.from_numpy(stacked)

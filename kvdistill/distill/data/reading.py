@@ -50,7 +50,8 @@ def open_stream(
         order,
         batch_size=training.batch_size,
         read_threads=training.read_ahead,
-        batches_ahead=training.batches_ahead,
+        # The trainer takes all batches of a step at once.
+        batches_ahead=training.steps_ahead * training.gradient_accumulation_steps,
         rank=rank,
     )
 

@@ -29,6 +29,8 @@ def steps_left(stream: KVStream, epochs: float, batches_per_step: int) -> int:
 
 def epochs_for(stream: KVStream, steps: int, batches_per_step: int) -> int:
     """Epochs since the first that ``steps`` more steps need, the last one begun included."""
+    if steps <= 0:
+        return 0
     epoch, steps = stream.epoch, steps + stream.batches_done // batches_per_step
     while steps > 0:
         steps -= steps_in(stream, epoch, batches_per_step)

@@ -1,0 +1,138 @@
+"""One training run in a process of its own, measured; ``benchmarks/train.py`` starts it.
+
+    python benchmarks/train_run.py '{"what": "train", "experiment": {…}, "live": false}'
+
+Prints one JSON line: seconds, waits and the peak memory of this process.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+STARTED = time.perf_counter()
+
+
+def train(spec: dict[str, Any]) -> dict[str, Any]:
+    """A whole run, saving left out; seconds of every step, and of waiting for its batches."""
+    from kvdistill.config_file import parse
+    from kvdistill.pipelines.corpus import load_corpus
+    from kvdistill.pipelines.runs import begin
+    from kvdistill.pipelines.train import build_trainer
+    from kvdistill.store.reader import KVStore
+
+    experiment = parse(spec["experiment"])
+    source_of = None
+    if spec["live"]:
+        from kvdistill.pipelines.live import live_source
+
+        source_of = live_source(experiment)
+    trainer = build_trainer(
+        experiment,
+        KVStore.open(experiment.store),
+        load_corpus(experiment.corpus),
+        begin(experiment),
+        source_of,
+    )
+    waits: list[float] = []
+    trainer.get_batch_samples = timed(trainer.get_batch_samples, waits)
+    ready = time.perf_counter()
+    trainer.train()
+    ended = time.perf_counter()
+    return {
+        "setup_s": ready - STARTED,
+        "train_s": ended - ready,
+        "waits_s": waits,
+        "steps": trainer.state.global_step,
+        "loss": trainer.state.log_history[0].get("loss"),
+    }
+
+
+def timed(work: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        result = work(*args, **kwargs)
+        seconds.append(time.perf_counter() - started)
+        return result
+
+    return measured
+
+
+def extract(spec: dict[str, Any]) -> dict[str, Any]:
+    """Stage 1 of an experiment, loading of the teachers included."""
+    from kvdistill.config_file import parse
+    from kvdistill.pipelines.extract import extract as extract_all
+
+    report = extract_all(parse(spec["experiment"]))
+    return {
+        "extract_s": time.perf_counter() - STARTED,
+        "reading_s": sum(teacher.seconds for teacher in report.teachers),
+        "tokens": {teacher.teacher: teacher.tokens for teacher in report.teachers},
+    }
+
+
+def synthesise(spec: dict[str, Any]) -> dict[str, Any]:
+    """A store of random int8 codes: ``num_shards`` of 16 texts of 200 tokens, 13 MB each."""
+    import numpy as np
+    import torch
+
+    from kvdistill.corpus import Sample, Shard
+    from kvdistill.distill.tokenizer import train_tokenizer
+    from kvdistill.store.codecs import CODECS, part_name
+    from kvdistill.store.manifest import TeacherManifest
+    from kvdistill.store.shard import EncodedShard, TokenTable
+    from kvdistill.store.statistics import ChannelStatistics
+    from kvdistill.store.writer import add_teacher, create, publish_shard
+    from kvdistill.types import KINDS
+
+    per_shard, num_tokens, lead, dim = 16, 200, (8, 4), 64
+    text = " ".join(str(i * 7919 % 1000) for i in range(4 * num_tokens))[: 4 * num_tokens]
+    train_tokenizer([text], 300).save_pretrained(spec["tokenizer"])
+    samples = [Sample(f"s{i}", (("text", text),)) for i in range(per_shard * spec["num_shards"])]
+    Path(spec["corpus"]).write_text(
+        "".join(json.dumps({"id": s.sample_id, "text": s.text}) + "\n" for s in samples)
+    )
+    shards = [
+        Shard(f"{n:05d}", n * per_shard, tuple(samples[n * per_shard : (n + 1) * per_shard]))
+        for n in range(spec["num_shards"])
+    ]
+    store = create(Path(spec["store"]), shards)
+    add_teacher(store, TeacherManifest.model_validate(spec["manifest"]))
+    x = torch.randn(*lead, num_tokens, dim, generator=torch.Generator().manual_seed(0))
+    arrays: dict[str, Any] = {}
+    for kind in KINDS:
+        for suffix, part in CODECS["int8"].encode(x, kind).items():
+            arrays[part_name(kind, suffix)] = np.concatenate([part.numpy()] * per_shard, axis=2)
+    start = np.tile(np.arange(num_tokens, dtype=np.int32) * 4, per_shard)
+    ptr = np.arange(per_shard + 1, dtype=np.int64) * num_tokens
+    tokens = TokenTable((), ptr, start, start, start + 4, np.zeros_like(start, np.int8))
+    statistics = {kind: ChannelStatistics.from_samples([x], (*lead, dim)) for kind in KINDS}
+    for shard in shards:
+        ids = tuple(sample.sample_id for sample in shard.samples)
+        one = EncodedShard(replace(tokens, sample_ids=ids), arrays)
+        publish_shard(store, "synthetic", shard.shard_id, one, statistics)
+    size = sum(path.stat().st_size for path in Path(spec["store"]).rglob("*") if path.is_file())
+    return {"store_mib": size / 2**20}
+
+
+def main() -> None:
+    spec = json.loads(sys.argv[1])
+    work = {"train": train, "extract": extract, "synthesise": synthesise}[spec["what"]]
+    with redirect_stdout(sys.stderr):
+        found = work(spec)
+    found["wall_s"] = time.perf_counter() - STARTED
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    found["cpu_s"] = used.ru_utime + used.ru_stime
+    found["peak_mib"] = used.ru_maxrss / 2**10
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
