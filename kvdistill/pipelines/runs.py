@@ -126,7 +126,9 @@ def refuse_other_config(folder: RunFolder, experiment: Experiment) -> None:
     Raises:
         ConfigError: names the folder, the setting and both values.
     """
-    stored = config_file.flatten(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
+    # Read as a config, so that settings which a later version added have their defaults.
+    earlier = config_file.parse(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
+    stored = config_file.flatten(earlier.model_dump(mode="json"))
     asked = config_file.flatten(experiment.model_dump(mode="json"))
     # What is asked of Slurm changes no number, and may change between two tries.
     keys = {key for key in stored | asked if not key.startswith("slurm.")}
