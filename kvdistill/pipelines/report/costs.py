@@ -60,10 +60,10 @@ def arm_costs(study: Study) -> list[ArmCost]:
 def teacher_costs(study: Study) -> tuple[list[TeacherCost], list[str]]:
     """The cost of each teacher in each store that still is there, and notes on those gone."""
     found, notes = [], []
-    stores = sorted({str(run.config["store"]) for arm in study.arms for run in arm.runs})
+    stores = sorted({_store(run) for arm in study.arms for run in arm.runs})
     for path in stores:
         try:
-            store = KVStore.open(Path(path))
+            store = KVStore.open(path)
         except StoreError:
             notes.append(f"the store {path} is not here, so what its extraction cost is not known")
             continue
@@ -80,12 +80,21 @@ def _teacher_cost(store: KVStore, name: str, passes: float) -> TeacherCost:
     return TeacherCost(name, sum(commit.seconds for commit in commits), size, passes)
 
 
-def _passes(arms: Sequence[Arm], store: str) -> dict[str, float]:
+def _store(run: Run) -> Path:
+    """Where the run's store is: a relative path is from the folder that training was started in."""
+    store, own = Path(run.config["store"]), Path(run.config["output_dir"], run.config["name"])
+    full = run.path.resolve()
+    began = Path(*full.parts[: -len(own.parts)])
+    is_there = full.parts[-len(own.parts) :] == own.parts and (began / store).is_dir()
+    return began / store if is_there else store
+
+
+def _passes(arms: Sequence[Arm], store: Path) -> dict[str, float]:
     """Epochs by teacher."""
     found: dict[str, float] = {}
     for arm in arms:
         for run in arm.runs:
-            for teacher in arm.teachers if str(run.config["store"]) == store else ():
+            for teacher in arm.teachers if _store(run) == store else ():
                 found[teacher] = found.get(teacher, 0.0) + _epochs(run)
     return found
 

@@ -36,7 +36,7 @@ class Section:
 
 def shown(arm: Arm) -> str:
     """An arm's name; a placebo is called one wherever it appears."""
-    return f"{arm.name} (placebo)" if arm.placebo else arm.name
+    return f"{arm.name} (placebo)" if arm.placebo and "placebo" not in arm.name else arm.name
 
 
 def named(study: Study, by_arm: Mapping[str, T]) -> dict[str, T]:

@@ -124,28 +124,42 @@ def _run_folders(path: Path) -> list[Path]:
 def _finished(paths: Sequence[Path], notes: list[str]) -> list[Run]:
     found = []
     for path in paths:
-        try:
-            run = read_run(path)
-        except ConfigError as error:
-            notes.append(str(error))
-            continue
-        bad = [key for key, value in run.metrics.items() if not math.isfinite(value)]
-        if bad:
-            notes.append(f"{path} ended with {', '.join(bad)} that is no number")
+        run = _read_or_why_not(path)
+        if isinstance(run, str):
+            notes.append(f"{path} {run}")
         else:
             found.append(run)
     return found
 
 
+def _read_or_why_not(path: Path) -> Run | str:
+    """A run, or in words why it cannot be compared."""
+    record = RunFolder(path).read_record()
+    if not record:
+        return "has not begun (no run.json)"
+    if not record["finished"]:
+        return "has not finished; run `kvdistill train` or `ablate` with its config again"
+    run = read_run(path)
+    bad = [key for key, value in run.metrics.items() if not math.isfinite(value)]
+    return f"ended with {', '.join(bad)} that is no number" if bad else run
+
+
 def _arms_of_ablation(path: Path, body: dict[str, Any], notes: list[str]) -> list[Arm]:
     arms = []
     for entry in body["arms"]:
-        runs = _finished([path / run["path"] for run in entry["runs"]], notes)
-        if not runs:
-            notes.append(f"arm {entry['name']!r} has no finished run")
-            continue
-        about = (entry.get("description", ""), entry.get("placebo", False))
-        arms.append(Arm(entry["name"], _one_per_seed(entry["name"], runs, notes), *about))
+        found = {run["seed"]: _read_or_why_not(path / run["path"]) for run in entry["runs"]}
+        runs = tuple(run for _, run in sorted(found.items()) if isinstance(run, Run))
+        missing: dict[str, list[str]] = {}
+        for seed, run in found.items():
+            if isinstance(run, str):
+                missing.setdefault(run, []).append(str(seed))
+        notes += [
+            f"arm {entry['name']!r}, seed {', '.join(seeds)}: {why}"
+            for why, seeds in missing.items()
+        ]
+        if runs:
+            about = (entry.get("description", ""), entry.get("placebo", False))
+            arms.append(Arm(entry["name"], runs, *about))
     return arms
 
 

@@ -123,19 +123,27 @@ def savings(found: Sequence[TeacherCost]) -> Table | None:
 
 
 def settings(study: Study) -> Table | None:
-    """Settings that are not the same in every arm: what the comparison is about."""
+    """Settings that are not the same in every arm: what the comparison is about.
+
+    A teacher's settings are compared among the arms that have it; who has it is one line.
+    """
     flat = {arm.name: flatten(arm.config) for arm in study.arms}
+    for arm in study.arms:
+        flat[arm.name]["teachers"] = ", ".join(arm.config["teachers"]) or words.NONE
     skipped = ("name", "seed", "output_dir", "slurm.")
     keys = sorted({key for found in flat.values() for key in found if not key.startswith(skipped)})
-    differing = [
-        key for key in keys if len({json.dumps(found.get(key)) for found in flat.values()}) > 1
-    ]
+    differing = [key for key in keys if _differs(key, list(flat.values()))]
     if not differing:
         return None
     columns: dict[str, list[str]] = {"setting": differing}
     for arm in study.arms:
         columns[shown(arm)] = [_value(flat[arm.name], key) for key in differing]
     return _table("What differs between the arms", columns)
+
+
+def _differs(key: str, flat: Sequence[Mapping[str, Any]]) -> bool:
+    asked = [found for found in flat if key in found] if key.startswith("teachers.") else flat
+    return len({json.dumps(found.get(key)) for found in asked}) > 1
 
 
 def provenance(study: Study, numbers: Mapping[int, int]) -> Table:

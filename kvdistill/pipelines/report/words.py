@@ -134,14 +134,17 @@ def _others(best: Row, real: Sequence[Row]) -> list[str]:
 
 
 def _placebo(row: Row, baseline: str) -> str:
+    name = row.arm.name if "placebo" in row.arm.name else f"The placebo {row.arm.name}"
+    if row.p is None:
+        return f"{name}, from one seed: {_short(row)}; no verdict."
     if row.verdict == "better":
         return (
-            f"The placebo {row.arm.name} gains too ({_short(row)}): so much of any gain is "
-            "regularisation and not knowledge."
+            f"{name} gains too ({_short(row)}): so much of any gain is regularisation and not "
+            "knowledge."
         )
     if row.verdict == "worse":
-        return f"The placebo {row.arm.name} hurts ({_short(row)})."
-    return f"The placebo {row.arm.name} is not told apart from {baseline} ({_short(row)})."
+        return f"{name} hurts ({_short(row)})."
+    return f"{name} is not told apart from {baseline} ({_short(row)})."
 
 
 def _short(row: Row) -> str:

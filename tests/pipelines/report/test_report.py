@@ -11,15 +11,19 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from kvdistill.commands.report import report
+from kvdistill.corpus import Sample, cut
 from kvdistill.errors import ConfigError
 from kvdistill.pipelines.report import read_study, write_plots, write_report
 from kvdistill.pipelines.report.compare import Comparison
+from kvdistill.pipelines.report.costs import teacher_costs
 from kvdistill.pipelines.report.fairness import unequal
 from kvdistill.pipelines.report.rows import Row, rows
 from kvdistill.pipelines.report.words import summary
+from kvdistill.store.writer import create
 from tests.pipelines.report.fabricate import ARMS, MadeUp, rewrite, write_ablation, write_run
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -198,9 +202,9 @@ def test_what_is_missing_unfinished_or_no_number_is_named_and_left_out(tmp_path:
     metrics = json.loads((folder / "shuffled-s1/run.json").read_text())["metrics"]
     rewrite(folder / "shuffled-s1", metrics=metrics | {"eval_nll": math.nan})
     notes = "\n".join(read_study([folder]).notes)
-    assert "both-s1 is not a run's folder" in notes
-    assert "shuffled-s0 has not finished" in notes
-    assert "shuffled-s1 ended with eval_nll that is no number" in notes
+    assert "arm 'both', seed 1: has not begun" in notes
+    assert "arm 'shuffled', seed 0: has not finished" in notes
+    assert "arm 'shuffled', seed 1: ended with eval_nll that is no number" in notes
     found = table(folder)
     assert compared(found["both"]).num_seeds == 2
     assert compared(found["shuffled"]).num_seeds == 1
@@ -213,7 +217,8 @@ def test_an_arm_without_any_finished_run_is_named(tmp_path: Path) -> None:
     rewrite(folder / "both-s0", finished=False)
     study = read_study([folder])
     assert [arm.name for arm in study.arms] == ["cross-entropy", "shuffled"]
-    assert "arm 'both' has no finished run" in study.notes
+    (note,) = study.notes
+    assert note.startswith("arm 'both', seed 0: has not finished")
 
 
 def test_one_seed_is_reported_without_a_verdict(tmp_path: Path) -> None:
@@ -260,6 +265,18 @@ def test_unfair_arms_are_noted(tmp_path: Path) -> None:
     (unfair,) = unequal(read_study([folder]))
     assert "'both' had another initial student, another number of steps" in unfair
     assert "no fair comparison" in unfair
+
+
+def test_a_relative_store_is_looked_for_where_training_began(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "moved/runs/a", ARMS[1], 0)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config |= {"name": "a", "output_dir": "runs", "store": "stores/x"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    create(tmp_path / "moved/stores/x", list(cut([Sample("0", (("text", "words"),))], 100)))
+    costs, notes = teacher_costs(read_study([run]))
+    assert (costs, notes) == ([], [])  # found, and it has no teacher yet
+    shutil.rmtree(tmp_path / "moved/stores")
+    assert "the store stores/x is not here" in teacher_costs(read_study([run]))[1][0]
 
 
 def test_a_seed_that_comes_twice_counts_once(tmp_path: Path) -> None:
