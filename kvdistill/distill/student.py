@@ -132,6 +132,8 @@ class KVCapture:
         Hooks come and go inside attention, and dynamo does not look for hooks that it has not
         seen when it traced; so what is compiled has none.
         """
+        # The gradient share walks a graph twice; buffers given away the first time would be gone.
+        torch._functorch.config.donated_buffer = False
         first, _, _ = self.adapter.attention.partition(".")
         for layer in self._layers:
             for name, child in layer.named_children():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,18 @@ def test_checkpointed_activations_train_the_same_student(extracted: Path, tmp_pa
     )
     for name, tensor in one.state_dict().items():
         torch.testing.assert_close(other.state_dict()[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+def test_a_compiled_student_trains_the_same(extracted: Path, tmp_path: Path) -> None:
+    """With the compiler itself, whose arithmetic is a little its own; figures walk a graph twice."""
+    changes = {"training__log_steps": 1, "training__figure_steps": 2}
+    plain = train(variant(extracted, tmp_path / "plain", **changes))
+    compiled = train(variant(extracted, tmp_path / "compiled", training__compile=True, **changes))
+    for ours, theirs in zip(losses(plain.folder), losses(compiled.folder), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-3)
 
 
 def test_every_line_of_the_log_is_a_number(extracted: Path, tmp_path: Path) -> None:
