@@ -190,7 +190,7 @@ def test_checkpointed_activations_train_the_same_student(extracted: Path, tmp_pa
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
 def test_a_compiled_student_trains_the_same(extracted: Path, tmp_path: Path) -> None:
-    """With the compiler itself, whose arithmetic is a little its own; figures walk a graph twice."""
+    """With the compiler itself, whose rounding is its own; figures walk a graph twice."""
     changes = {"training__log_steps": 1, "training__figure_steps": 2}
     plain = train(variant(extracted, tmp_path / "plain", **changes))
     compiled = train(variant(extracted, tmp_path / "compiled", training__compile=True, **changes))
