@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kvdistill.commands.options import json_option, overrides_option
-from kvdistill.errors import ConfigError, IncompleteStore, Interrupted
+from kvdistill.errors import ConfigError, IncompleteStore, Interrupted, StoreNotFound
 
 if TYPE_CHECKING:
     from kvdistill.pipelines.ablate import Plan, PlannedRun
@@ -84,12 +84,18 @@ def _check_stores(plan: Plan, study: Path) -> None:
     from kvdistill.store.reader import KVStore
 
     experiment = plan.experiment_of_all_teachers()
-    store = KVStore.open(experiment.store)
+    remedy = f"run `kvdistill ablate {study} --extract`"
+    try:
+        store = KVStore.open(experiment.store)
+    except StoreNotFound:
+        raise StoreNotFound(
+            f"{study}: there is no store at {experiment.store} yet; {remedy}"
+        ) from None
     for name in experiment.teachers:
         if name not in store.teachers() or store.missing(name):
             raise IncompleteStore(
                 f"{store.paths.root} lacks shards of teacher {name!r}, which arms of {study} learn "
-                f"from; run `kvdistill ablate {study} --extract`"
+                f"from; {remedy}"
             )
 
 

@@ -19,6 +19,10 @@ STATUS: Final = Path("/proc/self/status")
 
 def forget_peak() -> None:
     """Begin a new peak of memory, where the system can: many runs may share one process."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     try:
         CLEAR_PEAK.write_text("5", encoding="ascii")
     except OSError:
@@ -30,7 +34,7 @@ def costs() -> dict[str, float]:
     import torch
 
     found = {"peak_memory_bytes": float(_peak_memory_bytes())}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         found["peak_device_bytes"] = float(torch.cuda.max_memory_allocated())
     return found
 

@@ -10,10 +10,18 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from kvdistill import config_file
 from kvdistill.cli import cli
-from kvdistill.errors import ConfigError, ControlError, KVDistillError
+from kvdistill.errors import (
+    ConfigError,
+    ControlError,
+    IncompleteStore,
+    KVDistillError,
+    StoreNotFound,
+)
 from kvdistill.pipelines.ablate import Plan, load_plan, write_record
 from kvdistill.pipelines.ablate_controls import check_records, check_settings
+from kvdistill.pipelines.extract import extract
 
 OFF = {"losses.key": 0, "losses.value": 0}
 TINY = {"max_steps": 3, "batch_size": 2, "max_length": 48, "learning_rate": 1e-2, "device": "cpu"}
@@ -231,7 +239,10 @@ def test_a_missing_teacher_is_named_and_can_be_extracted(study: Any, tmp_path: P
     path = study(
         changes=changes, arms=arms, teachers={"twin": {**llama, "weights": "random"}}, seeds=[0]
     )
-    with pytest.raises(KVDistillError):
+    with pytest.raises(StoreNotFound, match="--extract"):
+        invoke(str(path))
+    extract(config_file.load(tmp_path / "experiment.yaml"))
+    with pytest.raises(IncompleteStore, match=r"teacher 'twin'.*--extract"):
         invoke(str(path))
     invoke(str(path), "--extract", "--arm", "twin")
     assert [run.name for run in load_plan(path).missing] == ["llama-s0"]
