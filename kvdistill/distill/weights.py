@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvdistill.distill import lora
+from kvdistill.distill.latent.student import WEIGHTS as LATENT
+from kvdistill.distill.latent.student import is_latent
 from kvdistill.distill.sharded import load_state
 
 PROJECTORS: Final = "projectors.safetensors"
@@ -47,6 +49,8 @@ def load_weights(distiller: Any, folder: Path) -> None:
     """Read back what ``save_weights`` wrote; frozen weights under an adapter are left alone."""
     if lora.is_adapted(distiller.student):
         student = lora.load_adapter(distiller.student, folder)
+        if is_latent(folder):
+            student |= load_file(folder / LATENT)
     else:
         student = type(distiller.student).from_pretrained(folder, dtype=torch.float32).state_dict()
     state = {f"{STUDENT_PREFIX}{name}": value for name, value in student.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from kvdistill.pipelines.evaluate import evaluate_folder
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.train import train
 from kvdistill.store.reader import KVStore
+from kvdistill.types import KINDS
 from tests.pipelines.tiny import variant
 from tests.slurm.experiment import CORPUS, write_experiment, write_models
 
@@ -77,11 +79,12 @@ def logs(folder: Path) -> list[dict[str, Any]]:
         {"latent__method": "none", "losses__key": 0, "losses__value": 0},
         {"projection__mode": "student_to_teacher", "losses__layer_std": False},
         {"projection__mode": "frozen", "projection__pilot_batches": 1},
+        {"student": {"model": "{folder}/models/llama", "lora": {"rank": 2}}},
         {"student": {"tokenizer": "{folder}/models/llama", "architecture": {
             "model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2}},
          "projection__mode": "student_to_teacher", "losses__layer_std": False},
     ],
-    ids=["kava", "codi", "pause", "none", "regression", "frozen", "another family"],
+    ids=["kava", "codi", "pause", "none", "regression", "frozen", "lora", "another family"],
 )  # fmt: skip
 def test_every_form_trains_answers_and_comes_back(
     changes: dict[str, Any], thinking: Path, tmp_path: Path
@@ -139,6 +142,29 @@ def test_targets_are_the_stored_numbers_of_kept_tokens(thinking: Path, tmp_path:
     assert found == 3
 
 
+def test_a_teacher_that_was_evicted_when_it_was_read_gives_its_slots(
+    thinking: Path, tmp_path: Path
+) -> None:
+    method = {"method": "importance"}
+    model = str(thinking.parent / "models/llama")
+    evicted = {"small": {"model": model, "eviction": {**method, "budget": 4}}}
+    changes = {"latent__num_latents": 4, "latent__eviction": method, "losses__codi": 0.0}
+    small = variant(thinking, tmp_path, teachers=evicted, **changes)
+    extract(small)
+    ours = assembled(small)
+    whole = assembled(variant(thinking, tmp_path, **changes))
+    batch, same = next(iter(ours.stream)), next(iter(whole.stream))
+    for kind in KINDS:
+        kept = ours.distiller.targets(batch["teachers"])[kind][0][0]
+        chosen = whole.distiller.targets(same["teachers"])[kind][0][0]
+        # int8 blocks hold other tokens there, so the codes' steps differ.
+        torch.testing.assert_close(kept, chosen, atol=2e-2, rtol=2e-2)
+    assert torch.equal(batch["teachers"]["small"]["covered"], same["teachers"]["llama"]["covered"])
+    with pytest.raises(ConfigError, match="4 slots"):
+        assembled(variant(thinking, tmp_path, teachers=evicted, latent__num_latents=3,
+                          losses__codi=0.0))  # fmt: skip
+
+
 def test_shuffled_targets_are_another_samples(thinking: Path, tmp_path: Path) -> None:
     own = assembled(variant(thinking, tmp_path))
     placebo = assembled(variant(thinking, tmp_path, latent__shuffle_targets=True))
@@ -184,13 +210,14 @@ def test_gradients_reach_what_thinks_and_never_the_target(thinking: Path, tmp_pa
     assert not any(isinstance(m, Standardise) for m in run.distiller.modules())  # raw, as in KaVa
 
 
-def test_an_interrupted_run_ends_with_the_same_weights(thinking: Path, tmp_path: Path) -> None:
-    changes = {"training__max_steps": 4, "training__save_steps": 2}
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
+def test_an_interrupted_run_ends_with_the_same_weights(
+    lora: dict[str, int] | None, thinking: Path, tmp_path: Path
+) -> None:
+    changes = {"training__max_steps": 4, "training__save_steps": 2, "student__lora": lora}
     whole = train(variant(thinking, tmp_path / "whole", **changes))
     half = variant(thinking, tmp_path / "half", **changes)
     folder = train(half).folder
-    import shutil
-
     shutil.rmtree(folder / "checkpoint-4")
     shutil.rmtree(folder / "student")
     record = json.loads((folder / "run.json").read_text())

@@ -22,7 +22,7 @@ from kvdistill.distill.distiller import Counts, Distiller
 from kvdistill.distill.latent.student import LatentStudent
 from kvdistill.distill.latent.targets import Rationales
 from kvdistill.distill.losses import hidden_error
-from kvdistill.distill.objectives import StudentView
+from kvdistill.distill.objectives import Rows, StudentView, rows_of
 from kvdistill.distill.prediction import cross_entropy, num_covered, num_predicted
 from kvdistill.distill.student import KVCapture
 from kvdistill.eviction import num_evicted
@@ -126,6 +126,10 @@ class LatentDistiller(Distiller):
                 found[kind].append(targets)
         return found
 
+    def rows(self, teachers: Batch) -> Rows:
+        """``targets``, row by row: the latents are few, so all of them may exist at once."""
+        return rows_of(self.targets(teachers))
+
     def _teacher_parts(
         self, batch: Batch, view: StudentView, counts: Counts, *, figures: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -146,7 +150,8 @@ class LatentDistiller(Distiller):
             errors.append(hidden_error(ours, theirs))
         error_B = torch.stack(errors).mean(0)
         number = counts.get("num_samples", mask_B.sum())
-        return torch.where(mask_B, error_B, 0.0).sum() / number.clamp_min(1)
+        total: Tensor = torch.where(mask_B, error_B, 0.0).sum()
+        return total / number.clamp_min(1)
 
 
 class CueMap(nn.Module):

@@ -17,6 +17,7 @@ from kvdistill.config_latent import LatentConfig
 from kvdistill.distill.alignment import LayerMap, rotate
 from kvdistill.distill.data.collate import Batch
 from kvdistill.distill.spaces import GroupSpace
+from kvdistill.errors import ConfigError
 from kvdistill.eviction import Eviction, evict
 from kvdistill.store.manifest import RotarySpec, TeacherManifest
 
@@ -38,8 +39,27 @@ class Rationales:
 
     @staticmethod
     def of(latent: LatentConfig, manifest: TeacherManifest) -> Rationales:
-        """For a stored teacher."""
-        return Rationales(latent, manifest.rotary)
+        """For a stored teacher.
+
+        One that was evicted when it was read has slots for tokens, other tokens in every head, in
+        order: where they are no more than the latents, they are taken as they are.
+
+        Raises:
+            ConfigError: more slots than the budget, and a method that needs the tokens' positions.
+        """
+        stored, method = manifest.eviction, latent.eviction.method
+        if stored is None:
+            return Rationales(latent, manifest.rotary)
+        if stored.budget <= latent.budget:
+            first = latent.eviction.model_copy(update={"method": "right_crop"})
+            return Rationales(latent.model_copy(update={"eviction": first}), {})
+        if method.startswith("rkv"):
+            raise ConfigError(
+                f"teacher {manifest.name!r} was extracted with {stored.budget} slots, and {method} "
+                f"cannot choose {latent.budget} among them: its keys are ranked at the tokens' "
+                "own positions; use importance, random or uniform, or that budget at extraction"
+            )
+        return Rationales(latent, {})
 
     def choose(self, group: GroupSpace, key_BLHTD: Tensor, teacher: Batch) -> Eviction:
         """The kept tokens per layer and head, padded to the number of latents.
