@@ -30,6 +30,8 @@ MARKERS: Final = "os^Dv"
 SHADES: Final = LinearSegmentedColormap.from_list(
     "shades", [(0, 0.447, 0.698, 0), (0, 0.447, 0.698, 1)]
 )
+WIDEST_ON_A_PHONE: Final = 480
+"""Pixels. A figure wider than this, such as an alignment's tokens, scrolls and does not shrink."""
 WIDTH: Final = 4.4
 """Inches. At 9 points the text is still readable when a phone shrinks the figure to 340 pixels."""
 
@@ -96,7 +98,7 @@ def legend_below(figure: Figure, columns: int = 2) -> None:
 
 
 def svg(figure: Figure, name: str, label: str) -> str:
-    """A figure as an ``<svg>`` element for a page: themed by it, no wider than it, labelled.
+    """A figure as an ``<svg>`` element for a page: themed by it, labelled.
 
     Args:
         figure: what was drawn.
@@ -117,5 +119,8 @@ def svg(figure: Figure, name: str, label: str) -> str:
     text = re.sub(r'(width|height)="[\d.]+pt" ', "", text, count=2)
     # matplotlib's paths carry six decimals; a hundredth of a point is finer than any screen.
     text = re.sub(r'\sd="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
-    size = f"max-width:{width * 4 / 3:.0f}px"
+    pixels = width * 4 / 3
+    size = f"max-width:{pixels:.0f}px"
+    if pixels > WIDEST_ON_A_PHONE:
+        size += f";min-width:{pixels:.0f}px"
     return text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}" style="{size}"', 1)
