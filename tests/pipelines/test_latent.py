@@ -145,7 +145,7 @@ def test_targets_are_the_stored_numbers_of_kept_tokens(thinking: Path, tmp_path:
 def test_a_teacher_that_was_evicted_when_it_was_read_gives_its_slots(
     thinking: Path, tmp_path: Path
 ) -> None:
-    method = {"method": "importance"}
+    method = {"method": "uniform"}
     model = str(thinking.parent / "models/llama")
     evicted = {"small": {"model": model, "eviction": {**method, "budget": 4}}}
     changes = {"latent__num_latents": 4, "latent__eviction": method, "losses__codi": 0.0}
