@@ -82,7 +82,7 @@ class TeacherConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic of the teacher's forward pass."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
-    """Attention kernel of the teacher's forward pass; `sdpa` is eager where a model cannot do it."""
+    """Attention kernel of the teacher's forward pass; `sdpa` is eager where a model has none."""
     device_map: Literal["auto"] | None = None
     """`auto`: spread a model that is too large for one GPU over all visible ones."""
     codec: CodecSpec | None = None
