@@ -194,4 +194,5 @@ def how_often_it_bites(batch: Batch, budget: int) -> dict[str, Tensor]:
 
 def _answered(batch: Batch) -> Tensor:
     """Samples whose answer counts, ``[B]``."""
-    return (batch["labels"] != IGNORED_LABEL).any(1)
+    answered: Tensor = (batch["labels"] != IGNORED_LABEL).any(1)
+    return answered
