@@ -56,13 +56,17 @@ def run(*, config: Path, overrides: tuple[str, ...], spread: Spread) -> None:
     from kvdistill.commands.extract import print_report
     from kvdistill.commands.progress import extraction_bars
     from kvdistill.pipelines.extract import extract
+    from kvdistill.pipelines.stored import prepare
     from kvdistill.pipelines.train import check_student
     from kvdistill.pipelines.train import train as run_training
 
     check_student(experiment)
-    with extraction_bars() as progress:
-        extraction = extract(experiment, progress=progress)
-    print_report(extraction)
+    if experiment.teachers:
+        with extraction_bars() as progress:
+            extraction = extract(experiment, progress=progress)
+        print_report(extraction)
+    else:
+        prepare(experiment)  # the texts alone: cross-entropy needs no teacher
     _print(run_training(experiment))
 
 
