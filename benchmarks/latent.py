@@ -51,6 +51,16 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
+CONTRASTS = [
+    ("pause tokens", "answer only"),
+    ("PCCoT", "pause tokens"),
+    ("PCCoT", "CODI"),
+    ("KaVa, R-KV", "PCCoT"),
+    ("KaVa, R-KV", "KaVa, random"),
+    ("KaVa, R-KV", "KaVa, shuffled targets"),
+]
+
+
 @dataclass(frozen=True)
 class Size:
     """How large the question is."""
@@ -189,7 +199,10 @@ def answer(folder: Path, samples: Sequence[Sample], *, thinks: bool) -> dict[str
 
 
 def table(folder: Path) -> str:
-    """All results so far as Markdown: means over seeds, 95 % intervals of Student's t."""
+    """All results so far as Markdown: means over seeds, 95 % intervals of Student's t.
+
+    Six contrasts of few seeds: read the intervals, not which of them leaves out zero.
+    """
     records = [json.loads(p.read_text()) for p in sorted(folder.glob("results/*.json"))]
     lines = [
         "| arm | seeds | exact match, % | 95 % | forward passes | zeroed | shuffled | swapped |",
@@ -210,7 +223,21 @@ def table(folder: Path) -> str:
             f"| {arm} | {len(rows)} | {mean(shares):.1f} | ± {half_width(shares):.1f} | "
             f"{passes:.1f} | {' | '.join(tampered)} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *contrasts(records)])
+
+
+def contrasts(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Differences in points of exact match, paired by seed."""
+    shares = {(row["arm"], row["seed"]): 100 * row["exact_match"] for row in records}
+    lines = ["| difference | seeds | points | 95 % |", "|---|---|---|---|"]
+    for arm, other in CONTRASTS:
+        seeds = [s for a, s in shares if a == arm and (other, s) in shares]
+        gaps = [shares[arm, seed] - shares[other, seed] for seed in seeds]
+        if gaps:
+            lines.append(
+                f"| {arm} − {other} | {len(gaps)} | {mean(gaps):+.1f} | ± {half_width(gaps):.1f} |"
+            )
+    return lines
 
 
 def half_width(values: Sequence[float]) -> float:
