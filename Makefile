@@ -26,7 +26,7 @@ models: $(STAMP)
 	$(BIN)/python examples/get_models.py $(MODELS) smollm2 minilm gemma3
 
 test-real: models  ## tests on real weights
-	KVDISTILL_MODELS=$(MODELS) $(BIN)/python -m pytest -q -m real_model
+	OMP_NUM_THREADS=1 KVDISTILL_MODELS=$(MODELS) $(BIN)/python -m pytest -q -m real_model -n 2 --dist loadfile
 
 test-slow: $(STAMP)  ## long tests: kills at random moments
 	$(BIN)/python -m pytest -q -m slow
