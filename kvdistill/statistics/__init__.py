@@ -1,4 +1,4 @@
-"""How sure one can be that one arm is better than another; numpy alone.
+"""How sure one can be that one arm is better than another.
 
 Runs of two arms are paired twice: a seed fixes the initial student and the order of the data, and
 every run is scored on the same held-out texts. The differences of a comparison are therefore a

@@ -16,9 +16,9 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import t as student_t
 
 from kvdistill.errors import GeometryError
-from kvdistill.statistics import student_t
 from kvdistill.statistics.permutation import finite
 
 REPLICATES: Final = 10_000
@@ -95,7 +95,7 @@ def crossed_bootstrap(
 
 def stretch(num_units: int, level: float) -> float:
     """How much a bootstrap of few units must be widened to be a t interval for normal values."""
-    student = student_t.quantile(level, num_units - 1)
+    student = float(student_t.ppf((1 + level) / 2, num_units - 1))
     normal = NormalDist().inv_cdf((1 + level) / 2)
     return math.sqrt(num_units / (num_units - 1)) * student / normal
 

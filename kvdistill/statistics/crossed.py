@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import t as student_t
 
 from kvdistill.errors import GeometryError
-from kvdistill.statistics import student_t
 from kvdistill.statistics.permutation import finite
 
 
@@ -77,5 +77,5 @@ def crossed_test(differences_SN: ArrayLike, weights_N: ArrayLike | None = None) 
     error = math.sqrt(max(total, 0.0) / found.size)
     if error <= 1e-12 * abs(estimate):
         return CrossedTest(float(estimate), error, num_seeds - 1, 0.0 if estimate else 1.0)
-    p = student_t.two_sided(float(estimate) / error, num_seeds - 1)
+    p = 2 * float(student_t.sf(abs(float(estimate)) / error, num_seeds - 1))
     return CrossedTest(float(estimate), error, num_seeds - 1, p)
