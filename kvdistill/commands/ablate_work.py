@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import yaml
 from kvdistill.errors import Interrupted
 from kvdistill.pipelines.ablate import Plan, PlannedRun, load_plan
 from kvdistill.slurm.ledger import Ledger
-from kvdistill.slurm.task import Task, share
+from kvdistill.slurm.task import Task, deal, write_once
 
 TARGET: Final = "kvdistill.commands.ablate_work:ablation_work"
 
@@ -60,31 +59,10 @@ def ablation_tasks(
 ) -> list[Task]:
     """Share runs out among ``num_tasks`` tasks (fewer if there are fewer runs)."""
     ledger = Ledger(plan.folder.absolute())
-    frozen = freeze_plan(plan, ledger.jobs)
-    units = tuple(run.name for run in runs)
-    num = max(1, min(num_tasks, len(units)))
-    return [
-        Task(
-            target=TARGET,
-            arguments={"config": str(frozen)},
-            folder=ledger.folder,
-            units=share(units, task, num),
-            task=task,
-            num_tasks=num,
-            warning_seconds=warning_seconds,
-        )
-        for task in range(num)
-    ]
-
-
-def freeze_plan(plan: Plan, folder: Path) -> Path:
-    """Write a study down as it is now, its experiment inside it."""
     body = plan.config.model_dump(mode="json", exclude_defaults=True)
     text = yaml.safe_dump({**body, "experiment": plan.body}, sort_keys=False, allow_unicode=True)
-    path = folder / f"study-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        staged = path.with_suffix(f".{id(text):x}.tmp")
-        staged.write_text(text, encoding="utf-8")
-        staged.replace(path)
-    return path
+    frozen = write_once(text, ledger.jobs, "study")  # its experiment inside it
+    units = tuple(run.name for run in runs)
+    arguments = {"config": str(frozen)}
+    task = Task(TARGET, arguments, ledger.folder, units, warning_seconds=warning_seconds)
+    return deal(task, units, num_tasks)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import uuid
@@ -21,7 +20,7 @@ from kvdistill.errors import Interrupted
 from kvdistill.pipelines.stored import is_done, prepare
 from kvdistill.slurm.attempts import job_element
 from kvdistill.slurm.ledger import Ledger
-from kvdistill.slurm.task import Task, share
+from kvdistill.slurm.task import Task, deal, write_once
 from kvdistill.store.layout import StorePaths
 from kvdistill.store.reader import KVStore
 
@@ -128,31 +127,14 @@ def extraction_tasks(
     """Share units of one teacher out among ``num_tasks`` tasks (fewer if there are fewer units)."""
     ledger = ledger_of(experiment, teacher)
     frozen = freeze(experiment, ledger.jobs)
-    num = max(1, min(num_tasks, len(units)))
-    return [
-        Task(
-            target=TARGET,
-            arguments={"config": str(frozen), "teacher": teacher},
-            folder=ledger.folder,
-            units=share(units, task, num),
-            task=task,
-            num_tasks=num,
-            warning_seconds=warning_seconds,
-        )
-        for task in range(num)
-    ]
+    arguments = {"config": str(frozen), "teacher": teacher}
+    task = Task(TARGET, arguments, ledger.folder, units, warning_seconds=warning_seconds)
+    return deal(task, units, num_tasks)
 
 
 def freeze(experiment: Experiment, folder: Path) -> Path:
     """Write an experiment down as it is now, so that a later edit changes no queued job."""
-    text = config_file.dump(experiment)
-    path = folder / f"experiment-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        staged = path.with_suffix(f".{id(text):x}.tmp")
-        staged.write_text(text, encoding="utf-8")
-        staged.replace(path)
-    return path
+    return write_once(config_file.dump(experiment), folder, "experiment")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ read by a person. Task ``i`` of ``n`` owns the units ``u % n == i``.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -90,6 +91,26 @@ def share(units: Sequence[str], task: int, num_tasks: int) -> tuple[str, ...]:
     if not 0 <= task < num_tasks:
         raise SlurmError(f"task {task} of {num_tasks}: tasks count from 0 to {num_tasks - 1}")
     return tuple(units[task::num_tasks])
+
+
+def deal(task: Task, units: Sequence[str], num_tasks: int) -> list[Task]:
+    """Share units out among ``num_tasks`` tasks like ``task`` (fewer if there are fewer units)."""
+    num = max(1, min(num_tasks, len(units)))
+    return [
+        dataclasses.replace(task, units=share(units, idx, num), task=idx, num_tasks=num)
+        for idx in range(num)
+    ]
+
+
+def write_once(text: str, folder: Path, stem: str) -> Path:
+    """Write settings down as they are now, so that a later edit changes no queued job."""
+    path = folder / f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        staged = path.with_suffix(f".{id(text):x}.tmp")
+        staged.write_text(text, encoding="utf-8")
+        staged.replace(path)
+    return path
 
 
 @dataclass(frozen=True)
