@@ -2,12 +2,13 @@
 
 A student of 4 layers learns GSM8K text from scratch, equal steps for every arm: cross-entropy
 alone, one teacher at a time, several teachers fused in four ways, and three placebos. Settings
-are searched first, on validation texts and one seed (``search``); the chosen ones are then run
-under five seeds and scored on texts that the search never saw (``final``).
+are searched first, on validation texts and one seed (``search``, ``search-longer``); the chosen
+ones are then run under five seeds and scored on texts that the search never saw, after 150 steps
+(``final``) and after 600 (``longer``).
 
     make models
-    python benchmarks/quality.py quality-output            # search, then final, then the report
-    python benchmarks/quality.py quality-output --only final --workers 2
+    python benchmarks/quality.py quality-output            # everything, and two reports
+    python benchmarks/quality.py quality-output --only longer --workers 2
 
 Every run is a folder, finished ones are never computed again, and the same command continues.
 Results, and what did not work: ``docs/quality.md``.
@@ -51,14 +52,19 @@ STUDENT: Final = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
+STEPS: Final = {
+    "search": (150, 30),
+    "search-longer": (600, 100),
+    "final": (150, 30),
+    "longer": (600, 100),
+}
+"""Optimizer steps of each study (1.2 or 4.8 passes over the texts), and from figure to figure."""
 TRAINING: Final = {
-    "max_steps": 150,
     "batching": "bucketed",
     "tokens_per_batch": 768,
     "max_length": 192,
     "learning_rate": 4e-3,
     "warmup_steps": 15,
-    "log_steps": 30,
     "figure_steps": 1000,
     "window_shards": 15,
     "device": "cpu",
@@ -71,8 +77,10 @@ SHARES: Final = {"smollm2": 0.5, "gemma3": 0.25, "minilm": 0.25}
 RIDGE: Final = {"mode": "frozen", "method": "full", "init": "ridge"}
 
 
-def experiment(folder: Path, evaluation: str) -> dict[str, Any]:
-    """What all arms share; ``evaluation`` is ``validation`` or ``test``."""
+def experiment(folder: Path, name: str) -> dict[str, Any]:
+    """What all arms of a study share."""
+    evaluation = "validation" if name.startswith("search") else "test"
+    steps = dict(zip(("max_steps", "log_steps"), STEPS[name], strict=True))
     return {
         "store": str(folder / "store"),
         "output_dir": str(folder),
@@ -92,7 +100,7 @@ def experiment(folder: Path, evaluation: str) -> dict[str, Any]:
                 "untrained": [2, 11, 20, 29],
             },
         },
-        "training": TRAINING,
+        "training": {**TRAINING, **steps},
     }
 
 
@@ -129,6 +137,29 @@ def search_arms() -> dict[str, Any]:
     }
 
 
+def longer_search_arms() -> dict[str, Any]:
+    """The same question after four times the steps, asked of fewer settings."""
+    alone = {"losses.key": 0, "losses.value": 0}
+    rates = {
+        f"cross-entropy-{rate:g}": {
+            "teachers": [],
+            "settings": {**alone, "training.learning_rate": rate},
+        }
+        for rate in (1e-3, 2e-3)
+    }
+    return {
+        "cross-entropy": {"teachers": [], "settings": alone},
+        **rates,
+        "smollm2-5-slow": arm("smollm2", weight=5, training__learning_rate=2e-3),
+        **{f"smollm2-{weight}": arm("smollm2", weight=weight) for weight in (5, 15)},
+        **{f"gemma3-{weight}": arm("gemma3", weight=weight) for weight in (10, 25)},
+        **{
+            f"smollm2-gemma3-{weight}": arm("smollm2", "gemma3", weight=weight)
+            for weight in (10, 25)
+        },
+    }
+
+
 def final_arms() -> dict[str, Any]:
     """What the search chose, and the placebos of the best single teacher."""
     every, single = tuple(SHARES), WEIGHT["smollm2"]
@@ -155,7 +186,7 @@ def study(folder: Path, name: str, seeds: Sequence[int], arms: dict[str, Any]) -
     """Write a study file; returns its path."""
     body = {
         "name": name,
-        "experiment": experiment(folder, "validation" if name == "search" else "test"),
+        "experiment": experiment(folder, name),
         "teachers": TEACHERS,
         "baseline": "cross-entropy",
         "seeds": list(seeds),
@@ -195,26 +226,34 @@ def ablate(path: Path, workers: int) -> None:
     subprocess.run([*command, "--workers", str(workers)], check=True)
 
 
+def report(runs: Path) -> None:
+    """One page beside the runs, against the better of the two arms without a teacher."""
+    command = [sys.executable, "-m", "kvdistill.cli", "report", str(runs)]
+    command += ["--output", f"{runs}.html", "--baseline", "cross-entropy-slower"]
+    subprocess.run(command, check=True)
+
+
 def main() -> None:
     """Search, final runs and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, help="where everything goes")
-    parser.add_argument("--only", choices=("files", "search", "final", "report"))
+    parser.add_argument("--only", choices=("files", *STEPS, "report"))
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--seeds", type=int, default=5, help="seeds of the final runs")
     asked = parser.parse_args()
     prepare(asked.folder)
-    search = study(asked.folder, "search", [0], search_arms())
-    final = study(asked.folder, "final", range(asked.seeds), final_arms())
-    if asked.only in (None, "search"):
-        ablate(search, asked.workers)
-    if asked.only in (None, "final"):
-        ablate(final, asked.workers)
-    if asked.only in (None, "report"):
-        output = asked.folder / "report.html"
-        report = ["report", str(asked.folder / "final"), "--output", str(output)]
-        report += ["--baseline", "cross-entropy-slower"]  # the better of the two
-        subprocess.run([sys.executable, "-m", "kvdistill.cli", *report], check=True)
+    studies = {
+        "search": study(asked.folder, "search", [0], search_arms()),
+        "search-longer": study(asked.folder, "search-longer", [0], longer_search_arms()),
+        "final": study(asked.folder, "final", range(asked.seeds), final_arms()),
+        "longer": study(asked.folder, "longer", range(asked.seeds), final_arms()),
+    }
+    for name, path in studies.items():
+        if asked.only in (None, name):
+            ablate(path, asked.workers)
+    for name in ("final", "longer"):
+        if asked.only in (None, "report"):
+            report(asked.folder / name)
 
 
 if __name__ == "__main__":
