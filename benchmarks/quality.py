@@ -178,6 +178,8 @@ def final_arms() -> dict[str, Any]:
         "single-minilm": arm("minilm", weight=WEIGHT["minilm"]),
         "multi-similarity": arm(*every, weight=MULTI, fusion__method="similarity"),
         "multi-learnable": arm(*every, weight=MULTI, fusion__method="mlp"),
+        # Without the weakest teacher: the best of several on validation texts.
+        "multi-decoders": arm("smollm2", "gemma3", weight=MULTI),
         "multi-inject": arm(*every, weight=MULTI, fusion__weights=SHARES, losses__inject=1.0),
     }
 
