@@ -157,6 +157,17 @@ def longer_search_arms() -> dict[str, Any]:
             f"smollm2-gemma3-{weight}": arm("smollm2", "gemma3", weight=weight)
             for weight in (10, 25)
         },
+        "joint": arm("smollm2", weight=10, projection__mode="joint"),
+        **{
+            f"frozen-{weight}": arm("smollm2", weight=weight, projection__mode="frozen")
+            for weight in (10, 30)
+        },
+        **{
+            f"smollm2-gemma3-frozen-{weight}": arm(
+                "smollm2", "gemma3", weight=weight, projection__mode="frozen"
+            )
+            for weight in (10, 30)
+        },
     }
 
 
