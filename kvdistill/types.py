@@ -53,14 +53,14 @@ Distance = Literal["mse", "smooth_l1"]
 """Pointwise error between student and target."""
 Backend = Literal["zarr", "safetensors"]
 """How a store's shards are laid out on disk."""
-CodecName = Literal["bf16", "fp16", "int8", "int4", "fp8_e4m3"]
-"""How a number of a key or value is stored."""
+CodecName = Literal["bf16", "fp16", "int8", "int4", "fp8_e4m3", "int4_v1"]
+"""How a number of a key or value is stored; ``int4_v1`` is for stores of format 1."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 """A name that is also a folder: no separators, no leading dot, so it cannot leave its parent."""
 
 
 class CodecSpec(BaseModel):
-    """How keys and values are stored. Codecs are defined in ``store/codecs.py``."""
+    """How keys and values are stored. Codecs are defined in ``store/codecs``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

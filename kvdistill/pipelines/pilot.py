@@ -161,7 +161,7 @@ def _sizes(
 ) -> tuple[dict[str, float], float]:
     """Bytes on disk per token for every codec, and tokens per second of the configured one."""
     own = teacher.manifest.codec
-    specs = [own, *(CodecSpec(key=name, value=name) for name in CODECS)]
+    specs = [own, *(CodecSpec(key=name, value=name) for name in CODECS if name != "int4_v1")]
     found: dict[str, float] = {}
     rate = 0.0
     for spec in specs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from kvdistill.errors import GeometryError, NonFiniteError
 from kvdistill.store.manifest import ShardPlan, TeacherManifest
 from kvdistill.store.schema import ArraySpec
 from kvdistill.store.shard import EncodedShard, TokenTable, block_ptr
+
+EXPONENTS: Final[dict[object, int]] = {"bfloat16": 0x7F80, "ufloat8_e5m3": 0xF8}
+"""Floats that are stored as integers: the bits that are all set in NaN and infinity."""
 
 
 def check_shard(
@@ -80,8 +84,9 @@ def check_finite(array: np.ndarray, spec: ArraySpec, tokens: TokenTable, where: 
 
 
 def _non_finite(array: np.ndarray, spec: ArraySpec) -> tuple[int, ...] | None:
-    if spec.attributes.get("logical_dtype") == "bfloat16":
-        finite = (array & 0x7F80) != 0x7F80
+    exponent = EXPONENTS.get(spec.attributes.get("logical_dtype"))
+    if exponent is not None:
+        finite = (array & exponent) != exponent
     elif array.dtype.kind == "f":
         finite = np.isfinite(array)
     else:

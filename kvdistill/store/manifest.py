@@ -15,15 +15,18 @@ import hashlib
 import json
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from kvdistill.errors import StoreFormatError
 from kvdistill.types import Backend, CodecSpec, LayerGroup, Name, StoredEviction
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+"""2: values in int4 have scales and zeros of a byte (``int4_v1`` is what 1 called ``int4``)."""
 MAX_AXIS: Final = 2**31 - 1
 MAX_LAYERS: Final = 4096
 MAX_SIZE: Final = 65_536
+
+_NAMES_1: Final = {"int4": "int4_v1"}
 
 Axis = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 
@@ -150,6 +153,15 @@ class TeacherManifest(Document):
     adapter: str
     """Which capture adapter was used, and with what error it was verified."""
     adapter_error: float
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_format_1(cls, body: Any) -> Any:
+        """What was read is of the newest format, so that copies of it are written as such."""
+        if not isinstance(body, dict) or body.get("format_version") != 1:
+            return body
+        codecs = {kind: _NAMES_1.get(name, name) for kind, name in body["codec"].items()}
+        return {**body, "format_version": FORMAT_VERSION, "codec": codecs}
 
     @field_validator("groups")
     @classmethod

@@ -1,6 +1,6 @@
 """Make the golden stores: run once per format version, never again for an old one.
 
-    python -m tests.store.make_golden
+    python -m tests.store.make_golden          # after raising VERSION
 
 Each is a whole store of a few kilobytes with every codec, two geometries, importance, own text
 and a sample without tokens; ``expected.json`` holds hashes of what they decode to.
@@ -23,7 +23,7 @@ from kvdistill.types import KINDS
 from tests.store.conftest import TWO_GROUPS, make_corpus, make_shard, make_teacher
 
 GOLDEN = Path(__file__).parent / "golden"
-VERSION = 1
+VERSION = 2
 CODECS = ("bf16", "fp16", "int8", "fp8_e4m3", "int4")
 LENGTHS = (67, 0, 5)
 

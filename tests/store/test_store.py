@@ -19,6 +19,7 @@ from kvdistill.errors import (
     StoreNotFound,
 )
 from kvdistill.store.codecs import CODECS, parts_of
+from kvdistill.store.manifest import FORMAT_VERSION
 from kvdistill.store.reader import KVStore
 from kvdistill.store.shard import block_idx
 from kvdistill.store.statistics import ChannelStatistics
@@ -210,7 +211,7 @@ def test_a_newer_format_names_both_versions(tmp_path: Any, build: Any) -> None:
     create(tmp_path / "store", build.corpus())
     path = tmp_path / "store" / "kvstore.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 7}))
-    with pytest.raises(StoreFormatError, match=r"format version 7, .* reads up to 1"):
+    with pytest.raises(StoreFormatError, match=rf"version 7, .* reads up to {FORMAT_VERSION}"):
         KVStore.open(tmp_path / "store")
 
 

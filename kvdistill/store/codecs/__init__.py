@@ -3,7 +3,8 @@
 Keys get a scale per channel and block of 64 tokens, values a scale per token: key outliers sit
 in channels, value outliers in tokens (KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV
 Cache, arXiv 2402.02750). Scales are fp16, rounded so that no value is ever clipped: the error
-of an integer codec is at most half a scale. A codec is frozen data; there is one per name.
+of an integer codec is at most half a scale (but for values in int4, which trade it for a smaller
+mean error). A codec is frozen data; there is one per name.
 
 Encoding runs in torch, where the teacher runs. Decoding is written once, with operators that
 numpy and torch share, so that both give the same bits: every step is one IEEE operation.
@@ -13,6 +14,7 @@ torch is imported lazily: looking into a store does not need it.
     int8          8 bits   symmetric; the default
     fp8_e4m3      8 bits   as int8, with float codes: better for outliers, worse on average
     int4          4 bits   asymmetric; values after a Hadamard rotation
+    int4_v1       4 bits   as int4, with fp16 scales and zeros for values; for stores of format 1
 """
 
 from __future__ import annotations
@@ -35,4 +37,5 @@ CODECS: Final[dict[CodecName, Codec]] = {
     "int8": Symmetric("int8", largest=127.0),
     "fp8_e4m3": Symmetric("fp8_e4m3", largest=448.0),
     "int4": Asymmetric("int4"),
+    "int4_v1": Asymmetric("int4_v1", wide=True),
 }

@@ -27,13 +27,17 @@ def to_float32(x: Array) -> Array:
 
 
 def bits_to_float32(bits: Array, logical: str) -> Array:
-    """Stored bits of ``bfloat16`` or ``float8_e4m3fn`` to float32; exact."""
+    """Stored bits of ``bfloat16``, ``float8_e4m3fn`` or ``ufloat8_e5m3`` to float32; exact."""
     if isinstance(bits, np.ndarray):
         if logical == "bfloat16":
             return (bits.astype(np.uint32) << 16).view(np.float32)
+        if logical == "ufloat8_e5m3":
+            return (bits.astype(np.uint16) << 7).view(np.float16).astype(np.float32)
         return np.take(_e4m3_values(), bits)
     import torch
 
+    if logical == "ufloat8_e5m3":
+        return (bits.to(torch.int16) << 7).view(torch.float16).float()
     return bits.view(getattr(torch, logical)).float()
 
 

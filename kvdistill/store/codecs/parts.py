@@ -32,10 +32,15 @@ def codes(dtype: str, logical: str) -> Part:
 
 
 def side(suffix: str, kind: Kind) -> Part:
-    """Scales or zeros: keys per block and channel, values per token."""
+    """Scales or zeros in fp16: keys per block and channel, values per token."""
     if kind == "key":
         return Part(suffix, "float16", "float16", "block", _head_dim)
-    return Part(suffix, "float16", "float16", "token", _one)
+    return one_per_token(suffix, "float16", "float16")
+
+
+def one_per_token(suffix: str, dtype: str, logical: str) -> Part:
+    """A number for all channels of a token."""
+    return Part(suffix, dtype, logical, "token", _one)
 
 
 def part_name(stem: str, suffix: str) -> str:
