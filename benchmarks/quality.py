@@ -77,6 +77,24 @@ SHARES: Final = {"smollm2": 0.5, "gemma3": 0.25, "minilm": 0.25}
 RIDGE: Final = {"mode": "frozen", "method": "full", "init": "ridge"}
 
 
+SAID: Final = {
+    "cross-entropy": "the text alone, at the learning rate of the other arms",
+    "cross-entropy-slower": "the text alone, at half of that rate, which it likes better",
+    "single-smollm2": "SmolLM2 135M",
+    "placebo-shuffled": "SmolLM2's keys and values of another text",
+    "placebo-noise": "noise with the means and variances of SmolLM2's keys and values",
+    "placebo-untrained": "SmolLM2's architecture with random weights",
+    "single-gemma3": "Gemma 3 270M",
+    "multi-fixed": "SmolLM2, Gemma and MiniLM: a half, a quarter, a quarter",
+    "single-minilm": "MiniLM, an encoder",
+    "multi-similarity": "all three, weighed by similarity",
+    "multi-learnable": "all three, weighed by a router",
+    "multi-decoders": "SmolLM2 and Gemma, a half each",
+    "multi-inject": "all three, their mixture also injected into the student",
+}
+"""The arms of the final runs, in a line each."""
+
+
 def experiment(folder: Path, name: str) -> dict[str, Any]:
     """What all arms of a study share."""
     evaluation = "validation" if name.startswith("search") else "test"
@@ -176,7 +194,7 @@ def final_arms() -> dict[str, Any]:
     every, single = tuple(SHARES), WEIGHT["smollm2"]
     alone = {"losses.key": 0, "losses.value": 0}
     slower = {**alone, "training.learning_rate": 2e-3}
-    return {
+    arms = {
         "cross-entropy": {"teachers": [], "settings": alone},
         # Text alone likes smaller steps than text with a teacher: both get the rate they like.
         "cross-entropy-slower": {"teachers": [], "settings": slower},
@@ -193,6 +211,7 @@ def final_arms() -> dict[str, Any]:
         "multi-decoders": arm("smollm2", "gemma3", weight=MULTI),
         "multi-inject": arm(*every, weight=MULTI, fusion__weights=SHARES, losses__inject=1.0),
     }
+    return {name: {**arms[name], "description": said} for name, said in SAID.items()}
 
 
 def study(folder: Path, name: str, seeds: Sequence[int], arms: dict[str, Any]) -> Path:
@@ -243,6 +262,7 @@ def report(runs: Path) -> None:
     """One page beside the runs, against the better of the two arms without a teacher."""
     command = [sys.executable, "-m", "kvdistill.cli", "report", str(runs)]
     command += ["--output", f"{runs}.html", "--baseline", "cross-entropy-slower"]
+    command += ["--title", f"The reference experiment: {STEPS[runs.name][0]} steps"]
     subprocess.run(command, check=True)
 
 

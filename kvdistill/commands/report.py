@@ -22,7 +22,8 @@ import click
     help="Arm to compare with; if not given, the ablation's, else the one without teachers, "
     "else the last.",
 )
-def report(runs: tuple[Path, ...], output: Path, baseline: str | None) -> None:
+@click.option("--title", help="The page's heading; if not given, the ablation's name.")
+def report(runs: tuple[Path, ...], output: Path, baseline: str | None, title: str | None) -> None:
     """Compare finished RUNS: one page, its tables as Markdown, its figures as CSV.
 
     RUNS are run folders, folders of runs, or an ablation's folder. Runs that differ in nothing but
@@ -30,7 +31,7 @@ def report(runs: tuple[Path, ...], output: Path, baseline: str | None) -> None:
     """
     from kvdistill.pipelines.report import write_report
 
-    written, notes = write_report(list(runs), output, baseline)
+    written, notes = write_report(list(runs), output, baseline, title)
     for note in notes:
         click.echo(f"note: {note}")
     for path in written[1:]:

@@ -36,7 +36,7 @@ class Shown:
 
 
 def write_report(
-    paths: Sequence[Path], output: Path, baseline: str | None = None
+    paths: Sequence[Path], output: Path, baseline: str | None = None, title: str | None = None
 ) -> tuple[list[Path], tuple[str, ...]]:
     """Write ``output`` (HTML) and, beside it, its tables as Markdown and CSV.
 
@@ -44,6 +44,7 @@ def write_report(
         paths: run folders, folders of runs, ablation folders.
         output: the page; no other file is needed to read it.
         baseline: the arm that the others are compared with.
+        title: the page's heading; by default the ablation's name.
 
     Returns:
         The files written, and what a reader must know (runs left out, and why).
@@ -51,7 +52,7 @@ def write_report(
     Raises:
         ConfigError: no finished run, or no arm of that name.
     """
-    study = read_study(paths, baseline)
+    study = read_study(paths, baseline, title)
     rows = results.rows(study)
     content = _content(study, rows)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -69,13 +69,16 @@ def read_run(path: Path) -> Run:
     )
 
 
-def read_study(paths: Sequence[Path], baseline: str | None = None) -> Study:
+def read_study(
+    paths: Sequence[Path], baseline: str | None = None, title: str | None = None
+) -> Study:
     """Read an ablation folder, a folder of runs, or run folders, in any mixture.
 
     Args:
         paths: folders; of several ablations the arms stand side by side.
         baseline: the arm that others are compared with; by default the ablation's own, else the
             only arm without teachers, else the last.
+        title: what the study is called; by default as its ablations are.
 
     Raises:
         ConfigError: no finished run anywhere, or no arm of that name.
@@ -99,7 +102,7 @@ def read_study(paths: Sequence[Path], baseline: str | None = None) -> Study:
         raise ConfigError(
             "; ".join(notes) or "no arm has a finished run; give folders of `kvdistill train`"
         )
-    name = " and ".join(names) or _title(arms)
+    name = title or " and ".join(names) or _title(arms)
     return Study(name, tuple(arms), _baseline(arms, chosen), tuple(notes))
 
 
