@@ -159,6 +159,9 @@ class LossConfig(Section):
     """Error of keys, before rotation."""
     value: NonNegativeFloat = 3.0
     """Error of values."""
+    fade_by: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the steps by which all losses against teachers but `inject` have fallen linearly to
+    zero; they keep their weights if not given."""
     distance: Distance = "mse"
     """How a difference between keys or values is measured."""
     layer_std: bool = False

@@ -63,6 +63,7 @@ class Distiller(nn.Module):
     weigh: FusionWeights
     gate: InjectionGate | None
     attention_maps: AttentionMaps
+    kv_scale = 1.0  # of the losses against teachers; the trainer sets it at every step
 
     def __init__(
         self,
@@ -152,11 +153,13 @@ class Distiller(nn.Module):
             more, shown = self._teacher_parts(batch, view, counts, figures=figures)
             parts |= more
         weight = self.losses.weights()
+        of_teachers = [name for name in parts if name not in (*OF_TEXT, "inject")]
+        weight |= {name: self.kv_scale * weight[name] for name in of_teachers}
         weighted = {name: weight[name] * value for name, value in parts.items()}
-        kv = [value for name, value in weighted.items() if name not in (*OF_TEXT, "inject")]
+        kv = [weighted[name] for name in of_teachers] or [torch.zeros_like(parts["cross_entropy"])]
         return {
             "loss": torch.stack(list(weighted.values())).sum(),
-            "kv": torch.stack(kv).sum() if kv else torch.zeros_like(weighted["cross_entropy"]),
+            "kv": torch.stack(kv).sum(),
             "parts": parts,
             "figures": shown,
         }

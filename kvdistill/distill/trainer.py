@@ -32,7 +32,7 @@ from kvdistill.distill.distiller import Distiller
 from kvdistill.distill.guard import StepGuard
 from kvdistill.distill.held_out import HeldOut, score_held_out
 from kvdistill.distill.interruption import StopOnSignal
-from kvdistill.distill.losses import AbsorptionMonitor, explained_variance, gradient_share
+from kvdistill.distill.losses import AbsorptionMonitor, explained_variance, gradient_share, kv_scale
 from kvdistill.distill.parameter_groups import parameter_groups
 from kvdistill.distill.sharded import gathered
 from kvdistill.distill.weights import load_weights, save_weights
@@ -126,6 +126,9 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             distiller: Any = self.accelerator.unwrap_model(self.model)
             warm = self.state.global_step >= self.experiment.fusion.warmup_steps
             distiller.weigh.routing = warm
+            distiller.kv_scale = kv_scale(
+                self.state.global_step, self.state.max_steps, self.experiment.losses.fade_by
+            )
         output = model(inputs, num_items_in_batch, figures=figures)
         for name, value in {"loss": output["loss"], **output["parts"]}.items():
             self._parts[name] = self._parts.get(name, 0) + value.detach()
@@ -179,10 +182,11 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         figures.pop("alpha")
         watched = {"target_variance": float(figures.pop("target_variance"))}
         found |= {name: float(value) for name, value in figures.items()}
-        if output["kv"].requires_grad and not self.is_fsdp_enabled:
+        if output["kv"].requires_grad and distiller.kv_scale and not self.is_fsdp_enabled:
             student = [p for p in distiller.student.parameters() if p.requires_grad]
+            # At full weight: a share that fades with its loss is no sign of absorption.
             watched["gradient_share"] = gradient_share(
-                output["kv"], output["loss"] - output["kv"], student
+                output["kv"] / distiller.kv_scale, output["loss"] - output["kv"], student
             )
         for warning in self._monitor.update(**watched):
             log.warning(warning)

@@ -75,6 +75,19 @@ def test_a_run_trains_and_leaves_an_ordinary_student(
     assert again.metrics == report.metrics
 
 
+@pytest.mark.parametrize("mode", ["student_to_teacher", "frozen"])
+def test_losses_against_teachers_fade(extracted: Path, tmp_path: Path, mode: str) -> None:
+    changes = {"projection__mode": mode, "losses__fade_by": 0.5, "training__figure_steps": 1}
+    report = train(variant(extracted, tmp_path, training__log_steps=1, **changes))
+    rows = losses(report.folder)
+    for row, scale in zip(rows, [1, 2 / 3, 1 / 3, 0, 0, 0], strict=True):
+        of_kv = 3 * row["loss_key"] + 3 * row["loss_value"]
+        assert math.isclose(row["loss"], scale * of_kv + row["loss_cross_entropy"], rel_tol=1e-5)
+        assert ("gradient_share" in row) == (scale > 0)
+    # Told at full weight: a share that fades with its loss would be taken for absorption.
+    assert rows[2]["gradient_share"] > 0.5 * rows[0]["gradient_share"]
+
+
 def test_stage_two_needs_no_teacher_and_imports_no_teacher_code(
     extracted: Path, tmp_path: Path
 ) -> None:
@@ -96,6 +109,7 @@ def test_stage_two_needs_no_teacher_and_imports_no_teacher_code(
 
 def test_a_stopped_run_resumed_equals_one_never_stopped(extracted: Path, tmp_path: Path) -> None:
     changes = {"training__max_steps": None, "training__epochs": 2, "corpus__max_samples": 48}
+    changes |= {"losses__fade_by": 1.0}
     settings = {"training__save_steps": 5, "training__log_steps": 1, **changes}
     whole = train(variant(extracted, tmp_path / "whole", **settings))
     stopped = variant(extracted, tmp_path / "stopped", **settings)

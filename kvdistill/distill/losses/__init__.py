@@ -9,6 +9,7 @@ from kvdistill.distill.losses.absorption import (
 from kvdistill.distill.losses.attention import attention_kl
 from kvdistill.distill.losses.codi import hidden_error
 from kvdistill.distill.losses.distance import cosine_error, kv_error, layer_std
+from kvdistill.distill.losses.fading import kv_scale
 from kvdistill.distill.losses.reduce import reduce_tokens
 from kvdistill.distill.losses.regression import Regression, regression_error
 from kvdistill.distill.losses.relation import relation_error
@@ -22,6 +23,7 @@ __all__ = [
     "gradient_share",
     "hidden_error",
     "kv_error",
+    "kv_scale",
     "layer_std",
     "reduce_tokens",
     "regression_error",
