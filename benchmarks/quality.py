@@ -4,7 +4,7 @@ A student of 4 layers learns GSM8K text from scratch, equal steps for every arm:
 alone, one teacher at a time, several teachers fused in four ways, and three placebos. Settings
 are searched first, on validation texts and one seed (``search``, ``search-longer``); the chosen
 ones are then run under five seeds and scored on texts that the search never saw, after 150 steps
-(``final``) and after 600 (``longer``).
+(``final``) and, fewer arms with what a longer run likes, after 600 (``longer``).
 
     make models
     python benchmarks/quality.py quality-output            # everything, and two reports
@@ -73,6 +73,8 @@ WEIGHT: Final = {"smollm2": 5, "gemma3": 10, "minilm": 10}
 """Weight of the key and of the value loss where there is one teacher; the search chose it."""
 MULTI: Final = 10
 """The same for several teachers, whose weights sum to one."""
+FADING: Final = 15
+"""The same where the teachers give way to the text."""
 SHARES: Final = {"smollm2": 0.5, "gemma3": 0.25, "minilm": 0.25}
 RIDGE: Final = {"mode": "frozen", "method": "full", "init": "ridge"}
 
@@ -91,8 +93,14 @@ SAID: Final = {
     "multi-learnable": "all three, weighed by a router",
     "multi-decoders": "SmolLM2 and Gemma, a half each",
     "multi-inject": "all three, their mixture also injected into the student",
+    "fading-smollm2": "SmolLM2, at three times the weight, falling to zero over the run",
+    "fading-gemma3": "Gemma 3 270M, fading",
+    "fading-decoders": "SmolLM2 and Gemma, a half each, fading",
+    "fading-shuffled": "SmolLM2's keys and values of another text, fading",
+    "fading-noise": "noise with the means and variances of SmolLM2's, fading",
+    "fading-untrained": "SmolLM2's architecture with random weights, fading",
 }
-"""The arms of the final runs, in a line each."""
+"""The arms of the runs under five seeds, in a line each."""
 
 
 def experiment(folder: Path, name: str) -> dict[str, Any]:
@@ -127,6 +135,11 @@ def arm(*teachers: str, weight: float, placebo: bool = False, **settings: Any) -
     stated = {"losses.key": weight, "losses.value": weight}
     stated |= {name.replace("__", "."): value for name, value in settings.items()}
     return {"teachers": list(teachers), "settings": stated, "placebo": placebo}
+
+
+def fading(*teachers: str, weight: float = FADING, **settings: Any) -> dict[str, Any]:
+    """An arm whose teachers give way to the text over the run."""
+    return arm(*teachers, weight=weight, losses__fade_by=1.0, **settings)
 
 
 def search_arms() -> dict[str, Any]:
@@ -186,6 +199,12 @@ def longer_search_arms() -> dict[str, Any]:
             )
             for weight in (10, 30)
         },
+        **{f"fading-smollm2-{weight}": fading("smollm2", weight=weight) for weight in (5, 15, 30)},
+        "fading-gemma3-15": fading("gemma3", weight=15),
+        **{
+            f"fading-smollm2-gemma3-{weight}": fading("smollm2", "gemma3", weight=weight)
+            for weight in (15, 30)
+        },
     }
 
 
@@ -211,7 +230,23 @@ def final_arms() -> dict[str, Any]:
         "multi-decoders": arm("smollm2", "gemma3", weight=MULTI),
         "multi-inject": arm(*every, weight=MULTI, fusion__weights=SHARES, losses__inject=1.0),
     }
-    return {name: {**arms[name], "description": said} for name, said in SAID.items()}
+    return {name: {**found, "description": SAID[name]} for name, found in arms.items()}
+
+
+def longer_arms() -> dict[str, Any]:
+    """What the longer search chose: weights that fade, and the placebos of the best teacher."""
+    every = final_arms()
+    kept = ("cross-entropy", "cross-entropy-slower", "single-smollm2")
+    arms = {
+        "fading-smollm2": fading("smollm2"),
+        "fading-gemma3": fading("gemma3"),
+        "fading-decoders": fading("smollm2", "gemma3"),
+        "fading-shuffled": fading("smollm2", placebo=True, placebo__method="shuffled"),
+        "fading-noise": fading("smollm2", placebo=True, placebo__method="noise"),
+        "fading-untrained": fading("untrained", placebo=True),
+    }
+    said = {name: {**found, "description": SAID[name]} for name, found in arms.items()}
+    return {name: every[name] for name in kept} | said
 
 
 def study(folder: Path, name: str, seeds: Sequence[int], arms: dict[str, Any]) -> Path:
@@ -279,7 +314,7 @@ def main() -> None:
         "search": study(asked.folder, "search", [0], search_arms()),
         "search-longer": study(asked.folder, "search-longer", [0], longer_search_arms()),
         "final": study(asked.folder, "final", range(asked.seeds), final_arms()),
-        "longer": study(asked.folder, "longer", range(asked.seeds), final_arms()),
+        "longer": study(asked.folder, "longer", range(asked.seeds), longer_arms()),
     }
     for name, path in studies.items():
         if asked.only in (None, name):
