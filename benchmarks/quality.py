@@ -75,6 +75,8 @@ MULTI: Final = 10
 """The same for several teachers, whose weights sum to one."""
 FADING: Final = 15
 """The same where the teachers give way to the text."""
+FADE_BY: Final = 0.6
+"""When they have: at this share of the steps."""
 SHARES: Final = {"smollm2": 0.5, "gemma3": 0.25, "minilm": 0.25}
 RIDGE: Final = {"mode": "frozen", "method": "full", "init": "ridge"}
 
@@ -93,7 +95,7 @@ SAID: Final = {
     "multi-learnable": "all three, weighed by a router",
     "multi-decoders": "SmolLM2 and Gemma, a half each",
     "multi-inject": "all three, their mixture also injected into the student",
-    "fading-smollm2": "SmolLM2, at three times the weight, falling to zero over the run",
+    "fading-smollm2": "SmolLM2, at three times the weight, falling to zero by 60 % of the run",
     "fading-gemma3": "Gemma 3 270M, fading",
     "fading-decoders": "SmolLM2 and Gemma, a half each, fading",
     "fading-shuffled": "SmolLM2's keys and values of another text, fading",
@@ -137,9 +139,11 @@ def arm(*teachers: str, weight: float, placebo: bool = False, **settings: Any) -
     return {"teachers": list(teachers), "settings": stated, "placebo": placebo}
 
 
-def fading(*teachers: str, weight: float = FADING, **settings: Any) -> dict[str, Any]:
-    """An arm whose teachers give way to the text over the run."""
-    return arm(*teachers, weight=weight, losses__fade_by=1.0, **settings)
+def fading(
+    *teachers: str, weight: float = FADING, by: float = FADE_BY, **settings: Any
+) -> dict[str, Any]:
+    """An arm whose teachers give way to the text."""
+    return arm(*teachers, weight=weight, losses__fade_by=by, **settings)
 
 
 def search_arms() -> dict[str, Any]:
@@ -199,11 +203,16 @@ def longer_search_arms() -> dict[str, Any]:
             )
             for weight in (10, 30)
         },
-        **{f"fading-smollm2-{weight}": fading("smollm2", weight=weight) for weight in (5, 15, 30)},
-        "fading-gemma3-15": fading("gemma3", weight=15),
         **{
-            f"fading-smollm2-gemma3-{weight}": fading("smollm2", "gemma3", weight=weight)
-            for weight in (15, 30)
+            f"fading-smollm2-{weight}-{by}": fading("smollm2", weight=weight, by=by)
+            for weight, by in ((5, 1.0), (15, 1.0), (30, 1.0), (15, 0.6), (30, 0.6), (15, 0.4))
+        },
+        "fading-gemma3-15-1.0": fading("gemma3", weight=15, by=1.0),
+        **{
+            f"fading-smollm2-gemma3-{weight}-{by}": fading(
+                "smollm2", "gemma3", weight=weight, by=by
+            )
+            for weight, by in ((15, 1.0), (30, 1.0), (15, 0.6))
         },
     }
 
