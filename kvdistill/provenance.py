@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -42,10 +43,20 @@ def git_commit(folder: Path | None = None) -> str | None:
     return commit + ("+changes" if changed else "")
 
 
+def command(arguments: Sequence[str]) -> str:
+    """A process's arguments as one would type them again, wherever its program lies."""
+    program, package = Path(arguments[0]), Path(__file__).parent
+    typed = [program.name]
+    if program.is_relative_to(package):
+        inside = program.relative_to(package).with_suffix("")
+        typed = ["python", "-m", ".".join((package.name, *inside.parts))]
+    return shlex.join([*typed, *arguments[1:]])
+
+
 def describe() -> dict[str, Any]:
     """Everything that ``run.json`` keeps about the process that made a run."""
     return {
-        "command": shlex.join(sys.argv),
+        "command": command(sys.argv),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": platform.node(),
         "platform": platform.platform(),
@@ -56,5 +67,5 @@ def describe() -> dict[str, Any]:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    asked = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
