@@ -93,7 +93,8 @@ def summary(study: Study, table: Sequence[Row]) -> list[str]:
     said = []
     if real:
         best = min(real, key=_change)
-        said.append(f"The best arm is {_finding(best, study.baseline)}.")
+        opening = "The best arm is" if _change(best) < 0 else "No arm is better; the next is"
+        said.append(f"{opening} {_finding(best, study.baseline)}.")
         said += _others(best, real)
     said += [_placebo(row, study.baseline) for row in others if row.arm.placebo]
     return said + _limits(others)

@@ -145,6 +145,15 @@ def test_the_page_and_the_markdown_say_it_in_words(written: Path) -> None:
         assert len(widths) == 1, table
 
 
+def test_a_baseline_that_nothing_beats_is_said_to_be_so(written: Path, tmp_path: Path) -> None:
+    folder, page = written / "ablation", tmp_path / "report.html"
+    write_report([folder], page, baseline="both", title="Which one?")
+    text = page.read_text()
+    assert "<h1>Which one?</h1>" in text
+    assert "No arm is better; the next is cross-entropy: perplexity +" in text
+    assert "The best arm is" not in text
+
+
 def table(*paths: Path) -> dict[str, Row]:
     """The results table, without drawing anything."""
     return {row.arm.name: row for row in rows(read_study(paths))}
