@@ -140,6 +140,14 @@ def arm(*teachers: str, weight: float, placebo: bool = False, **settings: Any) -
     return {"teachers": list(teachers), "settings": stated, "placebo": placebo}
 
 
+def text_alone(rate: float | None = None) -> dict[str, Any]:
+    """An arm without a teacher, perhaps at a learning rate of its own."""
+    settings: dict[str, Any] = {"losses.key": 0, "losses.value": 0}
+    if rate is not None:
+        settings["training.learning_rate"] = rate
+    return {"teachers": [], "settings": settings}
+
+
 def fading(
     *teachers: str, weight: float = FADING, by: float = FADE_BY, **settings: Any
 ) -> dict[str, Any]:
@@ -150,17 +158,9 @@ def fading(
 def search_arms() -> dict[str, Any]:
     """What was searched: direction and mode of the projection, weights, teachers together."""
     one, two = ("smollm2",), ("smollm2", "gemma3")
-    baseline = {"losses.key": 0, "losses.value": 0}
-    rates = {
-        f"cross-entropy-{rate:g}": {
-            "teachers": [],
-            "settings": {**baseline, "training.learning_rate": rate},
-        }
-        for rate in (1e-3, 2e-3, 6e-3)
-    }
     return {
-        "cross-entropy": {"teachers": [], "settings": baseline},
-        **rates,
+        "cross-entropy": text_alone(),
+        **{f"cross-entropy-{rate:g}": text_alone(rate) for rate in (1e-3, 2e-3, 6e-3)},
         **{f"smollm2-{weight}": arm(*one, weight=weight) for weight in (3, 10, 30)},
         **{f"gemma3-{weight}": arm("gemma3", weight=weight) for weight in (10, 30)},
         **{f"minilm-{weight}": arm("minilm", weight=weight) for weight in (10, 30)},
@@ -175,17 +175,9 @@ def search_arms() -> dict[str, Any]:
 
 def longer_search_arms() -> dict[str, Any]:
     """The same question after four times the steps, asked of fewer settings."""
-    alone = {"losses.key": 0, "losses.value": 0}
-    rates = {
-        f"cross-entropy-{rate:g}": {
-            "teachers": [],
-            "settings": {**alone, "training.learning_rate": rate},
-        }
-        for rate in (1e-3, 2e-3)
-    }
     return {
-        "cross-entropy": {"teachers": [], "settings": alone},
-        **rates,
+        "cross-entropy": text_alone(),
+        **{f"cross-entropy-{rate:g}": text_alone(rate) for rate in (1e-3, 2e-3)},
         "smollm2-5-slow": arm("smollm2", weight=5, training__learning_rate=2e-3),
         **{f"smollm2-{weight}": arm("smollm2", weight=weight) for weight in (5, 15)},
         **{f"gemma3-{weight}": arm("gemma3", weight=weight) for weight in (10, 25)},
@@ -221,12 +213,10 @@ def longer_search_arms() -> dict[str, Any]:
 def final_arms() -> dict[str, Any]:
     """What the search chose, and the placebos of the best single teacher."""
     every, single = tuple(SHARES), WEIGHT["smollm2"]
-    alone = {"losses.key": 0, "losses.value": 0}
-    slower = {**alone, "training.learning_rate": 2e-3}
     arms = {
-        "cross-entropy": {"teachers": [], "settings": alone},
+        "cross-entropy": text_alone(),
         # Text alone likes smaller steps than text with a teacher: both get the rate they like.
-        "cross-entropy-slower": {"teachers": [], "settings": slower},
+        "cross-entropy-slower": text_alone(2e-3),
         "single-smollm2": arm("smollm2", weight=single),
         "placebo-shuffled": arm("smollm2", weight=single, placebo=True, placebo__method="shuffled"),
         "placebo-noise": arm("smollm2", weight=single, placebo=True, placebo__method="noise"),
@@ -240,7 +230,7 @@ def final_arms() -> dict[str, Any]:
         "multi-decoders": arm("smollm2", "gemma3", weight=MULTI),
         "multi-inject": arm(*every, weight=MULTI, fusion__weights=SHARES, losses__inject=1.0),
     }
-    return {name: {**found, "description": SAID[name]} for name, found in arms.items()}
+    return described(arms)
 
 
 def longer_arms() -> dict[str, Any]:
@@ -256,8 +246,12 @@ def longer_arms() -> dict[str, Any]:
         "fading-noise": fading("smollm2", placebo=True, placebo__method="noise"),
         "fading-untrained": fading("untrained", placebo=True),
     }
-    said = {name: {**found, "description": SAID[name]} for name, found in arms.items()}
-    return {name: every[name] for name in kept} | said
+    return {name: every[name] for name in kept} | described(arms)
+
+
+def described(arms: dict[str, Any]) -> dict[str, Any]:
+    """The same arms, each with its line for the report."""
+    return {name: {**found, "description": SAID[name]} for name, found in arms.items()}
 
 
 def study(folder: Path, name: str, seeds: Sequence[int], arms: dict[str, Any]) -> Path:

@@ -26,8 +26,6 @@ MAX_AXIS: Final = 2**31 - 1
 MAX_LAYERS: Final = 4096
 MAX_SIZE: Final = 65_536
 
-_NAMES_1: Final = {"int4": "int4_v1"}
-
 Axis = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 
 
@@ -160,7 +158,9 @@ class TeacherManifest(Document):
         """What was read is of the newest format, so that copies of it are written as such."""
         if not isinstance(body, dict) or body.get("format_version") != 1:
             return body
-        codecs = {kind: _NAMES_1.get(name, name) for kind, name in body["codec"].items()}
+        codecs = body.get("codec")
+        if isinstance(codecs, dict):
+            codecs = {kind: "int4_v1" if name == "int4" else name for kind, name in codecs.items()}
         return {**body, "format_version": FORMAT_VERSION, "codec": codecs}
 
     @field_validator("groups")

@@ -267,6 +267,15 @@ def test_an_absurd_geometry_is_refused(tmp_path: Path, build: Any, group: Any) -
         KVStore.open(tmp_path / "store").teacher("tiny")
 
 
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("codec", [None, "int4", {"key": ["int4"], "value": {}}])
+def test_an_absurd_codec_is_refused(tmp_path: Path, build: Any, version: int, codec: Any) -> None:
+    store, _ = build.store(tmp_path / "store", build.teacher(), num_shards=1)
+    _rewrite(store.paths.teacher_manifest("tiny"), codec=codec, format_version=version)
+    with pytest.raises(StoreFormatError, match=r"teacher\.json: codec"):
+        KVStore.open(tmp_path / "store").teacher("tiny")
+
+
 @pytest.mark.parametrize("name", ["../../outside", "/etc", ".hidden", "a/b", ""])
 def test_no_name_leads_out_of_the_store(tmp_path: Path, build: Any, name: str) -> None:
     store, _ = build.store(tmp_path / "store", build.teacher(), num_shards=1)
