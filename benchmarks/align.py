@@ -23,14 +23,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvdistill.config_distill import LossConfig, ProjectionConfig
-from kvdistill.distill.alignment import Band, Spans, align_tokens, apply_band, layer_map
-from kvdistill.distill.fusion import fixed_weights, fuse, renormalise
-from kvdistill.distill.head import TeacherHead
-from kvdistill.distill.losses import kv_error, reduce_tokens
-from kvdistill.distill.objectives import StudentView, regression_sums
-from kvdistill.distill.projection import ChannelStatistics, HeadShape
-from kvdistill.distill.spaces import GroupSpace, TeacherSpace
+from kvdistill.attention.geometry import HeadShape
+from kvdistill.config.distill import LossConfig, ProjectionConfig
+from kvdistill.distill.align.band import Band, apply_band
+from kvdistill.distill.align.character_iou import Spans, align_tokens
+from kvdistill.distill.align.layers import layer_map
+from kvdistill.distill.fuse.weights import fixed_weights, fuse, renormalise
+from kvdistill.distill.kv_losses import regression_sums
+from kvdistill.distill.losses.pointwise import kv_error
+from kvdistill.distill.losses.weighting import reduce_tokens
+from kvdistill.distill.project.standardise import TargetStatistics
+from kvdistill.distill.student.outputs import StudentView
+from kvdistill.distill.targets import GroupSpace, TeacherHead, TeacherSpace
 from kvdistill.store.codecs import CODECS
 from kvdistill.types import KINDS, CodecSpec, Kind
 
@@ -99,7 +103,7 @@ def make_teachers(batch: int, tokens: int, student: Spans) -> list[Teacher]:
 def space_of(layers: int, shape: HeadShape) -> TeacherSpace:
     mapping = layer_map("ratio", STUDENT_LAYERS, range(layers))
     channels = (len(mapping.needed), *shape)
-    statistics = ChannelStatistics(torch.randn(channels), torch.rand(channels) + 0.5)
+    statistics = TargetStatistics(torch.randn(channels), torch.rand(channels) + 0.5)
     group = GroupSpace(
         "",
         tuple(range(STUDENT_LAYERS)),

@@ -28,11 +28,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from kvdistill.corpus import read_jsonl
-from kvdistill.store.codecs import CODECS, part_name
-from kvdistill.store.safetensors_backend import SafetensorsBackend
-from kvdistill.store.schema import ArraySpec
-from kvdistill.store.zarr_backend import ZarrBackend
+from kvdistill.corpus.readers import read_jsonl
+from kvdistill.store.backends.safetensors import SafetensorsBackend
+from kvdistill.store.backends.zarr import ZarrBackend
+from kvdistill.store.codecs import CODECS
+from kvdistill.store.codecs.parts import part_name
+from kvdistill.store.format import ArraySpec
 from kvdistill.types import KINDS, CodecName, Kind, LayerGroup
 
 PAIRS: tuple[tuple[CodecName, CodecName], ...] = (

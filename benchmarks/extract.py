@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from kvdistill.config import Experiment
-from kvdistill.config_file import parse
-from kvdistill.extract.batches import Batch, collate, plan
+from kvdistill.config.experiment import Experiment
+from kvdistill.config.load import parse_experiment
+from kvdistill.extract.batches import TeacherBatch, batch_by_tokens, collate_teacher_batch
 from kvdistill.extract.teacher import Teacher, load_teacher
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.stored import prepare
@@ -73,12 +73,12 @@ def loaded(experiment: Experiment) -> tuple[Teacher, float]:
 
 def bare(teacher: Teacher, store: KVStore, experiment: Experiment) -> tuple[float, float]:
     """Wall and CPU seconds of forward passes alone, over the batches that extraction makes."""
-    batches: list[Batch] = []
+    batches: list[TeacherBatch] = []
     for shard_id in store.shard_ids:
         encoded = teacher.read(store.samples(shard_id))
         lengths = [sample.num_tokens for sample in encoded]
-        for chosen in plan(lengths, experiment.extraction.batch_tokens):
-            batches.append(collate(encoded, chosen, 0, teacher.device))
+        for chosen in batch_by_tokens(lengths, experiment.extraction.batch_tokens):
+            batches.append(collate_teacher_batch(encoded, chosen, 0, teacher.device))
     wall, cpu = time.perf_counter(), time.process_time()
     for batch in batches:
         teacher.forward(batch)
@@ -100,7 +100,7 @@ def median(ratios: list[tuple[float, float]], which: int) -> float:
 
 def experiment_of(options: argparse.Namespace, store: Path) -> Experiment:
     teacher: dict[str, Any] = {"model": str(options.model), "dtype": options.dtype}
-    return parse(
+    return parse_experiment(
         {
             "store": str(store),
             "corpus": {

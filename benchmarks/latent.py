@@ -24,18 +24,19 @@ from typing import Any
 import torch
 from scipy import stats
 
-from kvdistill import config_file
-from kvdistill.config import Experiment
-from kvdistill.corpus import Sample, read_jsonl
-from kvdistill.distill.exact_match import exact_match
-from kvdistill.distill.latent.evaluate import latent_exact_match
-from kvdistill.distill.latent.student import LatentStudent
-from kvdistill.distill.latent.tampering import tamper_with
-from kvdistill.distill.tokenizer import character_tokenizer, load_tokenizer
+from kvdistill.config.experiment import Experiment
+from kvdistill.config.load import parse_experiment
+from kvdistill.corpus.readers import read_jsonl
+from kvdistill.corpus.recipes import arithmetic_samples
+from kvdistill.corpus.samples import Sample
+from kvdistill.distill.evaluate.generation import generate_and_grade
+from kvdistill.distill.student.latent.exact_match import latent_exact_match
+from kvdistill.distill.student.latent.model import LatentStudent
+from kvdistill.distill.student.latent.probes import tamper_with
+from kvdistill.distill.student.tokenizer import character_tokenizer, load_student_tokenizer
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.stored import prepare
 from kvdistill.pipelines.train import train
-from kvdistill.recipes import arithmetic
 
 THINK = {"losses": {"codi": 10.0}}
 KAVA = {"losses": {"codi": 10.0, "key": 0.5, "value": 0.5, "layer_std": True}}
@@ -111,7 +112,7 @@ def make_teacher(folder: Path, size: Size) -> None:
     texts = folder / "corpus.jsonl"
     if not texts.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        chains = arithmetic(
+        chains = arithmetic_samples(
             size.samples + size.held_out, steps=size.steps, modulus=size.modulus, drop_last=True
         )
         character_tokenizer(c.text for c in chains).save_pretrained(str(folder / "tokenizer"))
@@ -138,7 +139,7 @@ def teacher_experiment(folder: Path, size: Size) -> Experiment:
         "losses": {"key": 0, "value": 0, "cross_entropy_prompt": False},
     }
     body["training"] |= {"max_steps": size.teacher_steps, "learning_rate": 3e-3}
-    return config_file.parse(body)
+    return parse_experiment(body)
 
 
 def student_experiment(folder: Path, size: Size, arm: str, seed: int) -> Experiment:
@@ -160,7 +161,7 @@ def student_experiment(folder: Path, size: Size, arm: str, seed: int) -> Experim
                   "projector_width": 2 * size.hidden, "max_new_tokens": 6}  # fmt: skip
         body["latent"] = {**shared, **own["latent"]}
     body["training"] |= {"max_steps": size.student_steps, "learning_rate": 2e-3}
-    return config_file.parse(body)
+    return parse_experiment(body)
 
 
 def run_arm(folder: Path, size: Size, arm: str, seed: int) -> None:
@@ -184,12 +185,14 @@ def run_arm(folder: Path, size: Size, arm: str, seed: int) -> None:
 
 def answer(folder: Path, samples: Sequence[Sample], *, thinks: bool) -> dict[str, Any]:
     """Figures of one student's answers."""
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = load_student_tokenizer(str(folder))
     if not thinks:
         from transformers import AutoModelForCausalLM
 
         student = AutoModelForCausalLM.from_pretrained(folder)
-        return exact_match(student, tokenizer, samples, max_new_tokens=64, batch_size=100).to_dict()
+        return generate_and_grade(
+            student, tokenizer, samples, max_new_tokens=64, batch_size=100
+        ).to_dict()
     latent = LatentStudent.from_pretrained(folder)
     options = {"max_new_tokens": latent.config.max_new_tokens, "batch_size": 100}
     found: dict[str, Any] = latent_exact_match(latent, tokenizer, samples, **options).to_dict()

@@ -25,8 +25,8 @@ from typing import Any, Final
 
 import yaml
 
-from kvdistill.corpus import read_jsonl
-from kvdistill.distill.tokenizer import train_tokenizer
+from kvdistill.corpus.readers import read_jsonl
+from kvdistill.distill.student.tokenizer import train_tokenizer
 
 DATA: Final = Path(__file__).parents[1] / "examples/data"
 NUM_TRAIN: Final = 600

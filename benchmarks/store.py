@@ -35,14 +35,15 @@ import numpy as np
 import torch
 import zarr
 
-from kvdistill.corpus import Sample, Shard
-from kvdistill.store.codecs import CODECS, part_name
-from kvdistill.store.convert import convert
+from kvdistill.corpus.samples import Sample, Shard
+from kvdistill.store.channel_statistics import ChannelStatistics
+from kvdistill.store.codecs import CODECS
+from kvdistill.store.codecs.parts import part_name
+from kvdistill.store.maintenance import convert_store
 from kvdistill.store.manifest import TeacherManifest
-from kvdistill.store.prefetch import Request, prefetch
+from kvdistill.store.prefetch import ShardRequest, prefetch
 from kvdistill.store.reader import KVStore
 from kvdistill.store.shard import EncodedShard, TokenTable
-from kvdistill.store.statistics import ChannelStatistics
 from kvdistill.store.writer import add_teacher, create, publish_shard
 from kvdistill.types import KINDS, Kind, LayerGroup
 
@@ -139,7 +140,7 @@ def in_order(store: KVStore, codec: str, threads: int) -> None:
         for shard_id in fresh.shard_ids:
             _touch_all(fresh.read_shard(codec, shard_id))
         return
-    requests = [Request(codec, shard_id) for shard_id in fresh.shard_ids]
+    requests = [ShardRequest(codec, shard_id) for shard_id in fresh.shard_ids]
     for _, shard in prefetch(fresh, requests, threads=threads, ahead=threads):
         _touch_all(shard)
 
@@ -204,7 +205,7 @@ def rates(tasks: Tasks, rounds: int) -> dict[str, float]:
 def reading(root: Path, samples: Samples, rounds: int) -> None:
     elements = sum(x.numel() for kind in KINDS for x in samples[kind])
     store, written = make_store(root / "zarr", samples)
-    mapped = convert(store, root / "safetensors", "safetensors")
+    mapped = convert_store(store, root / "safetensors", "safetensors")
     (root / "pt").mkdir()
     for i in range(len(samples["key"])):
         one = {kind: samples[kind][i].bfloat16().clone() for kind in KINDS}

@@ -22,13 +22,13 @@ STARTED = time.perf_counter()
 
 def train(spec: dict[str, Any]) -> dict[str, Any]:
     """A whole run, saving left out; seconds of every step, and of waiting for its batches."""
-    from kvdistill.config_file import parse
-    from kvdistill.pipelines.corpus import load_corpus
-    from kvdistill.pipelines.runs import begin
+    from kvdistill.config.load import parse_experiment
+    from kvdistill.corpus.readers import load_corpus
+    from kvdistill.pipelines.run_folder import begin
     from kvdistill.pipelines.train import build_trainer
     from kvdistill.store.reader import KVStore
 
-    experiment = parse(spec["experiment"])
+    experiment = parse_experiment(spec["experiment"])
     source_of = None
     if spec["live"]:
         from kvdistill.pipelines.live import live_source
@@ -67,10 +67,10 @@ def timed(work: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
 
 def extract(spec: dict[str, Any]) -> dict[str, Any]:
     """Stage 1 of an experiment, loading of the teachers included."""
-    from kvdistill.config_file import parse
+    from kvdistill.config.load import parse_experiment
     from kvdistill.pipelines.extract import extract as extract_all
 
-    report = extract_all(parse(spec["experiment"]))
+    report = extract_all(parse_experiment(spec["experiment"]))
     return {
         "extract_s": time.perf_counter() - STARTED,
         "reading_s": sum(teacher.seconds for teacher in report.teachers),
@@ -83,12 +83,13 @@ def synthesise(spec: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from kvdistill.corpus import Sample, Shard
-    from kvdistill.distill.tokenizer import train_tokenizer
-    from kvdistill.store.codecs import CODECS, part_name
+    from kvdistill.corpus.samples import Sample, Shard
+    from kvdistill.distill.student.tokenizer import train_tokenizer
+    from kvdistill.store.channel_statistics import ChannelStatistics
+    from kvdistill.store.codecs import CODECS
+    from kvdistill.store.codecs.parts import part_name
     from kvdistill.store.manifest import TeacherManifest
     from kvdistill.store.shard import EncodedShard, TokenTable
-    from kvdistill.store.statistics import ChannelStatistics
     from kvdistill.store.writer import add_teacher, create, publish_shard
     from kvdistill.types import KINDS
 

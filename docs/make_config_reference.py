@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from kvdistill.config import Experiment
+from kvdistill.config.experiment import Experiment
 
 HEAD = """# Every setting
 

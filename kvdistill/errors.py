@@ -5,6 +5,8 @@ each child also inherits the builtin that a Python caller would expect to catch.
 A message says what was found, what was expected, where, and what to do about it.
 """
 
+from __future__ import annotations
+
 
 class KVDistillError(Exception):
     """Base of all errors that kvdistill raises on purpose."""

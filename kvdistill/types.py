@@ -16,45 +16,80 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Kind = Literal["key", "value"]
+
+
 KINDS: Final[tuple[Kind, Kind]] = ("key", "value")
+
 
 Stream = Literal["self", "encoder", "decoder", "cross"]
 """Which attention of a teacher is read; ``self`` unless it is an encoder-decoder."""
 
+
 SegmentName = Literal["text", "prompt", "rationale", "answer"]
+
+
 SEGMENT_IDS: Final[dict[SegmentName, int]] = {"text": 0, "prompt": 1, "rationale": 2, "answer": 3}
+
+
 SEGMENT_SPECIAL: Final = -1
 """Segment id of a token that stands for no character of the sample: BOS, template, padding."""
 
+
 TokenMethod = Literal["iou", "overlap", "nearest"]
 """How a student token weighs the teacher tokens that share its characters."""
+
+
 TimeMethod = Literal["tokens", "segments", "global", "latent"]
 """How student positions find teacher positions: by characters, by resampling, or by eviction."""
+
+
 LayerMethod = Literal["ratio", "uniform", "skip", "last_aligned", "cka", "explicit"]
 """How student layers find teacher layers."""
+
+
 RopeMethod = Literal["none", "student", "linear", "ntk", "dynamic"]
 """How position-free teacher keys are rotated where a loss needs rotated keys."""
+
+
 ProjectionMode = Literal[
     "student_to_teacher", "frozen", "task", "joint", "shared_space", "identity"
 ]
 """Who may move: only ``joint`` lets the target come to the student, and warns about it."""
+
+
 ProjectionInit = Literal["grouped_mean", "orthogonal", "pca", "ridge"]
 """Initial weights of a projection."""
+
+
 FusionMethod = Literal["fixed", "similarity", "mlp", "gate", "attention"]
 """How the weights of several teachers are found."""
+
+
 Granularity = Literal["sample", "layer", "token"]
 """What a learnable router gives its own weights to."""
+
+
 Similarity = Literal["cosine", "dot", "l2"]
+
+
 EvictionMethod = Literal[
     "full", "right_crop", "uniform", "random", "importance", "rkv", "rkv_original"
 ]
 """Which teacher tokens are kept when a budget is smaller than the text."""
+
+
 Distance = Literal["mse", "smooth_l1"]
 """Pointwise error between student and target."""
+
+
 Backend = Literal["zarr", "safetensors"]
 """How a store's shards are laid out on disk."""
+
+
 CodecName = Literal["bf16", "fp16", "int8", "int4", "fp8_e4m3", "int4_v1"]
 """How a number of a key or value is stored; ``int4_v1`` is for stores of format 1."""
+
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 """A name that is also a folder: no separators, no leading dot, so it cannot leave its parent."""
 
@@ -107,3 +142,6 @@ class LayerGroup:
     def head_dim(self, kind: Kind) -> int:
         """Head dim of keys or of values (they differ in a few architectures)."""
         return self.key_head_dim if kind == "key" else self.value_head_dim
+
+
+CorpusFormat = Literal["auto", "text", "segments", "gsm8k"]

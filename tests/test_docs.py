@@ -36,7 +36,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "models/bert").rename(folder / "models/minilm")
     shutil.copytree(folder / "models/smollm2", folder / "tokenizer")
     (folder / "corpus.jsonl").write_text("".join(CORPUS.open().readlines()[:24]))
-    template = (ROOT / "kvdistill/commands/experiment.yaml").read_text(encoding="utf-8")
+    template = (ROOT / "kvdistill/config/experiment.yaml").read_text(encoding="utf-8")
     body = yaml.safe_load(template)
     body["corpus"] = {"path": "corpus.jsonl", "eval_samples": 4, "shard_chars": 3000}
     body["teachers"] = {name: {"model": f"models/{name}"} for name in ("smollm2", "minilm")}

@@ -1,1 +1,1 @@
-"""The click commands, one file per theme. They parse, call a pipeline and print; nothing else."""
+"""The click commands, one file per theme: parse, call a pipeline, print."""

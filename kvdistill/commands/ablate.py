@@ -14,10 +14,10 @@ from kvdistill.commands.options import json_option, overrides_option
 from kvdistill.errors import ConfigError, IncompleteStore, Interrupted, StoreNotFound
 
 if TYPE_CHECKING:
-    from kvdistill.pipelines.ablate import Plan, PlannedRun
+    from kvdistill.studies.study import StudyPlan, StudyRun
 
 
-@click.command()
+@click.command("ablate")
 @click.argument("study", type=click.Path(path_type=Path))
 @overrides_option
 @json_option
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--slurm", is_flag=True, help="Submit to Slurm, as one array of runs.")
 @click.option("--profile", help="A profile of the experiment's slurm.profiles.")
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would run.")
-def ablate(
+def ablate_command(
     study: Path,
     overrides: tuple[str, ...],
     as_json: bool,
@@ -43,19 +43,15 @@ def ablate(
     Finished runs are never computed again and interrupted ones go on, so the same command
     continues. Arms that differ in more than they state are refused before anything starts.
     """
-    from kvdistill.pipelines.ablate import load_plan, select, write_record
-    from kvdistill.pipelines.ablate_controls import (
-        check_folders,
-        check_records,
-        check_settings,
-    )
+    from kvdistill.studies.controls import check_folders, check_records, check_settings
+    from kvdistill.studies.study import load_study, select_runs, write_record
 
     if profile is not None and not slurm:
         raise ConfigError("--profile needs --slurm")
-    plan = load_plan(study, overrides)
+    plan = load_study(study, overrides)
     check_settings(plan)
     check_folders(plan)
-    todo = [run for run in select(plan, arms) if not run.is_finished]
+    todo = [run for run in select_runs(plan, arms) if not run.is_finished]
     if dry_run:
         _say_plan(plan, todo, as_json)
         return
@@ -64,14 +60,14 @@ def ablate(
     _check_stores(plan, study)
     write_record(plan)
     if slurm:
-        _submit(plan, todo, profile, study)
+        _submit_runs(plan, todo, profile, study)
         return
     _train(plan, todo, workers or 1)
     check_records(plan)
     _say_outcome(plan, as_json)
 
 
-def _extract(plan: Plan) -> None:
+def _extract(plan: StudyPlan) -> None:
     from kvdistill.pipelines.extract import extract
 
     experiment = plan.experiment_of_all_teachers()
@@ -79,7 +75,7 @@ def _extract(plan: Plan) -> None:
         extract(experiment)
 
 
-def _check_stores(plan: Plan, study: Path) -> None:
+def _check_stores(plan: StudyPlan, study: Path) -> None:
     """Better said once here than by every run."""
     from kvdistill.store.reader import KVStore
 
@@ -99,21 +95,21 @@ def _check_stores(plan: Plan, study: Path) -> None:
             )
 
 
-def _train(plan: Plan, todo: Sequence[PlannedRun], workers: int) -> None:
+def _train(plan: StudyPlan, todo: Sequence[StudyRun], workers: int) -> None:
     from kvdistill.pipelines.train import train
 
     if workers > 1 and len(todo) > 1:
-        _pool(plan, todo, workers)
+        _train_in_pool(plan, todo, workers)
         return
     for number, run in enumerate(todo, start=1):
         click.echo(f"run {number} of {len(todo)}: {run.arm}, seed {run.seed}", err=True)
         train(run.experiment)
 
 
-def _pool(plan: Plan, todo: Sequence[PlannedRun], workers: int) -> None:
-    from kvdistill.commands.ablate_work import ablation_tasks
+def _train_in_pool(plan: StudyPlan, todo: Sequence[StudyRun], workers: int) -> None:
     from kvdistill.slurm.ledger import Ledger
-    from kvdistill.slurm.local import run_pool
+    from kvdistill.slurm.local_pool import run_pool
+    from kvdistill.studies.runs import ablation_tasks
 
     ending = run_pool(ablation_tasks(plan, todo, workers))
     if ending.outcome == "interrupted":
@@ -129,12 +125,14 @@ def _pool(plan: Plan, todo: Sequence[PlannedRun], workers: int) -> None:
         )
 
 
-def _submit(plan: Plan, todo: Sequence[PlannedRun], profile: str | None, study: Path) -> None:
-    from kvdistill.commands.ablate_work import ablation_tasks
-    from kvdistill.commands.distribute import choose_profile, num_tasks, units_in_queue
+def _submit_runs(
+    plan: StudyPlan, todo: Sequence[StudyRun], profile: str | None, study: Path
+) -> None:
+    from kvdistill.pipelines.distribute import choose_profile, num_tasks, units_in_queue
     from kvdistill.slurm import client
     from kvdistill.slurm.ledger import Ledger
     from kvdistill.slurm.submit import submit_array
+    from kvdistill.studies.runs import ablation_tasks
 
     client.require()
     chosen = choose_profile(plan.runs[0].experiment, profile, "train")
@@ -151,7 +149,7 @@ def _submit(plan: Plan, todo: Sequence[PlannedRun], profile: str | None, study: 
     click.echo(f"next: kvdistill ablate {study}, once they have ended, then kvdistill report")
 
 
-def _say_plan(plan: Plan, todo: Sequence[PlannedRun], as_json: bool) -> None:
+def _say_plan(plan: StudyPlan, todo: Sequence[StudyRun], as_json: bool) -> None:
     if as_json:
         body = {
             "folder": str(plan.folder),
@@ -170,7 +168,7 @@ def _say_plan(plan: Plan, todo: Sequence[PlannedRun], as_json: bool) -> None:
     )
 
 
-def _say_outcome(plan: Plan, as_json: bool) -> None:
+def _say_outcome(plan: StudyPlan, as_json: bool) -> None:
     finished = [run for run in plan.runs if run.is_finished]
     if as_json:
         body = {run.name: run.folder.read_record()["metrics"] for run in finished}

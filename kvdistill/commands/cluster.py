@@ -11,31 +11,37 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from kvdistill.commands.options import Decorator, json_option, overrides_option
+from kvdistill.commands.options import Decorator, config_argument, json_option, overrides_option
 from kvdistill.errors import ConfigError, IncompleteStore
 
 if TYPE_CHECKING:
-    from kvdistill.commands.overview import Overview, TeacherOverview
+    from kvdistill.pipelines.overview import Overview, TeacherOverview
     from kvdistill.slurm.ledger import Failure, Ledger
 
+
 WATCH_SECONDS: Final = 5.0
+
+
 SHOWN: Final = 8
 """How many shards are told one by one, so that a bad day still fits a screen."""
 
+
 target_argument: Decorator = click.argument("target", type=click.Path(path_type=Path))
+
+
 teacher_option: Decorator = click.option(
     "--teacher", "teachers", multiple=True, help="Only this teacher; repeat for more."
 )
 
 
-@click.command()
+@click.command("status")
 @target_argument
 @overrides_option
 @teacher_option
 @json_option
 @click.option("--watch", is_flag=True, help="Look again every few seconds until all is done.")
 @click.option("--check", is_flag=True, help="Exit with 3 if any shard is missing.")
-def status(
+def status_command(
     target: Path,
     overrides: tuple[str, ...],
     teachers: tuple[str, ...],
@@ -60,13 +66,13 @@ def status(
         raise IncompleteStore(f"{seen.store}: shards missing: {left}; run `kvdistill extract`")
 
 
-@click.command()
+@click.command("logs")
 @target_argument
 @click.argument("units", nargs=-1)
 @overrides_option
 @teacher_option
 @click.option("--lines", default=20, show_default=True, help="Lines of each log.")
-def logs(
+def logs_command(
     target: Path,
     units: tuple[str, ...],
     overrides: tuple[str, ...],
@@ -90,32 +96,32 @@ def logs(
         click.echo(f"training: {seen.training}\n{_tail(str(seen.training_log), lines)}")
 
 
-@click.command()
+@click.command("cancel")
 @target_argument
 @overrides_option
 @teacher_option
-def cancel(target: Path, overrides: tuple[str, ...], teachers: tuple[str, ...]) -> None:
+def cancel_command(target: Path, overrides: tuple[str, ...], teachers: tuple[str, ...]) -> None:
     """Cancel all jobs of TARGET that are still in Slurm's queue. Published shards stay."""
-    from kvdistill import config_file
-    from kvdistill.commands.distribute import training_ledger
+    from kvdistill.config.load import load_experiment
+    from kvdistill.pipelines.distribute import training_ledger
     from kvdistill.slurm import client
 
     client.require()
     ledgers = [ledger for _, ledger in _ledgers(_overview(target, overrides, teachers))]
     if not target.is_dir() and not teachers:
-        ledgers.append(training_ledger(config_file.load(target, overrides)))
+        ledgers.append(training_ledger(load_experiment(target, overrides)))
     ids = {job.job_id for ledger in ledgers for job in ledger.submissions()}
     living = {job.partition("_")[0] for job in client.queue(ids)}
     client.cancel(living)
     click.echo(f"cancelled {', '.join(sorted(living))}" if living else "nothing is queued")
 
 
-@click.command()
+@click.command("retry")
 @target_argument
 @click.argument("units", nargs=-1)
 @overrides_option
 @teacher_option
-def retry(
+def retry_command(
     target: Path, units: tuple[str, ...], overrides: tuple[str, ...], teachers: tuple[str, ...]
 ) -> None:
     """Forget the failures of quarantined shards (or of UNITS), so that they are tried again."""
@@ -130,7 +136,7 @@ def retry(
 
 
 def _overview(target: Path, overrides: tuple[str, ...], only: tuple[str, ...]) -> Overview:
-    from kvdistill.commands.overview import overview
+    from kvdistill.pipelines.overview import overview
 
     seen = overview(target, overrides, only)
     strangers = set(only) - {each.teacher for each in seen.teachers}
@@ -141,7 +147,7 @@ def _overview(target: Path, overrides: tuple[str, ...], only: tuple[str, ...]) -
 
 def _ledgers(seen: Overview) -> Iterator[tuple[TeacherOverview, Ledger]]:
     from kvdistill.slurm.ledger import Ledger
-    from kvdistill.store.layout import StorePaths
+    from kvdistill.store.format import StorePaths
 
     paths = StorePaths(seen.store.absolute())
     return ((each, Ledger(paths.teacher(each.teacher))) for each in seen.teachers)
@@ -164,7 +170,7 @@ def _teacher_lines(each: TeacherOverview) -> Iterator[str]:
     status = each.status
     done = f"{status.count('done')} of {len(status.units)} shards done"
     others = [f"{status.count(s)} {s}" for s in UNIT_STATES if s != "done" and status.count(s)]
-    parts = [", ".join([done, *others]), _size(each.stored_bytes)]
+    parts = [", ".join([done, *others]), _format_size(each.stored_bytes)]
     if status.work_per_second:
         parts.append(f"{status.work_per_second:,.0f} tokens/s")
     if status.eta_seconds:
@@ -214,7 +220,7 @@ def _tail(log: str | None, lines: int) -> str:
     return "\n".join(text.splitlines()[-lines:])
 
 
-def _size(size_bytes: float) -> str:
+def _format_size(size_bytes: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if size_bytes < 1000:
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
@@ -227,3 +233,32 @@ def _duration(seconds: float) -> str:
     if minutes < 1:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+@click.command("dask")
+@config_argument
+@overrides_option
+@click.option("--profile", help="A profile of the config's slurm.profiles.")
+@click.option("--jobs", default=4, show_default=True, type=click.IntRange(min=1), help="Workers.")
+def dask_command(config: Path, overrides: tuple[str, ...], profile: str | None, jobs: int) -> None:
+    """Start Dask workers on Slurm and keep them until interrupted.
+
+    Give the printed address to `kvdistill inspect --scheduler` or `kvdistill verify --scheduler`.
+    """
+    from kvdistill.config.load import load_experiment
+    from kvdistill.pipelines.distribute import choose_profile
+    from kvdistill.slurm.dask_cluster import dask_cluster
+    from kvdistill.slurm.signals import stop_flag
+
+    experiment = load_experiment(config, overrides)
+    chosen = choose_profile(experiment, profile, "extract")
+    logs = experiment.output_dir.absolute() / "dask"
+    with dask_cluster(chosen, jobs, logs) as address:
+        click.echo(f"{address}\nnext: kvdistill verify {experiment.store} --scheduler {address}")
+        with stop_flag(0.0) as stop:
+            while not stop.requested:
+                time.sleep(0.5)
+
+
+# MERGED-DOC commands.dask
+# ``kvdistill dask``: workers on Slurm for ``inspect`` and ``verify``.

@@ -7,40 +7,46 @@ from pathlib import Path
 
 import click
 
+import kvdistill.config
 from kvdistill.commands.options import config_argument, overrides_option
 from kvdistill.errors import ConfigError
 
 
-@click.command()
+@click.command("init")
 @click.argument("path", type=click.Path(path_type=Path), default=Path("experiment.yaml"))
-def init(path: Path) -> None:
+def init_command(path: Path) -> None:
     """Write a commented experiment file to PATH (default: experiment.yaml)."""
     if path.exists():
         raise ConfigError(f"{path} is already there; give another name, or remove it first")
-    template = Path(__file__).with_name("experiment.yaml").read_text(encoding="utf-8")
+    template = (
+        Path(kvdistill.config.__file__).with_name("experiment.yaml").read_text(encoding="utf-8")
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(template, encoding="utf-8")
     click.echo(f"wrote {path}\nnext: edit it, then `kvdistill run {path}`")
 
 
-@click.group()
-def config() -> None:
+@click.group("config")
+def config_command() -> None:
     """Show an experiment with its defaults, or the schema."""
 
 
-@config.command()
+@config_command.command()
 @config_argument
 @overrides_option
 def show(config: Path, overrides: tuple[str, ...]) -> None:
     """Check CONFIG and print it whole, with every default."""
-    from kvdistill import config_file
+    from kvdistill.config.load import dump_experiment, load_experiment
 
-    click.echo(config_file.dump(config_file.load(config, overrides)), nl=False)
+    click.echo(
+        dump_experiment(load_experiment(config, overrides)),
+        nl=False,
+    )
 
 
-@config.command()
+@config_command.command()
 def schema() -> None:
     """Print the JSON schema of an experiment file, for editors."""
-    from kvdistill.config import Experiment
+    from kvdistill.config.experiment import Experiment
 
     click.echo(json.dumps(Experiment.model_json_schema(), indent=2))

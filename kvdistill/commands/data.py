@@ -12,8 +12,8 @@ import click
 from kvdistill.errors import CorpusError
 
 if TYPE_CHECKING:
-    from kvdistill.corpus import Sample
-    from kvdistill.recipes import ChainForm, RationaleForm
+    from kvdistill.corpus.recipes import ChainForm, RationaleForm
+    from kvdistill.corpus.samples import Sample
 
 
 drop_last_option = click.option(
@@ -29,7 +29,7 @@ def data() -> None:
     """Make corpora and tokenizers."""
 
 
-@data.command()
+@data.command("gsm8k")
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option(
     "--from",
@@ -47,7 +47,7 @@ def data() -> None:
     help="As GSM8K writes it, without its <<48/2=24>>, or nothing but these.",
 )
 @drop_last_option
-def gsm8k(
+def gsm8k_command(
     *,
     output: Path,
     source: Path | None,
@@ -57,17 +57,17 @@ def gsm8k(
     drop_last: bool,
 ) -> None:
     """Export GSM8K to OUTPUT as JSONL of prompt, rationale and answer."""
-    from kvdistill.corpus import read_dataset, read_jsonl
-    from kvdistill.recipes import with_rationale
+    from kvdistill.corpus.readers import read_dataset, read_jsonl
+    from kvdistill.corpus.recipes import with_rationale
 
     if source is not None:
         samples = read_jsonl(source, "gsm8k", max_samples)
     else:
         samples = read_dataset("openai/gsm8k", "main", split, "gsm8k", max_samples)
-    _write([with_rationale(s, rationale, drop_last=drop_last) for s in samples], output)
+    _write_jsonl([with_rationale(s, rationale, drop_last=drop_last) for s in samples], output)
 
 
-@data.command()
+@data.command("arithmetic")
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--samples", default=10_000, show_default=True, type=click.IntRange(min=1))
 @click.option("--steps", default=4, show_default=True, help="Operations per chain.")
@@ -83,7 +83,7 @@ def gsm8k(
     help="7+3=0 0*4=0, or nothing but 0 0.",
 )
 @drop_last_option
-def arithmetic(
+def arithmetic_command(
     *,
     output: Path,
     samples: int,
@@ -98,9 +98,9 @@ def arithmetic(
 
     One seed is one endless list without repetition: hold out what --skip leaves behind.
     """
-    from kvdistill import recipes
+    from kvdistill.corpus import recipes
 
-    chains = recipes.arithmetic(
+    chains = recipes.arithmetic_samples(
         samples,
         steps=steps,
         modulus=modulus,
@@ -109,18 +109,18 @@ def arithmetic(
         form=form,
         drop_last=drop_last,
     )
-    _write(chains, output)
+    _write_jsonl(chains, output)
 
 
-@data.command()
+@data.command("tokenizer")
 @click.argument("corpus", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--vocab-size", default=4096, show_default=True, type=click.IntRange(min=300))
 @click.option("--characters", is_flag=True, help="One token per character of CORPUS instead.")
-def tokenizer(corpus: Path, output: Path, vocab_size: int, characters: bool) -> None:
+def tokenizer_command(corpus: Path, output: Path, vocab_size: int, characters: bool) -> None:
     """Train a byte-level BPE tokenizer on CORPUS (JSONL) and save it to the folder OUTPUT."""
-    from kvdistill.corpus import read_jsonl
-    from kvdistill.distill.tokenizer import character_tokenizer, train_tokenizer
+    from kvdistill.corpus.readers import read_jsonl
+    from kvdistill.distill.student.tokenizer import character_tokenizer, train_tokenizer
 
     if output.exists():
         raise CorpusError(f"{output} is already there; give another name, or remove it first")
@@ -130,7 +130,7 @@ def tokenizer(corpus: Path, output: Path, vocab_size: int, characters: bool) -> 
     click.echo(f"wrote a tokenizer of {len(trained)} tokens to {output}")
 
 
-def _write(samples: Sequence[Sample], output: Path) -> None:
+def _write_jsonl(samples: Sequence[Sample], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", encoding="utf-8") as lines:
         for sample in samples:

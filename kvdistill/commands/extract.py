@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kvdistill.pipelines.extract import ExtractionReport
 
 
-@click.command()
+@click.command("extract")
 @config_argument
 @overrides_option
 @json_option
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--task", type=int, help="Do only this share of the shards, counted from 0.")
 @click.option("--num-tasks", default=1, show_default=True, help="How many shares there are.")
 @spread_options
-def extract(
+def extract_command(
     *,
     config: Path,
     overrides: tuple[str, ...],
@@ -37,10 +37,10 @@ def extract(
 
     Committed shards are skipped, so running again continues, or does nothing.
     """
-    from kvdistill.commands.progress import extraction_bars
-    from kvdistill.config_file import load
+    from kvdistill.commands.options import extraction_bars
+    from kvdistill.config.load import load_experiment
 
-    experiment = load(config, overrides)
+    experiment = load_experiment(config, overrides)
     if task is not None:
         share = {"task": task, "num_tasks": num_tasks, "workers": spread.workers or 1}
         extract_task(experiment, teachers, **share)
@@ -64,7 +64,7 @@ def extract(
 def print_report(report: ExtractionReport) -> None:
     """Say what an extraction did, and what is still missing."""
     for teacher in report.teachers:
-        click.echo(_line(teacher))
+        click.echo(_report_line(teacher))
     if report.complete:
         click.echo(f"{report.store} is complete")
     else:
@@ -81,7 +81,7 @@ def _as_dict(report: Any) -> dict[str, Any]:
     }
 
 
-def _line(teacher: Any) -> str:
+def _report_line(teacher: Any) -> str:
     if not teacher.shards:
         return f"{teacher.teacher}: nothing to do, {teacher.already_done} shards are there"
     rate = teacher.tokens / max(teacher.seconds, 1e-9)

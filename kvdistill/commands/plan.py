@@ -12,14 +12,14 @@ import click
 from kvdistill.commands.options import config_argument, json_option, overrides_option
 
 
-@click.command()
+@click.command("plan")
 @config_argument
 @overrides_option
 @json_option
 @click.option("--parallel", default=1, show_default=True, help="Processes that run at once.")
 @click.option("--samples", default=256, show_default=True, help="Samples to tokenise.")
 @click.option("--sized", default=12, show_default=True, help="Samples to extract, per codec.")
-def plan(
+def plan_command(
     *,
     config: Path,
     overrides: tuple[str, ...],
@@ -29,10 +29,10 @@ def plan(
     sized: int,
 ) -> None:
     """Pilot every teacher: disk, hours and lengths, before anything is extracted."""
-    from kvdistill.config_file import load
-    from kvdistill.pipelines.pilot import array_size, plan_extraction
+    from kvdistill.config.load import load_experiment
+    from kvdistill.pipelines.plan import array_size, estimate_extraction
 
-    projected = plan_extraction(load(config, overrides), samples, sized)
+    projected = estimate_extraction(load_experiment(config, overrides), samples, sized)
     if as_json:
         body = asdict(projected) | {
             "needed_gigabytes": projected.needed_gigabytes,
@@ -58,16 +58,16 @@ def plan(
     click.echo(f"next: kvdistill extract {config}")
 
 
-@click.command()
+@click.command("fetch")
 @config_argument
 @overrides_option
-def fetch(*, config: Path, overrides: tuple[str, ...]) -> None:
+def fetch_command(*, config: Path, overrides: tuple[str, ...]) -> None:
     """Download every model and data set of CONFIG, for compute nodes without a network."""
-    from kvdistill.config_file import load
+    from kvdistill.config.load import load_experiment
     from kvdistill.pipelines.fetch import fetch as run
 
     fetched = run(
-        load(config, overrides),
+        load_experiment(config, overrides),
         lambda need, word: click.echo(f"{need.kind} {need.source}: {word}", err=True),
     )
     click.echo(f"all of {len(fetched)} are here; next: kvdistill plan {config}")

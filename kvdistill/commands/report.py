@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
 
+from kvdistill.commands.options import json_option
 
-@click.command()
+
+@click.command("report")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--output",
@@ -23,13 +26,15 @@ import click
     "else the last.",
 )
 @click.option("--title", help="The page's heading; if not given, the ablation's name.")
-def report(runs: tuple[Path, ...], output: Path, baseline: str | None, title: str | None) -> None:
+def report_command(
+    runs: tuple[Path, ...], output: Path, baseline: str | None, title: str | None
+) -> None:
     """Compare finished RUNS: one page, its tables as Markdown, its figures as CSV.
 
     RUNS are run folders, folders of runs, or an ablation's folder. Runs that differ in nothing but
     the seed are one arm; with several seeds there are intervals and p-values.
     """
-    from kvdistill.pipelines.report import write_report
+    from kvdistill.studies.report.page import write_report
 
     written, notes = write_report(list(runs), output, baseline, title)
     for note in notes:
@@ -39,14 +44,34 @@ def report(runs: tuple[Path, ...], output: Path, baseline: str | None, title: st
     click.echo(f"wrote {output}; open it in a browser")
 
 
-@click.command()
+@click.command("plot")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "--output", type=click.Path(path_type=Path), help="Folder for the PNGs; RUN/plots if not given."
 )
-def plot(run: Path, output: Path | None) -> None:
+def plot_command(run: Path, output: Path | None) -> None:
     """Draw a finished RUN: layer map, alignment, errors, weights, spectra."""
-    from kvdistill.pipelines.report import write_plots
+    from kvdistill.studies.report.page import write_plots
 
     for path in write_plots(run, output or run / "plots"):
         click.echo(f"wrote {path}")
+
+
+@click.command("export")
+@click.option("--onnx", "form", flag_value="onnx", required=True, help="As ONNX (extra `onnx`).")
+@click.argument("student", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@json_option
+def export_command(form: str, student: Path, output: Path, as_json: bool) -> None:
+    """Write STUDENT (a folder) to the new folder OUTPUT, and check that it computes the same."""
+    from kvdistill.pipelines.export import export_onnx
+
+    done = export_onnx(student, output)
+    if as_json:
+        click.echo(json.dumps({"path": str(done.path), "error": done.error, "form": form}))
+        return
+    click.echo(f"wrote {done.path}; its logits differ from torch's by {done.error:.1e} at most")
+
+
+# MERGED-DOC commands.export
+# ``kvdistill export``: a student in another form.

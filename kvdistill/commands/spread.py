@@ -15,8 +15,8 @@ import click
 from kvdistill.errors import ConfigError, IncompleteStore, Interrupted
 
 if TYPE_CHECKING:
-    from kvdistill.commands.distribute import Submitted
-    from kvdistill.config import Experiment
+    from kvdistill.config.experiment import Experiment
+    from kvdistill.pipelines.distribute import Submitted
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def spread_extraction(
         _scripts(experiment, config, names, spread, train)
         return []
     if spread.slurm:
-        return _submit(experiment, config, names, spread, train)
-    _pool(experiment, names, spread.workers or 1)
+        return _submit_arrays(experiment, config, names, spread, train)
+    _extract_in_pool(experiment, names, spread.workers or 1)
     return []
 
 
@@ -111,7 +111,7 @@ def extract_task(
     workers: int,
 ) -> None:
     """One task's share, as written scripts run it; leaves with the worker's exit code."""
-    from kvdistill.commands.distribute import choose_profile, extract_share
+    from kvdistill.pipelines.distribute import choose_profile, extract_share
     from kvdistill.slurm.submit import leave
 
     profiles = experiment.slurm.profiles
@@ -128,7 +128,7 @@ def extract_task(
 def _scripts(
     experiment: Experiment, config: Path, names: Sequence[str], spread: Spread, train: bool
 ) -> None:
-    from kvdistill.commands import distribute
+    from kvdistill.pipelines import distribute
 
     profile = distribute.choose_profile(experiment, spread.profile, "extract")
     scripts = {
@@ -150,13 +150,13 @@ def _scripts(
     click.echo(f"next: sbatch {folder / next(iter(scripts))}")
 
 
-def _submit(
+def _submit_arrays(
     experiment: Experiment, config: Path, names: Sequence[str], spread: Spread, train: bool
 ) -> list[str]:
     from kvdistill.slurm import client
 
     client.require()
-    from kvdistill.commands import distribute
+    from kvdistill.pipelines import distribute
 
     profile = distribute.choose_profile(experiment, spread.profile, "extract")
     submitted = distribute.submit_extraction(experiment, names, profile)
@@ -180,9 +180,9 @@ def _submitted_line(each: Submitted) -> str:
     return f"{plan.teacher}: {jobs}" + (f": {'; '.join(parts)}" if parts else "")
 
 
-def _pool(experiment: Experiment, names: Sequence[str], workers: int) -> None:
-    from kvdistill.commands.distribute import extract_pool, plan_teacher
-    from kvdistill.commands.work import pool_progress
+def _extract_in_pool(experiment: Experiment, names: Sequence[str], workers: int) -> None:
+    from kvdistill.pipelines.distribute import extract_pool, pending_shards
+    from kvdistill.pipelines.extract_tasks import pool_progress
 
     left: dict[str, int] = {}
     for name in names:
@@ -191,7 +191,7 @@ def _pool(experiment: Experiment, names: Sequence[str], workers: int) -> None:
             ending = extract_pool(experiment, name, workers, on_poll)
         if ending.outcome == "interrupted":
             raise Interrupted(f"{ending.message}; run the same command again to continue")
-        plan = plan_teacher(experiment, name, ask_slurm=False)
+        plan = pending_shards(experiment, name, ask_slurm=False)
         missing = len(plan.units) + len(plan.quarantined)
         click.echo(f"{name}: {f'{missing} shards missing' if missing else 'complete'}")
         if missing:
@@ -203,7 +203,7 @@ def _pool(experiment: Experiment, names: Sequence[str], workers: int) -> None:
 
 def _say_why(experiment: Experiment, name: str, began: float) -> None:
     """Messages of workers that could not start, and of what failed, each once."""
-    from kvdistill.commands.work import ledger_of
+    from kvdistill.pipelines.extract_tasks import ledger_of
 
     ledger = ledger_of(experiment, name)
     failed = [a for a in ledger.attempts() if a.started >= began and a.outcome == "failed"]

@@ -20,17 +20,18 @@ if TYPE_CHECKING:
     from kvdistill.store.summary import TeacherSummary
     from kvdistill.store.verify import Finding
 
+
 store_argument = click.argument("store", type=click.Path(path_type=Path))
 
 
-@click.command()
+@click.command("inspect")
 @store_argument
 @click.option("--teacher", "only", multiple=True, help="Only this teacher; repeat for more.")
 @click.option("--plots", type=click.Path(path_type=Path), help="Write a PNG per teacher here.")
 @click.option("--shards", default=4, show_default=True, help="Shards read for largest norms.")
 @click.option("--scheduler", help="Address of a dask scheduler; threads of this process if none.")
 @json_option
-def inspect(
+def inspect_command(
     store: Path,
     only: tuple[str, ...],
     plots: Path | None,
@@ -54,7 +55,7 @@ def inspect(
     print_reports(opened, reports, empty)
 
 
-@click.command()
+@click.command("verify")
 @store_argument
 @click.option("--teacher", "only", multiple=True, help="Only this teacher; repeat for more.")
 @click.option("--repair", "mend", is_flag=True, help="Move bad shards aside, to be made again.")
@@ -68,7 +69,7 @@ def inspect(
 @click.option("--config", type=click.Path(path_type=Path), help="The experiment, to load teachers.")
 @click.option("--scheduler", help="Address of a dask scheduler; this process if none.")
 @json_option
-def verify(
+def verify_command(
     store: Path,
     only: tuple[str, ...],
     mend: bool,
@@ -78,8 +79,8 @@ def verify(
     as_json: bool,
 ) -> None:
     """Check every file of a STORE: presence, checksums, shapes, finiteness, offsets."""
-    from kvdistill.store.verify import repair
-    from kvdistill.store.verify import verify as check
+    from kvdistill.store.verify import repair_store
+    from kvdistill.store.verify import verify_store as check
 
     opened = KVStore.open(store)
     names = list(only) or opened.teachers()
@@ -87,7 +88,7 @@ def verify(
         findings = check(opened, names, progress=_say("checked"))
     else:
         findings = _verify_on(scheduler, opened, names)
-    moved = repair(opened, findings) if mend else []
+    moved = repair_store(opened, findings) if mend else []
     compared = [] if count is None or findings else _against_teachers(opened, names, count, config)
     if as_json:
         print(
@@ -113,20 +114,20 @@ def verify(
     _conclude(opened, names, len(findings), bool(moved), compared)
 
 
-@click.command()
+@click.command("convert")
 @store_argument
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--to", "backend", type=click.Choice(["zarr", "safetensors"]), required=True)
-def convert(store: Path, target: Path, backend: Literal["zarr", "safetensors"]) -> None:
+def convert_command(store: Path, target: Path, backend: Literal["zarr", "safetensors"]) -> None:
     """Copy a STORE to TARGET in the other backend; needs no teacher. Run again to continue."""
-    from kvdistill.store.convert import convert as copy
+    from kvdistill.store.maintenance import convert_store as copy
 
     made = copy(KVStore.open(store), target, backend, progress=_say("converted"))
     print(f"{made.paths.root}: {len(made.teachers())} teachers in {backend}")
     print(f"next: kvdistill verify {made.paths.root}")
 
 
-@click.command()
+@click.command("merge")
 @click.argument("target", type=click.Path(path_type=Path))
 @click.argument("sources", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option(
@@ -136,9 +137,9 @@ def convert(store: Path, target: Path, backend: Literal["zarr", "safetensors"]) 
     show_default=True,
     help="extraction.prototypes of the experiment, for teachers that only now are complete.",
 )
-def merge(target: Path, sources: tuple[Path, ...], prototypes: int) -> None:
+def merge_command(target: Path, sources: tuple[Path, ...], prototypes: int) -> None:
     """Copy into TARGET the shards of other stores over the same corpus that it lacks."""
-    from kvdistill.store.merge import merge as bring
+    from kvdistill.store.maintenance import merge_stores as bring
     from kvdistill.store.prototypes import lacks_prototypes
 
     opened = KVStore.open(target)
@@ -155,13 +156,13 @@ def merge(target: Path, sources: tuple[Path, ...], prototypes: int) -> None:
         print(f"  {name}: {state}")
 
 
-@click.command()
+@click.command("rm")
 @store_argument
 @click.option("--teacher", required=True, help="Which teacher to remove.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def rm(store: Path, teacher: str, yes: bool) -> None:
+def rm_command(store: Path, teacher: str, yes: bool) -> None:
     """Remove one teacher and all its shards from a STORE."""
-    from kvdistill.store.remove import remove_teacher
+    from kvdistill.store.maintenance import remove_teacher
 
     opened = KVStore.open(store)
     opened.teacher(teacher)
@@ -174,8 +175,7 @@ def rm(store: Path, teacher: str, yes: bool) -> None:
 
 def _make_prototypes(store: KVStore, teacher: str, num_centres: int) -> None:
     """Of all shards' summaries, as the extraction of a whole teacher makes them."""
-    from kvdistill.extract.prototypes import prototypes
-    from kvdistill.store.prototypes import hidden_summaries, write_prototypes
+    from kvdistill.store.prototypes import hidden_summaries, prototypes, write_prototypes
 
     made = prototypes(*hidden_summaries(store, teacher), num_centres)
     write_prototypes(store, teacher, made)
@@ -183,11 +183,11 @@ def _make_prototypes(store: KVStore, teacher: str, num_centres: int) -> None:
 
 def _report(store: KVStore, teacher: str, shards: int, plots: Path | None) -> dict[str, Any]:
     """Everything of one teacher as JSON-ready data; writes its plot where asked."""
-    from kvdistill.store.summary import importance_histogram, largest_norms, summarise
-    from kvdistill.store.views import committed_in_order
+    from kvdistill.store.lazy_arrays import committed_in_order
+    from kvdistill.store.summary import importance_histogram, largest_norms, summarise_teacher
     from kvdistill.types import KINDS
 
-    summary = summarise(store, teacher)
+    summary = summarise_teacher(store, teacher)
     read = committed_in_order(store, teacher)[:shards]
     histogram = importance_histogram(store, teacher, read)
     if plots is not None:
@@ -204,7 +204,7 @@ def _report(store: KVStore, teacher: str, shards: int, plots: Path | None) -> di
 
 
 def _plot(summary: TeacherSummary, histogram: Any, folder: Path) -> None:
-    from kvdistill.store.plots import plot_teacher
+    from kvdistill.store.summary import plot_teacher
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{summary.teacher}.png"
@@ -253,7 +253,7 @@ def _verify_on(scheduler: str, store: KVStore, names: Sequence[str]) -> list[Fin
 
 
 def _verify_shard(root: str, teacher: str, shard_id: str) -> list[Finding]:
-    from kvdistill.store.verify import verify as check
+    from kvdistill.store.verify import verify_store as check
 
     return check(KVStore.open(root), [teacher], [shard_id])
 
@@ -261,12 +261,12 @@ def _verify_shard(root: str, teacher: str, shard_id: str) -> list[Finding]:
 def _against_teachers(
     store: KVStore, names: Sequence[str], count: int, config: Path | None
 ) -> list[dict[str, Any]]:
-    from kvdistill import config_file
+    from kvdistill.config.load import load_experiment
     from kvdistill.pipelines.reextract import reextract
 
     if config is None:
         raise ConfigError("--against-teacher loads teachers: add --config EXPERIMENT.yaml")
-    experiment = config_file.load(config)
+    experiment = load_experiment(config)
     results = [reextract(store, experiment, name, count) for name in names]
     return [{**asdict(result), "agrees": result.agrees} for result in results]
 

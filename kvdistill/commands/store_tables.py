@@ -22,9 +22,9 @@ def print_reports(store: KVStore, reports: list[dict[str, Any]], empty: list[str
         f"{sum(shard.num_samples for shard in plan):,} samples in {len(plan):,} shards"
     )
     if reports:
-        console.print(_teachers(reports))
+        console.print(_teacher_table(reports))
     for report in reports:
-        console.print(_norms(report))
+        console.print(_norm_table(report))
         _print_outliers(console, report)
         _print_importance(console, report)
     if empty:
@@ -32,16 +32,16 @@ def print_reports(store: KVStore, reports: list[dict[str, Any]], empty: list[str
     console.print("next: --plots FOLDER for pictures, --json for a script; or kvdistill verify")
 
 
-def _teachers(reports: list[dict[str, Any]]) -> Table:
+def _teacher_table(reports: list[dict[str, Any]]) -> Table:
     """A column per teacher: it stays readable on a narrow terminal."""
     table = Table("", *(report["teacher"] for report in reports))
-    columns = [_figures(report) for report in reports]
+    columns = [_teacher_figures(report) for report in reports]
     for name in columns[0]:
         table.add_row(name, *(column[name] for column in columns))
     return table
 
 
-def _figures(report: dict[str, Any]) -> dict[str, str]:
+def _teacher_figures(report: dict[str, Any]) -> dict[str, str]:
     heads = "/".join(str(n) for n in report["key_value_heads"])
     return {
         "model": report["model"],
@@ -57,7 +57,7 @@ def _figures(report: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _norms(report: dict[str, Any]) -> Table:
+def _norm_table(report: dict[str, Any]) -> Table:
     table = Table(title=f"{report['teacher']}: token norms, RMS (largest) by head")
     table.add_column("layer", justify="right")
     for kind in KINDS:

@@ -16,51 +16,51 @@ if TYPE_CHECKING:
     from kvdistill.pipelines.train import TrainingReport
 
 
-@click.command()
+@click.command("train")
 @config_argument
 @overrides_option
 @json_option
-def train(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+def train_command(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Stage 2: distil the store that CONFIG names into its student.
 
     A run that was interrupted goes on from its last checkpoint; a finished one is left alone.
     """
-    from kvdistill import config_file
+    from kvdistill.config.load import load_experiment
     from kvdistill.pipelines.train import train as run_training
 
-    report = run_training(config_file.load(config, overrides))
+    report = run_training(load_experiment(config, overrides))
     if as_json:
         click.echo(json.dumps({"folder": str(report.folder), "metrics": report.metrics}))
     else:
         _print(report)
 
 
-@click.command()
+@click.command("run")
 @config_argument
 @overrides_option
 @spread_options
-def run(*, config: Path, overrides: tuple[str, ...], spread: Spread) -> None:
+def run_command(*, config: Path, overrides: tuple[str, ...], spread: Spread) -> None:
     """Extract with every teacher, then train: `extract` and `train` in one.
 
     Both stages skip what is done, so the same command continues what was interrupted.
     With --slurm, arrays extract and a job trains once they have ended.
     """
-    from kvdistill import config_file
+    from kvdistill.config.load import load_experiment
 
-    experiment = config_file.load(config, overrides)
+    experiment = load_experiment(config, overrides)
     if spread.wanted:
         spread_extraction(experiment, config, (), spread, train=True)
         if not spread.local:
             return
     # Not above: these bring torch, and submitting needs none.
     from kvdistill.commands.extract import print_report
-    from kvdistill.commands.progress import extraction_bars
+    from kvdistill.commands.options import extraction_bars
     from kvdistill.pipelines.extract import extract
     from kvdistill.pipelines.stored import prepare
-    from kvdistill.pipelines.train import check_student
+    from kvdistill.pipelines.train import require_trainable_student
     from kvdistill.pipelines.train import train as run_training
 
-    check_student(experiment)
+    require_trainable_student(experiment)
     if experiment.teachers:
         with extraction_bars() as progress:
             extraction = extract(experiment, progress=progress)
@@ -70,7 +70,7 @@ def run(*, config: Path, overrides: tuple[str, ...], spread: Spread) -> None:
     _print(run_training(experiment))
 
 
-@click.command()
+@click.command("evaluate")
 @click.argument("student", type=click.Path(path_type=Path))
 @click.argument("corpus", type=click.Path(path_type=Path), required=False)
 @click.option("--max-samples", type=click.IntRange(min=1), help="Only the first texts.")
@@ -95,7 +95,7 @@ def run(*, config: Path, overrides: tuple[str, ...], spread: Spread) -> None:
     help="Instead of CORPUS: tasks of lm-evaluation-harness, or task files (.yaml), by commas.",
 )
 @json_option
-def evaluate(
+def evaluate_command(
     *,
     student: Path,
     corpus: Path | None,
@@ -146,7 +146,7 @@ def _harness(
     *,
     as_json: bool,
 ) -> None:
-    from kvdistill.pipelines.harness import run_harness
+    from kvdistill.distill.evaluate.harness import run_harness
 
     found = run_harness(student, tasks, limit=limit, batch_size=batch_size, max_length=max_length)
     if as_json:

@@ -1,1 +1,1 @@
-"""Stage 2: from stored shards of several teachers to a student. No teacher is ever loaded here."""
+"""Stage 2: from the stored shards of several teachers to a student. No teacher is loaded here."""

@@ -22,34 +22,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvdistill.config_distill import (
+from kvdistill.attention.geometry import HeadShape
+from kvdistill.attention.hooks import KVCapture
+from kvdistill.config.distill import (
     OF_TEXT,
     AlignmentConfig,
     FusionConfig,
     LossConfig,
     ProjectionConfig,
 )
-from kvdistill.distill.alignment import Band
-from kvdistill.distill.attention_maps import AttentionMaps
+from kvdistill.distill.align.band import Band
 from kvdistill.distill.data.collate import Batch
-from kvdistill.distill.fusion import entropy, fuse, mean_weights, renormalise
-from kvdistill.distill.head import TeacherHead
-from kvdistill.distill.injection import InjectionGate, KVInjection
-from kvdistill.distill.losses import reduce_tokens, target_variance
-from kvdistill.distill.objectives import (
+from kvdistill.distill.fuse.fusion_weights import FusionWeights
+from kvdistill.distill.fuse.weights import entropy, fuse, mean_weights, renormalise
+from kvdistill.distill.kv_losses import (
     Rows,
-    StudentView,
     fused_errors,
-    joined,
+    merge_kinds,
     regression_sums,
     rows_of,
     teacher_errors,
 )
-from kvdistill.distill.prediction import cross_entropy, num_covered, num_predicted
-from kvdistill.distill.projection import HeadShape, SpaceAdapter
-from kvdistill.distill.spaces import TeacherSpace
-from kvdistill.distill.student import KVCapture
-from kvdistill.distill.weighing import FusionWeights
+from kvdistill.distill.losses.absorption import target_variance
+from kvdistill.distill.losses.attention_maps import AttentionMaps
+from kvdistill.distill.losses.cross_entropy import cross_entropy, num_covered, num_predicted
+from kvdistill.distill.losses.weighting import reduce_tokens
+from kvdistill.distill.project.projections import SpaceAdapter
+from kvdistill.distill.student.injection import InjectionGate, KVInjection
+from kvdistill.distill.student.outputs import StudentView
+from kvdistill.distill.targets import TeacherHead, TeacherSpace
 from kvdistill.errors import ConfigError
 from kvdistill.types import KINDS, Kind
 
@@ -247,7 +248,7 @@ class Distiller(nn.Module):
             for kind in KINDS if self.losses.cosine or self.losses.relation else ():
                 heads = [self.head(teacher.name, kind) for teacher in self.teachers]
                 errors = teacher_errors(view.kind(kind), heads, targets[kind], alpha, self.losses)
-                maps |= errors if kind == "key" else joined(maps, errors)
+                maps |= errors if kind == "key" else merge_kinds(maps, errors)
         else:
             fused = {kind: fuse(alpha, teachers) for kind, teachers in projected.items()}
             moving = self.projection.mode == "joint"

@@ -1,1 +1,1 @@
-"""Stage 1: reading teachers into the store."""
+"""Stage 1: a teacher reads texts, and its keys and values become an encoded shard."""

@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvdistill.extract.text import Encoded
+from kvdistill.extract.teacher_tokens import Encoded
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class TeacherBatch:
     """Some samples of a shard, padded at the end to the longest of them."""
 
     sample_idx: tuple[int, ...]
@@ -43,17 +43,17 @@ class Batch:
             return None
         return _mask(self.source_ids, self.source_lengths).long()
 
-    def halves(self) -> tuple[Batch, Batch]:
+    def halves(self) -> tuple[TeacherBatch, TeacherBatch]:
         """The same samples in two batches, for when one does not fit into memory."""
         middle = len(self.sample_idx) // 2
         return self._part(slice(None, middle)), self._part(slice(middle, None))
 
-    def _part(self, part: slice) -> Batch:
+    def _part(self, part: slice) -> TeacherBatch:
         lengths, source_lengths = self.lengths[part], self.source_lengths[part]
         source_ids = self.source_ids
         if source_ids is not None:
             source_ids = source_ids[part, : max(source_lengths)]
-        return Batch(
+        return TeacherBatch(
             self.sample_idx[part],
             lengths,
             self.input_ids[part, : max(lengths)],
@@ -62,7 +62,7 @@ class Batch:
         )
 
 
-def plan(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def batch_by_tokens(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Positions of samples per batch, longest first; at most ``batch_tokens`` with padding.
 
     Longest first: what does not fit into memory fails at once and not after an hour. Samples
@@ -76,17 +76,19 @@ def plan(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         start += count
 
 
-def collate(
+def collate_teacher_batch(
     encoded: Sequence[Encoded], sample_idx: Sequence[int], pad_id: int, device: torch.device
-) -> Batch:
+) -> TeacherBatch:
     """Pad the chosen samples into one batch on ``device``."""
     chosen = [encoded[i] for i in sample_idx]
     lengths, ids = _padded([sample.token_ids for sample in chosen], pad_id)
     sources = [sample.source_ids for sample in chosen if sample.source_ids is not None]
     if not sources:
-        return Batch(tuple(sample_idx), lengths, ids.to(device))
+        return TeacherBatch(tuple(sample_idx), lengths, ids.to(device))
     source_lengths, source_ids = _padded(sources, pad_id)
-    return Batch(tuple(sample_idx), lengths, ids.to(device), source_lengths, source_ids.to(device))
+    return TeacherBatch(
+        tuple(sample_idx), lengths, ids.to(device), source_lengths, source_ids.to(device)
+    )
 
 
 def _padded(rows: Sequence[NDArray[np.int32]], pad_id: int) -> tuple[tuple[int, ...], Tensor]:

@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from kvdistill.config import GenerateConfig
-from kvdistill.corpus import Sample
+from kvdistill.config.extraction import GenerateConfig
+from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
-from kvdistill.extract.batches import plan
-from kvdistill.extract.text import Encoded, Reader
+from kvdistill.extract.batches import batch_by_tokens
+from kvdistill.extract.teacher_tokens import Encoded, Reader
 from kvdistill.types import SegmentName
 
 
@@ -55,7 +55,7 @@ def with_own_rationales(
     prompts = [_open_ended(prompt, reader.tokenizer) for prompt in prompts]
     texts = [""] * len(samples)
     lengths = [prompt.num_tokens + config.max_new_tokens for prompt in prompts]
-    for chosen in plan(lengths, batch_tokens):
+    for chosen in batch_by_tokens(lengths, batch_tokens):
         longest = max(prompts[i].num_tokens for i in chosen)
         room = config.max_new_tokens
         if max_length is not None:
@@ -64,7 +64,7 @@ def with_own_rationales(
             continue
         seeds = [_seed(config, samples[i].sample_id) for i in chosen]
         batch = _Prompts([prompts[i] for i in chosen], seeds, room)
-        written = _generate(model, reader.tokenizer, batch, config)
+        written = _sample_rationales(model, reader.tokenizer, batch, config)
         for i, text in zip(chosen, written, strict=True):
             texts[i] = text
     return [_rewritten(sample, text) for sample, text in zip(samples, texts, strict=True)]
@@ -97,7 +97,9 @@ class _Prompts:
 
 
 @torch.inference_mode()
-def _generate(model: Any, tokenizer: Any, batch: _Prompts, config: GenerateConfig) -> list[str]:
+def _sample_rationales(
+    model: Any, tokenizer: Any, batch: _Prompts, config: GenerateConfig
+) -> list[str]:
     device, prompts = model.get_input_embeddings().weight.device, batch.tokens
     width = max(prompt.num_tokens for prompt in prompts)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -127,10 +129,10 @@ def _generate(model: Any, tokenizer: Any, batch: _Prompts, config: GenerateConfi
         tokenizer=tokenizer,
     )
     texts = tokenizer.batch_decode(output[:, width:].cpu(), skip_special_tokens=True)
-    return [_cut(text, config.stop) for text in texts]
+    return [_cut_at_stop(text, config.stop) for text in texts]
 
 
-def _cut(text: str, stops: Sequence[str]) -> str:
+def _cut_at_stop(text: str, stops: Sequence[str]) -> str:
     ends = [position for stop in stops if (position := text.find(stop)) >= 0]
     return text[: min(ends, default=len(text))].rstrip()
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import xxhash
 
-from kvdistill.config import TeacherConfig
+from kvdistill.config.extraction import TeacherConfig
 from kvdistill.errors import TeacherError
 
 
-def load_model(name: str, config: TeacherConfig, device: torch.device) -> tuple[Any, set[str]]:
+def load_teacher_model(
+    name: str, config: TeacherConfig, device: torch.device
+) -> tuple[Any, set[str]]:
     """A model in eval mode on ``device``: the base model, or with a head where it is to write.
 
     Also the names of parameters that the checkpoint lacks, which transformers fills at random:
@@ -54,7 +58,7 @@ def load_model(name: str, config: TeacherConfig, device: torch.device) -> tuple[
     return model if config.device_map is not None else model.to(device), missing
 
 
-def load_tokenizer(name: str, config: TeacherConfig) -> Any:
+def load_teacher_tokenizer(name: str, config: TeacherConfig) -> Any:
     """The teacher's fast tokenizer.
 
     Raises:
@@ -129,3 +133,27 @@ def _reason(name: str, source: str, error: Exception) -> str:
         f"teacher {name!r}: cannot load {source!r}: {first} (is the name right, is it downloaded, "
         "and do you have access? `kvdistill fetch` downloads ahead of time)"
     )
+
+
+def weights_fingerprint(model: Any, excluded: Collection[str] = ()) -> str:
+    """xxh3 over every parameter's name, dtype, shape and bytes, in order of names.
+
+    ``excluded`` are parameters that the checkpoint does not have (a BERT without its pooler):
+    they were initialised at random and play no part in keys and values.
+    """
+    digest = xxhash.xxh3_128()
+    for name, parameter in sorted(model.named_parameters()):
+        if name in excluded:
+            continue
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().contiguous().view(torch.uint8).cpu().numpy())
+    return f"xxh3:{digest.hexdigest()}"
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 over a fast tokenizer's whole definition: vocabulary, merges, rules."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+# MERGED-DOC extract.fingerprints
+# What a teacher's weights and tokenizer are, independently of where they were loaded from.

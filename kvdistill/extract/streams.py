@@ -13,18 +13,20 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from kvdistill.corpus import Sample
+from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
-from kvdistill.extract.batches import Batch
-from kvdistill.extract.text import Encoded, Reader, with_start
-from kvdistill.extract.view import Slot, View
+from kvdistill.extract.batches import TeacherBatch
+from kvdistill.extract.prompt_template import PromptTemplate, TemplateSlot
+from kvdistill.extract.teacher_tokens import Encoded, Reader, with_start
 from kvdistill.types import Stream
 
-SOURCE: Final = View((Slot("source"),))
-TARGET: Final = View((Slot("target"),))
+SOURCE: Final = PromptTemplate((TemplateSlot("source"),))
 
 
-def forward(model: Any, stream: Stream, batch: Batch) -> Tensor:
+TARGET: Final = PromptTemplate((TemplateSlot("target"),))
+
+
+def forward(model: Any, stream: Stream, batch: TeacherBatch) -> Tensor:
     """One pass without cache or head; the final hidden state ``[B, T, E]`` on the token axis."""
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if stream == "self":

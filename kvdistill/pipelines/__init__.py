@@ -1,1 +1,1 @@
-"""Whole jobs, from a config to files on disk: extraction, training, evaluation, reports."""
+"""Whole jobs, from a config to files on disk."""

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from kvdistill.config_training import StudentConfig
-from kvdistill.corpus import Sample, read_jsonl
-from kvdistill.distill.answers import is_gradable
-from kvdistill.distill.held_out import HeldOut, score_held_out
-from kvdistill.distill.latent.diagnose import diagnose_latents
-from kvdistill.distill.latent.evaluate import score_latent
-from kvdistill.distill.latent.student import LatentStudent, is_latent
-from kvdistill.distill.student import build_student
-from kvdistill.distill.tokenizer import load_tokenizer
+from kvdistill.config.training import StudentConfig
+from kvdistill.corpus.readers import read_jsonl
+from kvdistill.corpus.samples import Sample
+from kvdistill.distill.evaluate.answers import is_gradable
+from kvdistill.distill.evaluate.held_out import HeldOut, score_held_out
+from kvdistill.distill.student.latent.exact_match import score_latent
+from kvdistill.distill.student.latent.model import LatentStudent, is_latent
+from kvdistill.distill.student.latent.probes import diagnose_latents
+from kvdistill.distill.student.load import build_student
+from kvdistill.distill.student.tokenizer import load_student_tokenizer
 from kvdistill.errors import CorpusError, StudentError
 
 MAX_NEW_TOKENS: Final = 256
@@ -53,7 +54,7 @@ def evaluate_folder(
             f"{student} is not a model folder (it has no config.json); give the `student` folder "
             "of a run, or one of its checkpoints"
         )
-    tokenizer = load_tokenizer(str(student))
+    tokenizer = load_student_tokenizer(str(student))
     if is_latent(student):
         if not generate:
             raise StudentError(

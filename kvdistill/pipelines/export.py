@@ -12,14 +12,18 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from kvdistill.config_training import StudentConfig
-from kvdistill.distill.student import build_student
-from kvdistill.distill.tokenizer import load_tokenizer
+from kvdistill.config.training import StudentConfig
+from kvdistill.distill.student.load import build_student
+from kvdistill.distill.student.tokenizer import load_student_tokenizer
 from kvdistill.errors import MissingExtra, StudentError
 
 MODEL: Final = "model.onnx"
+
+
 SHAPES: Final = ((2, 9), (1, 16), (3, 5))
 """Batches and lengths that are compared; the first one is what is traced."""
+
+
 TOLERANCE: Final = 1e-3
 """Largest difference of a logit, relative to the largest logit."""
 
@@ -55,14 +59,14 @@ def export_onnx(student: Path, output: Path) -> Exported:
             f"{student} is not a model folder (it has no config.json); give the `student` folder "
             "of a run, or one of its checkpoints"
         )
-    tokenizer = load_tokenizer(str(student))
+    tokenizer = load_student_tokenizer(str(student))
     model = _LogitsOnly(build_student(StudentConfig(model=str(student)), tokenizer, seed=0).eval())
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".onnx-") as staged:
         folder = Path(staged) / "model"
         folder.mkdir()
-        _write(model, folder / MODEL)
-        error = _compare(model, folder / MODEL)
+        _write_onnx(model, folder / MODEL)
+        error = _largest_difference(model, folder / MODEL)
         if not error <= TOLERANCE:
             raise StudentError(
                 f"{student}: onnxruntime's logits differ from torch's by {error:.2g} of the "
@@ -107,7 +111,7 @@ def _inputs(vocab_size: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return torch.randint(0, vocab_size, shape, generator=generator), mask
 
 
-def _write(model: _LogitsOnly, path: Path) -> None:
+def _write_onnx(model: _LogitsOnly, path: Path) -> None:
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
@@ -124,7 +128,7 @@ def _write(model: _LogitsOnly, path: Path) -> None:
 
 
 @torch.inference_mode()
-def _compare(model: _LogitsOnly, path: Path) -> float:
+def _largest_difference(model: _LogitsOnly, path: Path) -> float:
     """Largest difference over all shapes, on positions that are no padding."""
     import onnxruntime
 

@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdistill.config import Experiment
+from kvdistill.config.experiment import Experiment
 from kvdistill.errors import ConfigError, Interrupted
-from kvdistill.extract.prototypes import prototypes
-from kvdistill.extract.shard import ExtractedShard, extract_samples
+from kvdistill.extract.extract_shard import ExtractedShard, extract_samples
 from kvdistill.extract.teacher import Teacher, load_teacher
 from kvdistill.pipelines.stored import is_done, prepare
-from kvdistill.store.prototypes import hidden_summaries, write_prototypes
+from kvdistill.store.prototypes import hidden_summaries, prototypes, write_prototypes
 from kvdistill.store.reader import KVStore
 from kvdistill.store.writer import add_teacher, publish_shard
 
@@ -82,6 +81,8 @@ class ExtractionReport:
 
 
 OnProgress = Callable[[Progress], None]
+
+
 ShouldStop = Callable[[], bool]
 
 

@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from kvdistill.config import Experiment
+from kvdistill.config.experiment import Experiment
 from kvdistill.errors import TeacherError
 
 Kind = Literal["model", "tokenizer", "dataset"]
 
+
 TOKENIZER_FILES: Final = ("*.json", "*.txt", "*.model", "*.jinja")
+
+
 MODEL_FILES: Final = (*TOKENIZER_FILES, "*.safetensors")
+
+
 CODE_FILES: Final = ("*.py",)
 
 
@@ -49,7 +54,7 @@ def fetch(
     wanted = needs(experiment)
     for need in wanted:
         if need.kind == "dataset":
-            from kvdistill.pipelines.corpus import load_corpus
+            from kvdistill.corpus.readers import load_corpus
 
             tell(need, "fetching")
             load_corpus(experiment.corpus)

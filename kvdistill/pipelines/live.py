@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from kvdistill.config import Experiment
-from kvdistill.distill.assembly import SourceOf
+from kvdistill.config.experiment import Experiment
 from kvdistill.distill.data.source import LoadedShard
+from kvdistill.distill.train.set_up import SourceOf
 from kvdistill.extract.teacher import Teacher, load_teacher
 from kvdistill.pipelines.extract import read_shard
+from kvdistill.store.format import Counts, shard_arrays
 from kvdistill.store.manifest import TeacherManifest
 from kvdistill.store.reader import KVStore
-from kvdistill.store.schema import Counts, shard_arrays
 from kvdistill.store.shard import EncodedShard
 
 

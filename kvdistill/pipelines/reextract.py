@@ -9,26 +9,29 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdistill.config import Experiment
-from kvdistill.corpus import Sample
+from kvdistill.config.experiment import Experiment
+from kvdistill.corpus.samples import Sample
 from kvdistill.errors import ShardNotFound, StoreMismatch
-from kvdistill.extract.shard import extract_samples
+from kvdistill.extract.extract_shard import extract_samples
 from kvdistill.extract.teacher import Teacher, load_teacher
-from kvdistill.store.codecs import CODECS, parts_of
+from kvdistill.store.codecs import CODECS
+from kvdistill.store.codecs.parts import parts_of
+from kvdistill.store.format import group_prefix
 from kvdistill.store.reader import KVStore
-from kvdistill.store.schema import group_prefix
 from kvdistill.store.writer import add_teacher
 from kvdistill.types import KINDS, Kind
 
 TOLERANCE: Final = {"float32": 0.01, "float16": 0.03, "bfloat16": 0.05}
 """Largest relative error by the teacher's dtype: another batch size rounds differently, and a
 value on the edge between two codes may fall either way."""
+
+
 MOVED: Final = 0.05
 """Where two tokens rank nearly alike, rounding decides which of them an eviction keeps."""
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Reextraction:
     """Stored against read again, over some samples of one teacher."""
 
     teacher: str
@@ -48,7 +51,7 @@ class Comparison:
         return max(self.key_error, self.value_error) <= self.tolerance and self.moved <= MOVED
 
 
-def reextract(store: KVStore, experiment: Experiment, name: str, count: int) -> Comparison:
+def reextract(store: KVStore, experiment: Experiment, name: str, count: int) -> Reextraction:
     """Read ``count`` samples, spread over the committed shards, through the teacher again.
 
     Raises:
@@ -57,7 +60,7 @@ def reextract(store: KVStore, experiment: Experiment, name: str, count: int) -> 
         StoreMismatch: its fingerprints are not the stored ones, or it now cuts a sample into
             other tokens.
     """
-    chosen = _chosen(store, name, count)
+    chosen = _spread_samples(store, name, count)
     teacher = load_teacher(name, experiment)
     add_teacher(store, teacher.manifest)
     errors: dict[Kind, list[float]] = {kind: [0.0] for kind in KINDS}
@@ -82,9 +85,9 @@ def reextract(store: KVStore, experiment: Experiment, name: str, count: int) -> 
         same = _same_slots(store, teacher, shard_id, sample_idx, again.arrays)
         moved += [1 - float(heads.mean()) for heads in same.values() if heads.size]
         for kind in KINDS:
-            fresh = _decoded(teacher, again.arrays, kind)
-            errors[kind].append(_error(store, (name, sample.sample_id, kind), fresh, same))
-    return Comparison(
+            fresh = _decode_layers(teacher, again.arrays, kind)
+            errors[kind].append(_relative_error(store, (name, sample.sample_id, kind), fresh, same))
+    return Reextraction(
         name,
         len(chosen),
         num_tokens,
@@ -95,7 +98,7 @@ def reextract(store: KVStore, experiment: Experiment, name: str, count: int) -> 
     )
 
 
-def _chosen(store: KVStore, name: str, count: int) -> list[tuple[str, int, Sample]]:
+def _spread_samples(store: KVStore, name: str, count: int) -> list[tuple[str, int, Sample]]:
     """``count`` samples, evenly spread over the committed shards and inside them."""
     committed = store.committed(name)
     shard_ids = [shard_id for shard_id in store.shard_ids if shard_id in committed]
@@ -117,7 +120,7 @@ Decoded = dict[int, NDArray[np.float32]]
 """Per layer, ``[H, T, D]``."""
 
 
-def _decoded(teacher: Teacher, arrays: Mapping[str, np.ndarray], kind: Kind) -> Decoded:
+def _decode_layers(teacher: Teacher, arrays: Mapping[str, np.ndarray], kind: Kind) -> Decoded:
     manifest = teacher.manifest
     codec = CODECS[manifest.codec.key if kind == "key" else manifest.codec.value]
     layers: Decoded = {}
@@ -148,7 +151,7 @@ def _same_slots(
     return layers
 
 
-def _error(
+def _relative_error(
     store: KVStore,
     place: tuple[str, str, Kind],
     fresh: Decoded,

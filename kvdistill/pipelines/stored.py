@@ -1,14 +1,11 @@
-"""What a store is to hold for an experiment, and what of it is there.
-
-Needs neither a model nor torch, so that asking is quick.
-"""
+"""Whether a store holds what an experiment asks for. Imports neither torch nor a model."""
 
 from __future__ import annotations
 
-from kvdistill.config import Experiment
-from kvdistill.corpus import cut
-from kvdistill.pipelines.corpus import load_corpus
-from kvdistill.store.layout import StorePaths
+from kvdistill.config.experiment import Experiment
+from kvdistill.corpus.readers import load_corpus
+from kvdistill.corpus.samples import cut_into_shards
+from kvdistill.store.format import StorePaths
 from kvdistill.store.reader import KVStore
 from kvdistill.store.writer import create
 
@@ -23,7 +20,7 @@ def prepare(experiment: Experiment) -> KVStore:
         StoreMismatch: the store was made from another corpus, or cut differently.
     """
     samples = load_corpus(experiment.corpus).train
-    return create(experiment.store, list(cut(samples, experiment.corpus.shard_chars)))
+    return create(experiment.store, list(cut_into_shards(samples, experiment.corpus.shard_chars)))
 
 
 def is_done(store: KVStore, experiment: Experiment, name: str, shard_id: str) -> bool:

@@ -5,25 +5,30 @@ No teacher is loaded and no code that could load one is imported.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import resource
 import shutil
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from kvdistill.config import Experiment
-from kvdistill.corpus import fingerprint
-from kvdistill.distill.answers import is_gradable
+import xxhash
+
+from kvdistill.config.experiment import Experiment
+from kvdistill.corpus.readers import Splits, load_corpus
+from kvdistill.corpus.samples import Sample, corpus_fingerprint
+from kvdistill.distill.evaluate.answers import is_gradable
 from kvdistill.errors import ConfigError, IncompleteStore, Interrupted, StoreMismatch
-from kvdistill.pipelines.card import model_card
-from kvdistill.pipelines.corpus import Splits, load_corpus
-from kvdistill.pipelines.measured import controls, costs, forget_peak, weights_hash
-from kvdistill.pipelines.runs import RunFolder, begin
+from kvdistill.pipelines.model_card import model_card
+from kvdistill.pipelines.run_folder import RunFolder, begin
 from kvdistill.store.reader import KVStore
 
 if TYPE_CHECKING:
-    from kvdistill.distill.assembly import SourceOf
+    from kvdistill.distill.train.set_up import SourceOf
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ def train(experiment: Experiment) -> TrainingReport:
     splits = load_corpus(experiment.corpus)
     _check_answers(experiment, splits)
     store = KVStore.open(experiment.store)
-    check_store(store, experiment, splits)
+    require_matching_store(store, experiment, splits)
     folder = begin(experiment)
     record = folder.read_record()
     if record.get("finished"):
@@ -83,28 +88,28 @@ def train(experiment: Experiment) -> TrainingReport:
     return TrainingReport(folder.path, metrics, checkpoint is not None)
 
 
-def check_student(experiment: Experiment) -> None:
+def require_trainable_student(experiment: Experiment) -> None:
     """Find out that a student cannot be trained before a teacher has read the whole corpus.
 
     Raises:
         StudentError: its tokenizer or its architecture cannot be used.
     """
-    from kvdistill.distill import student
-    from kvdistill.distill.tokenizer import load_tokenizer
+    from kvdistill.distill.student import load as student
+    from kvdistill.distill.student.tokenizer import load_student_tokenizer
 
     config = experiment.student
     name = config.tokenizer or str(config.model)
-    student.check_student(config, load_tokenizer(name, config.trust_remote_code))
+    student.check_student(config, load_student_tokenizer(name, config.trust_remote_code))
 
 
-def check_store(store: KVStore, experiment: Experiment, splits: Splits) -> None:
+def require_matching_store(store: KVStore, experiment: Experiment, splits: Splits) -> None:
     """Refuse a store that is not what the config asks for; names both sides.
 
     Raises:
         IncompleteStore: a teacher has not been extracted at all.
         StoreMismatch: another corpus, model, revision or codec.
     """
-    asked, found = fingerprint(splits.train), store.manifest.corpus_fingerprint
+    asked, found = corpus_fingerprint(splits.train), store.manifest.corpus_fingerprint
     if found != asked:
         raise StoreMismatch(
             f"{store.paths.root} was made from the corpus {found[:12]}, "
@@ -154,13 +159,11 @@ def build_trainer(
     """
     from transformers import set_seed
 
-    from kvdistill.distill.assembly import assemble
-    from kvdistill.distill.callbacks import HumanLog, JsonLines, ProgressBar
     from kvdistill.distill.data.source import StoreSource
     from kvdistill.distill.data.stream import Rank
-    from kvdistill.distill.latent.trainer import LatentTrainer
-    from kvdistill.distill.trainer import KVDistillTrainer
-    from kvdistill.distill.training_arguments import training_arguments
+    from kvdistill.distill.train.callbacks import HumanLog, JsonLines, ProgressBar
+    from kvdistill.distill.train.set_up import assemble, training_arguments
+    from kvdistill.distill.train.trainer import KVDistillTrainer, LatentTrainer
 
     arguments = training_arguments(experiment, folder.path, bool(splits.evaluation))
     set_seed(experiment.seed)  # projectors start from the seed; the student has a fork of its own
@@ -205,8 +208,8 @@ def _write_card(folder: RunFolder, experiment: Experiment, store: KVStore) -> No
 
 def _diagnose(trainer: Any) -> dict[str, Any]:
     """The report's figures; ranks that share one sharded model run it together."""
-    from kvdistill.distill.diagnostics import diagnose
-    from kvdistill.distill.sharded import gathered
+    from kvdistill.distill.evaluate.diagnostics import diagnose
+    from kvdistill.distill.train.checkpoint import gathered
 
     alone = trainer.is_world_process_zero() or trainer.is_fsdp_enabled
     if not alone or trainer.experiment.latent is not None:  # alignments are token by token
@@ -231,7 +234,77 @@ def _finish(
             "steps": trainer.state.global_step,
             "best": None if trainer.best is None else asdict(trainer.best),
             "seconds": seconds,
-            **costs(),
-            "controls": controls(trainer, splits.train, splits.evaluation),
+            **resource_usage(),
+            "controls": recorded_controls(trainer, splits.train, splits.evaluation),
         }
     )
+
+
+CLEAR_PEAK: Final = Path("/proc/self/clear_refs")
+
+
+STATUS: Final = Path("/proc/self/status")
+
+
+def forget_peak() -> None:
+    """Begin a new peak of memory, where the system can: many runs may share one process."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        CLEAR_PEAK.write_text("5", encoding="ascii")
+    except OSError:
+        return  # not Linux, or not allowed; the peak is then the process's
+
+
+def resource_usage() -> dict[str, float]:
+    """``peak_memory_bytes`` of this process and ``peak_device_bytes``, where there is a device."""
+    import torch
+
+    found = {"peak_memory_bytes": float(_peak_memory_bytes())}
+    if torch.cuda.is_available():
+        found["peak_device_bytes"] = float(torch.cuda.max_memory_allocated())
+    return found
+
+
+def weights_hash(model: Any) -> str:
+    """xxh3 over every parameter's name, shape and bytes, in order of names."""
+    digest = xxhash.xxh3_128()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def recorded_controls(
+    trainer: Any, train: Sequence[Sample], evaluation: Sequence[Sample]
+) -> dict[str, Any]:
+    """What runs of one seed must share to be compared, read off the run and not off its settings.
+
+    The student's tokens follow from corpus, tokenizer, order, steps and length, all of which are
+    among them.
+    """
+    tokenizer = trainer.processing_class.backend_tokenizer.to_str()
+    return {
+        "initial_student": trainer.initial_student,
+        "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest(),
+        "corpus": corpus_fingerprint(train),
+        "evaluation": corpus_fingerprint(evaluation),
+        "order": trainer.stream.order.fingerprint,
+        "steps": trainer.state.global_step,
+    }
+
+
+def _peak_memory_bytes() -> int:
+    try:
+        lines = STATUS.read_text(encoding="ascii").splitlines()
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
+    return int(peak) * 1024
+
+
+# MERGED-DOC pipelines.measured
+# What a run writes down of itself besides its metrics: what it cost, and what it held equal.

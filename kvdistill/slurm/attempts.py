@@ -23,9 +23,14 @@ from kvdistill.slurm.ledger import Attempt, FailureKind, Ledger
 from kvdistill.slurm.signals import StopFlag
 
 HEARTBEAT_SECONDS: Final = 15.0
+
+
 STALE_AFTER: Final = 6
 """Heartbeats that may be missed before an attempt of another machine counts as dead."""
+
+
 Condition = Literal["running", "stale", "ended"]
+
 
 _LOG_SIGNS: Final[tuple[tuple[str, str], ...]] = (
     ("out_of_memory", r"oom[-_ ]?kill|out[-_ ]of[-_ ]memory|exceeded (job |step )?memory limit"),
@@ -103,7 +108,7 @@ def condition(attempt: Attempt, heartbeat_seconds: float = HEARTBEAT_SECONDS) ->
     return "stale" if silent > STALE_AFTER * heartbeat_seconds else "running"
 
 
-def cause_of_death(attempt: Attempt, log_end: int | None = None) -> FailureKind | None:
+def crash_cause(attempt: Attempt, log_end: int | None = None) -> FailureKind | None:
     """Why a silent attempt died; None where the unit in its hand is not to blame.
 
     Slurm's own words in the log come first, since out of memory looks like any other kill.
@@ -131,7 +136,7 @@ def log_text(attempt: Attempt, end: int | None = None, limit: int = 20_000) -> s
         return log.read(max(0, last - first)).decode(errors="replace")
 
 
-class Heart:
+class Heartbeat:
     """Publishes an attempt: at every change, and every few seconds from a thread of its own."""
 
     def __init__(self, ledger: Ledger, attempt: Attempt, stop: StopFlag, seconds: float) -> None:
@@ -172,11 +177,11 @@ class Heart:
 
 
 @contextmanager
-def beating(
+def heartbeat(
     ledger: Ledger, attempt: Attempt, stop: StopFlag, seconds: float = HEARTBEAT_SECONDS
-) -> Iterator[Heart]:
+) -> Iterator[Heartbeat]:
     """Keep an attempt's heart beating inside the block."""
-    heart = Heart(ledger, attempt, stop, seconds)
+    heart = Heartbeat(ledger, attempt, stop, seconds)
     heart.say()
     thread = threading.Thread(target=heart.beat, name="heartbeat", daemon=True)
     thread.start()

@@ -15,6 +15,8 @@ from typing import Final
 from kvdistill.errors import SlurmError
 
 TIMEOUT_SECONDS: Final = 60
+
+
 DEFAULT_MAX_ARRAY_SIZE: Final = 1001
 """Slurm's own default, for scripts that are written where no Slurm can be asked."""
 

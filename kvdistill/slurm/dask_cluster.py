@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kvdistill.config_slurm import SlurmProfile
+from kvdistill.config.slurm import SlurmProfile
 from kvdistill.errors import MissingExtra
 from kvdistill.slurm import client
 

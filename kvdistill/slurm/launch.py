@@ -23,6 +23,8 @@ from kvdistill.slurm.submit import leave
 from kvdistill.slurm.task import TRY_AGAIN, Ending
 
 FIRST_PORT: Final = 20_000
+
+
 POLL_SECONDS: Final = 0.5
 
 
@@ -91,7 +93,7 @@ def launch_command(launch: Launch, environment: dict[str, str]) -> list[str]:
     ]
 
 
-def main() -> None:
+def run_launch() -> None:
     """Entry point of written scripts: a launch as JSON, the first argument."""
     body: dict[str, Any] = json.loads(sys.argv[1])
     lists = {"command": tuple(body["command"]), "gate": tuple(body["gate"])}
@@ -99,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_launch()

@@ -20,7 +20,11 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 Outcome = Literal["complete", "incomplete", "interrupted", "failed"]
+
+
 FailureKind = Literal["error", "out_of_memory", "time_limit", "killed"]
+
+
 QUARANTINE_AFTER: Final = 3
 """Failures after which a unit is left alone until someone looks at it (``kvdistill retry``)."""
 
@@ -103,11 +107,11 @@ class Ledger:
 
     def attempt(self, attempt_id: str) -> Attempt | None:
         """An attempt by its id; None if it never left word."""
-        return _read(Attempt, self._attempt_path(attempt_id))
+        return _read_text(Attempt, self._attempt_path(attempt_id))
 
     def attempts(self) -> list[Attempt]:
         """All attempts, oldest first."""
-        found = (_read(Attempt, path) for path in _files(self.folder / "attempts"))
+        found = (_read_text(Attempt, path) for path in _files(self.folder / "attempts"))
         return sorted((a for a in found if a is not None), key=lambda a: a.started)
 
     def claim(self, unit: str, attempt_id: str) -> bool:
@@ -140,7 +144,7 @@ class Ledger:
 
     def failures(self, unit: str) -> list[Failure]:
         """Failures of one unit, oldest first."""
-        found = (_read(Failure, path) for path in _files(self._failures_of(unit)))
+        found = (_read_text(Failure, path) for path in _files(self._failures_of(unit)))
         return sorted((f for f in found if f is not None), key=lambda f: f.time)
 
     def failed_units(self) -> dict[str, list[Failure]]:
@@ -168,7 +172,7 @@ class Ledger:
     def submissions(self) -> list[Submission]:
         """All jobs that were handed to Slurm, oldest first."""
         paths = [p for p in _files(self.jobs) if p.name.startswith("submission-")]
-        found = (_read(Submission, path) for path in paths)
+        found = (_read_text(Submission, path) for path in paths)
         return sorted((s for s in found if s is not None), key=lambda s: s.submitted)
 
     def _attempt_path(self, attempt_id: str) -> Path:
@@ -206,7 +210,7 @@ def _load(path: Path) -> Any:
         raise
 
 
-def _read(kind: type[Record], path: Path) -> Record | None:
+def _read_text(kind: type[Record], path: Path) -> Record | None:
     body = _load(path)
     if not isinstance(body, dict) or not body:
         return None

@@ -16,6 +16,8 @@ from types import FrameType
 from typing import Final
 
 URGENT: Final = (signal.SIGTERM, signal.SIGINT)
+
+
 WARNING: Final = signal.SIGUSR2
 
 

@@ -19,10 +19,12 @@ from typing import Final, Literal
 
 from kvdistill.errors import SlurmError
 from kvdistill.slurm import client
-from kvdistill.slurm.attempts import HEARTBEAT_SECONDS, cause_of_death, condition
+from kvdistill.slurm.attempts import HEARTBEAT_SECONDS, condition, crash_cause
 from kvdistill.slurm.ledger import QUARANTINE_AFTER, Attempt, Failure, Ledger, Submission
 
 UnitState = Literal["done", "running", "stale", "quarantined", "failed", "pending"]
+
+
 UNIT_STATES: Final[tuple[UnitState, ...]] = (
     "done",
     "running",
@@ -124,7 +126,7 @@ def _silence(attempt: Attempt | None) -> str:
     if attempt is None:
         return "its worker left no word"
     age = time.time() - attempt.heartbeat
-    cause = cause_of_death(attempt)
+    cause = crash_cause(attempt)
     named = cause.replace("_", " ") if cause else "interrupted"
     return f"{named}; last word {age:.0f} s ago from {attempt.host}"
 

@@ -15,13 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvdistill.config_slurm import SlurmProfile
+from kvdistill.config.slurm import SlurmProfile
 from kvdistill.errors import SlurmError
-from kvdistill.slurm import client, script
+from kvdistill.slurm import batch_script as script
+from kvdistill.slurm import client
 from kvdistill.slurm.attempts import job_element
 from kvdistill.slurm.ledger import Ledger, Submission
-from kvdistill.slurm.local import run_pool
-from kvdistill.slurm.task import Ending, Task, share
+from kvdistill.slurm.local_pool import run_pool
+from kvdistill.slurm.task import Ending, Task, owned_units
 from kvdistill.slurm.worker import work
 
 
@@ -47,7 +48,7 @@ def split(task: Task, workers: int) -> list[Task]:
     return [
         dataclasses.replace(
             task,
-            units=share(task.units, worker, num),
+            units=owned_units(task.units, worker, num),
             task=task.task * num + worker,
             num_tasks=task.num_tasks * num,
         )

@@ -86,18 +86,18 @@ class Task:
         return made
 
 
-def share(units: Sequence[str], task: int, num_tasks: int) -> tuple[str, ...]:
+def owned_units(units: Sequence[str], task: int, num_tasks: int) -> tuple[str, ...]:
     """The units that task ``task`` of ``num_tasks`` owns."""
     if not 0 <= task < num_tasks:
         raise SlurmError(f"task {task} of {num_tasks}: tasks count from 0 to {num_tasks - 1}")
     return tuple(units[task::num_tasks])
 
 
-def deal(task: Task, units: Sequence[str], num_tasks: int) -> list[Task]:
+def partition_round_robin(task: Task, units: Sequence[str], num_tasks: int) -> list[Task]:
     """Share units out among ``num_tasks`` tasks like ``task`` (fewer if there are fewer units)."""
     num = max(1, min(num_tasks, len(units)))
     return [
-        dataclasses.replace(task, units=share(units, idx, num), task=idx, num_tasks=num)
+        dataclasses.replace(task, units=owned_units(units, idx, num), task=idx, num_tasks=num)
         for idx in range(num)
     ]
 

@@ -18,10 +18,10 @@ from kvdistill.errors import Interrupted
 from kvdistill.slurm import client
 from kvdistill.slurm.attempts import (
     STALE_AFTER,
-    Heart,
-    beating,
-    cause_of_death,
+    Heartbeat,
     condition,
+    crash_cause,
+    heartbeat,
     new_attempt,
 )
 from kvdistill.slurm.ledger import Attempt, Failure, FailureKind, Ledger
@@ -38,7 +38,7 @@ def work(task: Task) -> Ending:
     attempt = new_attempt(task.task, task.num_tasks, ledger.jobs, os.environ)
     with (
         stop_flag(task.warning_seconds) as stop,
-        beating(ledger, attempt, stop, task.heartbeat_seconds) as heart,
+        heartbeat(ledger, attempt, stop, task.heartbeat_seconds) as heart,
     ):
         shift = _Shift(task, ledger, heart, stop)
         trace = None
@@ -46,7 +46,7 @@ def work(task: Task) -> Ending:
             ending = shift.work_through()
         except Exception as error:
             trace = traceback.format_exc()
-            ending = Ending("failed", f"could not start: {_line(error)}")
+            ending = Ending("failed", f"could not start: {_one_line_message(error)}")
         heart.say(
             ended=time.time(),
             outcome=ending.outcome,
@@ -63,7 +63,7 @@ class _Shift:
 
     task: Task
     ledger: Ledger
-    heart: Heart
+    heart: Heartbeat
     stop: StopFlag
     failed_in_a_row: int = 0
     prepared: bool = False
@@ -124,7 +124,7 @@ class _Shift:
                 self.busy.append(unit)  # taken over while we were out of sight
             elif not workload.is_done(unit):
                 self.failed_in_a_row += 1
-                self._record(unit, _kind(error), _line(error), traceback.format_exc())
+                self._record(unit, _kind(error), _one_line_message(error), traceback.format_exc())
         else:
             self.failed_in_a_row = 0
             attempt = self.heart.attempt
@@ -168,7 +168,7 @@ class _Shift:
         dead = self.ledger.attempt(attempt_id)
         if dead is not None and dead.unit == unit and dead.ended is None:
             mine = self.heart.attempt
-            kind = cause_of_death(dead, mine.log_offset if mine.log == dead.log else None)
+            kind = crash_cause(dead, mine.log_offset if mine.log == dead.log else None)
             lost = kind == "killed" and self._supersedes(dead)  # a node that went away
             if kind is not None and not lost:
                 message = f"the worker died of it ({kind.replace('_', ' ')}) on {dead.host}"
@@ -246,11 +246,11 @@ def _kind(error: Exception) -> FailureKind:
     return "out_of_memory" if names & {"MemoryError", "OutOfMemoryError"} else "error"
 
 
-def _line(error: BaseException) -> str:
+def _one_line_message(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:500]
 
 
-def main() -> None:
+def run_task() -> None:
     """Entry point of a pool's worker: a task as JSON on standard input."""
     ending = work(Task.from_json(sys.stdin.read()))
     print(ending.message, flush=True)
@@ -258,4 +258,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_task()

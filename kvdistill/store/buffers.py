@@ -16,7 +16,10 @@ import numpy as np
 
 MIN_BYTES: Final = 1 << 20
 """Smaller arrays come from the heap, which reuses them already."""
+
+
 MAX_KEPT_BYTES: Final = 1 << 30
+
 
 # Only atomic operations of a deque: a block may come back from any thread, inside any statement.
 _kept: deque[np.ndarray] = deque()

@@ -22,9 +22,16 @@ from kvdistill.types import Backend, CodecSpec, LayerGroup, Name, StoredEviction
 
 FORMAT_VERSION: Final = 2
 """2: values in int4 have scales and zeros of a byte (``int4_v1`` is what 1 called ``int4``)."""
+
+
 MAX_AXIS: Final = 2**31 - 1
+
+
 MAX_LAYERS: Final = 4096
+
+
 MAX_SIZE: Final = 65_536
+
 
 Axis = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 
@@ -37,7 +44,9 @@ class Document(BaseModel):
     def to_json(self) -> str:
         """Indented JSON with a ``checksum`` of everything else in it."""
         body = self.model_dump(mode="json")
-        return json.dumps({**body, "checksum": _checksum(body)}, indent=1, ensure_ascii=False)
+        return json.dumps(
+            {**body, "checksum": _document_checksum(body)}, indent=1, ensure_ascii=False
+        )
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Self:
@@ -60,7 +69,7 @@ class Document(BaseModel):
                 f"{FORMAT_VERSION}; upgrade kvdistill"
             )
         stated = body.pop("checksum", None)
-        if stated != _checksum(body):
+        if stated != _document_checksum(body):
             raise StoreFormatError(
                 f"{where}: checksum does not match its content; run `kvdistill verify`"
             )
@@ -222,6 +231,6 @@ class Commit(Document):
     """Where it was made: host, pid, Slurm ids. Information only."""
 
 
-def _checksum(body: dict[str, Any]) -> str:
+def _document_checksum(body: dict[str, Any]) -> str:
     canonical = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

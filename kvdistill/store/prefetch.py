@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from kvdistill.store.reader import KVStore
 from kvdistill.store.shard import EncodedShard
@@ -23,7 +24,7 @@ from kvdistill.types import KINDS, Kind
 
 
 @dataclass(frozen=True)
-class Request:
+class ShardRequest:
     """What to read: arguments of ``KVStore.read_shard``."""
 
     teacher: str
@@ -34,8 +35,8 @@ class Request:
 
 
 def prefetch(
-    store: KVStore, requests: Iterable[Request], *, threads: int = 2, ahead: int = 2
-) -> Generator[tuple[Request, EncodedShard], None, None]:
+    store: KVStore, requests: Iterable[ShardRequest], *, threads: int = 2, ahead: int = 2
+) -> Generator[tuple[ShardRequest, EncodedShard], None, None]:
     """Yield every request with its shard, in order. ``requests`` may be endless.
 
     Requests are drawn in the caller's thread, ``ahead`` + 1 before the first shard is handed out.
@@ -51,30 +52,58 @@ def prefetch(
 
 
 def _prefetch(
-    store: KVStore, requests: Iterator[Request], threads: int, ahead: int
-) -> Generator[tuple[Request, EncodedShard], None, None]:
-    waiting: deque[tuple[Request, Future[EncodedShard]]] = deque()
+    store: KVStore, requests: Iterator[ShardRequest], threads: int, ahead: int
+) -> Generator[tuple[ShardRequest, EncodedShard], None, None]:
+    waiting: deque[tuple[ShardRequest, Future[EncodedShard]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="kvdistill-prefetch")
     try:
         for request in requests:
-            waiting.append((request, pool.submit(_read, store, request)))
+            waiting.append((request, pool.submit(_read_request, store, request)))
             if len(waiting) > ahead:
-                yield _first(waiting)
+                yield _oldest(waiting)
         while waiting:
-            yield _first(waiting)
+            yield _oldest(waiting)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _first(
-    waiting: deque[tuple[Request, Future[EncodedShard]]],
-) -> tuple[Request, EncodedShard]:
+def _oldest(
+    waiting: deque[tuple[ShardRequest, Future[EncodedShard]]],
+) -> tuple[ShardRequest, EncodedShard]:
     """The oldest request, when it is read. In a frame of its own, which keeps no shard alive."""
     request, shard = waiting.popleft()
     return request, shard.result()
 
 
-def _read(store: KVStore, request: Request) -> EncodedShard:
+def _read_request(store: KVStore, request: ShardRequest) -> EncodedShard:
     return store.read_shard(
         request.teacher, request.shard_id, request.layers, request.heads, request.kinds
     )
+
+
+T = TypeVar("T")
+
+
+_END: Any = object()
+
+
+def prefetch_items(items: Generator[T, None, None], depth: int) -> Iterator[T]:
+    """Yield the items of a generator; at most ``depth`` are ready and not yet asked for.
+
+    An error of the generator is raised here, at its turn. However the reading ends, the thread
+    is over and the generator closed before this is.
+    """
+    waiting: deque[Future[T]] = deque()
+    pool = ThreadPoolExecutor(1, "kvdistill-collate")
+    try:
+        waiting.extend(pool.submit(next, items, _END) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not _END:
+            waiting.append(pool.submit(next, items, _END))
+            yield item
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        items.close()
+
+
+# MERGED-DOC distill.data.ahead
+# Running an iterator in a thread of its own, a few results ahead of whoever reads them.

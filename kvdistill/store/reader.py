@@ -17,15 +17,15 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdistill.corpus import Sample
+from kvdistill.corpus.samples import Sample
 from kvdistill.errors import ShardCorrupt, ShardNotFound, StoreFormatError, StoreNotFound
-from kvdistill.store import statistics_cache
-from kvdistill.store.integrity import REMEDY
-from kvdistill.store.layout import COMMIT, StorePaths
+from kvdistill.store import channel_statistics as statistics_cache
+from kvdistill.store.channel_statistics import ChannelStatistics
+from kvdistill.store.commit import REMEDY
+from kvdistill.store.format import COMMIT, StorePaths
 from kvdistill.store.manifest import Commit, ShardPlan, StoreManifest, TeacherManifest
-from kvdistill.store.opened import OpenedShard, open_shard, read_samples
+from kvdistill.store.open_shard import OpenedShard, open_shard, read_samples
 from kvdistill.store.shard import EncodedShard, TokenTable
-from kvdistill.store.statistics import ChannelStatistics
 from kvdistill.types import KINDS, Kind
 
 OPEN_SHARDS: Final = 16
@@ -243,13 +243,13 @@ class KVStore:
         self, teacher: str, kind: Kind, *, layer: int | None = None, head: int | None = None
     ) -> Any:
         """A lazy dask array of all committed shards, decoded. See ``views.dask_array``."""
-        from kvdistill.store.views import dask_array
+        from kvdistill.store.lazy_arrays import dask_array
 
         return dask_array(self, teacher, kind, layer=layer, head=head)
 
     def xarray(self, teacher: str, *, layers: Sequence[int] | None = None) -> Any:
         """A lazy xarray dataset with named dimensions. See ``views.dataset``."""
-        from kvdistill.store.views import dataset
+        from kvdistill.store.lazy_arrays import dataset
 
         return dataset(self, teacher, layers=layers)
 
@@ -281,10 +281,10 @@ class KVStore:
             raise ShardNotFound(f"{self.paths.root}: teacher {teacher!r} has no shard yet")
         shard_ids = [shard_id for shard_id in self._plans if shard_id in committed]
         cached = statistics_cache.cache_file(self.paths.teacher(teacher), shard_ids)
-        merged = statistics_cache.load(cached)
+        merged = statistics_cache.load_cached_statistics(cached)
         if merged is None:
             merged = self._merge_statistics(teacher, shard_ids)
-            statistics_cache.save(cached, merged)
+            statistics_cache.save_cached_statistics(cached, merged)
         return merged
 
     def shard_statistics(self, teacher: str, shard_id: str) -> dict[str, ChannelStatistics]:

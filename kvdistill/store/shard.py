@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdistill.corpus import Sample
+from kvdistill.corpus.samples import Sample
 
 BLOCK_TOKENS: Final = 64
 """Tokens that share one scale per key channel."""

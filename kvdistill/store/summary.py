@@ -9,19 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from kvdistill.store.channel_statistics import ChannelStatistics
+from kvdistill.store.format import group_prefix
+from kvdistill.store.lazy_arrays import committed_in_order, dask_array, dataset
 from kvdistill.store.manifest import Commit, TeacherManifest
 from kvdistill.store.reader import KVStore
-from kvdistill.store.schema import group_prefix
-from kvdistill.store.statistics import ChannelStatistics
-from kvdistill.store.views import committed_in_order, dask_array, dataset
 from kvdistill.types import KINDS, Kind
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 
 OUTLIER_RATIO: Final = 5.0
 """A channel is an outlier if its RMS is this many times the median of its layer and head."""
+
+
 IMPORTANCE_BINS: Final = np.logspace(-8, 0, 33)
 
 
@@ -64,7 +71,7 @@ class TeacherSummary:
         return self.stored_bytes / self.raw_bytes if self.raw_bytes else 0.0
 
 
-def summarise(store: KVStore, teacher: str) -> TeacherSummary:
+def summarise_teacher(store: KVStore, teacher: str) -> TeacherSummary:
     """Everything that needs no key or value to be read.
 
     Raises:
@@ -91,7 +98,7 @@ def summarise(store: KVStore, teacher: str) -> TeacherSummary:
         bytes_by_array=by_array,
         extraction_seconds=sum(commit.seconds for commit in commits),
         rms={kind: _rms_norms(manifest, statistics, kind) for kind in KINDS},
-        outliers=_outliers(manifest, statistics),
+        outliers=_find_outliers(manifest, statistics),
     )
 
 
@@ -158,7 +165,9 @@ def _rms_norms(
     return dict(sorted(norms.items()))
 
 
-def _outliers(manifest: TeacherManifest, statistics: dict[str, ChannelStatistics]) -> list[Outlier]:
+def _find_outliers(
+    manifest: TeacherManifest, statistics: dict[str, ChannelStatistics]
+) -> list[Outlier]:
     found = []
     for i, group in enumerate(manifest.groups):
         for kind in KINDS:
@@ -169,3 +178,66 @@ def _outliers(manifest: TeacherManifest, statistics: dict[str, ChannelStatistics
                 size = float(ratio[layer_idx, head, channel])
                 found.append(Outlier(kind, group.layers[layer_idx], head, channel, size))
     return sorted(found, key=lambda outlier: -outlier.ratio)
+
+
+def plot_teacher(
+    summary: TeacherSummary, histogram: tuple[np.ndarray, np.ndarray] | None, path: Path
+) -> None:
+    """One PNG for a teacher.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
+    for axis, kind in zip(axes[0], KINDS, strict=True):
+        _plot_norms(axis, summary, kind)
+    _plot_outliers(axes[1, 0], summary)
+    if histogram is None:
+        _plot_bytes(axes[1, 1], summary)
+    else:
+        _plot_importance(axes[1, 1], *histogram)
+    figure.suptitle(
+        f"{summary.teacher}: {summary.model}, {summary.tokens:,} tokens, "
+        f"{summary.ratio:.2f} of bf16"
+    )
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _plot_norms(axis: Axes, summary: TeacherSummary, kind: str) -> None:
+    rows = summary.rms[kind]
+    for head in range(max(len(row) for row in rows.values())):
+        points = [(layer, row[head]) for layer, row in rows.items() if head < len(row)]
+        axis.plot(*zip(*points, strict=True), marker=".", label=f"head {head}")
+    axis.set(title=f"{kind}: RMS norm of a token", xlabel="layer", yscale="log")
+    if len(axis.lines) <= 8:
+        axis.legend(fontsize="small")
+
+
+def _plot_outliers(axis: Axes, summary: TeacherSummary) -> None:
+    for kind in KINDS:
+        found = [outlier for outlier in summary.outliers if outlier.kind == kind]
+        axis.scatter([o.layer for o in found], [o.ratio for o in found], s=12, label=kind)
+    axis.set(title="outlier channels", xlabel="layer", ylabel="RMS over the median channel's")
+    axis.legend(fontsize="small")
+
+
+def _plot_bytes(axis: Axes, summary: TeacherSummary) -> None:
+    largest = sorted(summary.bytes_by_array.items(), key=lambda item: -item[1])[:8]
+    axis.barh([name for name, _ in largest], [size / 1e6 for _, size in largest])
+    axis.invert_yaxis()
+    axis.set(title="stored", xlabel="MB")
+
+
+def _plot_importance(axis: Axes, counts: np.ndarray, edges: np.ndarray) -> None:
+    axis.stairs(counts / max(int(counts.sum()), 1), edges, fill=True)
+    axis.set(title="importance", xlabel="attention received", ylabel="share", xscale="log")
+
+
+# MERGED-DOC store.plots
+# Pictures of a store: norms by layer and head, outlier channels, bytes, importance.

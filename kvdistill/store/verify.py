@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from kvdistill.corpus import Sample
+from kvdistill.corpus.samples import Sample
 from kvdistill.errors import KVDistillError, StoreError
-from kvdistill.store.checks import check_finite
-from kvdistill.store.integrity import file_record
-from kvdistill.store.layout import COMMIT
+from kvdistill.store.commit import file_record
+from kvdistill.store.format import COMMIT
 from kvdistill.store.manifest import Commit
-from kvdistill.store.opened import OpenedShard, open_shard
+from kvdistill.store.open_shard import OpenedShard, open_shard
 from kvdistill.store.reader import KVStore
 from kvdistill.store.shard import TokenTable
+from kvdistill.store.writer import check_finite
 from kvdistill.types import SEGMENT_IDS, SEGMENT_SPECIAL
 
 Progress = Callable[[str, str], None]
@@ -36,7 +36,7 @@ class Finding:
     problem: str
 
 
-def verify(
+def verify_store(
     store: KVStore,
     teachers: Iterable[str] | None = None,
     shard_ids: Collection[str] | None = None,
@@ -54,7 +54,7 @@ def verify(
     return findings
 
 
-def repair(store: KVStore, findings: Iterable[Finding]) -> list[Path]:
+def repair_store(store: KVStore, findings: Iterable[Finding]) -> list[Path]:
     """Move the shards with findings aside; returns where they are now.
 
     Raises:

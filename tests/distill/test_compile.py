@@ -4,11 +4,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvdistill.distill.alignment import Band, align_global, apply_band, layer_map, rotate
-from kvdistill.distill.fusion import Router, entropy, fixed_weights, fuse, renormalise
-from kvdistill.distill.losses import cosine_error, kv_error, reduce_tokens
-from kvdistill.distill.projection import HeadShape, LinearProjection, StudentToTeacher
-from kvdistill.eviction import evict
+from kvdistill.attention.eviction import evict
+from kvdistill.attention.geometry import HeadShape
+from kvdistill.attention.rotary import rotate_layers
+from kvdistill.distill.align.band import Band, apply_band
+from kvdistill.distill.align.layers import layer_map
+from kvdistill.distill.align.resample import align_global
+from kvdistill.distill.fuse.router import Router
+from kvdistill.distill.fuse.weights import entropy, fixed_weights, fuse, renormalise
+from kvdistill.distill.losses.pointwise import cosine_error, kv_error
+from kvdistill.distill.losses.weighting import reduce_tokens
+from kvdistill.distill.project.projections import LinearProjection, StudentToTeacher
 
 STUDENT, TEACHER = HeadShape(2, 4), HeadShape(3, 6)
 MAPPING = layer_map("uniform", 2, range(3))
@@ -55,7 +61,9 @@ def test_project_route_and_fuse():
         placed = place(teacher, Band(start, weight, covered))
         projected = projection(placed)
         alpha = renormalise(router(hidden), torch.stack([covered, covered]))
-        fused = fuse(alpha, [projected, rotate(projected, torch.arange(7)[None], torch.ones(2))])
+        fused = fuse(
+            alpha, [projected, rotate_layers(projected, torch.arange(7)[None], torch.ones(2))]
+        )
         return reduce_tokens(kv_error(student, fused), covered) + entropy(alpha).mean()
 
     band, student, teacher = inputs()

@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvdistill.config_file import parse
-from kvdistill.extract.batches import Batch, collate
-from kvdistill.extract.capture import capture
-from kvdistill.extract.rotary import unrotate
+from kvdistill.attention.hooks import capture
+from kvdistill.attention.rotary import unrotate
+from kvdistill.config.load import parse_experiment
+from kvdistill.extract.batches import TeacherBatch, collate_teacher_batch
 from kvdistill.extract.teacher import load_teacher
 from kvdistill.pipelines.extract import extract
 from kvdistill.store.reader import KVStore
+from tests.attention.test_hooks import recorded_attention
 from tests.extract.models import TEXTS
-from tests.extract.test_capture import recorded_attention
 
 pytestmark = pytest.mark.real_model
 
@@ -28,7 +28,7 @@ GEOMETRY = {"smollm2": (30, 3, 64), "minilm": (6, 12, 32), "gemma3": (18, 1, 256
 def experiment_of(folder: Path, models: Path, name: str, **teacher: Any) -> Any:
     rows = "".join(f'{{"text": "{text}"}}\n' for text in TEXTS)
     (folder / "corpus.jsonl").write_text(rows, encoding="utf-8")
-    return parse(
+    return parse_experiment(
         {
             "store": str(folder / "store"),
             "corpus": {"path": str(folder / "corpus.jsonl")},
@@ -39,11 +39,11 @@ def experiment_of(folder: Path, models: Path, name: str, **teacher: Any) -> Any:
     )
 
 
-def batch_of(teacher: Any, texts: list[str]) -> Batch:
-    from kvdistill.corpus import Sample
+def batch_of(teacher: Any, texts: list[str]) -> TeacherBatch:
+    from kvdistill.corpus.samples import Sample
 
     encoded = teacher.read([Sample(str(i), (("text", t),)) for i, t in enumerate(texts)])
-    return collate(encoded, range(len(texts)), 0, torch.device("cpu"))
+    return collate_teacher_batch(encoded, range(len(texts)), 0, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["smollm2", "gemma3"])

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from kvdistill.store.codecs import CODECS, part_name
+from kvdistill.store.channel_statistics import ChannelStatistics
+from kvdistill.store.codecs import CODECS
+from kvdistill.store.codecs.parts import part_name
+from kvdistill.store.format import Counts, group_prefix, shard_arrays
 from kvdistill.store.reader import KVStore
-from kvdistill.store.schema import Counts, group_prefix, shard_arrays
 from kvdistill.store.shard import EncodedShard
-from kvdistill.store.statistics import ChannelStatistics
 from kvdistill.store.writer import add_teacher, publish_shard
 from kvdistill.types import KINDS
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from kvdistill import config_file
-from kvdistill.pipelines.corpus import load_corpus
-from kvdistill.pipelines.runs import begin
+from kvdistill.config.load import load_experiment
+from kvdistill.corpus.readers import load_corpus
+from kvdistill.pipelines.run_folder import begin
 from kvdistill.pipelines.train import build_trainer
 from kvdistill.store.reader import KVStore
 
@@ -31,7 +31,7 @@ class StopAt(TrainerCallback):
 
 
 def main(config: str, output: str, stop_step: str) -> None:
-    experiment = config_file.load(Path(config))
+    experiment = load_experiment(Path(config))
     folder = begin(experiment)
     trainer = build_trainer(
         experiment, KVStore.open(experiment.store), load_corpus(experiment.corpus), folder

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from kvdistill.cli import cli
 from kvdistill.errors import ConfigError, CorpusError
 from kvdistill.pipelines.evaluate import evaluate_folder
-from kvdistill.pipelines.runs import RunFolder
+from kvdistill.pipelines.run_folder import RunFolder
 from kvdistill.pipelines.train import train
 from tests.pipelines.tiny import variant
 from tests.slurm.experiment import CORPUS

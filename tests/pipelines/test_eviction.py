@@ -9,22 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from kvdistill.distill.assembly import assemble
+from kvdistill.attention.eviction import evict
+from kvdistill.attention.importance import choose, importance
+from kvdistill.attention.rotary import rotate
+from kvdistill.corpus.readers import load_corpus
 from kvdistill.distill.data.stream import Rank
-from kvdistill.distill.tokenizer import train_tokenizer
+from kvdistill.distill.student.tokenizer import train_tokenizer
+from kvdistill.distill.train.set_up import assemble
 from kvdistill.errors import ConfigError, TeacherError
-from kvdistill.eviction import evict
-from kvdistill.extract.batches import collate
-from kvdistill.extract.importance import choose, importance
-from kvdistill.extract.rotary import rotate
+from kvdistill.extract.batches import collate_teacher_batch
 from kvdistill.extract.teacher import load_teacher
-from kvdistill.pipelines.corpus import load_corpus
 from kvdistill.pipelines.extract import extract
-from kvdistill.pipelines.pilot import plan_extraction
+from kvdistill.pipelines.plan import estimate_extraction
 from kvdistill.pipelines.reextract import reextract
-from kvdistill.store.convert import convert
+from kvdistill.store.maintenance import convert_store
 from kvdistill.store.reader import KVStore
-from kvdistill.store.verify import verify
+from kvdistill.store.verify import verify_store
 from tests.extract.models import save_teacher
 from tests.pipelines.test_teachers import make
 
@@ -54,7 +54,7 @@ def test_slots_hold_what_everything_holds_there(tmp_path: Path, method: str, bac
     spec = {"method": method, "budget": 5}
     _, _, whole = stored(tmp_path / "whole", {}, backend=backend)
     _, store, part = stored(tmp_path / "part", {"eviction": spec}, backend=backend)
-    assert not verify(store)
+    assert not verify_store(store)
     kept, table = part.arrays["kept"], part.tokens
     for i in range(table.num_samples):
         slots, tokens = table.span(i), whole.tokens.span(i)
@@ -86,7 +86,7 @@ def test_each_layer_and_head_ranks_by_what_the_teacher_computes(
     encoded = teacher.read(store.samples(store.shard_ids[0]))
     for i, sample in enumerate(encoded):
         seen: dict[int, Any] = {}
-        teacher.run(collate(encoded, [i], 0, teacher.device), seen.__setitem__)
+        teacher.run(collate_teacher_batch(encoded, [i], 0, teacher.device), seen.__setitem__)
         mask = torch.from_numpy(sample.segment == 2)[None]
         for layer, measured in zip(seen, teacher.layers, strict=True):
             query, key, _ = seen[layer]
@@ -126,7 +126,7 @@ def test_some_heads(tmp_path: Path) -> None:
 
 def test_an_evicted_store_changes_backends_without_its_teacher(tmp_path: Path) -> None:
     _, store, part = stored(tmp_path / "part", {"eviction": {"budget": 4}})
-    convert(store, tmp_path / "mapped", "safetensors")
+    convert_store(store, tmp_path / "mapped", "safetensors")
     mapped = KVStore.open(tmp_path / "mapped").read_shard("t", "00000")
     np.testing.assert_array_equal(mapped.arrays["kept"], part.arrays["kept"])
 
@@ -153,8 +153,8 @@ def test_an_evicted_teacher_is_refused_by_characters(tmp_path: Path) -> None:
 def test_the_plan_says_what_is_kept(tmp_path: Path) -> None:
     spec = {"eviction": {"method": "uniform", "budget": 5}, "heads": [0]}
     experiment, _, part = stored(tmp_path / "part", spec)
-    (planned,) = plan_extraction(experiment, 6, 6).teachers
-    (whole,) = plan_extraction(make(tmp_path / "part", {}, ROWS, codec=LOSSLESS), 6, 6).teachers
+    (planned,) = estimate_extraction(experiment, 6, 6).teachers
+    (whole,) = estimate_extraction(make(tmp_path / "part", {}, ROWS, codec=LOSSLESS), 6, 6).teachers
     assert whole.kept == 1.0
     assert planned.tokens == whole.tokens
     assert planned.kept == pytest.approx(part.tokens.num_tokens / whole.tokens / 2)

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from kvdistill.config import Experiment
-from kvdistill.config_file import dump, parse
+from kvdistill.attention.hooks import capture
+from kvdistill.config.experiment import Experiment
+from kvdistill.config.load import dump_experiment, parse_experiment
 from kvdistill.errors import (
     ConfigError,
     Interrupted,
@@ -24,12 +25,12 @@ from kvdistill.errors import (
     StoreMismatch,
     TeacherError,
 )
-from kvdistill.extract.batches import Batch
-from kvdistill.extract.capture import capture
+from kvdistill.extract.batches import TeacherBatch
 from kvdistill.extract.teacher import Teacher, load_teacher
-from kvdistill.pipelines.extract import Progress, extract, prepare
+from kvdistill.pipelines.extract import Progress, extract
+from kvdistill.pipelines.stored import prepare
+from kvdistill.store.channel_statistics import ChannelStatistics
 from kvdistill.store.reader import KVStore
-from kvdistill.store.statistics import ChannelStatistics
 from kvdistill.store.writer import publish_shard
 from tests.extract.models import save_teacher
 
@@ -65,7 +66,7 @@ def make(folder: Path, **changes: Any) -> Experiment:
         for parent in parents:
             place = place.setdefault(parent, {})
         place[last] = value
-    return parse(body)
+    return parse_experiment(body)
 
 
 def contents(store: KVStore) -> dict[str, np.ndarray]:
@@ -120,7 +121,7 @@ def test_stored_keys_are_the_teachers_own(experiment: Experiment) -> None:
                 continue
             seen: dict[int, Any] = {}
             with capture(teacher.sites, seen.__setitem__):
-                teacher.forward(Batch((0,), (ids.shape[1],), ids))
+                teacher.forward(TeacherBatch((0,), (ids.shape[1],), ids))
             for layer_idx, qkv in seen.items():
                 for kind, own in (("key", qkv.key), ("value", qkv.value)):
                     for head in range(2):
@@ -201,7 +202,7 @@ def test_killed_and_completed(experiment: Experiment, tmp_path: Path, delay: flo
     extract(experiment)
     killed = make(tmp_path, store=str(tmp_path / "killed"))
     config = tmp_path / "killed.yaml"
-    config.write_text(dump(killed), encoding="utf-8")
+    config.write_text(dump_experiment(killed), encoding="utf-8")
     command = [sys.executable, "-m", "kvdistill.cli", "extract", str(config)]
     for _ in range(3):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -276,7 +277,7 @@ def test_out_of_memory_halves_the_batch(
     sizes: list[int] = []
     forward = Teacher.forward
 
-    def small_memory(self: Teacher, batch: Batch) -> torch.Tensor:
+    def small_memory(self: Teacher, batch: TeacherBatch) -> torch.Tensor:
         hidden = forward(self, batch)
         if len(batch.lengths) > 1:
             raise torch.OutOfMemoryError("no room, noticed late")

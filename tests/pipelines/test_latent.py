@@ -12,17 +12,16 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-from kvdistill import config_file
 from kvdistill.cli import cli
-from kvdistill.config import Experiment
-from kvdistill.corpus import read_jsonl
-from kvdistill.distill.assembly import Assembled, assemble
+from kvdistill.config.experiment import Experiment
+from kvdistill.config.load import load_experiment
+from kvdistill.corpus.readers import load_corpus, read_jsonl
 from kvdistill.distill.data.stream import Rank
-from kvdistill.distill.latent.distiller import LatentDistiller
-from kvdistill.distill.latent.student import LatentStudent
-from kvdistill.distill.projection import Standardise
+from kvdistill.distill.project.standardise import Standardise
+from kvdistill.distill.student.latent.latent_distiller import LatentDistiller
+from kvdistill.distill.student.latent.model import LatentStudent
+from kvdistill.distill.train.set_up import Assembled, assemble
 from kvdistill.errors import ConfigError, StudentError
-from kvdistill.pipelines.corpus import load_corpus
 from kvdistill.pipelines.evaluate import evaluate_folder
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.train import train
@@ -50,7 +49,7 @@ def thinking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     body["training"] |= {"max_steps": 3, "batch_size": 3, "max_length": 160, "figure_steps": 1}
     body["training"] |= {"log_steps": 1}
     path.write_text(yaml.safe_dump(body), encoding="utf-8")
-    extract(config_file.load(path))
+    extract(load_experiment(path))
     return path
 
 

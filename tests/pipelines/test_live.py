@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvdistill import config_file
-from kvdistill.config import Experiment
-from kvdistill.pipelines.corpus import load_corpus
+from kvdistill.config.experiment import Experiment
+from kvdistill.config.load import parse_experiment
+from kvdistill.corpus.readers import load_corpus
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.live import LiveSource, live_source, only_layers
-from kvdistill.pipelines.runs import begin
+from kvdistill.pipelines.run_folder import begin
 from kvdistill.pipelines.train import build_trainer
 from kvdistill.store.reader import KVStore
 from kvdistill.types import CodecName
@@ -76,7 +76,7 @@ def test_cached_and_live_teachers_give_the_same_losses(folder: Path) -> None:
 
 
 def test_a_live_shard_is_the_stored_one(folder: Path) -> None:
-    experiment = config_file.parse(
+    experiment = parse_experiment(
         experiment_of(folder / "experiment.yaml", folder, "int8").model_dump(mode="json")
     )
     store = KVStore.open(experiment.store)

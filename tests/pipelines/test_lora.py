@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvdistill.distill.lora import ADAPTER
-from kvdistill.pipelines.corpus import load_corpus
-from kvdistill.pipelines.runs import begin
+from kvdistill.corpus.readers import load_corpus
+from kvdistill.distill.student.lora import ADAPTER
+from kvdistill.pipelines.run_folder import begin
 from kvdistill.pipelines.train import build_trainer, train
 from kvdistill.store.reader import KVStore
 from tests.pipelines.test_train import StopAt, losses, weights

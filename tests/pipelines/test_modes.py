@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from kvdistill.config_file import PRESETS
-from kvdistill.distill.assembly import Assembled, assemble
+from kvdistill.config.load import PRESETS
+from kvdistill.corpus.readers import load_corpus
 from kvdistill.distill.data.stream import Rank
+from kvdistill.distill.train.set_up import Assembled, assemble
 from kvdistill.errors import ConfigError
-from kvdistill.pipelines.corpus import load_corpus
 from kvdistill.pipelines.extract import extract
 from kvdistill.store.reader import KVStore
 from tests.pipelines.tiny import variant

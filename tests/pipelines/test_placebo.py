@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaForCausalLM
 
-from kvdistill import config_file
-from kvdistill.config_distill import PlaceboConfig
+from kvdistill.config.distill import PlaceboConfig
+from kvdistill.config.load import load_experiment
 from kvdistill.distill.data.placebo import with_placebo
 from kvdistill.distill.data.source import StoreSource
 from kvdistill.errors import ConfigError
@@ -28,7 +28,7 @@ LAYERS = {"llama": (0, 2), "bert": (1,)}
 
 @pytest.fixture
 def store(extracted: Path) -> KVStore:
-    return KVStore.open(config_file.load(extracted).store)
+    return KVStore.open(load_experiment(extracted).store)
 
 
 def source(store: KVStore, **settings: Any) -> Any:
@@ -127,7 +127,7 @@ def test_an_untrained_teacher_is_another_extraction_and_always_the_same(
     extracted: Path, tmp_path: Path
 ) -> None:
     model = str(tmp_path / "llama")
-    shutil.copytree(config_file.load(extracted).teachers["llama"].model, model)
+    shutil.copytree(load_experiment(extracted).teachers["llama"].model, model)
     torch.manual_seed(1)  # the tiny teacher itself is as untrained as can be, from seed 0
     LlamaForCausalLM(AutoConfig.from_pretrained(model)).save_pretrained(model)
     found = []

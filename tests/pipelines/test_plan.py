@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from kvdistill.commands.plan import fetch as fetch_command
-from kvdistill.commands.plan import plan as plan_command
-from kvdistill.config_file import dump, parse
+from kvdistill.commands.plan import fetch_command, plan_command
+from kvdistill.config.load import dump_experiment, parse_experiment
 from kvdistill.errors import TeacherError
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.fetch import Need, fetch, needs
-from kvdistill.pipelines.pilot import DISK_MARGIN, array_size, plan_extraction
+from kvdistill.pipelines.plan import DISK_MARGIN, array_size, estimate_extraction
 from kvdistill.store.reader import KVStore
 from tests.extract.models import save_teacher
 from tests.pipelines.test_teachers import make
@@ -28,7 +27,7 @@ ROWS = "".join(
 def test_the_projection_is_what_extraction_then_makes(tmp_path: Path) -> None:
     save_teacher(tmp_path / "t")
     experiment = make(tmp_path, {}, ROWS)
-    projected = plan_extraction(experiment, num_samples=24, num_sized=24)
+    projected = estimate_extraction(experiment, num_samples=24, num_sized=24)
     (teacher,) = projected.teachers
     extract(experiment)
     store = KVStore.open(experiment.store)
@@ -52,8 +51,8 @@ def test_the_projection_is_what_extraction_then_makes(tmp_path: Path) -> None:
 def test_a_few_samples_stand_for_all(tmp_path: Path) -> None:
     save_teacher(tmp_path / "t")
     experiment = make(tmp_path, {}, ROWS)
-    (whole,) = plan_extraction(experiment, 24, 2).teachers
-    (part,) = plan_extraction(experiment, 8, 2).teachers
+    (whole,) = estimate_extraction(experiment, 24, 2).teachers
+    (part,) = estimate_extraction(experiment, 8, 2).teachers
     assert part.tokens == pytest.approx(whole.tokens, rel=0.15)
 
 
@@ -61,23 +60,23 @@ def test_long_texts_and_the_students_tokenizer(tmp_path: Path) -> None:
     save_teacher(tmp_path / "t")
     experiment = make(tmp_path, {}, ROWS, max_length=30)
     student = experiment.student.model_copy(update={"model": str(tmp_path / "t")})
-    (teacher,) = plan_extraction(experiment.model_copy(update={"student": student})).teachers
+    (teacher,) = estimate_extraction(experiment.model_copy(update={"student": student})).teachers
     assert 0 < teacher.too_long < 1
     assert teacher.alignment is not None
     assert teacher.alignment.coverage == teacher.alignment.one_to_one_rate == 1.0
-    assert plan_extraction(experiment).teachers[0].alignment is None  # no such tokenizer
+    assert estimate_extraction(experiment).teachers[0].alignment is None  # no such tokenizer
 
 
 def test_a_disk_that_is_too_small_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_teacher(tmp_path / "t")
     config = tmp_path / "e.yaml"
-    config.write_text(dump(make(tmp_path, {}, ROWS)), encoding="utf-8")
+    config.write_text(dump_experiment(make(tmp_path, {}, ROWS)), encoding="utf-8")
     runner = CliRunner()
     result = runner.invoke(plan_command, [str(config), "--parallel", "4", "--sized", "2"])
     assert result.exit_code == 0
     assert "does not fit" not in result.output
     full = shutil.disk_usage(tmp_path)._replace(free=1)
-    monkeypatch.setattr("kvdistill.pipelines.pilot.shutil.disk_usage", lambda path: full)
+    monkeypatch.setattr("kvdistill.pipelines.plan.shutil.disk_usage", lambda path: full)
     result = runner.invoke(plan_command, [str(config), "--sized", "2"])
     assert "does not fit" in result.output
     body = json.loads(runner.invoke(plan_command, [str(config), "--json", "--sized", "2"]).output)
@@ -88,7 +87,7 @@ def test_a_disk_that_is_too_small_is_said(tmp_path: Path, monkeypatch: pytest.Mo
 def test_fetch_knows_every_need_once_and_no_pickles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    experiment = parse(
+    experiment = parse_experiment(
         {
             "store": str(tmp_path / "store"),
             "corpus": {"path": str(tmp_path / "c.jsonl")},
@@ -134,6 +133,9 @@ def test_fetching_what_is_not_there_is_one_line(
         fetch(experiment)
     config = tmp_path / "e.yaml"
     local = {"teachers": {"t": {"model": str(tmp_path)}}, "student": {"model": str(tmp_path)}}
-    config.write_text(dump(parse(experiment.model_dump(mode="json") | local)), encoding="utf-8")
+    config.write_text(
+        dump_experiment(parse_experiment(experiment.model_dump(mode="json") | local)),
+        encoding="utf-8",
+    )
     result = CliRunner().invoke(fetch_command, [str(config)])
     assert "all of 1 are here" in result.output

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from kvdistill import config_file
-from kvdistill.pipelines.corpus import load_corpus
-from kvdistill.pipelines.runs import RunFolder
+from kvdistill.config.load import dump_experiment, load_experiment
+from kvdistill.corpus.readers import load_corpus
+from kvdistill.pipelines.run_folder import RunFolder
 from tests.pipelines.tiny import variant
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     experiment = variant(extracted, folder / "runs", **(COMMON | changes))
     config = folder / "config.yaml"
-    config.write_text(config_file.dump(experiment), encoding="utf-8")
+    config.write_text(dump_experiment(experiment), encoding="utf-8")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [str(WORKER), str(config), str(folder), str(stop_step)]
     done = subprocess.run(
@@ -55,7 +55,7 @@ def run(
 
 
 def corpus_texts(extracted: Path) -> list[str]:
-    return sorted(s.text for s in load_corpus(config_file.load(extracted).corpus).train)
+    return sorted(s.text for s in load_corpus(load_experiment(extracted).corpus).train)
 
 
 def same_losses(one: dict[str, Any], two: dict[str, Any]) -> None:

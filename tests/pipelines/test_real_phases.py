@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvdistill import config_file
-from kvdistill.config import Experiment
-from kvdistill.corpus import read_jsonl
-from kvdistill.distill.tokenizer import train_tokenizer
+from kvdistill.config.experiment import Experiment
+from kvdistill.config.load import parse_experiment
+from kvdistill.corpus.readers import read_jsonl
+from kvdistill.distill.student.tokenizer import train_tokenizer
 from kvdistill.pipelines.extract import extract
-from kvdistill.pipelines.runs import RunFolder
+from kvdistill.pipelines.run_folder import RunFolder
 from kvdistill.pipelines.train import train
 from tests.slurm.experiment import CORPUS
 
@@ -52,7 +52,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, real_models: Path) -> Path:
     folder = tmp_path_factory.mktemp("real")
     texts = (sample.text for sample in read_jsonl(CORPUS))
     train_tokenizer(texts, 1024).save_pretrained(str(folder / "tokenizer"))
-    extract(config_file.parse(body(folder, real_models, folder)))
+    extract(parse_experiment(body(folder, real_models, folder)))
     return folder
 
 
@@ -66,7 +66,7 @@ def make(store: Path, tmp_path: Path, real_models: Path) -> Any:
             for parent in parents:
                 place = place.setdefault(parent, {})
             place[last] = value
-        return config_file.parse(whole)
+        return parse_experiment(whole)
 
     return variant
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from kvdistill.config import Experiment
-from kvdistill.config_file import parse
+from kvdistill.config.experiment import Experiment
+from kvdistill.config.load import parse_experiment
 from kvdistill.errors import ConfigError, ShardNotFound, TeacherError
-from kvdistill.extract.hidden import cue
+from kvdistill.extract.hidden_states import cue
 from kvdistill.extract.teacher import load_teacher
 from kvdistill.pipelines.extract import extract
 from kvdistill.store.prototypes import read_prototypes
 from kvdistill.store.reader import KVStore
-from tests.extract.families import ENCODER_DECODERS
+from tests.attention.families import ENCODER_DECODERS
 from tests.extract.models import save_teacher
 
 CORPUS = (
@@ -31,7 +31,7 @@ def make(
     folder: Path, teacher: dict[str, Any], text: str = CORPUS, **extraction: Any
 ) -> Experiment:
     (folder / "corpus.jsonl").write_text(text, encoding="utf-8")
-    return parse(
+    return parse_experiment(
         {
             "store": str(folder / "store"),
             "corpus": {"path": str(folder / "corpus.jsonl")},

@@ -16,7 +16,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from kvdistill import config_file
+from kvdistill.config.load import dump_experiment
+from kvdistill.corpus.readers import load_corpus
 from kvdistill.errors import (
     ConfigError,
     IncompleteStore,
@@ -24,11 +25,10 @@ from kvdistill.errors import (
     StoreMismatch,
     StoreNotFound,
 )
-from kvdistill.pipelines.corpus import load_corpus
-from kvdistill.pipelines.report import write_plots, write_report
-from kvdistill.pipelines.runs import RunFolder, begin
+from kvdistill.pipelines.run_folder import RunFolder, begin
 from kvdistill.pipelines.train import build_trainer, train
 from kvdistill.store.reader import KVStore
+from kvdistill.studies.report.page import write_plots, write_report
 from tests.pipelines.tiny import variant
 
 
@@ -92,12 +92,12 @@ def test_stage_two_needs_no_teacher_and_imports_no_teacher_code(
     extracted: Path, tmp_path: Path
 ) -> None:
     config = tmp_path / "config.yaml"
-    config.write_text(config_file.dump(variant(extracted, tmp_path / "runs")))
+    config.write_text(dump_experiment(variant(extracted, tmp_path / "runs")))
     assert not (extracted.parent / "models" / "bert").exists()
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from kvdistill import config_file\nfrom kvdistill.pipelines.train import train\n"
-        f"train(config_file.load(Path({str(config)!r})))\n"
+        "from kvdistill.config.load import load_experiment\nfrom kvdistill.pipelines.train import train\n"
+        f"train(load_experiment(Path({str(config)!r})))\n"
         "modules = [m for m in sys.modules if m.startswith('kvdistill.extract')]\n"
         "modules += [m for m in sys.modules if m.startswith('transformers.models.bert.model')]\n"
         "print('TEACHER CODE', modules)\n"
@@ -170,7 +170,7 @@ def test_a_signal_saves_after_the_step_and_the_same_command_goes_on(
 def test_a_signal_is_exit_code_75(extracted: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     changes = {"training__max_steps": 100_000, "training__log_steps": 1}
-    config.write_text(config_file.dump(variant(extracted, tmp_path / "runs", **changes)))
+    config.write_text(dump_experiment(variant(extracted, tmp_path / "runs", **changes)))
     command = [sys.executable, "-m", "kvdistill.cli", "train", str(config)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     log = RunFolder(tmp_path / "runs" / "tiny").log

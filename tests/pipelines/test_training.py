@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from kvdistill.distill.guard import StepGuard
-from kvdistill.distill.held_out import HeldOut
-from kvdistill.distill.trainer import KVDistillTrainer
+from kvdistill.corpus.readers import load_corpus
+from kvdistill.distill.evaluate.held_out import HeldOut
+from kvdistill.distill.train.guards import StepGuard
+from kvdistill.distill.train.trainer import KVDistillTrainer
 from kvdistill.errors import ConfigError
-from kvdistill.pipelines.corpus import load_corpus
-from kvdistill.pipelines.runs import RunFolder, begin
+from kvdistill.pipelines.run_folder import RunFolder, begin
 from kvdistill.pipelines.train import build_trainer, train
 from kvdistill.store.reader import KVStore
 from tests.pipelines.test_train import StopAt, losses, weights

@@ -13,10 +13,10 @@ import torch
 from kvdistill.distill.data.stream import KVStream
 from kvdistill.errors import ConfigError
 from kvdistill.pipelines.extract import extract
-from kvdistill.pipelines.runs import RunFolder
+from kvdistill.pipelines.run_folder import RunFolder
 from kvdistill.pipelines.train import train
 from kvdistill.store.reader import KVStore
-from tests.extract.families import ENCODER_DECODERS
+from tests.attention.families import ENCODER_DECODERS
 from tests.extract.models import save_teacher
 from tests.pipelines.test_modes import assembled
 from tests.pipelines.tiny import variant
@@ -115,7 +115,7 @@ def test_own_rationales_are_aligned_segment_by_segment(samples: Path, tmp_path: 
 
 
 def run_tokens(run: Any, item: Any) -> Any:
-    from kvdistill.distill.data.tokens import tokenize
+    from kvdistill.distill.data.student_tokens import tokenize
 
     return tokenize(run.stream.collate.tokenizer, [item.sample], run.stream.collate.max_length)
 

@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvdistill import config_file
-from kvdistill.config import Experiment
-from kvdistill.corpus import read_jsonl
-from kvdistill.distill.tokenizer import train_tokenizer
+from kvdistill.config.experiment import Experiment
+from kvdistill.config.load import parse_experiment
+from kvdistill.corpus.readers import read_jsonl
+from kvdistill.distill.student.tokenizer import train_tokenizer
 from kvdistill.pipelines.extract import extract
-from kvdistill.pipelines.runs import RunFolder
+from kvdistill.pipelines.run_folder import RunFolder
 from kvdistill.pipelines.train import train
 from kvdistill.store.reader import KVStore
 from tests.pipelines.noise import add_noise_teacher
@@ -72,7 +72,7 @@ def experiment(folder: Path, name: str, **changes: Any) -> Experiment:
             "device": "cpu",
         },
     }  # fmt: skip
-    return config_file.parse({**body, **changes})
+    return parse_experiment({**body, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from kvdistill import config_file
-from kvdistill.config import Experiment
+from kvdistill.config.experiment import Experiment
+from kvdistill.config.load import load_experiment, parse_experiment
 from kvdistill.pipelines.extract import extract
 from tests.slurm.experiment import write_experiment, write_models
 
@@ -18,7 +18,7 @@ def make_extracted(folder: Path) -> Path:
     """Models, experiment file and complete store under ``folder``; returns the file."""
     write_models(folder / "models")
     path = write_experiment(folder, folder / "models")
-    extract(config_file.load(path))
+    extract(load_experiment(path))
     shutil.rmtree(folder / "models" / "bert")  # stage 2 must not miss its teachers
     return path
 
@@ -33,4 +33,4 @@ def variant(path: Path, output: Path, **changes: Any) -> Experiment:
         for parent in parents:
             place = place.setdefault(parent, {})
         place[last] = value
-    return config_file.parse(body)
+    return parse_experiment(body)

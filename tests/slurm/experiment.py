@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml
 
-from kvdistill import config_file
-from kvdistill.commands.work import ExtractionWork, extraction_work
-from kvdistill.config import Experiment
-from kvdistill.corpus import read_jsonl
+from kvdistill.config.experiment import Experiment
+from kvdistill.config.load import load_experiment
+from kvdistill.corpus.readers import read_jsonl
 from kvdistill.errors import Interrupted
+from kvdistill.pipelines.extract_tasks import ExtractionWork, extraction_work
 
 ROOT = Path(__file__).parents[2]
 CORPUS = ROOT / "examples/data/gsm8k_train.jsonl"
@@ -39,7 +39,7 @@ def write_models(folder: Path) -> None:
     import torch
     from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-    from kvdistill.distill.tokenizer import train_tokenizer
+    from kvdistill.distill.student.tokenizer import train_tokenizer
 
     texts = [sample.text for sample in read_jsonl(CORPUS, limit=40)]
     torch.manual_seed(0)
@@ -96,7 +96,7 @@ def write_experiment(folder: Path, models: Path, **profile: Any) -> Path:
 
 
 def load(path: Path, *overrides: str) -> Experiment:
-    return config_file.load(path, overrides)
+    return load_experiment(path, overrides)
 
 
 class HeldWork(ExtractionWork):
@@ -120,7 +120,7 @@ def held_work(config: str, teacher: str) -> HeldWork:
     plain = extraction_work(config, teacher)
     work = HeldWork.__new__(HeldWork)
     work.__dict__.update(plain.__dict__)
-    work.hold = hold_file(config_file.load(Path(config)), teacher)
+    work.hold = hold_file(load_experiment(Path(config)), teacher)
     return work
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kvdistill.commands.ablate_work import ablation_tasks, ablation_work
-from kvdistill.pipelines.ablate import load_plan
-from kvdistill.pipelines.ablate_controls import check_records
 from kvdistill.pipelines.extract import extract
 from kvdistill.slurm.worker import work
+from kvdistill.studies.controls import check_records
+from kvdistill.studies.runs import ablation_tasks, ablation_work
+from kvdistill.studies.study import load_study
 from tests.slurm.cluster import Cluster, run_until_idle
 from tests.slurm.experiment import ROOT, load, write_experiment, write_models
 
@@ -44,7 +44,7 @@ def ablate(path: Path, *options: str) -> str:
 
 
 def test_a_worker_does_its_share_and_leaves_the_finished_alone(tmp_path: Path) -> None:
-    plan = load_plan(write_study(tmp_path))
+    plan = load_study(write_study(tmp_path))
     first, second = ablation_tasks(plan, plan.runs, num_tasks=2)
     assert sorted(first.units + second.units) == sorted(run.name for run in plan.runs)
     assert work(first).outcome == "complete"
@@ -68,7 +68,7 @@ def test_a_study_is_one_array(login: Cluster, tmp_path: Path) -> None:
     assert found, said
     assert "nothing to submit" in ablate(path, "--slurm")
     run_until_idle(login, found[1], seconds=240)
-    plan = load_plan(path)
+    plan = load_study(path)
     assert plan.missing == []
     check_records(plan)
     assert "4 of 4 runs are finished" in ablate(path)

@@ -16,10 +16,11 @@ import yaml
 from click.testing import CliRunner
 
 from kvdistill.cli import cli
-from kvdistill.config_slurm import SlurmConfig, SlurmProfile
+from kvdistill.config.slurm import SlurmConfig, SlurmProfile
 from kvdistill.errors import ConfigError, SlurmError
-from kvdistill.slurm import client, script
-from kvdistill.slurm.attempts import cause_of_death, job_element, new_attempt
+from kvdistill.slurm import batch_script as script
+from kvdistill.slurm import client
+from kvdistill.slurm.attempts import crash_cause, job_element, new_attempt
 from kvdistill.slurm.dask_cluster import cluster_options
 from kvdistill.slurm.launch import Launch, launch_command
 from kvdistill.slurm.ledger import Failure, Submission
@@ -147,7 +148,7 @@ def test_a_death_is_named_by_its_own_lines(tmp_path: Path, line: str, cause: str
     attempt = new_attempt(0, 1, tmp_path, {"SLURM_JOB_ID": "7"})
     end_of_ours = log.stat().st_size + len(line) + 1
     log.write_text(f"{log.read_text()}{line}\nDUE TO TIME LIMIT, says a later one\n")
-    assert cause_of_death(attempt, end_of_ours) == cause
+    assert crash_cause(attempt, end_of_ours) == cause
 
 
 def test_a_profile_becomes_a_script(tmp_path: Path) -> None:

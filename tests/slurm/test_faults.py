@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from kvdistill.config_slurm import SlurmProfile
+from kvdistill.config.slurm import SlurmProfile
 from kvdistill.slurm import client
 from kvdistill.slurm.attempts import process_start
 from kvdistill.slurm.ledger import Attempt
 from kvdistill.slurm.status import Status, read_status
 from kvdistill.slurm.submit import submit_array
-from kvdistill.slurm.task import Task, share
+from kvdistill.slurm.task import Task, owned_units
 from tests.slurm.cluster import CREDENTIAL_SECONDS, Cluster, run_until_idle, wait_for
 from tests.slurm.toy import done, ledger, leftovers, toy_task
 
@@ -37,7 +37,7 @@ def submit(folder: Path, units: Sequence[str], tasks: int, seconds: float, **opt
     profile = PROFILE.model_copy(update=options)
     whole = toy_task(folder, *units, seconds=seconds)
     parts = [
-        dataclasses.replace(whole, units=share(units, i, tasks), task=i, num_tasks=tasks)
+        dataclasses.replace(whole, units=owned_units(units, i, tasks), task=i, num_tasks=tasks)
         for i in range(tasks)
     ]
     (job_id,) = submit_array(parts, profile, "toy")
@@ -245,7 +245,7 @@ def test_arrays_are_split_at_the_sites_limit(
     units = [f"unit-{i}" for i in range(5)]
     whole = toy_task(tmp_path, *units)
     tasks = [
-        Task(**{**vars(whole), "units": share(units, i, 5), "task": i, "num_tasks": 5})
+        Task(**{**vars(whole), "units": owned_units(units, i, 5), "task": i, "num_tasks": 5})
         for i in range(5)
     ]
     ids = submit_array(tasks, PROFILE, "toy")

@@ -12,7 +12,7 @@ import pytest
 
 from kvdistill.pipelines.extract import extract
 from kvdistill.store.reader import KVStore
-from kvdistill.store.verify import verify
+from kvdistill.store.verify import verify_store
 from tests.slurm.experiment import ROOT, load, write_experiment, write_models
 from tests.slurm.toy import leftovers
 
@@ -36,7 +36,7 @@ def test_two_workers_make_the_same_store_as_one_process(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "bert: complete" in done.stdout
     store, reference = KVStore.open(load(config).store), KVStore.open(alone.store)
-    assert verify(store) == []
+    assert verify_store(store) == []
     for shard_id in reference.shard_ids:
         here, there = store.read_shard("bert", shard_id), reference.read_shard("bert", shard_id)
         assert here.arrays.keys() == there.arrays.keys()

@@ -18,17 +18,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvdistill.commands import distribute, work
-from kvdistill.commands.overview import overview
-from kvdistill.config import Experiment
-from kvdistill.config_slurm import SlurmProfile
+from kvdistill.config.experiment import Experiment
+from kvdistill.config.slurm import SlurmProfile
+from kvdistill.pipelines import distribute
+from kvdistill.pipelines import extract_tasks as work
 from kvdistill.pipelines.extract import extract
+from kvdistill.pipelines.overview import overview
 from kvdistill.slurm import client
 from kvdistill.slurm.dask_cluster import dask_cluster
 from kvdistill.slurm.ledger import Attempt
 from kvdistill.slurm.status import UNIT_STATES
 from kvdistill.store.reader import KVStore
-from kvdistill.store.verify import verify
+from kvdistill.store.verify import verify_store
 from kvdistill.types import KINDS
 from tests.slurm.cluster import CREDENTIAL_SECONDS, Cluster, run_until_idle, wait_for
 from tests.slurm.experiment import (
@@ -159,7 +160,7 @@ def test_two_teachers_survive_the_cluster(
     run_until_idle(login, newest, 150)
     cli("status", config, "--check")
     store = KVStore.open(experiment.store)
-    assert verify(store) == []
+    assert verify_store(store) == []
     for teacher in ("llama", "bert"):
         assert_equal_stores(store, reference, teacher)
         assert_tidy(experiment, teacher)

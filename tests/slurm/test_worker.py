@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvdistill.errors import SlurmError
-from kvdistill.slurm.attempts import Heart, new_attempt
+from kvdistill.slurm.attempts import Heartbeat, new_attempt
 from kvdistill.slurm.ledger import Attempt, Ledger
-from kvdistill.slurm.local import run_pool
+from kvdistill.slurm.local_pool import run_pool
 from kvdistill.slurm.signals import StopFlag
 from kvdistill.slurm.status import UNIT_STATES, read_status
-from kvdistill.slurm.task import TRY_AGAIN, Task, share
+from kvdistill.slurm.task import TRY_AGAIN, Task, owned_units
 from kvdistill.slurm.worker import work
 from tests.slurm.cluster import wait_for
 from tests.slurm.toy import done, ledger, leftovers, toy_task
@@ -61,14 +61,14 @@ def states(task: Task) -> dict[str, str]:
 
 @given(st.lists(st.text("abc", min_size=1), unique=True), st.integers(1, 9))
 def test_shares_partition_the_units(units: list[str], num_tasks: int) -> None:
-    shares = [share(units, task, num_tasks) for task in range(num_tasks)]
+    shares = [owned_units(units, task, num_tasks) for task in range(num_tasks)]
     assert sorted(unit for part in shares for unit in part) == sorted(units)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_a_task_outside_its_count_is_refused() -> None:
     with pytest.raises(SlurmError, match="task 3 of 3"):
-        share(["a"], 3, 3)
+        owned_units(["a"], 3, 3)
 
 
 def test_a_task_survives_json(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_restarted_element_supersedes_its_earlier_run_at_once(tmp_path: Path) 
 
 def test_a_pool_gives_out_gpus_and_does_everything_once(tmp_path: Path) -> None:
     units = [f"unit-{i}" for i in range(12)]
-    tasks = [toy_task(tmp_path, *share(units, i, 3)) for i in range(3)]
+    tasks = [toy_task(tmp_path, *owned_units(units, i, 3)) for i in range(3)]
     assert run_pool(tasks, gpus=["4", "5"]).outcome == "complete"
     assert done(tmp_path) == set(units)
     seen = {unit: (tmp_path / "results" / unit).read_text().split()[1] for unit in units}
@@ -286,7 +286,7 @@ def test_a_heart_survives_a_disk_that_fails_for_a_while(
         written.append(newest)
 
     written: list[Attempt] = []
-    heart = Heart(Ledger(tmp_path), attempt, StopFlag(1.0), 0.01)
+    heart = Heartbeat(Ledger(tmp_path), attempt, StopFlag(1.0), 0.01)
     monkeypatch.setattr(Ledger, "write_attempt", write)
     thread = threading.Thread(target=heart.beat, daemon=True)
     thread.start()

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from kvdistill.corpus import Sample, Shard, cut
-from kvdistill.store.codecs import CODECS, part_name
+from kvdistill.corpus.samples import Sample, Shard, cut_into_shards
+from kvdistill.store.channel_statistics import ChannelStatistics
+from kvdistill.store.codecs import CODECS
+from kvdistill.store.codecs.parts import part_name
+from kvdistill.store.format import group_prefix
 from kvdistill.store.manifest import TeacherManifest
 from kvdistill.store.reader import KVStore
-from kvdistill.store.schema import group_prefix
 from kvdistill.store.shard import EncodedShard, TokenTable
-from kvdistill.store.statistics import ChannelStatistics
 from kvdistill.store.writer import add_teacher, create, publish_shard
 from kvdistill.types import KINDS, LayerGroup
 
@@ -107,7 +108,7 @@ def make_shard(
 def make_corpus(num_shards: int = 2, samples_per_shard: int = 3) -> list[Shard]:
     texts = ["0123456789" * 20] * (num_shards * samples_per_shard)
     samples = [Sample(f"s{i}", (("text", text),)) for i, text in enumerate(texts)]
-    return list(cut(samples, shard_chars=200 * samples_per_shard))
+    return list(cut_into_shards(samples, shard_chars=200 * samples_per_shard))
 
 
 LENGTHS = (130, 0, 64)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.linalg import hadamard
+from scipy.linalg import hadamard as hadamard_matrix
 
 from kvdistill.errors import GeometryError
 from kvdistill.store.codecs import CODECS
-from kvdistill.store.codecs.arrays import bits_to_float32
-from kvdistill.store.codecs.hadamard import rotate
+from kvdistill.store.codecs.int4 import hadamard
+from kvdistill.store.codecs.parts import bits_to_float32
 from kvdistill.store.shard import BLOCK_TOKENS, block_idx, block_ptr
 
 shapes = st.tuples(
@@ -93,13 +93,13 @@ def test_numpy_knows_every_fp8_value_that_torch_knows():
 @pytest.mark.parametrize("dim", [1, 2, 12, 64, 80])
 def test_the_rotation_is_its_own_inverse_and_keeps_lengths(dim):
     x = torch.randn(3, 5, dim, generator=torch.Generator().manual_seed(dim))
-    torch.testing.assert_close(rotate(rotate(x)), x, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(rotate(x).norm(dim=-1), x.norm(dim=-1))
+    torch.testing.assert_close(hadamard(hadamard(x)), x, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(hadamard(x).norm(dim=-1), x.norm(dim=-1))
 
 
 def test_the_rotation_is_a_hadamard_matrix():
-    matrix = rotate(torch.eye(64)) * 8
-    torch.testing.assert_close(matrix, torch.from_numpy(hadamard(64)).float())
+    matrix = hadamard(torch.eye(64)) * 8
+    torch.testing.assert_close(matrix, torch.from_numpy(hadamard_matrix(64)).float())
 
 
 def test_the_rotation_helps_values_with_an_outlier_channel():
@@ -122,7 +122,7 @@ def test_the_rotation_helps_values_with_an_outlier_channel():
 @pytest.mark.parametrize("name", ["int4", "int4_v1"])
 def test_int4_values_are_within_the_line_that_covers_their_range(name, shape, seed, scale, offset):
     rotated = _random(shape, seed, scale) + offset * scale
-    x = rotate(rotated)
+    x = hadamard(rotated)
     got = (CODECS[name].decode(CODECS[name].encode(x, "value"), "value") - x).square().sum(dim=-1)
     low, high = rotated.amin(-1), rotated.amax(-1)
     step = torch.maximum((high - low) / 15, ((low + high) / 2).abs() / 31.75)
@@ -134,10 +134,10 @@ def test_int4_values_are_within_the_line_that_covers_their_range(name, shape, se
 
 def test_int4_values_gain_from_the_search():
     x = _random((2, 2, 64, 64), 0, 1.0).clamp(-4, 4)
-    low, high = (rotate(x).amin(-1, keepdim=True), rotate(x).amax(-1, keepdim=True))
-    plain = ((rotate(x) - low) / (high - low) * 15).round() / 15 * (high - low) + low
-    got = rotate(CODECS["int4"].decode(CODECS["int4"].encode(x, "value"), "value"))
-    assert (got - rotate(x)).square().mean() < 0.93 * (plain - rotate(x)).square().mean()
+    low, high = (hadamard(x).amin(-1, keepdim=True), hadamard(x).amax(-1, keepdim=True))
+    plain = ((hadamard(x) - low) / (high - low) * 15).round() / 15 * (high - low) + low
+    got = hadamard(CODECS["int4"].decode(CODECS["int4"].encode(x, "value"), "value"))
+    assert (got - hadamard(x)).square().mean() < 0.93 * (plain - hadamard(x)).square().mean()
 
 
 def test_a_line_takes_two_bytes_and_a_value_a_quarter_of_a_bit():

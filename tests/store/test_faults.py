@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from kvdistill.errors import KVDistillError, ShardCorrupt, StoreError, StoreFormatError
-from kvdistill.store.manifest import Commit, Document, _checksum
+from kvdistill.store.manifest import Commit, Document, _document_checksum
 from kvdistill.store.reader import KVStore
-from kvdistill.store.verify import verify
+from kvdistill.store.verify import verify_store
 from kvdistill.store.writer import add_teacher, create, publish_shard
 
 
@@ -83,9 +83,9 @@ def test_killed_writers_leave_whole_shards_only(
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         again = KVStore.open(tmp_path / "store")
-        assert verify(again, shard_ids=again.committed("tiny") - before) == []
+        assert verify_store(again, shard_ids=again.committed("tiny") - before) == []
     assert write(limit=1) == 0
-    assert verify(KVStore.open(tmp_path / "store")) == []
+    assert verify_store(KVStore.open(tmp_path / "store")) == []
 
 
 def test_two_writers_at_once_leave_one_valid_shard(
@@ -105,7 +105,7 @@ def test_two_writers_at_once_leave_one_valid_shard(
 
         codes = [exit_code(pid) for pid in [in_child(write) for _ in range(3)]]
         assert sorted(codes) == [0, 0, 1]
-    assert verify(KVStore.open(tmp_path / "store")) == []
+    assert verify_store(KVStore.open(tmp_path / "store")) == []
     assert list(store.paths.temporary("tiny").iterdir()) == []
 
 
@@ -138,7 +138,7 @@ def test_a_flipped_byte_in_any_file_is_found_and_refused(
             where = f"{path}, byte {place}"
             assert refused(tmp_path / "store"), f"the reader took {where}"
             try:
-                assert verify(KVStore.open(tmp_path / "store")), f"verify took {where}"
+                assert verify_store(KVStore.open(tmp_path / "store")), f"verify took {where}"
             except StoreFormatError:
                 assert path.name == "kvstore.json"
         path.write_bytes(good)
@@ -159,7 +159,7 @@ def test_a_short_or_missing_file_is_an_error_and_never_zeros(
             path.write_bytes(good[: len(good) // 2] if harm == "truncate" else b"")
         with pytest.raises(KVDistillError, match=path.name):
             touch_everything(KVStore.open(tmp_path / "store"))
-        assert verify(KVStore.open(tmp_path / "store"))
+        assert verify_store(KVStore.open(tmp_path / "store"))
         path.write_bytes(good)
 
 
@@ -194,7 +194,7 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(
     assert written
     again = KVStore.open(small_disk / "store")
     assert again.committed("tiny") == set(written)
-    assert verify(again) == []
+    assert verify_store(again) == []
     assert list(store.paths.temporary("tiny").iterdir()) == []
 
 
@@ -227,7 +227,7 @@ def _rewrite(path: Path, **changes: Any) -> None:
     """Change a document and make its checksum right again."""
     body = {**json.loads(path.read_text()), **changes}
     body.pop("checksum")
-    path.write_text(json.dumps({**body, "checksum": _checksum(body)}))
+    path.write_text(json.dumps({**body, "checksum": _document_checksum(body)}))
 
 
 @pytest.mark.parametrize("tokens", [2**31 - 1, 195, 0])
@@ -293,7 +293,7 @@ def test_a_shard_of_another_extraction_is_refused(tmp_path: Path, build: Any) ->
     _rewrite(path, extraction_fingerprint="f" * 64)
     with pytest.raises(ShardCorrupt, match="fff"):
         touch_everything(KVStore.open(tmp_path / "store"))
-    assert "fff" in verify(store)[0].problem
+    assert "fff" in verify_store(store)[0].problem
 
 
 def test_documents_are_frozen_and_checked() -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from kvdistill.errors import StoreMismatch
-from kvdistill.store.convert import convert
+from kvdistill.store.maintenance import convert_store
 from kvdistill.store.manifest import FORMAT_VERSION
 from kvdistill.store.reader import KVStore
-from kvdistill.store.verify import verify
+from kvdistill.store.verify import verify_store
 from kvdistill.store.writer import add_teacher
 from kvdistill.types import Backend, CodecSpec
 from tests.store.make_golden import GOLDEN, digests
@@ -39,14 +39,14 @@ def _expected(archive: Path) -> object:
 
 
 def test_an_old_store_decodes_to_the_same_bits(archive: Path, store: KVStore) -> None:
-    assert verify(store) == []
+    assert verify_store(store) == []
     assert digests(store) == _expected(archive)
 
 
 def test_an_old_store_can_be_converted(archive: Path, store: KVStore, tmp_path: Path) -> None:
     to: Backend = "zarr" if "safetensors" in archive.name else "safetensors"
-    converted = convert(store, tmp_path / "converted", to)
-    assert verify(converted) == []
+    converted = convert_store(store, tmp_path / "converted", to)
+    assert verify_store(converted) == []
     assert digests(converted) == _expected(archive)
 
 

@@ -14,13 +14,11 @@ import numpy as np
 import pytest
 
 from kvdistill.errors import ShardCorrupt, ShardNotFound, StoreError, StoreMismatch
-from kvdistill.store.convert import convert
-from kvdistill.store.merge import merge
-from kvdistill.store.prefetch import Request, prefetch
+from kvdistill.store.maintenance import convert_store, merge_stores, remove_teacher
+from kvdistill.store.prefetch import ShardRequest, prefetch
 from kvdistill.store.prototypes import read_prototypes, write_prototypes
 from kvdistill.store.reader import KVStore
-from kvdistill.store.remove import remove_teacher
-from kvdistill.store.verify import repair, verify
+from kvdistill.store.verify import repair_store, verify_store
 from kvdistill.store.writer import add_teacher, create, publish_shard
 
 
@@ -40,7 +38,7 @@ def test_a_good_store_has_no_findings(tmp_path: Path, build: Any, backend: str) 
     teacher = build.teacher(backend=backend, has_importance=True, own_text=True)
     store, _ = build.store(tmp_path / "store", teacher)
     seen: list[tuple[str, str]] = []
-    assert verify(store, progress=lambda *at: seen.append(at)) == []
+    assert verify_store(store, progress=lambda *at: seen.append(at)) == []
     assert seen == [("tiny", "00000"), ("tiny", "00001")]
 
 
@@ -54,15 +52,15 @@ def test_repair_moves_only_the_bad_shard_and_extraction_makes_it_again(
         (p for p in folder.rglob("*") if p.is_file()), key=lambda path: path.stat().st_size
     )
     victim.write_bytes(victim.read_bytes()[:-1])
-    findings = verify(store)
+    findings = verify_store(store)
     assert {(f.teacher, f.shard_id) for f in findings} == {("tiny", "00001")}
     assert victim.name in findings[0].problem
-    (aside,) = repair(store, findings)
+    (aside,) = repair_store(store, findings)
     assert (aside / "COMMIT.json").is_file()
     assert store.missing("tiny") == ["00001"]
     one = made["00001"]
     assert publish_shard(store, "tiny", "00001", one.shard, one.statistics)
-    assert verify(store) == []
+    assert verify_store(store) == []
 
 
 def test_offsets_outside_the_text_and_foreign_shards_are_found(tmp_path: Path, build: Any) -> None:
@@ -72,7 +70,7 @@ def test_offsets_outside_the_text_and_foreign_shards_are_found(tmp_path: Path, b
     one = build.shard(teacher, ["s0", "s1", "s2"], (201, 0, 1))
     publish_shard(store, "tiny", "00000", one.shard, one.statistics)
     (store.paths.shards("tiny") / "stray").mkdir()
-    problems = [finding.problem for finding in verify(store)]
+    problems = [finding.problem for finding in verify_store(store)]
     assert any("token 200 of sample 's0' covers characters 200 to 201" in p for p in problems)
     assert any("the plan has no such shard" in p for p in problems)
 
@@ -83,14 +81,14 @@ def test_convert_keeps_every_code(tmp_path: Path, build: Any, backend: str, targ
         backend=backend, groups=build.two_groups, codec={"key": "bf16", "value": "int4"}
     )
     store, _ = build.store(tmp_path / "store", teacher)
-    other = convert(store, tmp_path / "other", target)
+    other = convert_store(store, tmp_path / "other", target)
     assert other.teacher("tiny").backend == target
-    assert verify(other) == []
+    assert verify_store(other) == []
     for shard_id in store.shard_ids:
         _equal(store, other, "tiny", shard_id)
-    assert convert(store, tmp_path / "other", target).missing("tiny") == []
+    assert convert_store(store, tmp_path / "other", target).missing("tiny") == []
     with pytest.raises(StoreError, match="onto itself"):
-        convert(store, tmp_path / "store", target)
+        convert_store(store, tmp_path / "store", target)
 
 
 def test_merge_brings_missing_shards_and_teachers(tmp_path: Path, build: Any, backend: str) -> None:
@@ -100,10 +98,10 @@ def test_merge_brings_missing_shards_and_teachers(tmp_path: Path, build: Any, ba
     shutil.rmtree(whole.paths.shard("tiny", "00000"))
     half = KVStore.open(tmp_path / "half")
     shutil.rmtree(half.paths.shard("tiny", "00001"))
-    assert merge(whole, [half, other]) == 3
-    assert merge(whole, [half, other]) == 0
+    assert merge_stores(whole, [half, other]) == 3
+    assert merge_stores(whole, [half, other]) == 0
     assert whole.teachers() == ["second", "tiny"]
-    assert verify(whole) == []
+    assert verify_store(whole) == []
     _equal(whole, half, "tiny", "00000")
 
 
@@ -111,10 +109,10 @@ def test_prototypes_go_where_their_teacher_goes(tmp_path: Path, build: Any) -> N
     store, _ = build.store(tmp_path / "a", build.teacher())
     made = {"mean": np.arange(6, dtype=np.float32)}
     write_prototypes(store, "tiny", made)
-    other = convert(store, tmp_path / "b", "safetensors")
+    other = convert_store(store, tmp_path / "b", "safetensors")
     np.testing.assert_array_equal(read_prototypes(other, "tiny")["mean"], made["mean"])
     target = create(tmp_path / "c", build.corpus())
-    merge(target, [store])
+    merge_stores(target, [store])
     np.testing.assert_array_equal(read_prototypes(target, "tiny")["mean"], made["mean"])
 
 
@@ -122,15 +120,15 @@ def test_merge_refuses_what_does_not_belong_together(tmp_path: Path, build: Any)
     store, _ = build.store(tmp_path / "a", build.teacher())
     longer, _ = build.store(tmp_path / "b", build.teacher(), num_shards=3)
     with pytest.raises(StoreMismatch, match="only stores over the same corpus"):
-        merge(store, [longer])
+        merge_stores(store, [longer])
     changed, _ = build.store(tmp_path / "c", build.teacher(weights_fingerprint="v" * 64))
     with pytest.raises(StoreMismatch, match="weights_fingerprint"):
-        merge(store, [changed])
+        merge_stores(store, [changed])
     damaged, _ = build.store(tmp_path / "d", build.teacher(name="second"))
     path = damaged.paths.shard("second", "00000") / "key/c/0/0/0/0"
     path.write_bytes(path.read_bytes()[::-1])
     with pytest.raises(ShardCorrupt, match="do not match its commit"):
-        merge(store, [damaged])
+        merge_stores(store, [damaged])
     assert store.committed("second") == frozenset()
 
 
@@ -155,7 +153,7 @@ def test_prefetch_keeps_the_order_and_its_bound(tmp_path: Path, build: Any, back
         nonlocal asked
         for shard_id in store.shard_ids * 2:
             asked += 1
-            yield Request("tiny", shard_id, layers=[1], kinds=["key"])
+            yield ShardRequest("tiny", shard_id, layers=[1], kinds=["key"])
 
     seen = []
     for request, shard in prefetch(store, requests(), threads=3, ahead=3):
@@ -168,7 +166,7 @@ def test_prefetch_keeps_the_order_and_its_bound(tmp_path: Path, build: Any, back
 
 def test_prefetch_keeps_no_shard_that_the_caller_let_go(tmp_path: Path, build: Any) -> None:
     store, _ = build.store(tmp_path / "store", build.teacher(), num_shards=4)
-    requests = [Request("tiny", shard_id) for shard_id in store.shard_ids]
+    requests = [ShardRequest("tiny", shard_id) for shard_id in store.shard_ids]
     stream = prefetch(store, requests, threads=1, ahead=1)
     _, shard = next(stream)
     gone = weakref.ref(shard)
@@ -184,7 +182,7 @@ def test_several_threads_may_prefetch_from_one_store(
     store, made = build.store(tmp_path / "store", build.teacher(backend=backend), num_shards=6)
 
     def total(_: int) -> int:
-        requests = [Request("tiny", shard_id) for shard_id in store.shard_ids]
+        requests = [ShardRequest("tiny", shard_id) for shard_id in store.shard_ids]
         return sum(int(shard.arrays["key"].sum()) for _, shard in prefetch(store, requests))
 
     want = sum(int(one.shard.arrays["key"].sum()) for one in made.values())
@@ -195,7 +193,9 @@ def test_several_threads_may_prefetch_from_one_store(
 def test_prefetch_raises_at_the_turn_of_the_bad_shard(tmp_path: Path, build: Any) -> None:
     store, _ = build.store(tmp_path / "store", build.teacher(), num_shards=3)
     shutil.rmtree(store.paths.shard("tiny", "00001"))
-    stream = prefetch(store, [Request("tiny", shard_id) for shard_id in store.shard_ids], ahead=3)
+    stream = prefetch(
+        store, [ShardRequest("tiny", shard_id) for shard_id in store.shard_ids], ahead=3
+    )
     assert next(stream)[0].shard_id == "00000"
     with pytest.raises(ShardNotFound, match="00001"):
         next(stream)

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvdistill.errors import NonFiniteError
-from kvdistill.store.codecs import CODECS, part_name, parts_of
+from kvdistill.store.codecs import CODECS
+from kvdistill.store.codecs.parts import part_name, parts_of
 from kvdistill.store.reader import OPEN_SHARDS, KVStore
 from kvdistill.store.shard import EncodedShard, block_idx
 from kvdistill.store.writer import add_teacher, create, publish_shard

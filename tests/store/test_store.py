@@ -18,11 +18,12 @@ from kvdistill.errors import (
     StoreMismatch,
     StoreNotFound,
 )
-from kvdistill.store.codecs import CODECS, parts_of
+from kvdistill.store.channel_statistics import ChannelStatistics
+from kvdistill.store.codecs import CODECS
+from kvdistill.store.codecs.parts import parts_of
 from kvdistill.store.manifest import FORMAT_VERSION
 from kvdistill.store.reader import KVStore
 from kvdistill.store.shard import block_idx
-from kvdistill.store.statistics import ChannelStatistics
 from kvdistill.store.writer import add_teacher, create, publish_shard
 
 

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import zarr
 
-from kvdistill.store.sharded_file import Grid, read_index, write_array
-from kvdistill.store.sharded_read import read_box
+from kvdistill.store.backends.sharded_file import Grid, read_box, read_index, write_array
 
 SHARD = Path("store", "teachers", "tiny", "shards", "00000")
 PIPELINES = {

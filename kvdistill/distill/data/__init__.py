@@ -1,1 +1,1 @@
-"""From the store to batches on the device: order, stream, collate."""
+"""From the store to batches on the device: order, stream, collation, placebos."""

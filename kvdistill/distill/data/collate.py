@@ -15,24 +15,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvdistill.config_distill import AlignmentConfig, LossConfig
-from kvdistill.corpus import Sample
-from kvdistill.distill.alignment import (
-    Band,
-    Spans,
-    align_global,
-    align_segments,
-    align_tokens,
-)
-from kvdistill.distill.data.tokens import StudentTokens, tokenize
-from kvdistill.distill.injection import following
-from kvdistill.distill.spaces import TeacherSpace
+from kvdistill.config.distill import AlignmentConfig, LossConfig
+from kvdistill.corpus.samples import Sample
+from kvdistill.distill.align.band import Band
+from kvdistill.distill.align.character_iou import Spans, align_tokens
+from kvdistill.distill.align.resample import align_global, align_segments
+from kvdistill.distill.data.student_tokens import StudentTokens, tokenize
+from kvdistill.distill.student.injection import following
+from kvdistill.distill.targets import TeacherSpace
 from kvdistill.store import buffers
-from kvdistill.store.codecs import CODECS, part_name
+from kvdistill.store.codecs import CODECS
+from kvdistill.store.codecs.parts import part_name
 from kvdistill.store.shard import EncodedShard
 from kvdistill.types import KINDS, SEGMENT_IDS, CodecSpec, Kind
 
 Batch = dict[str, Any]
+
+
 IGNORED_LABEL = -100
 
 

@@ -1,25 +1,104 @@
-"""In which order samples are read: a pure function of (seed, epoch).
+"""Some texts more often than others: how many times an epoch reads each sample.
 
-Shards are shuffled, then samples are shuffled inside windows of consecutive shuffled shards: as
-random as memory allows while every shard is read once, in order and whole. Nothing here knows of
-ranks or workers, so the global order is the same on any number of them.
-
-The order is a sequence of *units*: what is never torn apart, and what ranks take turns at. A unit
-is one sample, or with length buckets one whole batch of samples of like length.
+A group of ``n`` samples with weight ``w`` is read ``round(w · n)`` times per epoch: every sample
+``floor(w)`` times, and the rest by turns, going round and round a fixed shuffle of the group. So
+an epoch has the same size whatever its number, and over any number of epochs two samples of a
+group are never read more than one time apart: weight 0.25 reads each sample in one epoch of four.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import floor
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdistill.distill.data.buckets import Buckets, bucketed
-from kvdistill.distill.data.mixture import Mixture, repeats
+from kvdistill.corpus.samples import Sample
+from kvdistill.errors import ConfigError
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """``group [N]``: which of the ``weights`` a sample of the corpus has."""
+
+    group: NDArray[np.int64]
+    weights: tuple[float, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples read per epoch."""
+        sizes = np.bincount(self.group, minlength=len(self.weights)).tolist()
+        return sum(round(w * n) for w, n in zip(self.weights, sizes, strict=True))
+
+
+def mixture_of(samples: Sequence[Sample], weights: Mapping[str, float]) -> Mixture | None:
+    """The mixture of a corpus by task tags; samples of other tasks have weight one.
+
+    Raises:
+        ConfigError: a task that no sample has, or nothing is left to read.
+    """
+    if not weights:
+        return None
+    found = {sample.task for sample in samples if sample.task is not None}
+    if unknown := sorted(weights.keys() - found):
+        raise ConfigError(
+            f"training.task_weights names {unknown}, but the corpus has the tasks {sorted(found)}"
+        )
+    names = sorted(weights)
+    number: dict[str | None, int] = {name: i for i, name in enumerate(names)}
+    group = [number.get(sample.task, len(names)) for sample in samples]
+    mixture = Mixture(np.array(group, np.int64), (*(weights[name] for name in names), 1.0))
+    if not mixture.num_samples:
+        raise ConfigError(f"training.task_weights {dict(weights)} leaves no sample to read")
+    return mixture
+
+
+def repeats(mixture: Mixture, seed: int, epoch: int) -> NDArray[np.int64]:
+    """How often each sample is read in an epoch: ``[N]``."""
+    counts = np.zeros(len(mixture.group), np.int64)
+    for number, weight in enumerate(mixture.weights):
+        members = np.flatnonzero(mixture.group == number)
+        counts[members] = floor(weight)
+        extra = round(weight * len(members)) - floor(weight) * len(members)
+        turns = np.random.default_rng([seed, number]).permutation(members)
+        chosen = (epoch * extra + np.arange(extra)) % max(1, len(members))
+        counts[turns[chosen]] += 1
+    return counts
+
+
+@dataclass(frozen=True, eq=False)
+class Buckets:
+    """``length [N]``: the student's tokens of every sample of the corpus, in its order."""
+
+    length: NDArray[np.int64]
+    tokens_per_batch: int
+    """Most tokens of one batch of one device, padding included."""
+
+
+def bucketed(
+    rows: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    tokens_per_batch: int,
+    rng: np.random.Generator,
+) -> Sequence[NDArray[np.int64]]:
+    """Cut rows ``[n, 2]`` of ``lengths [n]`` into batches, in random order.
+
+    Within a batch, samples times the longest one is at most the budget; a sample that is longer
+    than the budget is a batch of its own.
+    """
+    descending = np.argsort(-lengths, kind="stable")
+    rows, lengths = rows[descending], lengths[descending]
+    batches, start = [], 0
+    while start < len(rows):
+        count = max(1, tokens_per_batch // max(1, int(lengths[start])))
+        batches.append(rows[start : start + count])
+        start += count
+    return [batches[i] for i in rng.permutation(len(batches))]
+
 
 Rows = NDArray[np.int64]
 """``[n, 2]``: (shard index, sample index in the shard)."""
@@ -109,3 +188,25 @@ class Order:
     @cached_property
     def _ptr(self) -> NDArray[np.int64]:
         return np.concatenate([[0], np.cumsum(self.shard_sizes)]).astype(np.int64)
+
+
+# MERGED-DOC distill.data.buckets
+# Batches of samples of like length, under a token budget: less padding, even memory.
+#
+# A window's samples are sorted by length and cut where the next one would break the budget; then
+# the batches are shuffled. Which samples meet in a batch is decided by length alone (and by chance
+# among equals), so a larger window pads less and mixes less. No sample is cut or left out.
+#
+# Packing several samples into one row would pad nothing at all, but needs attention masks by block
+# in every student and teacher alignment by row; after sorting there is too little left to gain.
+
+
+# MERGED-DOC distill.data.order
+# In which order samples are read: a pure function of (seed, epoch).
+#
+# Shards are shuffled, then samples are shuffled inside windows of consecutive shuffled shards: as
+# random as memory allows while every shard is read once, in order and whole. Nothing here knows of
+# ranks or workers, so the global order is the same on any number of them.
+#
+# The order is a sequence of *units*: what is never torn apart, and what ranks take turns at. A unit
+# is one sample, or with length buckets one whole batch of samples of like length.

@@ -26,18 +26,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvdistill.config_distill import PlaceboConfig
+from kvdistill.config.distill import PlaceboConfig
 from kvdistill.distill.data.collate import Item
 from kvdistill.distill.data.source import LoadedShard, Source
 from kvdistill.errors import ConfigError
-from kvdistill.store.codecs import CODECS, part_name
+from kvdistill.store.codecs import CODECS
+from kvdistill.store.codecs.parts import part_name
+from kvdistill.store.format import group_prefix
 from kvdistill.store.reader import KVStore
-from kvdistill.store.schema import group_prefix
 from kvdistill.store.shard import EncodedShard
 from kvdistill.types import KINDS, CodecSpec
 
 NEIGHBOURS: Final = 8
 """Texts of like length among which partners are drawn."""
+
 
 Distort = Callable[[int, LoadedShard], LoadedShard]
 """Makes a placebo of a shard, given its place in the plan."""

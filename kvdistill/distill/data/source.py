@@ -7,10 +7,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvdistill.corpus import Sample
+from kvdistill.corpus.samples import Sample
 from kvdistill.distill.data.collate import Item
 from kvdistill.errors import IncompleteStore, StoreMismatch
-from kvdistill.store.prefetch import Request, prefetch
+from kvdistill.store.prefetch import ShardRequest, prefetch
 from kvdistill.store.reader import KVStore
 from kvdistill.store.shard import EncodedShard
 
@@ -82,7 +82,7 @@ class StoreSource:
             yield from (self.load(i) for i in shard_idx)
             return
         requests = (
-            Request(name, self.store.shard_ids[i], layers)
+            ShardRequest(name, self.store.shard_ids[i], layers)
             for i in shard_idx
             for name, layers in self.layers.items()
         )

@@ -18,11 +18,14 @@ from typing import Any, Final
 
 from torch.utils.data import IterableDataset
 
-from kvdistill.distill.data.ahead import ahead
+from kvdistill.config.training import TrainingConfig
+from kvdistill.corpus.samples import Sample
 from kvdistill.distill.data.collate import Batch, Collate, Item
-from kvdistill.distill.data.order import Order
+from kvdistill.distill.data.order import Buckets, Order, mixture_of
 from kvdistill.distill.data.source import LoadedShard, Source
+from kvdistill.distill.data.student_tokens import token_counts
 from kvdistill.errors import StoreMismatch
+from kvdistill.store.prefetch import prefetch_items
 
 PLACE: Final = ("epoch", "position")
 """What of a stream's state changes while it is read."""
@@ -137,7 +140,7 @@ class KVStream(IterableDataset[Batch]):
             yield {}
         self._skip = 0
         num_units = self._units(self.epoch)
-        for batch, taken in ahead(self._batches(), self.batches_ahead):
+        for batch, taken in prefetch_items(self._batches(), self.batches_ahead):
             self.position += taken
             if self.position >= num_units:
                 self.epoch, self.position = self.epoch + 1, 0
@@ -180,3 +183,92 @@ class KVStream(IterableDataset[Batch]):
                 shards.update(zip(window.shards, loaded, strict=False))
                 for unit in window.units:
                     yield [shards[int(shard)].item(int(sample)) for shard, sample in unit]
+
+
+def steps_in(stream: KVStream, epoch: int, batches_per_step: int) -> int:
+    """Optimizer steps of one epoch; the last may have fewer batches."""
+    return max(1, ceil(stream.num_batches(epoch) / batches_per_step))
+
+
+def steps_left(stream: KVStream, epochs: float, batches_per_step: int) -> int:
+    """Optimizer steps from the stream's place to the end of ``epochs`` epochs since the first."""
+    whole = int(epochs)
+    steps = -(stream.batches_done // batches_per_step)
+    for epoch in range(stream.epoch, whole):
+        steps += steps_in(stream, epoch, batches_per_step)
+    if stream.epoch <= whole < epochs:
+        steps += ceil((epochs - whole) * steps_in(stream, whole, batches_per_step))
+    return max(0, steps)
+
+
+def epochs_for(stream: KVStream, steps: int, batches_per_step: int) -> int:
+    """Epochs since the first that ``steps`` more steps need, the last one begun included."""
+    if steps <= 0:
+        return 0
+    epoch, steps = stream.epoch, steps + stream.batches_done // batches_per_step
+    while steps > 0:
+        steps -= steps_in(stream, epoch, batches_per_step)
+        epoch += 1
+    return epoch
+
+
+def open_stream(
+    source: Source,
+    collate: Collate,
+    samples: Sequence[Sample],
+    training: TrainingConfig,
+    *,
+    seed: int,
+    rank: Rank,
+) -> KVStream:
+    """The stream of one rank, at its beginning.
+
+    Args:
+        source: the shards.
+        collate: makes batches; its tokenizer measures lengths.
+        samples: the corpus that the shards were cut from, in its order.
+        training: batch size, batching, weights and windows.
+        seed: of the order.
+        rank: this process among those that train together.
+
+    Raises:
+        ConfigError: weights of tasks that the corpus does not have.
+    """
+    order = Order(
+        seed,
+        tuple(source.sizes),
+        training.window_shards,
+        mixture_of(samples, training.task_weights),
+        _buckets(collate, samples, training),
+    )
+    return KVStream(
+        source,
+        collate,
+        order,
+        batch_size=training.batch_size,
+        read_threads=training.read_ahead,
+        # The trainer takes all batches of a step at once.
+        batches_ahead=training.steps_ahead * training.gradient_accumulation_steps,
+        rank=rank,
+    )
+
+
+def _buckets(
+    collate: Collate, samples: Sequence[Sample], training: TrainingConfig
+) -> Buckets | None:
+    if training.batching == "plain":
+        return None
+    lengths = token_counts(collate.tokenizer, samples, training.max_length)
+    budget = training.tokens_per_batch or training.batch_size * training.max_length
+    return Buckets(lengths, budget)
+
+
+# MERGED-DOC distill.data.schedule
+# How many optimizer steps lie ahead: epochs need not have equally many batches.
+#
+# Length buckets cut every epoch anew, and a run that goes on with other ranks has done its first
+# steps with batches of another size. So steps are counted epoch by epoch, from where the stream is.
+
+
+# MERGED-DOC distill.data.reading
+# A run's stream, from its settings: in which order, in what batches, how often each text.

@@ -26,6 +26,8 @@ from kvdistill.errors import ConfigError
 
 COLLAPSED = {"target_variance": 0.5, "gradient_share": 0.05}
 """Warn when a figure falls below this share of where it started."""
+
+
 MEANING = {
     "target_variance": (
         "the projector is absorbing the loss, and a small KV loss then means nothing. Use "

@@ -167,7 +167,7 @@ class _Sums:
         share = 1 / (residual.shape[1] * self._num_layers)
         of_layer = layer if slopes.alpha.shape[1] > 1 else 0
         alpha = slopes.of.alpha_BLT[:, of_layer].reshape(-1, 1).to(residual.dtype)
-        error_N = share * _error(residual, self._distance)
+        error_N = share * _token_error(residual, self._distance)
         self.total += torch.dot(error_N, alpha.squeeze(1))
         if not self._differentiates:
             return
@@ -181,7 +181,7 @@ class _Sums:
         _add_product(grad_NI, slope, slopes.weight_LIO[row].T, share)
 
 
-def _error(residual_NO: Tensor, distance: Distance) -> Tensor:
+def _token_error(residual_NO: Tensor, distance: Distance) -> Tensor:
     """Per token, the sum over channels."""
     if distance == "mse":
         norm: Tensor = torch.linalg.vector_norm(residual_NO, dim=1)

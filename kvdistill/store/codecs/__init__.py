@@ -21,15 +21,16 @@ from __future__ import annotations
 
 from typing import Final
 
-from kvdistill.store.codecs.asymmetric import Asymmetric
-from kvdistill.store.codecs.casts import Cast
+from kvdistill.store.codecs.int4 import Asymmetric
 from kvdistill.store.codecs.parts import Part, part_name, parts_of
-from kvdistill.store.codecs.symmetric import Symmetric
+from kvdistill.store.codecs.scaled import Cast, Symmetric
 from kvdistill.types import CodecName
 
 __all__ = ["CODECS", "Codec", "Part", "part_name", "parts_of"]
 
+
 Codec = Cast | Symmetric | Asymmetric
+
 
 CODECS: Final[dict[CodecName, Codec]] = {
     "bf16": Cast("bf16"),

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
+import numpy as np
+
+from kvdistill.store.shard import BLOCK_TOKENS
 from kvdistill.types import Kind
+
+if TYPE_CHECKING:
+    import torch
+
+    Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
 
 Per = Literal["token", "block"]
 
@@ -26,12 +36,12 @@ class Part:
     """Width of the last axis, given the head dim."""
 
 
-def codes(dtype: str, logical: str) -> Part:
+def codes_part(dtype: str, logical: str) -> Part:
     """Codes, one element per channel."""
     return Part("", dtype, logical, "token", _head_dim)
 
 
-def side(suffix: str, kind: Kind) -> Part:
+def side_part(suffix: str, kind: Kind) -> Part:
     """Scales or zeros in fp16: keys per block and channel, values per token."""
     if kind == "key":
         return Part(suffix, "float16", "float16", "block", _head_dim)
@@ -40,7 +50,7 @@ def side(suffix: str, kind: Kind) -> Part:
 
 def one_per_token(suffix: str, dtype: str, logical: str) -> Part:
     """A number for all channels of a token."""
-    return Part(suffix, dtype, logical, "token", _one)
+    return Part(suffix, dtype, logical, "token", _width_of_one)
 
 
 def part_name(stem: str, suffix: str) -> str:
@@ -58,5 +68,100 @@ def _head_dim(head_dim: int) -> int:
     return head_dim
 
 
-def _one(head_dim: int) -> int:
+def _width_of_one(head_dim: int) -> int:
     return 1
+
+
+TINY: Final = 2.0**-24
+"""Smallest positive fp16: what a block of zeros is divided by."""
+
+
+def to_float32(x: Array) -> Array:
+    """Numbers to float32; exact for every stored dtype."""
+    return x.astype(np.float32) if isinstance(x, np.ndarray) else x.float()
+
+
+def bits_to_float32(bits: Array, logical: str) -> Array:
+    """Stored bits of ``bfloat16``, ``float8_e4m3fn`` or ``ufloat8_e5m3`` to float32; exact."""
+    if isinstance(bits, np.ndarray):
+        if logical == "bfloat16":
+            return (bits.astype(np.uint32) << 16).view(np.float32)
+        if logical == "ufloat8_e5m3":
+            return (bits.astype(np.uint16) << 7).view(np.float16).astype(np.float32)
+        return np.take(_e4m3_values(), bits)
+    import torch
+
+    if logical == "ufloat8_e5m3":
+        return (bits.to(torch.int16) << 7).view(torch.float16).float()
+    return bits.view(getattr(torch, logical)).float()
+
+
+def concatenate(pieces: list[Array], axis: int) -> Array:
+    """Join along one axis."""
+    if isinstance(pieces[0], np.ndarray):
+        return np.concatenate(pieces, axis=axis)
+    import torch
+
+    return torch.cat(pieces, dim=axis)
+
+
+def per_token(side: Array, num_tokens: int, block_idx: Array | None) -> Array:
+    """Block scales ``[..., blocks, D]`` → one per token ``[..., T, D]``.
+
+    ``block_idx [T]`` names every token's block; ``t // 64`` when None.
+    """
+    if isinstance(side, np.ndarray):
+        idx = np.arange(num_tokens) // BLOCK_TOKENS if block_idx is None else block_idx
+        return np.take(side, idx, axis=-2)
+    import torch
+
+    if block_idx is None:
+        block_idx = torch.arange(num_tokens, device=side.device) // BLOCK_TOKENS
+    return side.index_select(-2, block_idx)
+
+
+def as_blocks(x: torch.Tensor) -> torch.Tensor:
+    """``[..., T, D]`` → ``[..., ceil(T / 64), 64, D]``, the last token repeated as padding."""
+    import torch
+
+    missing = -x.shape[-2] % BLOCK_TOKENS
+    if missing:
+        last = x[..., -1:, :].expand(*x.shape[:-2], missing, x.shape[-1])
+        x = torch.cat([x, last], dim=-2)
+    return x.reshape(*x.shape[:-2], x.shape[-2] // BLOCK_TOKENS, BLOCK_TOKENS, x.shape[-1])
+
+
+def half_at_least(x: torch.Tensor) -> torch.Tensor:
+    """The smallest fp16 that is not below ``x >= 0``; NaN and infinity stay."""
+    import torch
+
+    half = x.to(torch.float16)
+    below = (half.float() < x).to(torch.int16)
+    return (half.view(torch.int16) + below).view(torch.float16)
+
+
+def half_at_most(x: torch.Tensor) -> torch.Tensor:
+    """The largest fp16 that is not above ``x``; NaN and infinity stay."""
+    import torch
+
+    half = x.to(torch.float16)
+    bits = half.view(torch.int16)
+    above = (half.float() > x).to(torch.int16)
+    return (bits + torch.where(bits < 0, above, -above)).view(torch.float16)
+
+
+@cache
+def _e4m3_values() -> np.ndarray:
+    """All 256 float8_e4m3fn values: sign, 4 exponent bits (bias 7), 3 mantissa bits."""
+    bits = np.arange(256)
+    exponent, mantissa = (bits >> 3) & 15, bits & 7
+    normal = 2.0 ** (exponent - 7.0) * (1 + mantissa / 8)
+    value = np.where(exponent == 0, 2.0**-6 * mantissa / 8, normal)
+    value[(bits & 127) == 127] = np.nan
+    return np.where(bits >= 128, -value, value).astype(np.float32)
+
+
+# MERGED-DOC store.codecs.arrays
+# The few operations that numpy and torch spell differently, and scales that never clip.
+#
+# Each is exact or a single correctly rounded IEEE operation, hence the same bits on either side.

@@ -9,7 +9,8 @@ import torch
 
 from kvdistill.distill.data.collate import padded_parts
 from kvdistill.store import buffers
-from kvdistill.store.codecs import CODECS, part_name
+from kvdistill.store.codecs import CODECS
+from kvdistill.store.codecs.parts import part_name
 from kvdistill.store.shard import EncodedShard, TokenTable
 from kvdistill.types import KINDS, CodecSpec
 

@@ -10,10 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvdistill.corpus import Sample
-from kvdistill.distill.data.buckets import Buckets
-from kvdistill.distill.data.mixture import Mixture, mixture_of, repeats
-from kvdistill.distill.data.order import Order
+from kvdistill.corpus.samples import Sample
+from kvdistill.distill.data.order import Buckets, Mixture, Order, mixture_of, repeats
 from kvdistill.errors import ConfigError
 
 SIZES = st.lists(st.integers(1, 7), min_size=1, max_size=9)

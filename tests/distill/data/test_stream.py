@@ -12,14 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from kvdistill.corpus import Sample
-from kvdistill.distill.data.buckets import Buckets
+from kvdistill.corpus.samples import Sample
 from kvdistill.distill.data.collate import Item
-from kvdistill.distill.data.mixture import Mixture
-from kvdistill.distill.data.order import Order
-from kvdistill.distill.data.schedule import epochs_for, steps_left
+from kvdistill.distill.data.order import Buckets, Mixture, Order
 from kvdistill.distill.data.source import LoadedShard
-from kvdistill.distill.data.stream import KVStream, Rank
+from kvdistill.distill.data.stream import KVStream, Rank, epochs_for, steps_left
 from kvdistill.errors import StoreMismatch
 
 SIZES = (3, 5, 1, 4, 2, 6)

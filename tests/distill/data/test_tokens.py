@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from kvdistill.corpus import Sample
+from kvdistill.corpus.samples import Sample
 from kvdistill.distill.data.collate import student_batch
-from kvdistill.distill.data.tokens import tokenize
-from kvdistill.distill.tokenizer import load_tokenizer, train_tokenizer
+from kvdistill.distill.data.student_tokens import tokenize
+from kvdistill.distill.student.tokenizer import load_student_tokenizer, train_tokenizer
 from kvdistill.errors import StudentError
 
 TEXTS = ["How many clips did she sell?", "48 + 24 = 72 clips.", "Überraschung: 猫 and 🙂!"]
@@ -65,10 +65,10 @@ def test_a_tokenizer_without_offsets_is_refused(tmp_path: Any) -> None:
 
     ByT5Tokenizer().save_pretrained(tmp_path)
     with pytest.raises(StudentError, match="no character offsets"):
-        load_tokenizer(str(tmp_path))
+        load_student_tokenizer(str(tmp_path))
 
 
 def test_a_missing_tokenizer_is_one_line(tmp_path: Any) -> None:
     with pytest.raises(StudentError, match="cannot load the tokenizer") as caught:
-        load_tokenizer(str(tmp_path / "none"))
+        load_student_tokenizer(str(tmp_path / "none"))
     assert "\n" not in str(caught.value)

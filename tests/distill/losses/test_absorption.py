@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kvdistill.distill.losses import kv_error, reduce_tokens
+from kvdistill.attention.geometry import HeadShape
 from kvdistill.distill.losses.absorption import (
     AbsorptionMonitor,
     explained_variance,
@@ -12,7 +12,9 @@ from kvdistill.distill.losses.absorption import (
     gradient_share,
     target_variance,
 )
-from kvdistill.distill.projection import FullProjection, HeadShape, StudentToTeacher
+from kvdistill.distill.losses.pointwise import kv_error
+from kvdistill.distill.losses.weighting import reduce_tokens
+from kvdistill.distill.project.projections import FullProjection, StudentToTeacher
 from kvdistill.errors import ConfigError
 
 

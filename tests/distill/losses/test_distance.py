@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from kvdistill.distill.losses import cosine_error, kv_error, layer_std, reduce_tokens
+from kvdistill.distill.losses.pointwise import cosine_error, kv_error, layer_std
+from kvdistill.distill.losses.weighting import reduce_tokens
 from kvdistill.errors import GeometryError
 
 SHAPE = (2, 3, 2, 5, 4)

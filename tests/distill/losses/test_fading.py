@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from kvdistill.distill.losses import kv_scale
+from kvdistill.distill.losses.weighting import annealed_scale
 
 
 def test_weights_are_kept_where_nothing_fades():
-    assert [kv_scale(step, 10, None) for step in (0, 5, 10)] == [1, 1, 1]
+    assert [annealed_scale(step, 10, None) for step in (0, 5, 10)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -16,4 +16,4 @@ def test_weights_are_kept_where_nothing_fades():
     [(1.0, [1, 0.75, 0.5, 0.25, 0]), (0.5, [1, 0.5, 0, 0, 0]), (0.25, [1, 0, 0, 0, 0])],
 )
 def test_weights_fall_linearly_to_zero_by_the_share_of_steps(fade_by, expected):
-    assert [kv_scale(step, 8, fade_by) for step in (0, 2, 4, 6, 8)] == pytest.approx(expected)
+    assert [annealed_scale(step, 8, fade_by) for step in (0, 2, 4, 6, 8)] == pytest.approx(expected)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from kvdistill.distill.losses import Regression, kv_error, regression_error
-from kvdistill.distill.projection import HeadShape, StudentToTeacher
+from kvdistill.attention.geometry import HeadShape
+from kvdistill.distill.losses.pointwise import kv_error
+from kvdistill.distill.losses.regression import Regression, regression_error
+from kvdistill.distill.project.projections import StudentToTeacher
 from kvdistill.errors import GeometryError
 
 STUDENT, TEACHERS = HeadShape(2, 4), (HeadShape(3, 5), HeadShape(1, 6))

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvdistill.distill.losses import attention_kl, hidden_error, relation_error
+from kvdistill.distill.losses.attention_maps import attention_kl, relation_error
+from kvdistill.distill.losses.pointwise import hidden_error
 from kvdistill.errors import GeometryError
 
 MASK = torch.tensor([[1, 1, 1, 1, 1, 0], [0, 1, 1, 0, 1, 1]]).bool()

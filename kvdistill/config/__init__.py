@@ -1,0 +1,1 @@
+"""The experiment file as frozen, checked data: one module per section."""

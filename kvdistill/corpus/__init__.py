@@ -1,0 +1,1 @@
+"""Samples and their segments, the readers that make them, and corpora made by recipe."""

@@ -1,0 +1,99 @@
+"""Samples and their segments; the shard plan.
+
+A sample is text in named segments. Separators belong to the segments, so a sample's whole text
+is their plain concatenation and a character offset means the same to every tokenizer.
+A corpus is cut once into shards of consecutive samples; shard ``i`` holds the same samples for
+every teacher, which is what makes the shards of different teachers align.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from kvdistill.types import SEGMENT_IDS, SegmentName
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence. ``segments`` are (name, text) in reading order; ``task`` is an optional tag."""
+
+    sample_id: str
+    segments: tuple[tuple[SegmentName, str], ...]
+    task: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The whole text: all segments, concatenated."""
+        return "".join(text for _, text in self.segments)
+
+    @property
+    def spans(self) -> list[tuple[int, int, int]]:
+        """``(start, end, segment id)`` of every segment, as character offsets into ``text``."""
+        ends = list(accumulate(len(text) for _, text in self.segments))
+        starts = [0, *ends[:-1]]
+        ids = (SEGMENT_IDS[name] for name, _ in self.segments)
+        return list(zip(starts, ends, ids, strict=True))
+
+    def to_json(self) -> str:
+        """One JSON line; ``from_json`` reads it back."""
+        body: dict[str, Any] = {"sample_id": self.sample_id, "segments": self.segments}
+        if self.task is not None:
+            body["task"] = self.task
+        return json.dumps(body, ensure_ascii=False)
+
+    @staticmethod
+    def from_json(line: str) -> Sample:
+        """Read a line written by ``to_json``."""
+        body = json.loads(line)
+        segments = tuple((name, text) for name, text in body["segments"])
+        return Sample(body["sample_id"], segments, body.get("task"))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Consecutive samples of a corpus: the unit of work, of commit and of reading."""
+
+    shard_id: str
+    first_sample: int
+    samples: tuple[Sample, ...]
+
+    def to_jsonl(self) -> str:
+        """The content of ``corpus/<shard_id>.jsonl``."""
+        return "".join(sample.to_json() + "\n" for sample in self.samples)
+
+    @property
+    def num_chars(self) -> int:
+        """Characters of all samples."""
+        return sum(len(sample.text) for sample in self.samples)
+
+
+def corpus_fingerprint(samples: Iterable[Sample]) -> str:
+    """SHA-256 over every sample's id, segments and task, in order."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(sample.to_json().encode() + b"\n")
+    return digest.hexdigest()
+
+
+def cut_into_shards(samples: Sequence[Sample], shard_chars: int) -> Iterator[Shard]:
+    """Cut a corpus into shards of consecutive samples of at most ``shard_chars`` characters.
+
+    A sample longer than the budget is a shard of its own. Characters, not tokens: the plan must
+    not depend on any one teacher's tokenizer.
+    """
+    first, size, pending = 0, 0, list[Sample]()
+    number = 0
+    for position, sample in enumerate(samples):
+        length = len(sample.text)
+        if pending and size + length > shard_chars:
+            yield Shard(f"{number:05d}", first, tuple(pending))
+            number, first, size, pending = number + 1, position, 0, []
+        pending.append(sample)
+        size += length
+    if pending:
+        yield Shard(f"{number:05d}", first, tuple(pending))

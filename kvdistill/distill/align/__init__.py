@@ -1,0 +1,1 @@
+"""Alignment: which teacher positions and layers a student position and layer is compared with."""

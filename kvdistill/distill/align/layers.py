@@ -1,0 +1,260 @@
+"""Student layers as real-valued depths of the teacher.
+
+Every student layer gets a depth between two stored teacher layers and the linear mix of both.
+Depths count *stored* layers: a hybrid model whose 8 attention layers lie among 32, or a store
+that kept every other layer, is still read from bottom to top. Choosing layers cleverly rarely
+pays (arXiv 2502.04499, "Revisiting Intermediate-Layer Matching in Knowledge Distillation"),
+so ``ratio`` is the default.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvdistill.errors import ConfigError, GeometryError
+from kvdistill.types import LayerGroup, LayerMethod
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """Student layer ``i`` is ``(1 − fraction[i]) · lower[i] + fraction[i] · upper[i]``.
+
+    ``lower`` and ``upper`` are the teacher's own layer indices.
+    """
+
+    lower: tuple[int, ...]
+    upper: tuple[int, ...]
+    fraction: tuple[float, ...]
+
+    @property
+    def needed(self) -> tuple[int, ...]:
+        """Teacher layers that must be read, ascending."""
+        pairs = zip(self.lower, self.upper, self.fraction, strict=True)
+        used = {layer for low, up, part in pairs for layer in ((low, up) if part else (low,))}
+        return tuple(sorted(used))
+
+    def apply(self, x: Tensor, read_layers: Sequence[int], dim: int = 1) -> Tensor:
+        """Mix teacher layers into student layers along ``dim``.
+
+        Args:
+            x: any floating tensor with teacher layers along ``dim``, such as ``[B, L, H, T, D]``
+                (``dim=1``) or statistics ``[L, H, D]`` (``dim=0``).
+            read_layers: which teacher layer is at each position of that axis.
+            dim: the axis of layers.
+
+        Raises:
+            GeometryError: a needed layer was not read, or the axis has another length.
+        """
+        position = {layer: i for i, layer in enumerate(read_layers)}
+        absent = sorted(set(self.needed) - position.keys())
+        if absent or x.shape[dim] != len(position):
+            raise GeometryError(
+                f"layer map: needs teacher layers {list(self.needed)}, got {list(read_layers)} "
+                f"and an axis of {x.shape[dim]}; read LayerMap.needed"
+            )
+        low = x.index_select(dim, _index([position[layer] for layer in self.lower], x))
+        if not any(self.fraction):
+            return low
+        pairs = zip(self.lower, self.upper, self.fraction, strict=True)
+        above = [position[up if part else lower] for lower, up, part in pairs]
+        shape = [1] * x.dim()
+        shape[dim] = len(self.fraction)
+        fraction = torch.tensor(self.fraction, device=x.device, dtype=x.dtype).view(shape)
+        return torch.lerp(low, x.index_select(dim, _index(above, x)), fraction)
+
+
+def layer_map(
+    method: LayerMethod,
+    num_student_layers: int,
+    teacher_layers: Sequence[int],
+    *,
+    explicit: Sequence[float] | None = None,
+) -> LayerMap:
+    """Map student layers to depths of the teacher.
+
+    Args:
+        method: ``ratio``: depth ``l · L_t / L_s``. ``uniform``: evenly from the first layer to
+            the last. ``skip``: every ``⌊L_t / L_s⌋``-th layer, unmixed. ``last_aligned``: last
+            to last and downwards (C2C, arXiv 2510.03215). ``explicit``: as given.
+        num_student_layers: how many student layers have keys and values.
+        teacher_layers: stored teacher layers, ascending.
+        explicit: one teacher layer index per student layer; ``5.25`` mixes layers 5 and 6.
+
+    Raises:
+        ConfigError: the method cannot map these layers.
+    """
+    num_teacher = len(teacher_layers)
+    if num_student_layers < 1 or num_teacher < 1:
+        raise ConfigError(
+            f"layer map: {num_student_layers} student and {num_teacher} stored teacher layers; "
+            "both need at least one"
+        )
+    if method == "explicit":
+        return _from_layers(explicit or (), num_student_layers, teacher_layers)
+    return _from_depths(_depths(method, num_student_layers, num_teacher), teacher_layers)
+
+
+def _depths(method: LayerMethod, num_student: int, num_teacher: int) -> list[float]:
+    student = range(num_student)
+    if method == "ratio":
+        return [min(i * num_teacher / num_student, num_teacher - 1) for i in student]
+    if method == "uniform":
+        last = max(num_student - 1, 1)
+        return [i * (num_teacher - 1) / last for i in student]
+    if num_teacher < num_student:
+        raise ConfigError(
+            f"alignment.layers: {method} needs at least as many teacher layers as student "
+            f"layers, got {num_teacher} for {num_student}; use ratio or uniform"
+        )
+    if method == "skip":
+        return [float(i * (num_teacher // num_student)) for i in student]
+    if method == "last_aligned":
+        return [float(num_teacher - num_student + i) for i in student]
+    raise ConfigError(f"alignment.layers: {method} needs a pilot; call the function of its name")
+
+
+def _from_depths(depths: Sequence[float], teacher_layers: Sequence[int]) -> LayerMap:
+    last = len(teacher_layers) - 1
+    lower = [math.floor(depth) for depth in depths]
+    fraction = tuple(depth - low for depth, low in zip(depths, lower, strict=True))
+    return LayerMap(
+        tuple(teacher_layers[low] for low in lower),
+        tuple(teacher_layers[min(low + 1, last)] for low in lower),
+        fraction,
+    )
+
+
+def _from_layers(
+    layers: Sequence[float], num_student_layers: int, teacher_layers: Sequence[int]
+) -> LayerMap:
+    if len(layers) != num_student_layers:
+        raise ConfigError(
+            f"alignment.layers: explicit needs one teacher layer per student layer, got "
+            f"{len(layers)} for {num_student_layers}"
+        )
+    mapping = LayerMap(
+        tuple(math.floor(layer) for layer in layers),
+        tuple(math.ceil(layer) for layer in layers),
+        tuple(layer - math.floor(layer) for layer in layers),
+    )
+    absent = sorted(set(mapping.needed) - set(teacher_layers))
+    if absent:
+        raise ConfigError(
+            f"alignment.layers: explicit names teacher layers {absent} that are not stored; "
+            f"stored are {list(teacher_layers)}"
+        )
+    return mapping
+
+
+def _index(positions: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(positions, device=like.device, dtype=torch.long)
+
+
+@dataclass(frozen=True)
+class GroupMap:
+    """Which student layers one group of teacher layers serves, and how."""
+
+    group_idx: int
+    student_layers: tuple[int, ...]
+    mapping: LayerMap
+    """One entry per ``student_layers``; ``needed`` lies within the group."""
+
+
+def by_group(mapping: LayerMap, groups: Sequence[LayerGroup]) -> tuple[GroupMap, ...]:
+    """Split a layer map by groups; groups that serve no student layer are left out.
+
+    With one group the result is that group with the whole map, unchanged.
+    """
+    group_of = {layer: idx for idx, group in enumerate(groups) for layer in group.layers}
+    entries: dict[int, list[tuple[int, int, int, float]]] = {}
+    rows = zip(mapping.lower, mapping.upper, mapping.fraction, strict=True)
+    for student_layer, (lower, upper, fraction) in enumerate(rows):
+        low, up, part = lower, upper, fraction
+        if part and group_of[low] != group_of[up]:
+            low, up, part = (low, low, 0.0) if part < 0.5 else (up, up, 0.0)
+        entries.setdefault(group_of[low], []).append((student_layer, low, up, part))
+    out = []
+    for group_idx, found in sorted(entries.items()):
+        students, lowers, uppers, fractions = zip(*found, strict=True)
+        out.append(GroupMap(group_idx, students, LayerMap(lowers, uppers, fractions)))
+    return tuple(out)
+
+
+def linear_cka(student_LNC: Tensor, teacher_LNC: Tensor) -> Tensor:
+    """Similarity of every student layer to every teacher layer: ``[L_s, L_t]`` in [0, 1].
+
+    Args:
+        student_LNC: ``[L_s, N, C_s]``: N aligned tokens, all heads and channels of a layer.
+        teacher_LNC: ``[L_t, N, C_t]``: the same tokens.
+
+    Raises:
+        GeometryError: the numbers of tokens differ.
+    """
+    if student_LNC.shape[1] != teacher_LNC.shape[1]:
+        raise GeometryError(
+            f"cka: {student_LNC.shape[1]} student tokens and {teacher_LNC.shape[1]} teacher "
+            "tokens; align them first"
+        )
+    x = student_LNC.float() - student_LNC.float().mean(1, keepdim=True)
+    y = teacher_LNC.float() - teacher_LNC.float().mean(1, keepdim=True)
+    norm_x, norm_y = _self_norm(x), _self_norm(y)
+    cross = torch.stack([torch.einsum("nc,lnd->lcd", one, y).square().sum((1, 2)) for one in x])
+    return cross / (norm_x[:, None] * norm_y[None]).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def monotone_map(similarity: Tensor, teacher_layers: Sequence[int]) -> LayerMap:
+    """The non-decreasing assignment of student to teacher layers of largest total similarity.
+
+    Args:
+        similarity: ``[L_s, L_t]``, such as the mean of keys' and values' ``linear_cka``.
+        teacher_layers: which teacher layer each column is, ascending.
+
+    Raises:
+        ConfigError: similarities are not finite, or of another number of teacher layers.
+    """
+    num_student, num_teacher = similarity.shape
+    if num_teacher != len(teacher_layers) or not bool(torch.isfinite(similarity).all()):
+        raise ConfigError(
+            f"alignment.layers: cka needs finite similarities to {len(teacher_layers)} teacher "
+            f"layers, got {tuple(similarity.shape)}"
+        )
+    scores = similarity.double()
+    # best[j]: largest sum so far with the newest student layer at a teacher layer ≤ j.
+    best, choices = torch.zeros(num_teacher, dtype=torch.float64), []
+    for row in scores.cpu():
+        best, choice = torch.cummax(best + row, dim=0)
+        choices.append(choice)
+    picked, limit = [], num_teacher - 1
+    for choice in reversed(choices):
+        limit = int(choice[limit])
+        picked.append(teacher_layers[limit])
+    layers = tuple(reversed(picked))
+    return LayerMap(layers, layers, (0.0,) * num_student)
+
+
+def _self_norm(x_LNC: Tensor) -> Tensor:
+    return torch.einsum("lnc,lnd->lcd", x_LNC, x_LNC).square().sum((1, 2)).sqrt()
+
+
+# MERGED-DOC distill.alignment.groups
+# Teachers whose layers differ in heads or dims.
+#
+# Such a teacher is stored in groups of equal geometry. Layers of different groups cannot be mixed,
+# so a student layer that would lie between two of them takes the nearer one; and every group then
+# acts as a teacher of its own for the student layers that it serves. Together the groups serve
+# every student layer exactly once.
+
+
+# MERGED-DOC distill.alignment.cka
+# Layers matched by how alike they already are, measured on a pilot.
+#
+#     CKA(X, Y) = ‖Yᵀ X‖² / (‖Xᵀ X‖ · ‖Yᵀ Y‖),   X, Y centred, Frobenius norms
+#
+# (Similarity of Neural Network Representations Revisited, arXiv 1905.00414.) It needs no equal
+# widths and ignores rotations and scale. The matching is the monotone one of largest sum, found by
+# dynamic programming. An untrained student is like nothing, so this is for pretrained ones.

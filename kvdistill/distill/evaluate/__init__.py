@@ -1,0 +1,1 @@
+"""Evaluation of a student: perplexity, answers, calibration, external benchmarks."""

@@ -1,0 +1,117 @@
+"""A student on the tasks of lm-evaluation-harness, so that figures compare with what others print.
+
+The harness brings its tasks; this hands it a loaded student. Tasks are its own names, which fetch
+their data from the Hugging Face hub, or YAML files, which may name local data. With the harness
+come many packages, so it is an extra.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvdistill.config.training import StudentConfig
+from kvdistill.distill.student.latent.model import is_latent
+from kvdistill.distill.student.load import build_student
+from kvdistill.distill.student.tokenizer import load_student_tokenizer
+from kvdistill.errors import ConfigError, MissingExtra, StudentError
+
+
+@dataclass(frozen=True)
+class TaskFigure:
+    """One metric of one task."""
+
+    task: str
+    metric: str
+    value: float
+    standard_error: float | None
+    """None where the harness gives none."""
+
+
+def run_harness(
+    student: Path,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    max_length: int | None = None,
+) -> list[TaskFigure]:
+    """Score a student's folder on tasks.
+
+    Args:
+        student: a Hugging Face folder.
+        tasks: the harness's names, or paths of task files (``.yaml``).
+        limit: only the first so many problems of each task.
+        batch_size: problems per forward pass.
+        max_length: tokens of a problem; the model's own limit if not given.
+
+    Raises:
+        MissingExtra: lm-evaluation-harness is not installed.
+        StudentError: the folder is not there, or holds a latent student.
+        ConfigError: there is no such task.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise MissingExtra(
+            "--harness needs lm-evaluation-harness; install it with: "
+            "pip install 'kvdistill[harness]'"
+        ) from None
+    if not (student / "config.json").is_file():
+        raise StudentError(f"{student} is not a model folder (it has no config.json)")
+    if is_latent(student):
+        raise StudentError(
+            f"{student} holds a latent student, which the harness cannot run; use --generate"
+        )
+    # The harness's own tasks are thousands of files: they are only looked through where needed.
+    manager = TaskManager(include_defaults=any(not _is_file(task) for task in tasks))
+    chosen = [_task(task, manager) for task in tasks]
+    tokenizer = load_student_tokenizer(str(student))
+    model = build_student(StudentConfig(model=str(student)), tokenizer, seed=0).eval()
+    found = simple_evaluate(
+        HFLM(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length),
+        tasks=chosen,
+        task_manager=manager,
+        limit=limit,
+        log_samples=False,
+        bootstrap_iters=1000,
+    )
+    return _task_figures(found["results"])
+
+
+def _is_file(task: str) -> bool:
+    return task.endswith((".yaml", ".yml"))
+
+
+def _task(task: str, manager: Any) -> str:
+    """What the harness takes for a task: its name, or the absolute path of a file."""
+    if _is_file(task):
+        if not Path(task).is_file():
+            raise ConfigError(f"no task file at {task}; give a path, or a name of the harness")
+        return str(Path(task).absolute())
+    if task not in manager.all_tasks:
+        close = difflib.get_close_matches(task, manager.all_tasks, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "see `lm_eval ls tasks`"
+        raise ConfigError(f"the harness has no task {task!r}; {hint}")
+    return task
+
+
+def _task_figures(results: dict[str, dict[str, Any]]) -> list[TaskFigure]:
+    """``{"task": {"acc,none": 0.5, "acc_stderr,none": 0.1, …}}`` as rows."""
+    found = []
+    for task, figures in results.items():
+        for key, value in figures.items():
+            metric, comma, variant = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            error = figures.get(f"{metric}_stderr,{variant}")
+            name = metric if variant == "none" else f"{metric} ({variant})"
+            found.append(
+                TaskFigure(task, name, float(value), error if isinstance(error, float) else None)
+            )
+    return found

@@ -1,0 +1,1 @@
+"""Fusion: how much each teacher counts, and their weighted sum."""

@@ -1,0 +1,121 @@
+"""Fusion weights ``alpha``: one number per teacher, and per sample, layer and token if need be.
+
+``alpha`` is ``[N, B, L, T]``, where B, L and T may be 1 for "the same everywhere".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvdistill.errors import ConfigError, GeometryError
+
+
+def fixed_weights(weights: Sequence[float]) -> Tensor:
+    """Given weights, scaled to sum to one: ``[N, 1, 1, 1]`` float32.
+
+    Raises:
+        ConfigError: no teacher, a negative or infinite weight, or nothing but zeros.
+    """
+    alpha = torch.tensor(weights, dtype=torch.float32)
+    if not len(weights) or not torch.isfinite(alpha).all() or (alpha < 0).any() or not alpha.any():
+        raise ConfigError(
+            f"fusion.weights: expected finite weights >= 0, not all of them 0, got {list(weights)}"
+        )
+    return (alpha / alpha.sum()).view(-1, 1, 1, 1)
+
+
+def renormalise(alpha_NBLT: Tensor, covered_NBT: Tensor) -> Tensor:
+    """Share the weight of teachers that do not cover a token among those that do.
+
+    Args:
+        alpha_NBLT: weights ≥ 0; B, L, T may be 1.
+        covered_NBT: True where teacher ``n`` has something to say about a token.
+
+    Returns:
+        ``[N, B, L, T]`` (L may be 1): sums to one over teachers, or is all zero where no teacher
+        with any weight covers the token.
+
+    Raises:
+        GeometryError: the numbers of teachers differ.
+    """
+    if alpha_NBLT.shape[0] != covered_NBT.shape[0]:
+        raise GeometryError(
+            f"fusion: {alpha_NBLT.shape[0]} weights for {covered_NBT.shape[0]} teachers"
+        )
+    present = torch.where(covered_NBT.unsqueeze(2), alpha_NBLT, 0.0)
+    total = present.sum(0, keepdim=True)
+    return present / torch.where(total > 0, total, 1.0)
+
+
+def mean_weights(alpha_NBLT: Tensor) -> Tensor:
+    """Mean weight of each teacher over tokens that any covers: ``[N]``, without gradient."""
+    alpha = alpha_NBLT.detach()
+    covered = alpha.sum(0) > 0
+    return alpha.sum(dim=(1, 2, 3)) / covered.sum().clamp_min(1)
+
+
+def fuse(alpha_NBLT: Tensor, teachers_BLHTD: Sequence[Tensor]) -> Tensor:
+    """Weighted sum of aligned, projected teachers.
+
+    Args:
+        alpha_NBLT: renormalised weights (``renormalise``); B, L, T may be 1.
+        teachers_BLHTD: N tensors of one shape ``[B, L, H, T, D]``, finite.
+
+    Returns:
+        ``[B, L, H, T, D]``; zeros where no teacher covers a token.
+
+    Raises:
+        GeometryError: the teachers' shapes differ, or there are not N of them.
+    """
+    shapes = {tuple(teacher.shape) for teacher in teachers_BLHTD}
+    if len(shapes) != 1 or len(teachers_BLHTD) != alpha_NBLT.shape[0]:
+        raise GeometryError(
+            f"fusion: expected {alpha_NBLT.shape[0]} teachers of one shape [B, L, H, T, D], "
+            f"got {[tuple(teacher.shape) for teacher in teachers_BLHTD]}; project them first"
+        )
+    first, *others = teachers_BLHTD
+    alpha_NBLHTD = alpha_NBLT[:, :, :, None, :, None].to(first.dtype)
+    fused = first * alpha_NBLHTD[0]
+    for alpha, teacher in zip(alpha_NBLHTD[1:], others, strict=True):
+        fused = torch.addcmul(fused, teacher, alpha)
+    return fused
+
+
+def entropy(alpha_NBLT: Tensor) -> Tensor:
+    """``H(α) = −Σ_i α_i log α_i`` in nats, the mean over layers: ``[B, T]`` float32.
+
+    Added to the loss times ``+γ`` it makes routers ``specialized``, times ``−γ`` ``diverse``.
+    B and T may be 1, as in ``alpha``. A weight of zero adds nothing and has no gradient.
+    """
+    alpha = alpha_NBLT.float()
+    present = alpha > 0
+    log = torch.where(present, alpha, 1.0).log()
+    return -(alpha * log).sum(0).mean(1)
+
+
+def drop_teachers(
+    covered_NBT: Tensor, chance: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Silence teachers at random, per sample, so that none becomes indispensable: ``[N, B, T]``.
+
+    A token that would lose everyone keeps everyone, so that as many tokens are covered as before:
+    losses are divided by a number that is counted ahead of the step.
+    """
+    shape = covered_NBT.shape[:2]
+    draw = torch.rand(shape, generator=generator, device=covered_NBT.device)
+    kept = covered_NBT & (draw >= chance).unsqueeze(2)
+    return torch.where(kept.any(0), kept, covered_NBT)
+
+
+# MERGED-DOC distill.fusion.combine
+# Several teachers as one target: ``KV = Σ_i α_i KV_i``.
+#
+# A token that a teacher does not cover drops out of its sum and the other weights grow to fill the
+# gap, so a teacher that covers nothing changes nothing, and one teacher fused is that teacher.
+
+
+# MERGED-DOC distill.fusion.regularise
+# What keeps a router from deciding too early, or from not deciding at all.

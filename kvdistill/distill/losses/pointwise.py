@@ -1,0 +1,100 @@
+"""Pointwise errors between the student's KV and its target, per token and in float32."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvdistill.errors import GeometryError
+from kvdistill.types import Distance
+
+
+def kv_error(
+    student_BLHTD: Tensor,
+    target_BLHTD: Tensor,
+    distance: Distance = "mse",
+    layer_std_L: Tensor | None = None,
+) -> Tensor:
+    """Error per token, the mean over layers, heads and channels: ``[B, T]`` float32.
+
+    Args:
+        student_BLHTD: the student's keys (unrotated) or values, or a regression from them.
+        target_BLHTD: what they should be; no gradient flows into it unless it asks for one.
+        distance: ``mse``, or ``smooth_l1`` (quadratic below an error of 1, linear above).
+        layer_std_L: divide each layer's error by the target's std in that layer, detached
+            (KaVa, arXiv 2510.02312), where the target is not standardised.
+
+    Raises:
+        GeometryError: the shapes differ (they would broadcast without a word).
+    """
+    _same_shape(student_BLHTD, target_BLHTD)
+    student, target = student_BLHTD.float(), target_BLHTD.float()
+    if distance == "mse":
+        # As a norm: the squares are summed as they are made, in either direction, never stored.
+        norm: Tensor = torch.linalg.vector_norm(student - target, dim=(2, 4))
+        error = norm.square() / (student.shape[2] * student.shape[4])
+    else:
+        error = F.smooth_l1_loss(student, target, reduction="none").mean(dim=(2, 4))
+    if layer_std_L is not None:
+        error = error / layer_std_L.detach().float().clamp_min(1e-6)[:, None]
+    return error.mean(1)
+
+
+def cosine_error(student_BLHTD: Tensor, target_BLHTD: Tensor, eps: float = 1e-6) -> Tensor:
+    """``1 − cos`` of every head's vector, the mean over layers and heads: ``[B, T]`` float32.
+
+    Raises:
+        GeometryError: the shapes differ.
+    """
+    _same_shape(student_BLHTD, target_BLHTD)
+    cosine = F.cosine_similarity(student_BLHTD.float(), target_BLHTD.float(), dim=-1, eps=eps)
+    return (1 - cosine).mean(dim=(1, 2))
+
+
+def layer_std(target_BLHTD: Tensor, mask_BT: Tensor) -> Tensor:
+    """Std of each layer's target over the elements that count: ``[L]`` float32, detached."""
+    target = target_BLHTD.detach().float()
+    mask = mask_BT[:, None, None, :, None].to(target.dtype)
+    count = (mask_BT.sum() * target.shape[2] * target.shape[4]).clamp_min(1)
+    mean = (target * mask).sum(dim=(0, 2, 3, 4), keepdim=True) / count
+    square = ((target - mean) ** 2 * mask).sum(dim=(0, 2, 3, 4))
+    return torch.sqrt(square / count)
+
+
+def _same_shape(student: Tensor, target: Tensor) -> None:
+    if student.shape != target.shape:
+        raise GeometryError(
+            f"loss: student {tuple(student.shape)} and target {tuple(target.shape)} differ; "
+            "align and project first ([B, L, H, T, D])"
+        )
+
+
+def hidden_error(student_BLE: Tensor, target_BLE: Tensor, std_L: Tensor | None = None) -> Tensor:
+    """Error per sample, the mean over layers and channels: ``[B]`` float32.
+
+    Args:
+        student_BLE: the student's hidden states at the cue, ``[B, L, E]``.
+        target_BLE: the teacher's, layer-mapped, in the student's width; detached here.
+        std_L: the target's std per layer over the corpus; this batch's if not given.
+
+    Raises:
+        GeometryError: the shapes differ (a teacher of another width needs a map first).
+    """
+    if student_BLE.shape != target_BLE.shape:
+        raise GeometryError(
+            f"hidden-state loss: student {tuple(student_BLE.shape)} and target "
+            f"{tuple(target_BLE.shape)} differ; map the student's states to the teacher's width"
+        )
+    target = target_BLE.detach().float()
+    error = F.smooth_l1_loss(student_BLE.float(), target, reduction="none").mean(2)
+    std = target.std(dim=(0, 2), correction=0) if std_L is None else std_L.detach().float()
+    return (error / std.clamp_min(1e-6)).mean(1)
+
+
+# MERGED-DOC distill.losses.codi
+# CODI's term: the student's hidden state just before the answer, pulled to the teacher's.
+#
+# Smooth-L1 per layer at the one token from which the answer is predicted, divided by the teacher's
+# std in that layer (CODI, arXiv 2502.21074; used by KaVa, arXiv 2510.02312). Offline, the teacher's
+# side is ``hidden_at_cue`` of the store.

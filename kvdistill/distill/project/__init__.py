@@ -1,0 +1,1 @@
+"""Projection: maps between a teacher's key/value space and the student's."""

@@ -1,0 +1,183 @@
+"""Second moments of aligned teacher and student KV over a pilot of the store.
+
+Everything that a closed-form projection needs (whitened PCA of the teacher, ridge regression to
+the student) follows from counts, means and centred products, so a pilot is read once and never
+held in memory. Batches are merged by Chan's formula in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvdistill.distill.project.projections import (
+    FullProjection,
+    LinearProjection,
+    grouped_mean,
+    orthogonal,
+)
+from kvdistill.errors import ConfigError
+
+
+class PilotMoments:
+    """Joint moments per layer of source ``x`` (width I) and target ``y`` (width O).
+
+    ``mean_x [L, I]``, ``mean_y [L, O]``, ``xx [L, I, I]`` and ``xy [L, I, O]`` (centred sums).
+    """
+
+    def __init__(self, num_layers: int, width_x: int, width_y: int) -> None:
+        self.count = 0
+        self.mean_x = torch.zeros(num_layers, width_x, dtype=torch.float64)
+        self.mean_y = torch.zeros(num_layers, width_y, dtype=torch.float64)
+        self.xx = torch.zeros(num_layers, width_x, width_x, dtype=torch.float64)
+        self.xy = torch.zeros(num_layers, width_x, width_y, dtype=torch.float64)
+
+    def add(self, x_BLHTD: Tensor, y_BLHTD: Tensor, mask_BT: Tensor) -> None:
+        """Count the tokens of a batch where ``mask_BT`` is True; the two KVs must be aligned."""
+        x, y = _tokens_float64(x_BLHTD, mask_BT), _tokens_float64(y_BLHTD, mask_BT)
+        new = x.shape[1]
+        if new == 0:
+            return
+        mean_x, mean_y = x.mean(1), y.mean(1)
+        x, y = x - mean_x.unsqueeze(1), y - mean_y.unsqueeze(1)
+        total = self.count + new
+        step_x, step_y = mean_x - self.mean_x, mean_y - self.mean_y
+        between = self.count * new / total
+        self.xx += x.mT @ x + between * step_x.unsqueeze(2) * step_x.unsqueeze(1)
+        self.xy += x.mT @ y + between * step_x.unsqueeze(2) * step_y.unsqueeze(1)
+        self.mean_x += step_x * (new / total)
+        self.mean_y += step_y * (new / total)
+        self.count = total
+
+    def covariance(self) -> Tensor:
+        """Covariance of the source, ``[L, I, I]`` float64.
+
+        Raises:
+            ConfigError: no token has been counted.
+        """
+        self.check()
+        return self.xx / self.count
+
+    def check(self) -> None:
+        """Refuse an empty pilot."""
+        if self.count == 0:
+            raise ConfigError("projection.init: the pilot has no aligned token; enlarge the pilot")
+
+
+def _tokens_float64(x_BLHTD: Tensor, mask_BT: Tensor) -> Tensor:
+    """``[L, N, H·D]`` float64 on the CPU."""
+    flat = x_BLHTD.detach().permute(0, 3, 1, 2, 4).flatten(3)[mask_BT]
+    return flat.transpose(0, 1).double().cpu()
+
+
+RIDGE = 1e-3
+
+
+EIGENVALUE_FLOOR = 1e-6
+"""Directions of less than this share of the largest variance are noise; they are not blown up."""
+
+
+def whitened_pca(covariance_LII: Tensor, width: int) -> Tensor:
+    """``[L, I, width]`` float64 whose image of the source has unit variance per channel.
+
+    A source narrower than ``width`` is spread over all channels by an orthogonal map, so that no
+    target channel is identically zero.
+    """
+    values, vectors = torch.linalg.eigh(covariance_LII)
+    kept = min(width, covariance_LII.shape[-1])
+    values, vectors = values[:, -kept:].flip(-1), vectors[..., -kept:].flip(-1)
+    floor = EIGENVALUE_FLOOR * values[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
+    white: Tensor = vectors * torch.maximum(values, floor).rsqrt().unsqueeze(1)
+    white = white.masked_fill((values <= floor).unsqueeze(1), 0.0)
+    if width > kept:
+        spread = torch.stack([orthogonal(kept, width).double() for _ in white])
+        white = white @ spread * (width / kept) ** 0.5
+    return white
+
+
+def ridge(moments: PilotMoments, penalty: float = RIDGE) -> Tensor:
+    """Regression of the centred target on the centred source: ``[L, I, O]`` float64.
+
+    Raises:
+        ConfigError: the pilot is empty.
+    """
+    covariance = moments.covariance()
+    scale = covariance.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
+    eye = torch.eye(covariance.shape[-1], dtype=torch.float64)
+    loaded = covariance + penalty * scale[:, None, None] * eye
+    weight: Tensor = torch.linalg.solve(loaded, moments.xy / moments.count)
+    return weight
+
+
+@torch.no_grad()
+def initialise(
+    projection: FullProjection | LinearProjection,
+    moments: PilotMoments,
+    init: Literal["pca", "ridge"],
+) -> None:
+    """Set a projection's weights and bias from pilot moments, in place.
+
+    A two-step projection cannot hold every joint map: for ``ridge`` it takes the nearest one it
+    can (``nearest_two_step``); for ``pca`` its dims whiten the covariance pooled over heads, its
+    heads stay grouped means, and one factor per layer restores unit variance.
+
+    Args:
+        projection: from the source to the target that ``moments`` were taken of.
+        moments: a pilot.
+        init: ``pca`` or ``ridge``.
+
+    Raises:
+        ConfigError: the pilot is empty.
+    """
+    covariance = moments.covariance()
+    mean_y = moments.mean_y if init == "ridge" else torch.zeros_like(moments.mean_y)
+    if isinstance(projection, FullProjection):
+        width = projection.target.width
+        weight = ridge(moments) if init == "ridge" else whitened_pca(covariance, width)
+        projection.weight_LIO.copy_(weight)
+        projection.bias_LO.copy_(mean_y - torch.einsum("li,lio->lo", moments.mean_x, weight))
+        return
+    if init == "ridge":
+        heads, dims = nearest_two_step(projection, ridge(moments))
+    else:
+        heads, dims = _pooled_pca(projection, covariance)
+    projection.head_LHG.copy_(heads)
+    projection.dim_LDE.copy_(dims)
+    mean_x = moments.mean_x.view(-1, *projection.source)
+    image = torch.einsum("lhd,lhg,lde->lge", mean_x, heads, dims)
+    projection.bias_LGE.copy_(mean_y.view_as(image) - image)
+
+
+def nearest_two_step(projection: LinearProjection, weight_LIO: Tensor) -> tuple[Tensor, Tensor]:
+    """Heads ``[L, H, G]`` and dims ``[L, D, E]`` whose joint map is nearest to ``weight_LIO``.
+
+    The joint map of two steps is a Kronecker product; the nearest one is the leading singular
+    pair of the rearranged weights (Van Loan and Pitsianis, 1993).
+    """
+    (h, d), (g, e) = projection.source, projection.target
+    blocks = weight_LIO.view(-1, h, d, g, e).permute(0, 1, 3, 2, 4).reshape(-1, h * g, d * e)
+    u, s, vh = torch.linalg.svd(blocks, full_matrices=False)
+    root = s[:, :1].sqrt()
+    return (u[..., 0] * root).view(-1, h, g), (vh[:, 0] * root).view(-1, d, e)
+
+
+def _pooled_pca(projection: LinearProjection, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    (h, d), (g, e) = projection.source, projection.target
+    blocks = covariance.view(-1, h, d, h, d)
+    dims = whitened_pca(torch.einsum("lhdhf->ldf", blocks) / h, e)
+    heads = grouped_mean(h, g).double().expand(len(dims), h, g)
+    variance = torch.einsum("lhg,lde,lhdif,lig,lfe->lge", heads, dims, blocks, heads, dims)
+    scale = variance.mean(dim=(1, 2), keepdim=True).clamp_min(1e-12).rsqrt()
+    return heads, dims * scale
+
+
+# MERGED-DOC distill.projection.closed_form
+# Closed-form projections from pilot moments: whitened PCA of the teacher, and ridge regression.
+#
+#     pca:    W = E_K Λ_K^(−1/2)           (E, Λ: leading eigenpairs of the teacher's covariance)
+#     ridge:  W = (C_xx + ρ·tr(C_xx)/I · 1)⁻¹ C_xy,   b = ȳ − x̄ W
+#
+# Whitened PCA looks at the teacher alone and gives every direction that it keeps the same say;
+# ridge points at the student's own initial KV, which is what a pretrained student wants.

@@ -1,0 +1,1 @@
+"""The student: loading, LoRA, KV injection, latent reasoning."""

@@ -1,0 +1,295 @@
+"""What latents learn from: the teacher tokens that an eviction keeps, re-derived at every reading.
+
+Nothing about the eviction is in the store: keys, importance and segments are, so another method,
+budget or λ is another run and no new extraction. Scores are taken where their papers take them,
+on rotated keys, of the teacher's own rotary embedding at the teacher's own positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvdistill.attention.eviction import Eviction, evict, num_evicted
+from kvdistill.attention.hooks import KVCapture
+from kvdistill.attention.rotary import rotate_layers
+from kvdistill.config.latent import LatentConfig
+from kvdistill.distill.align.layers import LayerMap
+from kvdistill.distill.data.collate import IGNORED_LABEL, Batch
+from kvdistill.distill.distiller import Counts, Distiller
+from kvdistill.distill.kv_losses import Rows, rows_of
+from kvdistill.distill.losses.cross_entropy import cross_entropy, num_covered, num_predicted
+from kvdistill.distill.losses.pointwise import hidden_error
+from kvdistill.distill.student.latent.model import LatentStudent
+from kvdistill.distill.student.outputs import StudentView
+from kvdistill.distill.targets import GroupSpace
+from kvdistill.errors import ConfigError
+from kvdistill.store.manifest import RotarySpec, TeacherManifest
+from kvdistill.types import KINDS, Kind
+
+
+def nearest_layers(mapping: LayerMap) -> LayerMap:
+    """A layer map without mixing: two layers keep different tokens, and their mean is neither."""
+    rows = zip(mapping.lower, mapping.upper, mapping.fraction, strict=True)
+    layers = tuple(up if part >= 0.5 else low for low, up, part in rows)
+    return LayerMap(layers, layers, (0.0,) * len(layers))
+
+
+@dataclass(frozen=True)
+class Rationales:
+    """Chooses the tokens of one teacher's rationale, for one group of its layers."""
+
+    latent: LatentConfig
+    rotary: Mapping[int, RotarySpec]
+    """Per stored layer; empty where keys are not rotated."""
+
+    @staticmethod
+    def of(latent: LatentConfig, manifest: TeacherManifest) -> Rationales:
+        """For a stored teacher.
+
+        One that was evicted when it was read has slots for tokens, other tokens in every head, in
+        order: where they are no more than the latents, they are taken as they are.
+
+        Raises:
+            ConfigError: more slots than the budget, and a method that needs the tokens' positions.
+        """
+        stored, method = manifest.eviction, latent.eviction.method
+        if stored is None:
+            return Rationales(latent, manifest.rotary)
+        if stored.budget <= latent.budget:
+            first = latent.eviction.model_copy(update={"method": "right_crop"})
+            return Rationales(latent.model_copy(update={"eviction": first}), {})
+        if method.startswith("rkv"):
+            raise ConfigError(
+                f"teacher {manifest.name!r} was extracted with {stored.budget} slots, and {method} "
+                f"cannot choose {latent.budget} among them: its keys are ranked at the tokens' "
+                "own positions; use importance, random or uniform, or that budget at extraction"
+            )
+        return Rationales(latent, {})
+
+    def choose(self, group: GroupSpace, key_BLHTD: Tensor, teacher: Batch) -> Eviction:
+        """The kept tokens per layer and head, padded to the number of latents.
+
+        Args:
+            group: whose layers ``key`` holds.
+            key_BLHTD: stored keys, decoded, not rotated.
+            teacher: the teacher's part of a batch.
+        """
+        eviction = self.latent.eviction
+        layers = group.layer_map.needed
+        by_keys = eviction.method.startswith("rkv")
+        kept = evict(
+            eviction.method,
+            teacher["rationale"],
+            len(layers),
+            key_BLHTD.shape[2],
+            self.latent.budget,
+            key_BLHTD=self._rotated(key_BLHTD, layers) if by_keys else None,
+            importance_BLHT=teacher["importance"].get(group.prefix),
+            mix=eviction.mix,
+            seed_B=teacher["seed"],
+        )
+        return kept.padded(self.latent.positions)
+
+    def _rotated(self, key_BLHTD: Tensor, layers: Sequence[int]) -> Tensor:
+        if not self.rotary:
+            return key_BLHTD
+        position_BT = torch.arange(key_BLHTD.shape[3], device=key_BLHTD.device)[None]
+        turned = [
+            _turn(key_BLHTD[:, i : i + 1], position_BT, self.rotary[layer])
+            for i, layer in enumerate(layers)
+        ]
+        return torch.cat(turned, dim=1)
+
+
+def _turn(key_BLHTD: Tensor, position_BT: Tensor, spec: RotarySpec) -> Tensor:
+    return rotate_layers(
+        key_BLHTD,
+        position_BT,
+        torch.tensor(spec.inv_freq, device=key_BLHTD.device),
+        interleaved=spec.interleaved,
+        attention_scaling=spec.attention_scaling,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class LatentView(StudentView):
+    """Keys and values are the latents', ``T`` is ``M``; logits are those of eot and the answer."""
+
+    cue_BLE: Tensor
+    """Every layer's output at eot."""
+
+
+class LatentDistiller(Distiller):
+    """``LatentStudent``, projectors and losses."""
+
+    student: LatentStudent
+
+    def __init__(
+        self,
+        student: LatentStudent,
+        teachers: list[Any],
+        manifests: dict[str, TeacherManifest],
+        **settings: Any,
+    ) -> None:
+        super().__init__(student, teachers, **settings)
+        self.latent: LatentConfig = student.config
+        self.rationales = {name: Rationales.of(self.latent, m) for name, m in manifests.items()}
+        self.cues = nn.ModuleDict()
+        if self.losses.codi:
+            ours = self.capture.geometry
+            for teacher in teachers:
+                theirs = manifests[teacher.name]
+                self.cues[str(len(self.cues))] = CueMap(
+                    ours.num_layers, ours.hidden_size, theirs, teacher.depths
+                )
+
+    def capture_of(self, student: LatentStudent) -> KVCapture:
+        """Reads the language model inside."""
+        return KVCapture(student.backbone)
+
+    @staticmethod
+    def count(batch: Batch) -> dict[str, Tensor]:
+        """As ``Distiller.count``; the rationale's labels, and samples for the CODI term."""
+        counts = {"num_labels": num_predicted(batch["labels"]), "num_covered": num_covered(batch)}
+        words = batch.get("rationale_labels")
+        none = torch.zeros_like(counts["num_labels"])
+        counts["num_words"] = none if words is None else num_predicted(words)
+        counts["num_samples"] = _answered(batch).sum()
+        return counts
+
+    def view(self, batch: Batch) -> LatentView:
+        """Think and read the answer; what is captured is the last pass, which the answer sees."""
+        prefix, x_BME = self.student.think(batch["question_ids"], batch["question_mask"])
+        with self.capture() as captured:
+            thought = self.student.conclude(
+                prefix, x_BME, batch["answer_ids"], batch["answer_mask"]
+            )
+        layers = zip(*captured, strict=True)
+        query, key, value = (torch.stack(x, dim=1)[:, :, :, thought.columns] for x in layers)
+        return LatentView(thought.answer_logits, query, key, value, thought.latents, thought.cue)
+
+    def text_parts(self, batch: Batch, view: StudentView, counts: Counts) -> dict[str, Tensor]:
+        """Cross-entropy of the answer after thinking; of rationale and answer in words; CODI."""
+        parts = super().text_parts(batch, view, counts)
+        if self.losses.rationale:
+            logits = self.student.backbone(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                use_cache=False,
+            ).logits
+            labels, number = batch["rationale_labels"], counts.get("num_words")
+            parts["rationale"] = cross_entropy(logits, labels, number)
+        if self.losses.codi and isinstance(view, LatentView):
+            parts["codi"] = self._codi(batch, view, counts)
+        return parts
+
+    @property
+    def needs_whole(self) -> bool:
+        """An eviction ranks tokens by all layers' keys."""
+        return True
+
+    def targets(self, teachers: Batch) -> dict[Kind, list[list[Tensor]]]:
+        """Per kind, teacher and group: the kept tokens ``[B, L, H_t, M, D_t]``."""
+        found: dict[Kind, list[list[Tensor]]] = {kind: [] for kind in KINDS}
+        for space in self.teachers:
+            teacher, keys = teachers[space.name], self.head(space.name, "key")
+            with torch.no_grad():
+                kept = [
+                    self.rationales[space.name].choose(
+                        group, keys.decode(teacher["key"], group), teacher
+                    )
+                    for group in space.groups
+                ]
+            for kind in KINDS:
+                targets = self.head(space.name, kind).kept(teacher[kind], kept)
+                if self.latent.shuffle_targets:
+                    targets = [target.roll(1, dims=0) for target in targets]
+                found[kind].append(targets)
+        return found
+
+    def rows(self, teachers: Batch) -> Rows:
+        """``targets``, row by row: the latents are few, so all of them may exist at once."""
+        return rows_of(self.targets(teachers))
+
+    def _teacher_parts(
+        self, batch: Batch, view: StudentView, counts: Counts, *, figures: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        if not self.losses.of_kv:
+            return {}, {}
+        parts, shown = super()._teacher_parts(batch, view, counts, figures=figures)
+        if figures:
+            shown |= eviction_statistics(batch, self.latent.budget)
+        return parts, shown
+
+    def _codi(self, batch: Batch, view: LatentView, counts: Counts) -> Tensor:
+        """Smooth-L1 of the layers' outputs before the answer (CODI, arXiv 2502.21074)."""
+        mask_B = _answered(batch)
+        errors = []
+        for cue_map, space in zip(self.cues.values(), self.teachers, strict=True):
+            target_BLE = batch["teachers"][space.name]["cue"]
+            ours, theirs = cue_map(view.cue_BLE, target_BLE)
+            errors.append(hidden_error(ours, theirs))
+        error_B = torch.stack(errors).mean(0)
+        number = counts.get("num_samples", mask_B.sum())
+        total: Tensor = torch.where(mask_B, error_B, 0.0).sum()
+        return total / number.clamp_min(1)
+
+
+class CueMap(nn.Module):
+    """The student's layer outputs beside the teacher's, mapped to its width where they differ.
+
+    The map goes from student to teacher, so that the target cannot come to the student.
+    """
+
+    def __init__(
+        self, num_layers: int, hidden_size: int, teacher: TeacherManifest, depths: list[float]
+    ) -> None:
+        super().__init__()
+        width = teacher.hidden_size
+        self.widen = nn.ModuleList()
+        if width != hidden_size:
+            self.widen = nn.ModuleList(nn.Linear(hidden_size, width) for _ in range(num_layers))
+        # Stored are inputs of the kept layers and the final output: row i + 1 is what layer i gave.
+        stored = sorted(teacher.layers)
+        nearest = [min(range(len(stored)), key=lambda i: abs(stored[i] - d)) for d in depths]
+        self.rows = [i + 1 for i in nearest[:-1]] + [len(stored)]
+
+    def forward(self, student_BLE: Tensor, stored_BLE: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as ``[B, L_s, E_t]``, the last layer's being the final output."""
+        if len(self.widen):
+            layers = zip(self.widen, student_BLE.unbind(1), strict=True)
+            student_BLE = torch.stack([widen(x) for widen, x in layers], 1)
+        return student_BLE, stored_BLE[:, self.rows]
+
+
+def eviction_statistics(batch: Batch, budget: int) -> dict[str, Tensor]:
+    """Share of samples with a rationale longer than the budget, and of tokens that are dropped."""
+    masks = [teacher["rationale"] for teacher in batch["teachers"].values()]
+    lengths = torch.cat([mask.sum(1) for mask in masks])
+    dropped = torch.cat([num_evicted(mask, budget) for mask in masks])
+    return {
+        "eviction_bites": (dropped > 0).float().mean(),
+        "eviction_dropped": dropped.sum() / lengths.sum().clamp_min(1),
+    }
+
+
+def _answered(batch: Batch) -> Tensor:
+    """Samples whose answer counts, ``[B]``."""
+    answered: Tensor = (batch["labels"] != IGNORED_LABEL).any(1)
+    return answered
+
+
+# MERGED-DOC distill.latent.distiller
+# A latent student's losses.
+#
+#     CE(answer | latents, question) + CE(rationale, answer | question) + codi + keys and values
+#
+# KaVa: Latent Reasoning via Compressed KV-Cache Distillation (arXiv 2510.02312). It is a
+# ``Distiller`` whose student is looked at on its latent positions and whose teachers are looked at
+# on the tokens that an eviction keeps; what lies between (projection, fusion of several teachers by
+# given weights or by similarity, errors, figures) is the distiller's own.

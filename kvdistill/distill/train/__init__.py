@@ -1,0 +1,1 @@
+"""Training: set-up, trainer, checkpoints, guards, callbacks."""

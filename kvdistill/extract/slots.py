@@ -1,0 +1,127 @@
+"""What of a teacher is stored where its config keeps less than everything: heads and tokens.
+
+An eviction keeps other tokens in every layer and head, so its shards have *slots* where others
+have tokens: slot ``j`` of a sample is, in each layer and head, the ``j``-th token that was kept
+there, in time order, and the array ``kept`` says which one that was. Every head of a sample fills
+the same number of slots, so a shard stays packed by ``sample_ptr``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+from zlib import crc32
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvdistill.attention.adapters import QKV
+from kvdistill.attention.eviction import Eviction, evict
+from kvdistill.attention.importance import asked_tokens
+from kvdistill.attention.rotary import rotate
+from kvdistill.store.manifest import RotarySpec
+from kvdistill.store.shard import TokenTable
+from kvdistill.types import SEGMENT_IDS, StoredEviction
+
+NO_TOKEN: Final = -1
+"""``token_ids`` of a slot: which token it holds depends on layer and head."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """What the tokens of a batch are chosen from, and how many slots they fill."""
+
+    spec: StoredEviction
+    mask_BT: Tensor
+    """Tokens that may be kept."""
+    seed_B: Tensor
+    """Of each sample, for ``random``."""
+
+    @property
+    def count(self) -> Tensor:
+        """Slots of each sample, ``[B]`` long."""
+        return self.mask_BT.sum(dim=1).clamp_max(self.spec.budget)
+
+    def to(self, device: torch.device) -> Slots:
+        """The same on another device."""
+        return Slots(self.spec, self.mask_BT.to(device), self.seed_B.to(device))
+
+    def choose(
+        self, key_BHTD: Tensor, importance_BHT: Tensor | None, rotary: RotarySpec | None, layer: int
+    ) -> Eviction:
+        """The tokens that one layer keeps, per head; R-KV compares *rotated* keys, as it does.
+
+        Args:
+            key_BHTD: unrotated keys.
+            importance_BHT: attention received, where it is extracted.
+            rotary: the layer's rotation.
+            layer: its index, so that ``random`` draws anew in every layer.
+        """
+        if rotary is not None:
+            position = torch.arange(key_BHTD.shape[2], device=key_BHTD.device)
+            key_BHTD = rotate(key_BHTD, position, rotary)
+        return evict(
+            self.spec.method,
+            self.mask_BT,
+            1,
+            key_BHTD.shape[1],
+            self.spec.budget,
+            key_BLHTD=key_BHTD.float().unsqueeze(1),
+            importance_BLHT=None if importance_BHT is None else importance_BHT.unsqueeze(1),
+            mix=self.spec.mix,
+            seed_B=(self.seed_B << 16) + layer,
+        )
+
+
+def slots_of(
+    spec: StoredEviction,
+    segments: Sequence[NDArray[np.int8]],
+    sample_ids: Sequence[str],
+    num_tokens: int,
+) -> Slots:
+    """What a right-padded batch of ``num_tokens`` columns may keep, on the CPU."""
+    mask = np.zeros((len(segments), num_tokens), bool)
+    for row, segment in enumerate(segments):
+        mask[row, : len(segment)] = choosable(segment, spec)
+    seed = torch.tensor([crc32(sample_id.encode()) for sample_id in sample_ids])
+    return Slots(spec, torch.from_numpy(mask), seed)
+
+
+def choosable(segment: NDArray[np.int8], spec: StoredEviction) -> NDArray[np.bool]:
+    """The segment that is chosen from; without it, all text that is not the answer."""
+    return asked_tokens(segment, spec.segment)
+
+
+def num_slots(segment: NDArray[np.int8], spec: StoredEviction) -> int:
+    """How many tokens of a sample are kept in each layer and head."""
+    return min(int(choosable(segment, spec).sum()), spec.budget)
+
+
+def slot_table(read: TokenTable, spec: StoredEviction) -> TokenTable:
+    """The token table of an evicted shard: a row per slot, which stands for no one place."""
+    segments = [read.segment[read.span(i)] for i in range(read.num_samples)]
+    counts = [num_slots(segment, spec) for segment in segments]
+    wanted = SEGMENT_IDS[spec.segment]
+    named = [wanted if (segment == wanted).any() else SEGMENT_IDS["text"] for segment in segments]
+    total = sum(counts)
+    return TokenTable(
+        read.sample_ids,
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        np.full(total, NO_TOKEN, np.int32),
+        np.zeros(total, np.int32),
+        np.zeros(total, np.int32),
+        np.repeat(np.array(named, np.int8), counts),
+    )
+
+
+def only_heads(qkv: QKV, heads: Sequence[int] | None) -> QKV:
+    """Keys and values of some KV heads, and the queries that share them."""
+    if heads is None:
+        return qkv
+    index = torch.tensor(heads, device=qkv.key.device)
+    grouped = qkv.query.unflatten(1, (qkv.key.shape[1], -1))  # type: ignore[no-untyped-call]
+    query = grouped.index_select(1, index).flatten(1, 2)
+    return QKV(query, qkv.key.index_select(1, index), qkv.value.index_select(1, index))

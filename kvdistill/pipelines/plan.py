@@ -1,0 +1,269 @@
+"""What extraction will cost, before it is started: a few hundred samples tell.
+
+Lengths come from tokenising the pilot, which is cheap. Sizes come from really extracting a few
+samples into a scratch store, once per codec, so compression and scales are in the figure.
+Everything is projected by characters, which are known for the whole corpus.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvdistill.config.experiment import Experiment
+from kvdistill.corpus.readers import load_corpus
+from kvdistill.corpus.samples import Sample, Shard, cut_into_shards
+from kvdistill.distill.align.band import AlignmentQuality, quality
+from kvdistill.distill.align.character_iou import Spans, align_tokens
+from kvdistill.extract.extract_shard import extract_samples, token_table
+from kvdistill.extract.slots import num_slots
+from kvdistill.extract.teacher import Teacher, load_teacher
+from kvdistill.extract.teacher_tokens import Encoded, Reader
+from kvdistill.store.codecs import CODECS
+from kvdistill.store.writer import add_teacher, create, publish_shard
+from kvdistill.types import SEGMENT_IDS, CodecSpec
+
+BUDGETS: Final = (8, 16, 24, 32, 64, 128, 256)
+"""Tokens that an eviction might keep; 24 is KaVa's (arXiv 2510.02312)."""
+
+
+QUANTILES: Final = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+DISK_MARGIN: Final = 1.1
+"""A store needs this much more than projected: shards being written, and luck of the pilot."""
+
+
+@dataclass(frozen=True)
+class TeacherEstimate:
+    """Projection for one teacher over the whole corpus."""
+
+    teacher: str
+    tokens: int
+    """Tokens of the whole corpus."""
+    tokens_per_second: float
+    hours: float
+    """Of one process; divide by how many run at once."""
+    codec: str
+    gigabytes: dict[str, float]
+    """On disk, per codec for keys and values, as ``int8`` or ``key/value``."""
+    kept: float
+    """Share of keys and values that is stored: 1, unless heads are chosen or tokens evicted."""
+    lengths: dict[float, int]
+    """Quantiles of tokens per sample."""
+    rationale_lengths: dict[float, int]
+    """Quantiles over samples that have a rationale; empty without any."""
+    too_long: float
+    """Share of samples that this teacher cannot read whole."""
+    touched: dict[int, float]
+    """Per eviction budget, the share of samples whose rationale (or text) is longer."""
+    alignment: AlignmentQuality | None
+    """Against the student's tokenizer, where the config names one that can be loaded."""
+
+
+@dataclass(frozen=True)
+class ExtractionEstimate:
+    """Projection for an experiment."""
+
+    samples: int
+    characters: int
+    shards: int
+    teachers: tuple[TeacherEstimate, ...]
+    free_gigabytes: float
+
+    @property
+    def needed_gigabytes(self) -> float:
+        """Disk for all teachers at their configured codecs, with a margin."""
+        return DISK_MARGIN * sum(plan.gigabytes[plan.codec] for plan in self.teachers)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the store fits on the disk it is to lie on."""
+        return self.needed_gigabytes <= self.free_gigabytes
+
+
+def estimate_extraction(
+    experiment: Experiment, num_samples: int = 256, num_sized: int = 12
+) -> ExtractionEstimate:
+    """Pilot every teacher: ``num_samples`` are tokenised, ``num_sized`` extracted per codec.
+
+    Raises:
+        CorpusError: the corpus is missing, empty or malformed.
+        TeacherError: a teacher cannot be loaded, verified, or read a sample.
+    """
+    samples = load_corpus(experiment.corpus).train
+    characters = sum(len(sample.text) for sample in samples)
+    pilot = _spread(samples, num_samples)
+    shared = _PilotSetup(
+        experiment, pilot, num_sized, _student_spans(experiment, pilot), characters
+    )
+    # One teacher in memory at a time.
+    teachers = [
+        _estimate_teacher(shared, load_teacher(name, experiment)) for name in experiment.teachers
+    ]
+    return ExtractionEstimate(
+        samples=len(samples),
+        characters=characters,
+        shards=sum(1 for _ in cut_into_shards(samples, experiment.corpus.shard_chars)),
+        teachers=tuple(teachers),
+        free_gigabytes=_free_gigabytes(experiment.store),
+    )
+
+
+def array_size(plan: ExtractionEstimate, parallelism: int) -> int:
+    """Tasks per teacher that can be busy at once."""
+    return max(1, min(parallelism, plan.shards))
+
+
+@dataclass(frozen=True, eq=False)
+class _PilotSetup:
+    experiment: Experiment
+    samples: Sequence[Sample]
+    num_sized: int
+    student: Sequence[Encoded] | None
+    characters: int
+    """Of the whole corpus."""
+
+
+def _estimate_teacher(pilot: _PilotSetup, teacher: Teacher) -> TeacherEstimate:
+    encoded = teacher.read(pilot.samples)
+    lengths = np.array([sample.longest for sample in encoded])
+    pilot_characters = sum(len(sample.text) for sample in pilot.samples)
+    tokens = round(pilot.characters * float(lengths.sum()) / max(pilot_characters, 1))
+    sized = [
+        sample
+        for sample, length in zip(pilot.samples, lengths, strict=True)
+        if length and (teacher.max_length is None or length <= teacher.max_length)
+    ]
+    bytes_per_token, rate = _sizes(pilot.experiment, teacher, _spread(sized, pilot.num_sized))
+    rationale = np.array([_rationale_length(sample) for sample in encoded])
+    budgeted = np.where(rationale > 0, rationale, lengths)
+    limit = teacher.max_length or math.inf
+    return TeacherEstimate(
+        teacher=teacher.manifest.name,
+        tokens=tokens,
+        tokens_per_second=rate,
+        hours=tokens / rate / 3600 if rate else 0.0,
+        codec=_codec_name(teacher.manifest.codec),
+        gigabytes={name: size * tokens / 1e9 for name, size in bytes_per_token.items()},
+        kept=_kept(teacher, encoded),
+        lengths=_length_quantiles(lengths),
+        rationale_lengths=_length_quantiles(rationale[rationale > 0]),
+        too_long=float((lengths > limit).mean()),
+        touched={budget: float((budgeted > budget).mean()) for budget in BUDGETS},
+        alignment=None if pilot.student is None else _alignment(pilot.student, encoded),
+    )
+
+
+def _sizes(
+    experiment: Experiment, teacher: Teacher, samples: Sequence[Sample]
+) -> tuple[dict[str, float], float]:
+    """Bytes on disk per token for every codec, and tokens per second of the configured one."""
+    own = teacher.manifest.codec
+    specs = [own, *(CodecSpec(key=name, value=name) for name in CODECS if name != "int4_v1")]
+    found: dict[str, float] = {}
+    rate = 0.0
+    for spec in specs:
+        if _codec_name(spec) in found or not samples:
+            continue
+        chosen = replace(teacher, manifest=teacher.manifest.model_copy(update={"codec": spec}))
+        size, seconds, tokens = _measure_size(experiment, chosen, samples)
+        found[_codec_name(spec)] = size / max(tokens, 1)
+        if spec == own:
+            rate = tokens / seconds
+    return found or {_codec_name(own): 0.0}, rate
+
+
+def _measure_size(
+    experiment: Experiment, teacher: Teacher, samples: Sequence[Sample]
+) -> tuple[int, float, int]:
+    """Extract into a scratch store: bytes of the shard, seconds, tokens."""
+    extracted = extract_samples(
+        teacher, samples, batch_tokens=experiment.extraction.batch_tokens, long_text="error"
+    )
+    name = teacher.manifest.name
+    with tempfile.TemporaryDirectory(prefix="kvdistill-plan-") as folder:
+        store = create(Path(folder) / "store", [Shard("00000", 0, tuple(samples))])
+        add_teacher(store, teacher.manifest)
+        publish_shard(store, name, "00000", extracted.shard, extracted.statistics)
+        files = store.paths.shard(name, "00000").rglob("*")
+        size = sum(file.stat().st_size for file in files if file.is_file())
+    return size, extracted.seconds, extracted.num_read
+
+
+def _student_spans(experiment: Experiment, pilot: Sequence[Sample]) -> list[Encoded] | None:
+    from kvdistill.distill.student.tokenizer import load_student_tokenizer
+    from kvdistill.errors import StudentError
+
+    source = experiment.student.tokenizer or experiment.student.model
+    if source is None:
+        return None
+    try:
+        tokenizer = load_student_tokenizer(source, experiment.student.trust_remote_code)
+    except StudentError:
+        # A plan is often made before the student's tokenizer is trained; it is then left out.
+        return None
+    return Reader(tokenizer).read(pilot)
+
+
+def _alignment(student: Sequence[Encoded], teacher: Sequence[Encoded]) -> AlignmentQuality:
+    pooled = AlignmentQuality()
+    for own, theirs in zip(student, teacher, strict=True):
+        if own.num_tokens and theirs.num_tokens:
+            rows, columns = _spans(own), _spans(theirs)
+            pooled += quality(align_tokens(rows, columns), rows.real, columns.real)
+    return pooled
+
+
+def _spans(encoded: Encoded) -> Spans:
+    import torch
+
+    table = token_table([Sample("", ())], [encoded])
+    columns = (table.char_start, table.char_end, table.segment)
+    start, end, segment = (torch.from_numpy(c.astype(np.int64))[None] for c in columns)
+    return Spans(start, end, segment, segment >= 0)
+
+
+def _kept(teacher: Teacher, encoded: Sequence[Encoded]) -> float:
+    """Share of the pilot's keys and values, of the kept layers, that the config stores."""
+    manifest = teacher.manifest
+    read = sum(sample.num_tokens for sample in encoded)
+    stored = read
+    if manifest.eviction is not None:
+        stored = sum(num_slots(sample.segment, manifest.eviction) for sample in encoded)
+    heads = sum(layer.num_key_value_heads for layer in teacher.layers)
+    stored_heads = sum(len(g.layers) * g.num_key_value_heads for g in manifest.groups)
+    return stored * stored_heads / max(read * heads, 1)
+
+
+def _rationale_length(encoded: Encoded) -> int:
+    return int((encoded.segment == SEGMENT_IDS["rationale"]).sum())
+
+
+def _length_quantiles(lengths: NDArray[np.int64]) -> dict[float, int]:
+    return {q: round(float(np.quantile(lengths, q))) for q in QUANTILES} if lengths.size else {}
+
+
+def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """At most ``count`` samples, evenly over the corpus: files are often sorted by something."""
+    step = max(1, math.ceil(len(samples) / max(count, 1)))
+    return list(samples[::step])
+
+
+def _codec_name(spec: CodecSpec) -> str:
+    return spec.key if spec.key == spec.value else f"{spec.key}/{spec.value}"
+
+
+def _free_gigabytes(store: Path) -> float:
+    folder = store.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free / 1e9

@@ -1,0 +1,216 @@
+"""Where everything in a store lives. The only file that knows folder names.
+
+    STORE/kvstore.json
+    STORE/corpus/<shard>.jsonl
+    STORE/teachers/<teacher>/teacher.json
+    STORE/teachers/<teacher>/shards/<shard>/     committed shards, and nothing else
+    STORE/teachers/<teacher>/tmp/                shards being written
+    STORE/teachers/<teacher>/aside/              shards that ``verify --repair`` took out
+
+Names reach a path only after ``checked_name``, so no manifest can point outside the store.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from kvdistill.errors import StoreFormatError
+from kvdistill.store.codecs import CODECS
+from kvdistill.store.codecs.parts import Part, part_name
+from kvdistill.store.manifest import TeacherManifest
+from kvdistill.store.shard import BLOCK_TOKENS
+from kvdistill.types import KINDS, Kind, LayerGroup
+
+MANIFEST: Final = "kvstore.json"
+
+
+TEACHER: Final = "teacher.json"
+
+
+COMMIT: Final = "COMMIT.json"
+
+
+TEXTS: Final = "texts.jsonl"
+
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class StorePaths:
+    """Every path of the store under ``root``."""
+
+    root: Path
+
+    @property
+    def manifest(self) -> Path:
+        """The frozen plan."""
+        return self.root / MANIFEST
+
+    @property
+    def teachers(self) -> Path:
+        """One folder per teacher."""
+        return self.root / "teachers"
+
+    @property
+    def corpus(self) -> Path:
+        """The samples, one file per shard."""
+        return self.root / "corpus"
+
+    def samples(self, shard_id: str) -> Path:
+        """The samples of one shard, one JSON line each."""
+        return self.corpus / f"{checked_name(shard_id)}.jsonl"
+
+    def teacher(self, teacher: str) -> Path:
+        """Everything of one teacher."""
+        return self.teachers / checked_name(teacher)
+
+    def teacher_manifest(self, teacher: str) -> Path:
+        """Provenance and geometry of one teacher."""
+        return self.teacher(teacher) / TEACHER
+
+    def prototypes(self, teacher: str) -> Path:
+        """A few vectors that stand for one teacher, for routers."""
+        return self.teacher(teacher) / "prototypes.safetensors"
+
+    def shards(self, teacher: str) -> Path:
+        """The committed shards of one teacher."""
+        return self.teacher(teacher) / "shards"
+
+    def shard(self, teacher: str, shard_id: str) -> Path:
+        """One committed shard."""
+        return self.shards(teacher) / checked_name(shard_id)
+
+    def temporary(self, teacher: str) -> Path:
+        """Where shards are written before they are published."""
+        return self.teacher(teacher) / "tmp"
+
+    def aside(self, teacher: str) -> Path:
+        """Where a repair moves bad shards, so that nothing is ever deleted by a check."""
+        return self.teacher(teacher) / "aside"
+
+
+def checked_name(name: str) -> str:
+    """Return ``name`` if it is usable as a folder inside the store.
+
+    Raises:
+        StoreFormatError: it has separators, a leading dot, or other characters than
+            letters, digits, ``.``, ``_`` and ``-``, or more than 100 of them.
+    """
+    if not _NAME.fullmatch(name):
+        raise StoreFormatError(
+            f"{name!r} is not a usable name: up to 100 letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit"
+        )
+    return name
+
+
+TOKEN_COLUMNS: Final = {
+    "token_ids": "int32",
+    "char_start": "int32",
+    "char_end": "int32",
+    "segment": "int8",
+}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What fixes a shard's shapes besides the manifest."""
+
+    num_samples: int
+    num_tokens: int
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One stored array. ``group`` is set where the first two axes are layers and heads."""
+
+    name: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    attributes: dict[str, str | int] = field(default_factory=dict)
+    group: LayerGroup | None = None
+
+
+def group_prefix(manifest: TeacherManifest, group_idx: int) -> str:
+    """``"g0/"`` … where a teacher has several geometries, else empty."""
+    return f"g{group_idx}/" if len(manifest.groups) > 1 else ""
+
+
+def shard_arrays(manifest: TeacherManifest, counts: Counts) -> dict[str, ArraySpec]:
+    """Every array of a shard, by name."""
+    return {spec.name: spec for spec in _specs(manifest, counts)}
+
+
+def _specs(manifest: TeacherManifest, counts: Counts) -> Iterator[ArraySpec]:
+    yield ArraySpec("sample_ptr", ("boundary",), (counts.num_samples + 1,), "int64")
+    for name, dtype in TOKEN_COLUMNS.items():
+        yield ArraySpec(name, ("token",), (counts.num_tokens,), dtype)
+    if manifest.has_hidden_at_cue:
+        shape = (len(manifest.layers) + 1, counts.num_samples, manifest.hidden_size)
+        yield ArraySpec("hidden_at_cue", ("layer", "sample", "hidden"), shape, "float32")
+    if manifest.has_summaries:
+        shape = (2, counts.num_samples, manifest.hidden_size)
+        yield ArraySpec("hidden_summary", ("mean_first", "sample", "hidden"), shape, "float32")
+    for group_idx, group in enumerate(manifest.groups):
+        prefix = group_prefix(manifest, group_idx)
+        yield from _group_specs(manifest, counts, group, prefix)
+
+
+def _group_specs(
+    manifest: TeacherManifest, counts: Counts, group: LayerGroup, prefix: str
+) -> Iterator[ArraySpec]:
+    lead = (len(group.layers), group.num_key_value_heads)
+    for kind in KINDS:
+        codec = CODECS[manifest.codec.key if kind == "key" else manifest.codec.value]
+        for part in codec.parts(kind):
+            yield replace(
+                _part_spec(part, kind, group, counts),
+                name=part_name(f"{prefix}{kind}", part.suffix),
+                attributes=_attributes(part, codec.name),
+            )
+        yield ArraySpec(
+            f"{prefix}{kind}_statistics",
+            ("count_mean_m2", "layer", "head", "dim"),
+            (3, *lead, group.head_dim(kind)),
+            "float64",
+        )
+    if manifest.has_importance:
+        shape = (*lead, counts.num_tokens)
+        yield ArraySpec(
+            f"{prefix}importance", ("layer", "head", "token"), shape, "float16", group=group
+        )
+    if manifest.eviction is not None:
+        shape = (*lead, counts.num_tokens)
+        yield ArraySpec(f"{prefix}kept", ("layer", "head", "token"), shape, "int32", group=group)
+
+
+def _part_spec(part: Part, kind: Kind, group: LayerGroup, counts: Counts) -> ArraySpec:
+    length = counts.num_tokens if part.per == "token" else counts.num_blocks
+    width = part.width(group.head_dim(kind))
+    shape = (len(group.layers), group.num_key_value_heads, length, width)
+    return ArraySpec("", ("layer", "head", part.per, "dim"), shape, part.dtype, group=group)
+
+
+def _attributes(part: Part, codec: str) -> dict[str, str | int]:
+    attributes: dict[str, str | int] = {
+        "role": part.suffix or "codes",
+        "codec": codec,
+        "logical_dtype": part.logical,
+    }
+    if part.per == "block":
+        attributes["block_tokens"] = BLOCK_TOKENS
+    return attributes
+
+
+# MERGED-DOC store.schema
+# Which arrays a shard has: names, axes, shapes and dtypes, derived from the teacher's manifest.
+#
+# One function answers for everybody: the writer refuses what deviates from it, the reader checks
+# what it finds against it before a byte is allocated, and ``verify`` compares both with the disk.

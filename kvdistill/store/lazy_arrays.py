@@ -1,0 +1,180 @@
+"""A store as lazy dask and xarray objects: nothing is read until something is computed.
+
+One dask chunk is one layer of one shard, decoded to float32, so a reduction over a store of any
+size runs in the memory of a few chunks, on threads or on a distributed cluster: a task carries
+only the store's path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvdistill.errors import GeometryError, ShardNotFound
+from kvdistill.store.reader import KVStore
+from kvdistill.types import KINDS, Kind, LayerGroup
+
+if TYPE_CHECKING:
+    import xarray
+
+
+def dask_array(
+    store: KVStore,
+    teacher: str,
+    kind: Kind,
+    *,
+    layer: int | None = None,
+    head: int | None = None,
+    shard_ids: Sequence[str] | None = None,
+) -> Any:
+    """Decoded keys or values of the committed shards, in order, as one lazy array.
+
+    float32 ``[L, H, T, D]``; ``layer`` (the teacher's own index) and ``head`` drop their axis.
+
+    Raises:
+        ShardNotFound: nothing is committed.
+        GeometryError: no such layer or head; or the layers differ in geometry and none is named.
+    """
+    group = _group(store, teacher, None if layer is None else [layer])
+    _refuse_head(group, head)
+    layers = group.layers if layer is None else (layer,)
+    heads = None if head is None else [head]
+    num_heads = group.num_key_value_heads if head is None else 1
+    array = _stack(
+        store, teacher, (kind, layers, heads), (num_heads, group.head_dim(kind)), shard_ids
+    )
+    index = (0 if layer is not None else slice(None), 0 if head is not None else slice(None))
+    return array[index]
+
+
+def dataset(
+    store: KVStore,
+    teacher: str,
+    *,
+    layers: Sequence[int] | None = None,
+    shard_ids: Sequence[str] | None = None,
+) -> xarray.Dataset:
+    """Keys, values, importance and the token table with named dimensions.
+
+    Dimensions ``layer, head, token, key_dim, value_dim``; coordinates ``layer`` (the teacher's
+    own index) and per token ``sample``, ``token_id``, ``segment``, ``char_start``, ``char_end``.
+    The token table is read at once, everything else when it is computed.
+
+    Raises:
+        ShardNotFound: nothing is committed.
+        GeometryError: the layers differ in geometry; name some of one group.
+    """
+    import xarray
+
+    group = _group(store, teacher, layers)
+    chosen = tuple(sorted(layers)) if layers is not None else group.layers
+    variables: dict[str, Any] = {}
+    for kind in KINDS:
+        sizes: tuple[int, ...] = (group.num_key_value_heads, group.head_dim(kind))
+        array = _stack(store, teacher, (kind, chosen, None), sizes, shard_ids)
+        variables[kind] = (("layer", "head", "token", f"{kind}_dim"), array)
+    if store.teacher(teacher).has_importance:
+        sizes = (group.num_key_value_heads,)
+        array = _stack(store, teacher, ("importance", chosen, None), sizes, shard_ids)
+        variables["importance"] = (("layer", "head", "token"), array)
+    coordinates = {"layer": list(chosen), **_token_coordinates(store, teacher, shard_ids)}
+    return xarray.Dataset(variables, coordinates, {"teacher": teacher})
+
+
+def committed_in_order(store: KVStore, teacher: str) -> list[str]:
+    """Committed shards in the order of the plan.
+
+    Raises:
+        ShardNotFound: there is none.
+    """
+    committed = store.committed(teacher)
+    if not committed:
+        raise ShardNotFound(f"{store.paths.root}: teacher {teacher!r} has no shard yet")
+    return [shard_id for shard_id in store.shard_ids if shard_id in committed]
+
+
+Selection = tuple[str, tuple[int, ...], list[int] | None]
+
+
+def _stack(
+    store: KVStore,
+    teacher: str,
+    selection: Selection,
+    sizes: tuple[int, ...],
+    shard_ids: Sequence[str] | None,
+) -> Any:
+    """``[layer, sizes[0], token, *sizes[1:]]`` of all shards: a chunk per shard and layer."""
+    import dask
+    import dask.array as da
+
+    name, layers, heads = selection
+    shards = committed_in_order(store, teacher) if shard_ids is None else list(shard_ids)
+    counts = {shard_id: store.commit(teacher, shard_id).num_tokens for shard_id in shards}
+    read, root = dask.delayed(_read_chunk, pure=True), store.paths.root.absolute()
+    rows = []
+    for layer in layers:
+        pieces = [
+            da.from_delayed(
+                read(root, teacher, shard_id, (name, (layer,), heads)),
+                (1, sizes[0], counts[shard_id], *sizes[1:]),
+                np.float32,
+            )
+            for shard_id in shards
+        ]
+        rows.append(da.concatenate(pieces, axis=2))
+    return da.concatenate(rows, axis=0)
+
+
+def _read_chunk(
+    root: Path, teacher: str, shard_id: str, selection: Selection
+) -> NDArray[np.float32]:
+    store = KVStore.open(root)
+    name, layers, heads = selection
+    if name in KINDS:
+        return store.read_decoded(teacher, shard_id, name, layers, heads)
+    arrays = store.read_shard(teacher, shard_id, layers, heads, kinds=()).arrays
+    (array,) = (array for key, array in arrays.items() if key.rpartition("/")[2] == name)
+    return np.asarray(array, np.float32)
+
+
+def _token_coordinates(
+    store: KVStore, teacher: str, shard_ids: Sequence[str] | None
+) -> dict[str, tuple[str, np.ndarray]]:
+    chosen = committed_in_order(store, teacher) if shard_ids is None else shard_ids
+    tables = [store.token_table(teacher, shard_id) for shard_id in chosen]
+    sample = [
+        np.repeat(np.array(table.sample_ids, object), np.diff(table.sample_ptr)) for table in tables
+    ]
+    columns = {"sample": sample}
+    for name, column in (
+        ("token_id", "token_ids"),
+        ("segment", "segment"),
+        ("char_start", "char_start"),
+        ("char_end", "char_end"),
+    ):
+        columns[name] = [getattr(table, column) for table in tables]
+    return {name: ("token", np.concatenate(parts)) for name, parts in columns.items()}
+
+
+def _group(store: KVStore, teacher: str, layers: Sequence[int] | None) -> LayerGroup:
+    groups = store.teacher(teacher).groups
+    if layers is None and len(groups) == 1:
+        return groups[0]
+    for group in groups:
+        if layers and set(layers) <= set(group.layers):
+            return group
+    raise GeometryError(
+        f"teacher {teacher!r}: layers {'all' if layers is None else list(layers)} are not one "
+        f"geometry; choose from one of {[list(group.layers) for group in groups]}"
+    )
+
+
+def _refuse_head(group: LayerGroup, head: int | None) -> None:
+    if head is not None and not 0 <= head < group.num_key_value_heads:
+        raise GeometryError(
+            f"head {head} asked of layers with {group.num_key_value_heads} key/value heads"
+        )

@@ -1,0 +1,218 @@
+"""One committed shard, open: which arrays it has, and how to select and decode them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvdistill.corpus.samples import Sample
+from kvdistill.errors import GeometryError, ShardCorrupt
+from kvdistill.store.backends import Backend, OpenShard
+from kvdistill.store.backends.safetensors import SafetensorsBackend
+from kvdistill.store.backends.zarr import ZarrBackend
+from kvdistill.store.channel_statistics import ChannelStatistics
+from kvdistill.store.codecs import CODECS
+from kvdistill.store.codecs.parts import part_name, parts_of
+from kvdistill.store.commit import REMEDY, checked_bytes
+from kvdistill.store.format import (
+    TEXTS,
+    TOKEN_COLUMNS,
+    ArraySpec,
+    Counts,
+    group_prefix,
+    shard_arrays,
+)
+from kvdistill.store.manifest import Commit, TeacherManifest
+from kvdistill.store.shard import BLOCK_TOKENS, TokenTable, block_idx, block_ptr
+from kvdistill.types import Kind
+
+BACKENDS: Final[dict[str, Backend]] = {
+    "zarr": ZarrBackend(),
+    "safetensors": SafetensorsBackend(),
+}
+
+
+Positions = tuple[list[int] | None, list[int] | None]
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedShard:
+    """An open shard with what is needed to make sense of its arrays."""
+
+    folder: Path
+    manifest: TeacherManifest
+    commit: Commit
+    specs: dict[str, ArraySpec]
+    data: OpenShard
+    sample_ptr: NDArray[np.int64]
+
+    def token_table(self) -> TokenTable:
+        """The token table, read anew."""
+        sample_ids = self.data.attributes["sample_ids"]
+        if not isinstance(sample_ids, list) or len(sample_ids) != self.commit.num_samples:
+            raise ShardCorrupt(f"{self.folder}: its sample ids do not match its commit; {REMEDY}")
+        columns = {name: self.data.read(name) for name in TOKEN_COLUMNS}
+        return TokenTable(tuple(sample_ids), self.sample_ptr, **columns)
+
+    def own_texts(self) -> tuple[Sample, ...] | None:
+        """The teacher's own text, where it generated its rationales."""
+        if not self.manifest.own_text:
+            return None
+        return read_samples(checked_bytes(self.folder, TEXTS, self.commit).decode("utf-8"))
+
+    def read(
+        self, layers: Sequence[int] | None, heads: Sequence[int] | None, kinds: Sequence[Kind]
+    ) -> dict[str, np.ndarray]:
+        """Stored arrays of the selected layers, heads and kinds. See ``KVStore.read_shard``."""
+        _refuse_unknown_layers(self.manifest, layers)
+        arrays = {}
+        for name in self._names(kinds):
+            positions = _axis_positions(self.specs[name], layers, heads)
+            if positions is not None:
+                arrays[name] = self.data.read(name, *positions)
+        return arrays
+
+    def decode(
+        self,
+        sample_idx: int,
+        kind: Kind,
+        layers: Sequence[int] | None,
+        heads: Sequence[int] | None,
+        tokens: slice,
+    ) -> NDArray[np.float32]:
+        """Decoded float32 ``[L, H, tokens, D]`` of one sample. See ``KVStore.read_sample``."""
+        _refuse_unknown_layers(self.manifest, layers)
+        first, last = self._bounds[sample_idx], self._bounds[sample_idx + 1]
+        start, stop, step = tokens.indices(last - first)
+        if step != 1:
+            raise GeometryError(f"tokens must be a slice without a step, got {tokens}")
+        stop = max(start, stop)
+        block = self._blocks[sample_idx]
+        spans = {
+            "token": slice(first + start, first + stop),
+            "block": slice(block + start // BLOCK_TOKENS, block - (-stop // BLOCK_TOKENS)),
+        }
+        stem, codec = self._stem(kind, layers), CODECS[getattr(self.manifest.codec, kind)]
+        parts = {}
+        for part in codec.parts(kind):
+            name = part_name(stem, part.suffix)
+            layer_idx, head_idx = _axis_positions(self.specs[name], layers, heads) or (None, None)
+            parts[part.suffix] = self.data.read(name, layer_idx, head_idx, spans[part.per])
+        token_blocks = np.arange(start, stop) // BLOCK_TOKENS - start // BLOCK_TOKENS
+        return codec.decode(parts, kind, token_blocks)
+
+    @cached_property
+    def _bounds(self) -> list[int]:
+        return [int(i) for i in self.sample_ptr]
+
+    @cached_property
+    def _blocks(self) -> list[int]:
+        return [int(i) for i in block_ptr(self.sample_ptr)]
+
+    def _stem(self, kind: Kind, layers: Sequence[int] | None) -> str:
+        """The array that holds a kind of these layers.
+
+        Raises:
+            GeometryError: no one array does.
+        """
+        chosen = self.manifest.layers if layers is None else layers
+        groups = [i for i, g in enumerate(self.manifest.groups) if set(g.layers) & set(chosen)]
+        if len(groups) != 1:
+            raise GeometryError(
+                f"teacher {self.manifest.name!r}: these layers lie in {len(groups)} arrays of "
+                f"different heads or dims; choose layers of one of "
+                f"{[group.layers for group in self.manifest.groups]}"
+            )
+        return f"{group_prefix(self.manifest, groups[0])}{kind}"
+
+    def decode_shard(
+        self, kind: Kind, layers: Sequence[int] | None, heads: Sequence[int] | None
+    ) -> NDArray[np.float32]:
+        """Decoded float32 ``[L, H, T, D]``. See ``KVStore.read_decoded``."""
+        _refuse_unknown_layers(self.manifest, layers)
+        stem = self._stem(kind, layers)
+        arrays = self.read(layers, heads, [kind])
+        codec = CODECS[getattr(self.manifest.codec, kind)]
+        return codec.decode(parts_of(arrays, stem), kind, block_idx(self.sample_ptr))
+
+    def statistics(self) -> dict[str, ChannelStatistics]:
+        """This shard's statistics by ``"key"``, ``"value"`` (``"g0/key"`` …)."""
+        end = "_statistics"
+        return {
+            name.removesuffix(end): ChannelStatistics.from_array(self.data.read(name))
+            for name in self.specs
+            if name.endswith(end)
+        }
+
+    def _names(self, kinds: Sequence[Kind]) -> list[str]:
+        """What ``read`` returns: parts of the kinds asked for, importance, kept, hidden states."""
+        stems = [f"{group_prefix(self.manifest, i)}" for i in range(len(self.manifest.groups))]
+        names = [
+            part_name(f"{stem}{kind}", part.suffix)
+            for stem in stems
+            for kind in kinds
+            for part in CODECS[getattr(self.manifest.codec, kind)].parts(kind)
+        ]
+        names += [f"{stem}{name}" for stem in stems for name in ("importance", "kept")]
+        names += [name for name, spec in self.specs.items() if "sample" in spec.axes]
+        return [name for name in names if name in self.specs]
+
+
+def open_shard(folder: Path, manifest: TeacherManifest, commit: Commit) -> OpenedShard:
+    """Open a committed shard after checking that its metadata is what manifest and commit say.
+
+    Raises:
+        ShardCorrupt: metadata or token boundaries do not match.
+    """
+    counts = Counts(commit.num_samples, commit.num_tokens, commit.num_blocks)
+    specs = shard_arrays(manifest, counts)
+    data = BACKENDS[manifest.backend].open(folder, commit, specs)
+    sample_ptr = data.read("sample_ptr")
+    rising = sample_ptr[0] == 0 and bool((np.diff(sample_ptr) >= 0).all())
+    if not rising or sample_ptr[-1] != counts.num_tokens:
+        raise ShardCorrupt(f"{folder}: sample_ptr does not rise from 0 to {counts.num_tokens}")
+    if block_ptr(sample_ptr)[-1] != counts.num_blocks:
+        raise ShardCorrupt(f"{folder}: its blocks do not match its commit; {REMEDY}")
+    return OpenedShard(folder, manifest, commit, specs, data, sample_ptr)
+
+
+def read_samples(text: str) -> tuple[Sample, ...]:
+    """Samples from JSON lines."""
+    return tuple(Sample.from_json(line) for line in text.split("\n") if line)
+
+
+def _axis_positions(
+    spec: ArraySpec, layers: Sequence[int] | None, heads: Sequence[int] | None
+) -> Positions | None:
+    """Positions on the layer and head axes; None if this array has none of the layers."""
+    if spec.group is None:
+        return (None, None)
+    num_heads = spec.group.num_key_value_heads
+    if heads is not None and (
+        not heads or len(set(heads)) != len(heads) or not set(heads) <= set(range(num_heads))
+    ):
+        raise GeometryError(
+            f"heads {list(heads)} asked of layers with {num_heads} key/value heads: expected "
+            f"different numbers from 0 to {num_heads - 1}"
+        )
+    head_idx = None if heads is None else sorted(heads)
+    if layers is None:
+        return (None, head_idx)
+    chosen = [i for i, layer in enumerate(spec.group.layers) if layer in set(layers)]
+    return (chosen, head_idx) if chosen else None
+
+
+def _refuse_unknown_layers(manifest: TeacherManifest, layers: Sequence[int] | None) -> None:
+    if layers is None:
+        return
+    if not layers or len(set(layers)) != len(layers) or not set(layers) <= set(manifest.layers):
+        raise GeometryError(
+            f"teacher {manifest.name!r} stores the layers {list(manifest.layers)}; asked for "
+            f"{list(layers)}"
+        )

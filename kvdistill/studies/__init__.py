@@ -1,0 +1,1 @@
+"""Studies: arms times seeds from one store, their controls, statistics and reports."""

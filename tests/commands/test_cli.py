@@ -1,0 +1,81 @@
+"""The command line: fast help, one line per error, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvdistill.cli import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+
+
+def kvdistill(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kvdistill.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def test_help_names_every_command_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, runpy\n"
+        "sys.argv = ['kvdistill', '--help']\n"
+        "try:\n    runpy.run_module('kvdistill.cli', run_name='__main__')\n"
+        "except SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'zarr', 'pydantic'} & set(sys.modules)\n"
+        "print('HEAVY', sorted(heavy))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for name in COMMANDS:
+        assert f"  {name} " in done.stdout
+    assert "HEAVY []" in done.stdout
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_help(name: str) -> None:
+    done = kvdistill(name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "Usage:" in done.stdout
+
+
+def test_init_writes_a_config_that_show_accepts(tmp_path: Path) -> None:
+    assert kvdistill("init", "new.yaml", cwd=tmp_path).returncode == 0
+    shown = kvdistill("config", "show", "new.yaml", "--set", "seed=7", cwd=tmp_path)
+    assert shown.returncode == 0
+    assert "seed: 7" in shown.stdout
+    again = kvdistill("init", "new.yaml", cwd=tmp_path)
+    assert again.returncode == 1
+    assert "already there" in again.stderr
+
+
+def test_schema_is_json() -> None:
+    schema = json.loads(kvdistill("config", "schema").stdout)
+    assert "teachers" in schema["properties"]
+
+
+def test_an_error_is_one_line_and_debug_adds_the_traceback(tmp_path: Path) -> None:
+    done = kvdistill("config", "show", "none.yaml", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" in kvdistill("--debug", "config", "show", "none.yaml", cwd=tmp_path).stderr
+
+
+def test_gsm8k_export_from_a_local_copy_and_tokenizer_training(tmp_path: Path) -> None:
+    source = ROOT / "examples/data/gsm8k_test.jsonl"
+    exported = kvdistill(
+        "data", "gsm8k", "out/gsm8k.jsonl", "--from", str(source), "--max-samples", "20",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert exported.returncode == 0, exported.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out/gsm8k.jsonl").read_text().splitlines()]
+    assert len(rows) == 20
+    assert set(rows[0]) == {"sample_id", "prompt", "rationale", "answer"}
+    made = kvdistill(
+        "data", "tokenizer", "out/gsm8k.jsonl", "tokenizer", "--vocab-size", "400", cwd=tmp_path
+    )
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "tokenizer" / "tokenizer.json").is_file()

@@ -1,0 +1,110 @@
+"""What a run leaves behind: logs, a model card, and a student that can be exported."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kvdistill.errors import MissingExtra, NonFiniteError, StudentError
+from kvdistill.pipelines import export as exporting
+from kvdistill.pipelines.export import export_onnx
+from kvdistill.pipelines.run_folder import RunFolder
+from kvdistill.pipelines.train import train
+from tests.pipelines.tiny import variant
+
+
+@pytest.fixture(scope="module")
+def finished(extracted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with evaluations, in its folder."""
+    folder = tmp_path_factory.mktemp("output")
+    logged = {"training__log_steps": 2, "training__eval_steps": 3}
+    return train(variant(extracted, folder, **logged)).folder
+
+
+def test_the_human_log_tells_losses_and_evaluations(finished: Path) -> None:
+    lines = RunFolder(finished).human_log.read_text(encoding="utf-8").splitlines()
+    assert "tiny: from step 0 to 6" in lines[0]
+    told = [line for line in lines if "steps/s" in line]
+    assert [line.split("  ")[1] for line in told] == ["step 2/6", "step 4/6", "step 6/6"]
+    assert all("key" in line and "cross entropy" in line for line in told)
+    assert sum("bits per character" in line for line in lines) == 2
+
+
+def test_the_human_log_has_the_warnings_of_its_own_run_only(
+    extracted: Path, tmp_path: Path
+) -> None:
+    changes = {"training__spike_factor": 1.000001, "training__max_steps": 14}
+    spiky = train(variant(extracted, tmp_path, training__learning_rate=1e-5, **changes))
+    log = RunFolder(spiky.folder).human_log
+    assert "WARNING: tiny: step" in log.read_text(encoding="utf-8")
+    before = log.read_text(encoding="utf-8")
+    logging.getLogger("kvdistill.distill").warning("nobody's")
+    assert log.read_text(encoding="utf-8") == before
+
+
+def test_a_run_that_fails_says_so_and_lets_go(extracted: Path, tmp_path: Path) -> None:
+    handlers = list(logging.getLogger("kvdistill").handlers)
+    wild = {"training__learning_rate": 1e30, "training__max_steps": 50}
+    with pytest.raises(NonFiniteError):
+        train(variant(extracted, tmp_path, **wild))
+    assert "NonFiniteError" in (tmp_path / "tiny" / "training.log").read_text(encoding="utf-8")
+    assert logging.getLogger("kvdistill").handlers == handlers
+
+
+def test_the_model_card_says_what_it_learned_from_and_runs(finished: Path) -> None:
+    card = (finished / "student" / "README.md").read_text(encoding="utf-8")
+    _, head, body = card.split("---\n", 2)
+    assert yaml.safe_load(head)["library_name"] == "transformers"
+    record = RunFolder(finished).read_record()
+    for words in (
+        "models/llama", "models/bert", "3 · key", "student_to_teacher", torch.__version__,
+        f"{record['metrics']['eval_bits_per_character']:.6g}",
+    ):  # fmt: skip
+        assert words in body, words
+    code = body.split("```python\n")[1].split("```")[0]
+    names: dict[str, object] = {}
+    exec(code.replace("path/to/this/folder", str(finished / "student")), names)
+    assert {"student", "tokenizer"} <= names.keys()
+
+
+def test_onnx_gives_the_logits_of_torch(finished: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    done = export_onnx(finished / "student", tmp_path / "onnx")
+    assert done.error < 1e-4
+    session = onnxruntime.InferenceSession(str(done.path), providers=["CPUExecutionProvider"])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "onnx")
+    text = tokenizer("How many clips did Natalia sell?", return_tensors="pt")
+    inputs = {name: text[name].numpy() for name in ("input_ids", "attention_mask")}
+    student = AutoModelForCausalLM.from_pretrained(finished / "student")
+    with torch.no_grad():
+        wanted = student(**{name: text[name] for name in inputs}).logits
+    (logits,) = session.run(None, inputs)
+    torch.testing.assert_close(torch.from_numpy(logits), wanted, atol=1e-4, rtol=1e-4)
+    with pytest.raises(StudentError, match="already there"):
+        export_onnx(finished / "student", tmp_path / "onnx")
+
+
+def test_onnx_that_differs_is_not_kept(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "_write", lambda *_: None)
+    monkeypatch.setattr(exporting, "_compare", lambda *_: float("nan"))
+    with pytest.raises(StudentError, match="nothing was written"):
+        export_onnx(finished / "student", tmp_path / "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_needs_its_extra_and_a_student(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StudentError, match=r"config\.json"):
+        export_onnx(tmp_path, tmp_path / "onnx")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(MissingExtra, match=r"kvdistill\[onnx\]"):
+        export_onnx(finished / "student", tmp_path / "onnx")

@@ -1,0 +1,102 @@
+"""Rotary embedding against complex numbers, and against transformers' own."""
+
+import pytest
+import torch
+
+from kvdistill.attention.rotary import inverse_frequencies, rotate_layers, scale_frequencies
+from kvdistill.errors import ConfigError, GeometryError
+
+
+def complex_rotation(x, position, inv_freq, interleaved):
+    """Channel pairs as complex numbers, one position at a time."""
+    d = 2 * len(inv_freq)
+    out = x.clone()
+    for t, p in enumerate(position.tolist()):
+        turn = torch.polar(torch.ones(len(inv_freq)).double(), p * inv_freq.double())
+        real, imag = (
+            (x[..., t, 0:d:2], x[..., t, 1:d:2])
+            if interleaved
+            else (x[..., t, : d // 2], x[..., t, d // 2 : d])
+        )
+        z = torch.complex(real.double(), imag.double()) * turn
+        if interleaved:
+            out[..., t, 0:d:2], out[..., t, 1:d:2] = z.real.float(), z.imag.float()
+        else:
+            out[..., t, : d // 2], out[..., t, d // 2 : d] = z.real.float(), z.imag.float()
+    return out
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [8, 6])
+def test_equals_complex_multiplication(interleaved, rotary_dim):
+    torch.manual_seed(0)
+    x, position = torch.randn(2, 3, 2, 5, 8), torch.tensor([0, 1, 7, 30, 31])
+    inv_freq = inverse_frequencies(rotary_dim, 100.0)
+    out = rotate_layers(x, position[None], inv_freq, interleaved=interleaved)
+    expected = complex_rotation(x, position, inv_freq, interleaved)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(out[..., rotary_dim:], x[..., rotary_dim:])
+
+
+def test_equals_transformers_for_llama():
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=128)
+    position = torch.arange(20)[None]
+    k = torch.randn(2, 3, 20, 16)
+    cos, sin = LlamaRotaryEmbedding(config)(k, position)
+    _, expected = apply_rotary_pos_emb(k, k, cos, sin)
+    base = config.rope_parameters["rope_theta"]
+    out = rotate_layers(k.unsqueeze(1), position, inverse_frequencies(16, base))
+    torch.testing.assert_close(out.squeeze(1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_negated_positions_undo_and_layers_may_differ():
+    x, position = torch.randn(2, 2, 3, 6, 8), torch.randint(0, 500, (2, 6))
+    inv_freq = torch.stack([inverse_frequencies(8, 1e4), inverse_frequencies(8, 1e6)])
+    out = rotate_layers(x, position, inv_freq)
+    torch.testing.assert_close(rotate_layers(out, -position, inv_freq), x, atol=1e-5, rtol=1e-5)
+    alone = rotate_layers(x[:, 1:], position, inv_freq[1])
+    torch.testing.assert_close(out[:, 1:], alone)
+
+
+def test_a_rotation_of_both_sides_leaves_an_mse_unchanged():
+    a, b = torch.randn(2, 1, 2, 2, 9, 8).unbind()
+    position, inv_freq = torch.arange(9)[None], inverse_frequencies(8)
+    before = (a - b).square().mean()
+    after = (
+        (rotate_layers(a, position, inv_freq) - rotate_layers(b, position, inv_freq))
+        .square()
+        .mean()
+    )
+    torch.testing.assert_close(before, after)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("factor", [2.0, 8.0])
+def test_scalings_by_their_definitions(dim, factor):
+    base = 10_000.0
+    inv_freq = inverse_frequencies(dim, base)
+    ntk = inverse_frequencies(dim, base * factor ** (dim / (dim - 2)))
+    torch.testing.assert_close(scale_frequencies(inv_freq, "ntk", factor), ntk)
+    torch.testing.assert_close(ntk[0], inv_freq[0])
+    torch.testing.assert_close(ntk[-1], inv_freq[-1] / factor)
+    assert torch.equal(scale_frequencies(inv_freq, "linear", factor), inv_freq / factor)
+    assert torch.equal(scale_frequencies(inv_freq, "student", factor), inv_freq)
+    n, trained = 3000, 1000
+    grown = factor * n / trained - (factor - 1)
+    dynamic = inverse_frequencies(dim, base * grown ** (dim / (dim - 2)))
+    got = scale_frequencies(inv_freq, "dynamic", factor, length=n, trained_length=trained)
+    torch.testing.assert_close(got, dynamic)
+    short = scale_frequencies(inv_freq, "dynamic", factor, length=500, trained_length=trained)
+    torch.testing.assert_close(short, inv_freq)
+
+
+def test_errors():
+    with pytest.raises(ConfigError, match="must be > 0, got 0"):
+        scale_frequencies(inverse_frequencies(8), "linear", 0)
+    with pytest.raises(ConfigError, match="dynamic needs length"):
+        scale_frequencies(inverse_frequencies(8), "dynamic", 2.0)
+    with pytest.raises(GeometryError, match="head dim is 4"):
+        rotate_layers(torch.zeros(1, 1, 1, 1, 4), torch.zeros(1, 1), inverse_frequencies(8))

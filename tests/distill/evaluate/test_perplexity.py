@@ -1,0 +1,118 @@
+"""Scores of held-out texts, sample by sample."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvdistill.corpus.samples import Sample
+from kvdistill.distill.evaluate.held_out import score_held_out
+from kvdistill.distill.evaluate.perplexity import CALIBRATION_BINS, _Calibration, score_texts
+from kvdistill.distill.student.tokenizer import train_tokenizer
+
+TEXTS = ["How many?", "two and two make four, and four and four make eight", "", "x", "ééé 🙂 ok"]
+SAMPLES = [Sample(f"s{i}", (("text", text),)) for i, text in enumerate(TEXTS)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return train_tokenizer(TEXTS, 300)
+
+
+@pytest.fixture(scope="module")
+def student(tokenizer: Any) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def by_hand(student: Any, tokenizer: Any, text: str) -> float:
+    """Negative log-likelihood of a text after BOS, token by token."""
+    ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    with torch.no_grad():
+        logs = student(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return -sum(float(logs[i, token]) for i, token in enumerate(ids[1:]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_every_sample_has_its_own_figures(student: Any, tokenizer: Any, batch_size: int) -> None:
+    found = score_texts(student, tokenizer, SAMPLES, max_length=100, batch_size=batch_size)
+    assert [score.sample_id for score in found.samples] == ["s0", "s1", "s2", "s3", "s4"]
+    for score, text in zip(found.samples, TEXTS, strict=True):
+        assert score.nll == pytest.approx(by_hand(student, tokenizer, text), rel=1e-5, abs=1e-6)
+        assert score.num_tokens == len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        assert score.num_chars == len(text)
+    assert found.nll == pytest.approx(sum(score.nll for score in found.samples))
+    assert found.perplexity == pytest.approx(math.exp(found.nll / found.num_tokens))
+    chars = sum(map(len, TEXTS))
+    assert found.bits_per_character == pytest.approx(found.nll / math.log(2) / chars)
+
+
+def test_what_is_cut_off_is_not_counted(student: Any, tokenizer: Any) -> None:
+    (score,) = score_texts(student, tokenizer, SAMPLES[1:2], max_length=4, batch_size=1).samples
+    assert score.num_tokens == 3
+    assert 0 < score.num_chars < len(TEXTS[1])
+
+
+def calibration_by_hand(logits: Tensor, labels: Tensor) -> float:
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for row, label in zip(logits.flatten(0, 1), labels.flatten().tolist(), strict=True):
+        if label >= 0:
+            confidence = float(row.double().softmax(-1).max())
+            place = min(int(confidence * CALIBRATION_BINS), CALIBRATION_BINS - 1)
+            bins.setdefault(place, []).append((confidence, int(row.argmax()) == label))
+    total = sum(map(len, bins.values()))
+    gaps = [
+        abs(sum(c for c, _ in found) / len(found) - sum(r for _, r in found) / len(found))
+        * len(found)
+        for found in bins.values()
+    ]
+    return sum(gaps) / total
+
+
+def test_calibration_equals_its_definition_over_several_batches() -> None:
+    torch.manual_seed(0)
+    logits, labels = 3 * torch.randn(4, 50, 7), torch.randint(0, 7, (4, 50))
+    labels[:, 40:] = -100
+    calibration = _Calibration(torch.device("cpu"))
+    for half in (slice(0, 1), slice(1, 4)):
+        calibration.add(logits[half], labels[half])
+    assert calibration.error == pytest.approx(calibration_by_hand(logits, labels), abs=1e-6)
+    assert calibration.error > 0.1
+    total = sum(found.num_tokens for found in calibration.bins)
+    gaps = [found.num_tokens * abs(found.confidence - found.accuracy) for found in calibration.bins]
+    assert sum(gaps) / total == pytest.approx(calibration.error)
+    assert total == int((labels != -100).sum())
+
+
+@pytest.mark.parametrize(("right", "error"), [(True, 0.0), (False, 1.0)])
+def test_certainty_is_calibrated_only_where_it_is_right(right: bool, error: float) -> None:
+    logits = torch.zeros(1, 6, 5)
+    logits[..., 2] = 100.0
+    calibration = _Calibration(torch.device("cpu"))
+    calibration.add(logits, torch.full((1, 6), 2 if right else 3))
+    assert calibration.error == pytest.approx(error, abs=1e-6)
+    assert _Calibration(torch.device("cpu")).error == 0
+
+
+def test_answers_are_asked_of_the_first_samples_that_have_one(student: Any, tokenizer: Any) -> None:
+    asked = [
+        Sample(f"q{i}", (("prompt", f"How many {i}?"), ("answer", f"\n#### {i}"))) for i in range(3)
+    ]
+    found = score_held_out(
+        student, tokenizer, [*SAMPLES, *asked], max_length=32, batch_size=2, answer=2,
+        max_new_tokens=4,
+    )  # fmt: skip
+    assert found.metrics["num_answers"] == 2
+    assert [row["sample_id"] for row in found.rows if "correct" in row] == ["q0", "q1"]
+    assert all({"nll", "num_tokens", "num_chars"} <= row.keys() for row in found.rows)
+    without = score_held_out(student, tokenizer, asked, max_length=32, batch_size=2)
+    assert "exact_match" not in without.metrics

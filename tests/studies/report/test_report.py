@@ -1,0 +1,344 @@
+"""Reports of made-up ablations: what they say, what they survive, and that nothing is missing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from kvdistill.commands.report import report_command
+from kvdistill.corpus.samples import Sample, cut_into_shards
+from kvdistill.errors import ConfigError
+from kvdistill.store.writer import create
+from kvdistill.studies.report.comparison import Comparison, unequal
+from kvdistill.studies.report.costs import teacher_costs
+from kvdistill.studies.report.page import write_plots, write_report
+from kvdistill.studies.report.reading import read_study
+from kvdistill.studies.report.rows import Row, rows
+from kvdistill.studies.report.wording import summary
+from tests.studies.report.fabricate import ARMS, MadeUp, rewrite, write_ablation, write_run
+
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Checks that elements close, and keeps what tests ask about."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.labels: list[str] = []
+        self.figures = 0
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.ids += [given["id"] or ""] if "id" in given else []
+        self.figures += tag == "figure"
+        self.links += [
+            value or "" for name, value in attrs if name in {"href", "src", "xlink:href"}
+        ]
+        if tag == "svg":
+            assert given["role"] == "img"
+            self.labels.append(given["aria-label"] or "")
+        if tag == "th":
+            assert given["scope"] in {"row", "col"}
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, tag
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three arms, three seeds, reported once."""
+    folder = tmp_path_factory.mktemp("report")
+    write_ablation(folder / "ablation")
+    write_report([folder / "ablation"], folder / "report.html")
+    return folder
+
+
+def lines(path: Path) -> dict[str, dict[str, str]]:
+    with path.open(newline="") as file:
+        return {line["arm"]: line for line in csv.DictReader(file)}
+
+
+def test_the_page_is_whole_and_needs_no_other_file(written: Path) -> None:
+    text = (written / "report.html").read_text()
+    page = Page(text)
+    assert len(set(page.ids)) == len(page.ids)
+    for link in page.links:
+        assert link.startswith(("#", "data:image/png;base64,"))
+        assert not link.startswith("#") or link[1:] in page.ids
+    assert not re.search(r'(src|href)="https?:|@import|url\(["\']?http', text)
+    assert page.figures == len(page.labels) > 8
+    assert all(len(label) > 30 for label in page.labels)
+    assert "prefers-color-scheme: dark" in text
+    assert len(text) < 400_000
+
+
+def test_every_figure_says_how_to_read_it_and_where_it_comes_from(written: Path) -> None:
+    text = (written / "report.html").read_text()
+    figures = re.findall(r"<figure>(.*?)</figure>", text, re.DOTALL)
+    for figure in figures:
+        words = re.findall(r"<p>(.*?)</p>", figure, re.DOTALL)
+        assert len(words) == 1
+        assert len(words[0]) > 60
+        assert re.search(
+            r'<a href="#runs">Runs [\d–, ]+</a>; seeds .*; commit 0123456789; ', figure
+        )
+        assert "config " in figure
+    assert 'id="run-9"' in text
+
+
+def test_the_table_holds_means_intervals_tests_and_effects(written: Path) -> None:
+    found = lines(written / "report.csv")
+    both, placebo = found["both"], found["shuffled"]
+    assert list(found) == [arm.name for arm in ARMS]
+    assert float(both["bits_change"]) == pytest.approx(-0.25, abs=0.03)
+    low, high = float(both["perplexity_change_low"]), float(both["perplexity_change_high"])
+    assert low < float(both["perplexity_change"]) < high < 0
+    # 4 characters a token: a change of b bits per character is one of 4 b ln 2 nats per token.
+    nats = 4 * math.log(2) * float(both["bits_change"])
+    assert math.log1p(float(both["perplexity_change"])) == pytest.approx(nats, rel=0.02)
+    assert both["verdict"] == "better"
+    assert float(both["p_seeds"]) == 0.25
+    assert float(both["p_both"]) < 0.02 < float(placebo["p_both"])
+    assert float(both["p_both_holm"]) == pytest.approx(2 * float(both["p_both"]))
+    assert float(both["hedges_g_seeds"]) > 0.5
+    assert float(both["better_texts"]) == 1.0
+    assert placebo["verdict"] == "not told apart"
+    assert float(placebo["placebo"]) == 1
+    assert found["cross-entropy"]["verdict"] == "baseline"
+    assert len(list(csv.DictReader((written / "report-runs.csv").open()))) == 9
+
+
+def test_the_page_and_the_markdown_say_it_in_words(written: Path) -> None:
+    for name in ("report.html", "report.md"):
+        text = (written / name).read_text()
+        assert "The best arm is both: perplexity −" in text
+        assert "The placebo shuffled is not told apart from cross-entropy" in text
+        assert "shuffled (placebo)" in text
+        assert "With 3 seeds the test over seeds alone cannot give less than p = 0.25" in text
+        assert "losses.key" in text
+    assert 'aria-label="Reliability' in (written / "report.html").read_text()
+    markdown = (written / "report.md").read_text()
+    for table in re.findall(r"(?:^\|.*\n)+", markdown, re.MULTILINE):
+        widths = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
+        assert len(widths) == 1, table
+
+
+def test_a_baseline_that_nothing_beats_is_said_to_be_so(written: Path, tmp_path: Path) -> None:
+    folder, page = written / "ablation", tmp_path / "report.html"
+    write_report([folder], page, baseline="both", title="Which one?")
+    text = page.read_text()
+    assert "<h1>Which one?</h1>" in text
+    assert "No arm is better; the next is cross-entropy: perplexity +" in text
+    assert "The best arm is" not in text
+
+
+def table(*paths: Path) -> dict[str, Row]:
+    """The results table, without drawing anything."""
+    return {row.arm.name: row for row in rows(read_study(paths))}
+
+
+def said(path: Path) -> str:
+    study = read_study([path])
+    return "\n".join(summary(study, rows(study)))
+
+
+def test_a_placebo_that_gains_is_called_regularisation(tmp_path: Path) -> None:
+    arms = (ARMS[0], MadeUp("noise", 0.2, placebo=True))
+    assert "gains too" in said(write_ablation(tmp_path / "a", arms))
+
+
+def test_leaving_one_teacher_out_and_routing_are_shown(tmp_path: Path) -> None:
+    arms = (
+        ARMS[0],
+        MadeUp("one", 0.1, ("smollm2",), "mlp", description='<script>alert("x")</script>'),
+        MadeUp("two", 0.2, ("smollm2", "minilm"), "mlp"),
+        MadeUp("other-loss", 0.2, ("minilm",), "mlp", losses=9.0),
+    )
+    write_ablation(tmp_path / "a", arms)
+    write_report([tmp_path / "a"], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "<script" not in text  # names and descriptions are text, not markup
+    assert "Teachers of two." in text
+    assert "Fusion weights: two." in text
+    assert "Fusion weights by layer" in text
+    assert "Fusion weights by task" in text
+    figure = re.search(r'aria-label="Teachers of two.*?</svg>', text, re.DOTALL)
+    assert figure is not None
+    assert ">minilm<" in figure[0]
+    assert ">smollm2<" not in figure[0]  # that arm differs in its losses as well
+
+
+def test_runs_of_a_folder_are_grouped_by_their_settings(tmp_path: Path) -> None:
+    write_ablation(tmp_path / "runs", seeds=(0, 1))
+    (tmp_path / "runs/ablation.json").unlink()
+    study = read_study([tmp_path / "runs"])
+    assert {arm.name: [run.seed for run in arm.runs] for arm in study.arms} == {
+        "both": [0, 1],
+        "cross-entropy": [0, 1],
+        "shuffled": [0, 1],
+    }
+    assert [arm.name for arm in study.arms if arm.placebo] == ["shuffled"]
+    assert study.baseline == "cross-entropy"  # the only arm without teachers
+    assert read_study([tmp_path / "runs"], "both").baseline == "both"
+
+
+def test_what_is_missing_unfinished_or_no_number_is_named_and_left_out(tmp_path: Path) -> None:
+    folder = write_ablation(tmp_path / "a")
+    shutil.rmtree(folder / "both-s1")
+    rewrite(folder / "shuffled-s0", finished=False)
+    metrics = json.loads((folder / "shuffled-s1/run.json").read_text())["metrics"]
+    rewrite(folder / "shuffled-s1", metrics=metrics | {"eval_nll": math.nan})
+    notes = "\n".join(read_study([folder]).notes)
+    assert "arm 'both', seed 1: has not begun" in notes
+    assert "arm 'shuffled', seed 0: has not finished" in notes
+    assert "arm 'shuffled', seed 1: ended with eval_nll that is no number" in notes
+    found = table(folder)
+    assert compared(found["both"]).num_seeds == 2
+    assert compared(found["shuffled"]).num_seeds == 1
+    assert found["shuffled"].verdict == "one seed: no verdict"
+    assert "one seed in common" in said(folder)
+
+
+def test_an_arm_without_any_finished_run_is_named(tmp_path: Path) -> None:
+    folder = write_ablation(tmp_path / "a", seeds=(0,))
+    rewrite(folder / "both-s0", finished=False)
+    study = read_study([folder])
+    assert [arm.name for arm in study.arms] == ["cross-entropy", "shuffled"]
+    (note,) = study.notes
+    assert note.startswith("arm 'both', seed 0: has not finished")
+
+
+def test_one_seed_is_reported_without_a_verdict(tmp_path: Path) -> None:
+    both = table(write_ablation(tmp_path / "a", seeds=(7,)))["both"]
+    assert both.verdict == "one seed: no verdict"
+    assert math.isnan(compared(both).effect_seeds)
+    assert set(compared(both).p) == {"texts"}
+    assert compared(both).p["texts"] < 0.01
+
+
+def test_without_figures_per_text_pairing_is_by_seed(tmp_path: Path) -> None:
+    folder = write_ablation(tmp_path / "a", samples=False)
+    both = table(folder)["both"]
+    assert compared(both).num_texts == 0
+    assert compared(both).p == {"seeds": 0.25}
+    assert both.verdict == "not told apart"
+    assert "compared by seed alone" in said(folder)
+
+
+def test_arms_scored_on_other_texts_are_not_compared(tmp_path: Path) -> None:
+    few = write_run(tmp_path / "few-s0", ARMS[1], 0, num_texts=10)
+    many = write_run(tmp_path / "many-s0", ARMS[0], 0, num_texts=40)
+    assert table(few, many)["few-s0"].verdict == "cannot be compared"
+    assert table(many, few)["few-s0"].verdict == "cannot be compared"
+
+
+def compared(row: Row) -> Comparison:
+    assert row.comparison is not None
+    return row.comparison
+
+
+def test_runs_without_any_held_out_text_still_have_a_page(tmp_path: Path) -> None:
+    write_run(tmp_path / "plain", ARMS[1], 0, samples=False)
+    rewrite(tmp_path / "plain", metrics={"epoch": 1.0})
+    write_report([tmp_path / "plain"], tmp_path / "report.html")
+    assert "Training: key loss" in (tmp_path / "report.html").read_text()
+
+
+def test_unfair_arms_are_noted(tmp_path: Path) -> None:
+    folder = write_ablation(tmp_path / "a")
+    rewrite(folder / "cross-entropy-s0", controls={"initial_student": "aa", "steps": 300})
+    rewrite(folder / "both-s0", controls={"initial_student": "bb", "steps": 200})
+    rewrite(folder / "shuffled-s0", controls={"initial_student": "aa", "steps": 300})
+    (unfair,) = unequal(read_study([folder]))
+    assert "'both' had another initial student, another number of steps" in unfair
+    assert "no fair comparison" in unfair
+
+
+def test_a_relative_store_is_looked_for_where_training_began(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "moved/runs/a", ARMS[1], 0)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config |= {"name": "a", "output_dir": "runs", "store": "stores/x"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    create(
+        tmp_path / "moved/stores/x", list(cut_into_shards([Sample("0", (("text", "words"),))], 100))
+    )
+    costs, notes = teacher_costs(read_study([run]))
+    assert (costs, notes) == ([], [])  # found, and it has no teacher yet
+    shutil.rmtree(tmp_path / "moved/stores")
+    assert "the store stores/x is not here" in teacher_costs(read_study([run]))[1][0]
+
+
+def test_a_seed_that_comes_twice_counts_once(tmp_path: Path) -> None:
+    write_run(tmp_path / "a-s0", ARMS[1], 0)
+    write_run(tmp_path / "b-s0", ARMS[1], 0)
+    config = (tmp_path / "a-s0/config.yaml").read_text()
+    (tmp_path / "b-s0/config.yaml").write_text(config)
+    study = read_study([tmp_path / "a-s0", tmp_path / "b-s0"])
+    assert [len(arm.runs) for arm in study.arms] == [1]
+    assert "has seed 0 twice" in study.notes[0]
+
+
+def test_arms_of_two_studies_stand_side_by_side(tmp_path: Path) -> None:
+    write_ablation(tmp_path / "first", ARMS[:2], seeds=(0,))
+    write_ablation(tmp_path / "second", ARMS[:2], seeds=(0,))
+    study = read_study([tmp_path / "first", tmp_path / "second"])
+    names = ["cross-entropy", "both", "second/cross-entropy", "second/both"]
+    assert [arm.name for arm in study.arms] == names
+    assert study.baseline == "cross-entropy"
+
+
+def test_user_errors_name_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no run\.json"):
+        write_report([tmp_path / "nowhere"], tmp_path / "report.html")
+    run = write_run(tmp_path / "run", ARMS[1], 0)
+    with pytest.raises(ConfigError, match="no arm 'x' to compare with; there are: run"):
+        write_report([run], tmp_path / "report.html", baseline="x")
+    rewrite(run, finished=False)
+    with pytest.raises(ConfigError, match="has not finished; run `kvdistill train`"):
+        write_report([run], tmp_path / "report.html")
+    (tmp_path / "ablation.json").write_text('{"arms": [{"name": "a"}]}')
+    with pytest.raises(ConfigError, match=r"ablation\.json.*runs"):
+        write_report([tmp_path], tmp_path / "report.html")
+
+
+def test_the_command_says_what_it_wrote(tmp_path: Path) -> None:
+    write_ablation(tmp_path / "a", ARMS[:1], seeds=(0, 1))
+    output = tmp_path / "out" / "page.html"
+    done = CliRunner().invoke(report_command, [str(tmp_path / "a"), "--output", str(output)])
+    assert done.exit_code == 0, done.output
+    assert "note: the store" in done.output
+    assert {path.name for path in output.parent.iterdir()} == {
+        "page.html", "page.md", "page.csv", "page-runs.csv",
+    }  # fmt: skip
+
+
+def test_plots_of_one_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", MadeUp("routed", method="mlp"), 0)
+    drawn = {path.stem for path in write_plots(run, tmp_path / "plots")}
+    assert drawn == {
+        "layer-map", "error-by-layer", "spectra", "weights", "weights-by-layer",
+        "weights-by-task", "alignment-smollm2", "alignment-minilm",
+    }  # fmt: skip
+    assert all(path.stat().st_size > 3000 for path in (tmp_path / "plots").iterdir())
