@@ -259,7 +259,7 @@ def _common(folder: Path, size: Size) -> dict[str, Any]:
         "extraction": {"hidden_at_cue": True, "backend": "safetensors", "device": "cpu"},
         "training": {
             "batch_size": size.batch, "max_length": 64, "warmup_steps": 50,
-            "log_steps": 50, "figure_steps": 200, "device": "cpu", "window_shards": 8,
+            "log_steps": 50, "diagnostic_steps": 200, "device": "cpu", "window_shards": 8,
         },
     }  # fmt: skip
 

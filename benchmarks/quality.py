@@ -65,7 +65,7 @@ TRAINING: Final = {
     "max_length": 192,
     "learning_rate": 4e-3,
     "warmup_steps": 15,
-    "figure_steps": 1000,
+    "diagnostic_steps": 1000,
     "window_shards": 15,
     "device": "cpu",
 }
@@ -152,7 +152,7 @@ def fading(
     *teachers: str, weight: float = FADING, by: float = FADE_BY, **settings: Any
 ) -> dict[str, Any]:
     """An arm whose teachers give way to the text."""
-    return arm(*teachers, weight=weight, losses__fade_by=by, **settings)
+    return arm(*teachers, weight=weight, losses__anneal_by=by, **settings)
 
 
 def search_arms() -> dict[str, Any]:

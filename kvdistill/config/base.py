@@ -1,24 +1,71 @@
-"""What every section of the experiment file is made of."""
+"""Base class, constrained numbers and renamed keys of the experiment file."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import logging
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
-
-
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+RENAMED: Final = {
+    "losses.fade_by": "losses.anneal_by",
+    "losses.inject_opening": "losses.inject_gate_init",
+    "losses.inject_text": "losses.inject_fraction",
+    "training.figure_steps": "training.diagnostic_steps",
+    "training.read_ahead": "training.prefetch_threads",
+    "training.steps_ahead": "training.prefetch_steps",
+}
+"""Former names of settings. They still work, with a warning, wherever a setting can be given."""
+
+log = logging.getLogger(__name__)
 
 
 class Section(BaseModel):
-    """Base of every part: frozen, unknown keys refused, docstrings become the schema's text."""
+    """Base of every section: frozen, unknown keys refused, field docstrings in the schema."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def current_name(dotted: str, *, warn: bool = True) -> str:
+    """The present dotted name of a setting; a former name is warned about once per process."""
+    name = RENAMED.get(dotted, dotted)
+    if warn and name != dotted:
+        _warn_renamed(dotted, name)
+    return name
+
+
+def current_names(
+    settings: Mapping[str, Any], prefix: str = "", *, warn: bool = True
+) -> dict[str, Any]:
+    """Settings with every former name replaced; values are not checked.
+
+    Args:
+        settings: nested sections, dotted names, or both: ``{"losses.key": 1, "training": {…}}``.
+        prefix: dotted name of the section that holds them, with a trailing dot.
+        warn: log a warning for every former name. False for files that kvdistill itself wrote.
+
+    Raises:
+        ValueError: a setting is given under both its names.
+    """
+    renamed: dict[str, Any] = {}
+    for key, value in settings.items():
+        dotted = f"{prefix}{key}"
+        name = current_name(dotted, warn=warn)
+        present = key if name == dotted else name.removeprefix(prefix)
+        if present != key and present in settings:
+            raise ValueError(f"{dotted} is the former name of {name}; give {name} alone")
+        nested = isinstance(value, Mapping)
+        renamed[present] = current_names(value, f"{dotted}.", warn=warn) if nested else value
+    return renamed
+
+
+@cache
+def _warn_renamed(former: str, name: str) -> None:
+    log.warning("setting %s is deprecated; use %s", former, name)

@@ -159,7 +159,7 @@ class LossConfig(Section):
     """Error of keys, before rotation."""
     value: NonNegativeFloat = 3.0
     """Error of values."""
-    fade_by: Annotated[float, Field(gt=0, le=1)] | None = None
+    anneal_by: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the steps by which all losses against teachers but `inject` have fallen linearly to
     zero; they keep their weights if not given."""
     distance: Distance = "mse"
@@ -182,11 +182,11 @@ class LossConfig(Section):
     """Cross-entropy of what follows when the student runs on the teachers' fused KV."""
     inject_style: Literal["residual", "replace"] = "residual"
     """Add the fused KV to the student's own through a gate, or put it in its place."""
-    inject_opening: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    inject_gate_init: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """How far the gates of `residual` are open at first."""
     inject_segments: tuple[SegmentName, ...] = ("prompt",)
     """Where the fused KV goes in; the loss counts what follows."""
-    inject_text: Fraction = 0.5
+    inject_fraction: Fraction = 0.5
     """How much of a sample without such segments the fused KV goes into."""
     codi: NonNegativeFloat = 0.0
     """Error of a latent student's hidden states before the answer, against the teacher's at the

@@ -12,6 +12,7 @@ from typing import Any, Final
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from kvdistill.config.base import current_names
 from kvdistill.config.experiment import Experiment
 from kvdistill.errors import ConfigError
 
@@ -80,7 +81,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(body, dict):
         raise ConfigError(f"{path}: expected keys and values, got {type(body).__name__}")
-    return body
+    return _with_current_names(body, str(path))
 
 
 def parse_experiment(body: dict[str, Any], where: str = "config") -> Experiment:
@@ -90,6 +91,7 @@ def parse_experiment(body: dict[str, Any], where: str = "config") -> Experiment:
         ConfigError: as for ``load``.
     """
     try:
+        body = _with_current_names(body, where)
         return Experiment.model_validate(_with_preset(body, where))
     except ValidationError as error:
         problems = error.errors()
@@ -102,6 +104,13 @@ def parse_experiment(body: dict[str, Any], where: str = "config") -> Experiment:
 def dump_experiment(experiment: Experiment) -> str:
     """The whole experiment as YAML, defaults included; ``load`` reads it back."""
     return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _with_current_names(body: dict[str, Any], where: str) -> dict[str, Any]:
+    try:
+        return current_names(body)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _with_preset(body: dict[str, Any], where: str) -> dict[str, Any]:
@@ -149,6 +158,7 @@ def put(body: dict[str, Any], dotted: str, value: Any, where: str) -> None:
     Raises:
         ConfigError: a part of the name is a value, not a section; ``where`` begins the message.
     """
+    ((dotted, value),) = current_names({dotted: value}).items()
     *parents, last = dotted.split(".")
     place = body
     for parent in parents:

@@ -9,12 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from kvdistill.config.base import Section
+from kvdistill.config.base import Section, current_name, current_names
 from kvdistill.types import Name
 
 AblationPreset = Literal["eight-arms", "E1-E5", "leave-one-out"]
+
+
+Settings = Annotated[dict[str, Any], AfterValidator(current_names)]
+"""Settings under any of their names, by present name once they are read."""
 
 
 CONTROLLED = ("student", "training", "corpus", "seed", "store", "output_dir")
@@ -25,7 +29,7 @@ steps, schedule and student tokens, same evaluation, same budget."""
 class ArmConfig(Section):
     """One arm: the experiment, with some settings changed."""
 
-    settings: dict[str, Any] = {}
+    settings: Settings = {}
     """Settings by dotted name, such as `losses.key: 10`; a whole section replaces the section."""
     teachers: tuple[Name, ...] | None = None
     """Only these of the study's teachers; the experiment's own if not given."""
@@ -40,7 +44,7 @@ class AblationConfig(Section):
 
     name: Name
     """Names the study's folder inside the experiment's `output_dir`."""
-    experiment: Path | dict[str, Any]
+    experiment: Path | Settings
     """Experiment file, relative to this one, or its content."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
     """Every arm runs under each of them."""
@@ -54,7 +58,7 @@ class AblationConfig(Section):
     """The arm that others are compared with; the preset's, or else the first."""
     teachers: dict[Name, dict[str, Any]] = {}
     """Teachers that some arms have and the experiment has not."""
-    may_differ: tuple[str, ...] = ()
+    may_differ: tuple[Annotated[str, AfterValidator(current_name)], ...] = ()
     """Settings in which arms may differ although a fair comparison holds them equal, such as
     `training.learning_rate`; the report names them."""
 

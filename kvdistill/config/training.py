@@ -112,13 +112,13 @@ class TrainingConfig(Section):
     """Older checkpoints are deleted."""
     log_steps: Positive = 10
     """Log losses every so many steps."""
-    figure_steps: Positive = 50
+    diagnostic_steps: Positive = 50
     """Every so many steps, measure whether the target moves (costs two backward passes)."""
     window_shards: Positive = 4
     """Samples are shuffled inside a window of this many decoded shards."""
-    read_ahead: Positive = 2
+    prefetch_threads: Positive = 2
     """Threads that read the next window's shards while one is used."""
-    steps_ahead: Positive = 2
+    prefetch_steps: Positive = 2
     """Optimizer steps whose batches are collated ahead of need, in a thread."""
     device: str = "auto"
     """`auto` or `cpu`."""

@@ -108,7 +108,7 @@ class Distiller(nn.Module):
             residual = losses.inject_style == "residual"
             self.gate = None
             if residual:
-                self.gate = InjectionGate(geometry.num_layers, losses.inject_opening)
+                self.gate = InjectionGate(geometry.num_layers, losses.inject_gate_init)
         if losses.attention_kl:
             self.attention_maps = AttentionMaps(student, alignment)
 

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from kvdistill import provenance
+from kvdistill.config.base import current_names
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import dump_experiment, flatten, parse_experiment
 from kvdistill.errors import ConfigError
@@ -128,7 +129,8 @@ def refuse_other_config(folder: RunFolder, experiment: Experiment) -> None:
         ConfigError: names the folder, the setting and both values.
     """
     # Read as a config, so that settings which a later version added have their defaults.
-    earlier = parse_experiment(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
+    written = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+    earlier = parse_experiment(current_names(written, warn=False))
     stored = flatten(earlier.model_dump(mode="json"))
     asked = flatten(experiment.model_dump(mode="json"))
     # What is asked of Slurm changes no number, and may change between two tries.

@@ -46,7 +46,7 @@ def thinking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     body["corpus"]["max_samples"] = 16
     body["extraction"]["hidden_at_cue"] = True
-    body["training"] |= {"max_steps": 3, "batch_size": 3, "max_length": 160, "figure_steps": 1}
+    body["training"] |= {"max_steps": 3, "batch_size": 3, "max_length": 160, "diagnostic_steps": 1}
     body["training"] |= {"log_steps": 1}
     path.write_text(yaml.safe_dump(body), encoding="utf-8")
     extract(load_experiment(path))

@@ -42,7 +42,7 @@ def body(folder: Path, models: Path, output: Path) -> dict[str, Any]:
         },
         "training": {
             "max_steps": 100, "batch_size": 4, "max_length": 160, "learning_rate": 2e-3,
-            "log_steps": 10, "figure_steps": 10, "device": "cpu",
+            "log_steps": 10, "diagnostic_steps": 10, "device": "cpu",
         },
     }  # fmt: skip
 

@@ -77,7 +77,7 @@ def test_a_run_trains_and_leaves_an_ordinary_student(
 
 @pytest.mark.parametrize("mode", ["student_to_teacher", "frozen"])
 def test_losses_against_teachers_fade(extracted: Path, tmp_path: Path, mode: str) -> None:
-    changes = {"projection__mode": mode, "losses__fade_by": 0.5, "training__figure_steps": 1}
+    changes = {"projection__mode": mode, "losses__anneal_by": 0.5, "training__diagnostic_steps": 1}
     report = train(variant(extracted, tmp_path, training__log_steps=1, **changes))
     rows = losses(report.folder)
     for row, scale in zip(rows, [1, 2 / 3, 1 / 3, 0, 0, 0], strict=True):
@@ -96,7 +96,8 @@ def test_stage_two_needs_no_teacher_and_imports_no_teacher_code(
     assert not (extracted.parent / "models" / "bert").exists()
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from kvdistill.config.load import load_experiment\nfrom kvdistill.pipelines.train import train\n"
+        "from kvdistill.config.load import load_experiment\n"
+        "from kvdistill.pipelines.train import train\n"
         f"train(load_experiment(Path({str(config)!r})))\n"
         "modules = [m for m in sys.modules if m.startswith('kvdistill.extract')]\n"
         "modules += [m for m in sys.modules if m.startswith('transformers.models.bert.model')]\n"
@@ -109,7 +110,7 @@ def test_stage_two_needs_no_teacher_and_imports_no_teacher_code(
 
 def test_a_stopped_run_resumed_equals_one_never_stopped(extracted: Path, tmp_path: Path) -> None:
     changes = {"training__max_steps": None, "training__epochs": 2, "corpus__max_samples": 48}
-    changes |= {"losses__fade_by": 1.0}
+    changes |= {"losses__anneal_by": 1.0}
     settings = {"training__save_steps": 5, "training__log_steps": 1, **changes}
     whole = train(variant(extracted, tmp_path / "whole", **settings))
     stopped = variant(extracted, tmp_path / "stopped", **settings)
@@ -215,7 +216,7 @@ def test_plots_are_drawn_and_weights_only_where_they_are_learned(
     extracted: Path, tmp_path: Path
 ) -> None:
     changes = {"fusion__method": "mlp", "fusion__granularity": "layer", "training__log_steps": 1}
-    run = train(variant(extracted, tmp_path, training__figure_steps=2, **changes))
+    run = train(variant(extracted, tmp_path, training__diagnostic_steps=2, **changes))
     drawn = {path.stem for path in write_plots(run.folder, tmp_path / "plots")}
     common = {"layer-map", "error-by-layer", "spectra", "alignment-llama", "alignment-bert"}
     assert drawn == common | {"weights", "weights-by-layer", "weights-by-task"}

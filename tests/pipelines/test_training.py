@@ -170,7 +170,7 @@ def test_checkpointed_activations_train_the_same_student(extracted: Path, tmp_pa
     """A first pass whose KV is read, a second one that is injected into, twice per step."""
     changes = {
         "losses__inject": 1.0, "projection__mode": "task", "training__log_steps": 1,
-        "training__figure_steps": 2, "training__gradient_accumulation_steps": 2,
+        "training__diagnostic_steps": 2, "training__gradient_accumulation_steps": 2,
     }  # fmt: skip
     plain = train(variant(extracted, tmp_path / "plain", **changes))
     saving = train(
@@ -191,7 +191,7 @@ def test_checkpointed_activations_train_the_same_student(extracted: Path, tmp_pa
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
 def test_a_compiled_student_trains_the_same(extracted: Path, tmp_path: Path) -> None:
     """With the compiler itself, whose rounding is its own; figures walk a graph twice."""
-    changes = {"training__log_steps": 1, "training__figure_steps": 2}
+    changes = {"training__log_steps": 1, "training__diagnostic_steps": 2}
     plain = train(variant(extracted, tmp_path / "plain", **changes))
     compiled = train(variant(extracted, tmp_path / "compiled", training__compile=True, **changes))
     for ours, theirs in zip(losses(plain.folder), losses(compiled.folder), strict=True):

@@ -68,7 +68,7 @@ def experiment(folder: Path, name: str, **changes: Any) -> Experiment:
         "fusion": {"method": "mlp", "warmup_steps": WARMUP},
         "training": {
             "max_steps": STEPS, "batch_size": 16, "max_length": 64, "learning_rate": 3e-3,
-            "schedule": "constant_with_warmup", "log_steps": 10, "figure_steps": 10,
+            "schedule": "constant_with_warmup", "log_steps": 10, "diagnostic_steps": 10,
             "device": "cpu",
         },
     }  # fmt: skip

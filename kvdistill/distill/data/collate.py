@@ -154,12 +154,12 @@ def without_weight(batch: Batch) -> Batch:
 def injection(student: Spans, labels: Tensor, losses: LossConfig) -> Batch:
     """Where a fused KV goes in (``inject_mask``), and the labels after it (``inject_labels``).
 
-    On the configured segments; on the first ``inject_text`` of a sample that has none of them.
+    On the configured segments; on the first ``inject_fraction`` of a sample that has none of them.
     """
     wanted = torch.tensor([SEGMENT_IDS[name] for name in losses.inject_segments])
     named = torch.isin(student.segment, wanted) & student.mask
     rank = student.mask.long().cumsum(1)
-    first = student.mask & (rank <= (losses.inject_text * rank[:, -1:]).long())
+    first = student.mask & (rank <= (losses.inject_fraction * rank[:, -1:]).long())
     mask = torch.where(named.any(1, keepdim=True), named, first)
     after = following(mask, labels != IGNORED_LABEL)
     return {"inject_mask": mask, "inject_labels": labels.masked_fill(~after, IGNORED_LABEL)}

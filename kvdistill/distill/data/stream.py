@@ -246,9 +246,9 @@ def open_stream(
         collate,
         order,
         batch_size=training.batch_size,
-        read_threads=training.read_ahead,
+        read_threads=training.prefetch_threads,
         # The trainer takes all batches of a step at once.
-        batches_ahead=training.steps_ahead * training.gradient_accumulation_steps,
+        batches_ahead=training.prefetch_steps * training.gradient_accumulation_steps,
         rank=rank,
     )
 

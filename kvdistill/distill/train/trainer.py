@@ -134,7 +134,7 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             warm = self.state.global_step >= self.experiment.fusion.warmup_steps
             distiller.weigh.routing = warm
             distiller.kv_scale = annealed_scale(
-                self.state.global_step, self.state.max_steps, self.experiment.losses.fade_by
+                self.state.global_step, self.state.max_steps, self.experiment.losses.anneal_by
             )
         output = model(inputs, num_items_in_batch, figures=figures)
         for name, value in {"loss": output["loss"], **output["parts"]}.items():
@@ -168,8 +168,8 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def _wants_figures(self) -> bool:
-        """Once per ``figure_steps`` optimizer steps, on the micro-batch that starts the step."""
-        step, every = self.state.global_step, self.experiment.training.figure_steps
+        """Once per ``diagnostic_steps`` steps, on the micro-batch that starts the step."""
+        step, every = self.state.global_step, self.experiment.training.diagnostic_steps
         fresh = step != self._figured
         if not (self.model.training and fresh and step % every == 0):
             return False

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import yaml
 
+from kvdistill.config.base import current_names
 from kvdistill.errors import ConfigError
 from kvdistill.pipelines.run_folder import RunFolder
 
@@ -121,7 +122,7 @@ def read_run(path: Path) -> Run:
     return Run(
         path,
         record["name"],
-        yaml.safe_load(folder.config.read_text(encoding="utf-8")),
+        current_names(yaml.safe_load(folder.config.read_text(encoding="utf-8")), warn=False),
         record,
         _json_lines(folder.log),
         json.loads(folder.diagnostics.read_text(encoding="utf-8")),
