@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from kvdistill.corpus.samples import Shard
+from kvdistill.store.manifest import TeacherManifest
+from kvdistill.store.reader import KVStore
+from tests.pipelines.tiny import make_extracted
+from tests.store.made import (
+    LENGTHS,
+    TWO_GROUPS,
+    Made,
+    make_corpus,
+    make_shard,
+    make_store,
+    make_teacher,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,3 +38,30 @@ def real_models() -> Path:
     if absent:
         pytest.fail(f"{folder} has no {absent}; run `make models`, or set KVDISTILL_MODELS")
     return folder
+
+
+@pytest.fixture(scope="session")
+def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Path of an experiment file whose store is complete."""
+    return make_extracted(tmp_path_factory.mktemp("extracted"))
+
+
+@pytest.fixture
+def build() -> Any:
+    """Builders of small teachers and shards without any model."""
+
+    class Build:
+        teacher: Callable[..., TeacherManifest] = staticmethod(make_teacher)
+        shard: Callable[..., Made] = staticmethod(make_shard)
+        corpus: Callable[..., list[Shard]] = staticmethod(make_corpus)
+        store: Callable[..., tuple[KVStore, dict[str, Made]]] = staticmethod(make_store)
+        two_groups = TWO_GROUPS
+        lengths = LENGTHS
+
+    return Build
+
+
+@pytest.fixture(params=["zarr", "safetensors"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each store backend in turn."""
+    return str(request.param)

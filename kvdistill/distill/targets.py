@@ -318,7 +318,8 @@ def make_projection(
 #
 # All layers at once would be several float32 copies of everything that a teacher has at a batch
 # (decoded, standardised, placed); one layer's stay in the processor's cache, and their memory is
-# used again for the next. A band and a layer map act on different axes, so a stored layer is brought
+# used again for the next. A band and a layer map act on different axes, so a stored layer is
+# brought
 # to the student's tokens once and then mixed with its neighbour.
 
 

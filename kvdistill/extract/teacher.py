@@ -235,7 +235,8 @@ def _refuse_what_is_not_there(
         raise TeacherError(
             f"teacher {name!r}: no adapter fits {type(model).__name__}, so it is read from its "
             "cache, which has no queries and no hidden states; set extraction.importance and "
-            "extraction.hidden_at_cue to false, or write an adapter (kvdistill/attention/adapters.py)"
+            "extraction.hidden_at_cue to false, or write an adapter "
+            "(kvdistill/attention/adapters.py)"
         )
 
 

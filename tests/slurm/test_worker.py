@@ -230,7 +230,7 @@ def test_a_pool_gives_out_gpus_and_does_everything_once(tmp_path: Path) -> None:
 
 def test_a_stopped_pool_stops_its_workers(tmp_path: Path) -> None:
     script = (
-        "import sys\nfrom pathlib import Path\nfrom kvdistill.slurm.local import run_pool\n"
+        "import sys\nfrom pathlib import Path\nfrom kvdistill.slurm.local_pool import run_pool\n"
         "from tests.slurm.toy import toy_task\n"
         "tasks = [toy_task(Path(sys.argv[1]), f'slow-{i}', seconds=60) for i in range(2)]\n"
         "sys.exit(run_pool(tasks, gpus=[]).exit_code)\n"

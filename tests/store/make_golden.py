@@ -20,7 +20,7 @@ import numpy as np
 from kvdistill.store.reader import KVStore
 from kvdistill.store.writer import add_teacher, create, publish_shard
 from kvdistill.types import KINDS
-from tests.store.conftest import TWO_GROUPS, make_corpus, make_shard, make_teacher
+from tests.store.made import TWO_GROUPS, make_corpus, make_shard, make_teacher
 
 GOLDEN = Path(__file__).parent / "golden"
 VERSION = 2

@@ -209,5 +209,6 @@ def best_of(history: Iterable[Mapping[str, Any]], metric: str) -> Best | None:
 # MERGED-DOC distill.best
 # Which evaluation was the best, and whether it is time to stop.
 #
-# Both are pure functions of the trainer's own history of logs, which checkpoints hold, so a run that
+# Both are pure functions of the trainer's own history of logs, which checkpoints hold, so a run
+# that
 # is resumed decides as one that was never stopped.

@@ -234,9 +234,12 @@ def _squared_error(x: torch.Tensor, step: torch.Tensor, start: torch.Tensor) -> 
 # MERGED-DOC store.codecs.lines
 # Lines through sixteen codes, ``code · step + start``, that take two bytes.
 #
-# The step is the upper byte of a positive fp16 (five exponent bits, three of mantissa); the start is
-# kept as the middle of the range, in quarters of a step around zero. Both are coarse, so they are
-# searched for: three steps from the one that covers ``[min, max]`` downwards, five middles each, and
+# The step is the upper byte of a positive fp16 (five exponent bits, three of mantissa); the
+# start is
+# kept as the middle of the range, in quarters of a step around zero. Both are coarse, so they
+# are
+# searched for: three steps from the one that covers ``[min, max]`` downwards, five middles
+# each, and
 # the line of least squared error stays. On SmolLM2's rotated values that is better than ``[min,
-# max]`` refined by least squares in fp16 (relative error 8.3 against 8.4 %), since rounding a refined
+# max]`` refined by least squares in fp16 (relative error 8.3 against 8.4 %), since rounding a
 # line matters less than which line it was, and takes half of the bytes.

@@ -142,7 +142,8 @@ def _placebo(row: Row, baseline: str) -> str:
         return f"{name}, from one seed: {_without_trailing(row)}; no verdict."
     if row.verdict == "better":
         return (
-            f"{name} gains too ({_without_trailing(row)}): so much of any gain is regularisation and not "
+            f"{name} gains too ({_without_trailing(row)}): so much of any gain is regularisation "
+            "and not "
             "knowledge."
         )
     if row.verdict == "worse":

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from kvdistill.corpus.samples import Sample, Shard, cut_into_shards
@@ -128,23 +127,3 @@ def make_store(
         one = made[shard.shard_id]
         assert publish_shard(store, teacher.name, shard.shard_id, one.shard, one.statistics)
     return store, made
-
-
-@pytest.fixture
-def build() -> Any:
-    """The builders above; tests reach them by this fixture, as folders are not packages."""
-
-    class Build:
-        teacher: Callable[..., TeacherManifest] = staticmethod(make_teacher)
-        shard: Callable[..., Made] = staticmethod(make_shard)
-        corpus: Callable[..., list[Shard]] = staticmethod(make_corpus)
-        store: Callable[..., tuple[KVStore, dict[str, Made]]] = staticmethod(make_store)
-        two_groups = TWO_GROUPS
-        lengths = LENGTHS
-
-    return Build
-
-
-@pytest.fixture(params=["zarr", "safetensors"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
