@@ -13,6 +13,7 @@ import click
 
 from kvdistill.commands.options import Decorator, config_argument, json_option, overrides_option
 from kvdistill.errors import ConfigError, IncompleteStore
+from kvdistill.text import format_bytes, format_duration
 
 if TYPE_CHECKING:
     from kvdistill.pipelines.overview import Overview, TeacherOverview
@@ -170,11 +171,11 @@ def _teacher_lines(each: TeacherOverview) -> Iterator[str]:
     status = each.status
     done = f"{status.count('done')} of {len(status.units)} shards done"
     others = [f"{status.count(s)} {s}" for s in UNIT_STATES if s != "done" and status.count(s)]
-    parts = [", ".join([done, *others]), _format_size(each.stored_bytes)]
+    parts = [", ".join([done, *others]), format_bytes(each.stored_bytes)]
     if status.work_per_second:
         parts.append(f"{status.work_per_second:,.0f} tokens/s")
     if status.eta_seconds:
-        parts.append(f"about {_duration(status.eta_seconds)} to go")
+        parts.append(f"about {format_duration(status.eta_seconds)} to go")
     yield f"{each.teacher}: {' · '.join(parts)}"
     if each.is_another:
         yield "  its shards in the store were extracted by other settings than the config's"
@@ -218,21 +219,6 @@ def _tail(log: str | None, lines: int) -> str:
         return ""
     text = Path(log).read_bytes()[-200_000:].decode(errors="replace")
     return "\n".join(text.splitlines()[-lines:])
-
-
-def _format_size(size_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size_bytes < 1000:
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:.1f} TB"
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 @click.command("dask")

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from kvdistill.commands.options import config_argument, json_option, overrides_option
+from kvdistill.text import format_bytes, format_duration
 
 
 @click.command("plan")
@@ -48,7 +49,8 @@ def plan_command(
     for teacher in projected.teachers:
         _show(teacher, array_size(projected, parallel))
     click.echo(
-        f"\nneeded: {projected.needed_gigabytes:,.1f} GB, free: {projected.free_gigabytes:,.1f} GB"
+        f"\nneeded: {format_bytes(projected.needed_gigabytes * 1e9)}, "
+        f"free: {format_bytes(projected.free_gigabytes * 1e9)}"
         + (
             ""
             if projected.fits
@@ -74,12 +76,15 @@ def fetch_command(*, config: Path, overrides: tuple[str, ...]) -> None:
 
 
 def _show(teacher: Any, tasks: int) -> None:
+    seconds = teacher.hours * 3600
     click.echo(
         f"\n{teacher.teacher}: {teacher.tokens:,} tokens at {teacher.tokens_per_second:,.0f}/s: "
-        f"{teacher.hours:,.2f} hours alone, {teacher.hours / tasks:,.2f} in {tasks} tasks"
+        f"{format_duration(seconds)} alone, {format_duration(seconds / tasks)} in {tasks} tasks"
     )
     sizes = sorted(teacher.gigabytes.items(), key=lambda item: -item[1])
-    click.echo("  GB on disk: " + ", ".join(f"{name} {size:,.2f}" for name, size in sizes))
+    click.echo(
+        "  on disk: " + ", ".join(f"{name} {format_bytes(size * 1e9)}" for name, size in sizes)
+    )
     if 0 < teacher.kept < 1:
         click.echo(
             f"  its heads and eviction keep {teacher.kept:.1%} of keys and values; "

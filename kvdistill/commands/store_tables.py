@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvdistill.store.reader import KVStore
+from kvdistill.text import format_bytes, format_duration
 from kvdistill.types import KINDS
 
 SHOWN_OUTLIERS = 5
@@ -51,9 +52,9 @@ def _teacher_figures(report: dict[str, Any]) -> dict[str, str]:
         "shards": f"{report['shards']:,} of {report['planned_shards']:,}",
         "samples": f"{report['samples']:,}",
         "tokens": f"{report['tokens']:,}",
-        "stored": f"{report['stored_bytes'] / 1e6:,.1f} MB",
+        "stored": format_bytes(report["stored_bytes"]),
         "bytes, of bf16 K and V": f"{report['ratio']:.3f}",
-        "extraction": f"{report['extraction_seconds']:,.0f} s",
+        "extraction": format_duration(report["extraction_seconds"]),
     }
 
 

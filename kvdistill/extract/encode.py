@@ -23,7 +23,7 @@ from kvdistill.attention.importance import Attended, choose, importance
 from kvdistill.errors import NonFiniteError
 from kvdistill.extract.batches import TeacherBatch
 from kvdistill.extract.slots import Slots, only_heads, slot_table, slots_of
-from kvdistill.store.channel_statistics import ChannelStatistics
+from kvdistill.store.channel_statistics import ChannelStatistics, merge_moments
 from kvdistill.store.codecs import CODECS
 from kvdistill.store.codecs.parts import part_name
 from kvdistill.store.format import Counts, group_prefix, shard_arrays
@@ -316,15 +316,14 @@ class SampleMoments:
         self._m2[group_idx, kind][sample_idx, row] = m2
 
     def merged(self, group_idx: int, kind: Kind) -> ChannelStatistics:
-        """All samples together: Chan's formula for any number of parts at once."""
-        mean, m2 = self._mean[group_idx, kind], self._m2[group_idx, kind]
-        total = int(self._count.sum())
-        if total == 0:
-            return ChannelStatistics(0, np.zeros(mean.shape[1:]), np.zeros(m2.shape[1:]))
-        weight = self._count[:, None, None, None]
-        grand = (mean * weight).sum(axis=0) / total
-        spread = m2.sum(axis=0) + ((mean - grand) ** 2 * weight).sum(axis=0)
-        return ChannelStatistics(total, grand, spread)
+        """Statistics of all samples together."""
+        samples = zip(
+            self._count.tolist(),
+            self._mean[group_idx, kind],
+            self._m2[group_idx, kind],
+            strict=True,
+        )
+        return ChannelStatistics(*merge_moments(*samples))
 
 
 # MERGED-DOC extract.moments

@@ -21,6 +21,7 @@ from kvdistill.errors import SlurmError
 from kvdistill.slurm import client
 from kvdistill.slurm.attempts import HEARTBEAT_SECONDS, condition, crash_cause
 from kvdistill.slurm.ledger import QUARANTINE_AFTER, Attempt, Failure, Ledger, Submission
+from kvdistill.text import format_duration
 
 UnitState = Literal["done", "running", "stale", "quarantined", "failed", "pending"]
 
@@ -128,7 +129,7 @@ def _silence(attempt: Attempt | None) -> str:
     age = time.time() - attempt.heartbeat
     cause = crash_cause(attempt)
     named = cause.replace("_", " ") if cause else "interrupted"
-    return f"{named}; last word {age:.0f} s ago from {attempt.host}"
+    return f"{named}; last word {format_duration(age)} ago from {attempt.host}"
 
 
 def _speed(attempt: Attempt) -> float:

@@ -27,6 +27,7 @@ from kvdistill.slurm.attempts import (
 from kvdistill.slurm.ledger import Attempt, Failure, FailureKind, Ledger
 from kvdistill.slurm.signals import StopFlag, stop_flag
 from kvdistill.slurm.task import Ending, Task, Workload
+from kvdistill.text import format_duration
 
 FAILURES_IN_A_ROW: Final = 3
 """So many units failing one after another say more about this process than about the units."""
@@ -214,8 +215,8 @@ class _Shift:
         left = client.seconds_left(mine.job) if mine.job is not None else None
         # With more time left it was a preemption. Slurm may warn up to a minute early.
         if left is None or left <= self.task.warning_seconds + 60:
-            minutes = (time.time() - mine.started) / 60
-            message = f"not finished in the whole of an attempt ({minutes:.1f} min)"
+            lasted = format_duration(time.time() - mine.started)
+            message = f"not finished in the whole of an attempt ({lasted})"
             self._record(unit, "time_limit", message, None)
 
     def _record(self, unit: str, kind: FailureKind, message: str, trace: str | None) -> None:

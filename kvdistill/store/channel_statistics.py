@@ -1,12 +1,10 @@
-"""Mean and variance of every channel, kept with each shard and merged without a second pass.
+"""Channel statistics: count, mean and variance of every (layer, head, channel) of a teacher.
 
-Updating Formulae and a Pairwise Algorithm for Computing Sample Variances (Chan, Golub, LeVeque,
-1979): for two sets with counts ``n``, means ``m`` and sums of squared deviations ``M2``,
-
-    m = m_a + (m_b − m_a) · n_b / n        M2 = M2_a + M2_b + (m_b − m_a)² · n_a · n_b / n
-
-Everything is float64, and shards are merged in the order of the plan, so the result does not
-depend on which shard was finished first.
+Each shard carries those of its own tokens, in float64 and of the values before quantisation. They
+are merged without a second pass over the data (Chan, Golub and LeVeque, Updating Formulae and a
+Pairwise Algorithm for Computing Sample Variances, 1979). The statistics of all committed shards
+are cached beside them in ``statistics.<digest>.npz``; the digest covers the shards' ids and commit
+times, so a cache is never stale, and losing it costs only another merge.
 """
 
 from __future__ import annotations
@@ -15,8 +13,9 @@ import contextlib
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
@@ -25,6 +24,51 @@ from numpy.typing import NDArray
 
 from kvdistill.errors import GeometryError
 from kvdistill.store.format import COMMIT
+
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    import torch
+
+    Array = TypeVar("Array", NDArray[np.float64], torch.Tensor)
+
+
+def merge_moments(*parts: tuple[int, Array, Array]) -> tuple[int, Array, Array]:
+    """Moments of all parts together, pairwise from the first to the last; numpy or torch, float64.
+
+    For two sets with counts ``n``, means ``m`` and sums of squared deviations ``M2``,
+
+        m = m_a + (m_b − m_a) · n_b / n        M2 = M2_a + M2_b + (m_b − m_a)² · n_a · n_b / n
+
+    Args:
+        parts: at least one ``(count, mean [..., C], m2)``; ``m2`` is ``[..., C]``, or ``[..., I, C]``:
+            the first ``I`` channels' deviations multiplied with those of all channels.
+
+    Raises:
+        GeometryError: the shapes differ.
+    """
+    return reduce(_merge_two, parts)
+
+
+def _merge_two(
+    a: tuple[int, Array, Array], b: tuple[int, Array, Array]
+) -> tuple[int, Array, Array]:
+    (count_a, mean_a, m2_a), (count_b, mean_b, m2_b) = a, b
+    if mean_a.shape != mean_b.shape or m2_a.shape != m2_b.shape:
+        raise GeometryError(
+            f"cannot merge moments of shapes {tuple(mean_a.shape)}, {tuple(m2_a.shape)} with those "
+            f"of shapes {tuple(mean_b.shape)}, {tuple(m2_b.shape)}"
+        )
+    count = count_a + count_b
+    if count == 0:
+        return a
+    delta = mean_b - mean_a
+    if m2_a.ndim == delta.ndim:
+        products = delta**2
+    else:
+        products = delta[..., : m2_a.shape[-2], None] * delta[..., None, :]
+    mean = mean_a + delta * (count_b / count)
+    return count, mean, m2_a + m2_b + products * (count_a * count_b / count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,23 +92,14 @@ class ChannelStatistics:
         """Population standard deviation ``[L, H, D]``."""
         return np.sqrt(self.variance)
 
-    def merge(self, other: ChannelStatistics) -> ChannelStatistics:
-        """Statistics of both sets together (Chan's formula).
+    def merge(self, *others: ChannelStatistics) -> ChannelStatistics:
+        """Statistics of all sets together, see ``merge_moments``.
 
         Raises:
             GeometryError: the shapes differ.
         """
-        if self.mean.shape != other.mean.shape:
-            raise GeometryError(
-                f"cannot merge statistics of shapes {self.mean.shape} and {other.mean.shape}"
-            )
-        count = self.count + other.count
-        if count == 0:
-            return self
-        delta = other.mean - self.mean
-        mean = self.mean + delta * (other.count / count)
-        m2 = self.m2 + other.m2 + delta**2 * (self.count * other.count / count)
-        return ChannelStatistics(count, mean, m2)
+        parts = [(part.count, part.mean, part.m2) for part in (self, *others)]
+        return ChannelStatistics(*merge_moments(*parts))
 
     def to_array(self) -> NDArray[np.float64]:
         """The stored form: float64 ``[3, L, H, D]`` of count, mean and M2."""
@@ -72,42 +107,37 @@ class ChannelStatistics:
 
     @staticmethod
     def from_array(array: NDArray[np.float64]) -> ChannelStatistics:
-        """Read what ``to_array`` wrote."""
+        """The inverse of ``to_array``."""
         count = int(array[0].flat[0]) if array[0].size else 0
         return ChannelStatistics(count, array[1], array[2])
 
     @staticmethod
-    def empty(shape: tuple[int, int, int]) -> ChannelStatistics:
-        """Nothing counted yet: ``merge`` with it changes nothing. ``shape`` is ``(L, H, D)``."""
+    def empty(shape: tuple[int, ...]) -> ChannelStatistics:
+        """Of no token: the neutral element of ``merge``. ``shape`` is ``(L, H, D)``."""
         return ChannelStatistics(0, np.zeros(shape), np.zeros(shape))
 
     @staticmethod
-    def from_samples(samples: Iterable[Any], shape: tuple[int, int, int]) -> ChannelStatistics:
+    def from_samples(samples: Iterable[Any], shape: tuple[int, ...]) -> ChannelStatistics:
         """Statistics over samples ``[L, H, T, D]`` (numpy or torch, any device or float dtype).
 
-        Each sample is reduced in float64 where it lies; pass only the tokens to be counted.
+        Each sample is reduced in float64 on its own device; every token is counted.
         """
-        total = ChannelStatistics.empty(shape)
-        for sample in samples:
-            total = total.merge(_of_sample(sample))
-        return total
+        return ChannelStatistics.empty(shape).merge(*map(_of_sample, samples))
 
 
 def _of_sample(sample_LHTD: Any) -> ChannelStatistics:
-    if isinstance(sample_LHTD, np.ndarray):
-        x = sample_LHTD.astype(np.float64)
-        num_tokens = x.shape[2]
-        mean = x.sum(axis=2) / max(num_tokens, 1)
-        return ChannelStatistics(num_tokens, mean, ((x - mean[:, :, None]) ** 2).sum(axis=2))
-    x = sample_LHTD.double()
+    is_numpy = isinstance(sample_LHTD, np.ndarray)
+    x = sample_LHTD.astype(np.float64) if is_numpy else sample_LHTD.double()
     num_tokens = int(x.shape[2])
-    mean = x.sum(dim=2) / max(num_tokens, 1)
-    m2 = ((x - mean[:, :, None]) ** 2).sum(dim=2)
+    mean = x.sum(2) / max(num_tokens, 1)
+    m2 = ((x - mean[:, :, None]) ** 2).sum(2)
+    if is_numpy:
+        return ChannelStatistics(num_tokens, mean, m2)
     return ChannelStatistics(num_tokens, mean.cpu().numpy(), m2.cpu().numpy())
 
 
 def cache_file(teacher: Path, shard_ids: Sequence[str]) -> Path:
-    """Where the merged statistics of exactly these commits belong."""
+    """Path of the cached statistics of exactly these commits of the teacher in this folder."""
     digest = xxhash.xxh3_64()
     for shard_id in shard_ids:
         commit = teacher / "shards" / shard_id / COMMIT
@@ -116,7 +146,7 @@ def cache_file(teacher: Path, shard_ids: Sequence[str]) -> Path:
 
 
 def load_cached_statistics(path: Path) -> dict[str, ChannelStatistics] | None:
-    """Read a cached file; None if there is none, or it is damaged and must be made again."""
+    """Read a cache; None if it is missing or damaged, and has to be computed again."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {
@@ -128,7 +158,7 @@ def load_cached_statistics(path: Path) -> dict[str, ChannelStatistics] | None:
 
 
 def save_cached_statistics(path: Path, statistics: Mapping[str, ChannelStatistics]) -> None:
-    """Write the cache in one step and drop older ones. A read-only store stays without."""
+    """Write a cache by one rename and delete older ones; a read-only store goes without."""
     temporary = path.with_name(f".{uuid4().hex}.npz")
     arrays = {name.replace("/", "."): part.to_array() for name, part in statistics.items()}
     with contextlib.suppress(OSError):
@@ -138,10 +168,3 @@ def save_cached_statistics(path: Path, statistics: Mapping[str, ChannelStatistic
         temporary.replace(path)
     with contextlib.suppress(OSError):
         temporary.unlink(missing_ok=True)
-
-
-# MERGED-DOC store.statistics_cache
-# Merged statistics of the committed shards, kept so that they are merged once.
-#
-# The file's name says which shards went in (and when they were committed), so it is never stale;
-# losing it costs only the time to merge again.

@@ -2,7 +2,7 @@
 
 Everything that a closed-form projection needs (whitened PCA of the teacher, ridge regression to
 the student) follows from counts, means and centred products, so a pilot is read once and never
-held in memory. Batches are merged by Chan's formula in float64.
+held in memory. Batches are merged in float64.
 """
 
 from __future__ import annotations
@@ -19,37 +19,52 @@ from kvdistill.distill.project.projections import (
     orthogonal,
 )
 from kvdistill.errors import ConfigError
+from kvdistill.store.channel_statistics import merge_moments
 
 
 class PilotMoments:
     """Joint moments per layer of source ``x`` (width I) and target ``y`` (width O).
 
-    ``mean_x [L, I]``, ``mean_y [L, O]``, ``xx [L, I, I]`` and ``xy [L, I, O]`` (centred sums).
+    ``count`` tokens, ``mean_x [L, I]``, ``mean_y [L, O]``, and the centred products
+    ``xx [L, I, I]`` and ``xy [L, I, O]``; float64, on the CPU.
     """
 
     def __init__(self, num_layers: int, width_x: int, width_y: int) -> None:
-        self.count = 0
-        self.mean_x = torch.zeros(num_layers, width_x, dtype=torch.float64)
-        self.mean_y = torch.zeros(num_layers, width_y, dtype=torch.float64)
-        self.xx = torch.zeros(num_layers, width_x, width_x, dtype=torch.float64)
-        self.xy = torch.zeros(num_layers, width_x, width_y, dtype=torch.float64)
+        self.count, self._width_x = 0, width_x
+        self._mean = torch.zeros(num_layers, width_x + width_y, dtype=torch.float64)
+        self._products = torch.zeros(num_layers, width_x, width_x + width_y, dtype=torch.float64)
 
     def add(self, x_BLHTD: Tensor, y_BLHTD: Tensor, mask_BT: Tensor) -> None:
         """Count the tokens of a batch where ``mask_BT`` is True; the two KVs must be aligned."""
-        x, y = _tokens_float64(x_BLHTD, mask_BT), _tokens_float64(y_BLHTD, mask_BT)
-        new = x.shape[1]
-        if new == 0:
+        joint_LNC = torch.cat([_tokens_float64(kv, mask_BT) for kv in (x_BLHTD, y_BLHTD)], dim=-1)
+        if joint_LNC.shape[1] == 0:
             return
-        mean_x, mean_y = x.mean(1), y.mean(1)
-        x, y = x - mean_x.unsqueeze(1), y - mean_y.unsqueeze(1)
-        total = self.count + new
-        step_x, step_y = mean_x - self.mean_x, mean_y - self.mean_y
-        between = self.count * new / total
-        self.xx += x.mT @ x + between * step_x.unsqueeze(2) * step_x.unsqueeze(1)
-        self.xy += x.mT @ y + between * step_x.unsqueeze(2) * step_y.unsqueeze(1)
-        self.mean_x += step_x * (new / total)
-        self.mean_y += step_y * (new / total)
-        self.count = total
+        mean = joint_LNC.mean(1)
+        centred = joint_LNC - mean.unsqueeze(1)
+        self.count, self._mean, self._products = merge_moments(
+            (self.count, self._mean, self._products),
+            (joint_LNC.shape[1], mean, centred[..., : self._width_x].mT @ centred),
+        )
+
+    @property
+    def mean_x(self) -> Tensor:
+        """Mean of the source ``[L, I]``."""
+        return self._mean[:, : self._width_x]
+
+    @property
+    def mean_y(self) -> Tensor:
+        """Mean of the target ``[L, O]``."""
+        return self._mean[:, self._width_x :]
+
+    @property
+    def xx(self) -> Tensor:
+        """Centred products of the source with itself ``[L, I, I]``."""
+        return self._products[..., : self._width_x]
+
+    @property
+    def xy(self) -> Tensor:
+        """Centred products of source and target ``[L, I, O]``."""
+        return self._products[..., self._width_x :]
 
     def covariance(self) -> Tensor:
         """Covariance of the source, ``[L, I, I]`` float64.

@@ -20,6 +20,8 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
+from kvdistill.text import format_duration
+
 PACKAGE: Final = "kvdistill"
 
 
@@ -82,14 +84,15 @@ class HumanLog(TrainerCallback):  # type: ignore[misc]
             return "  ".join(f"{_spoken(key)} {_short_value(value)}" for key, value in logs.items())
         seconds = max(time.monotonic() - self._start[0], 1e-9)
         rate = (state.global_step - self._start[1]) / seconds
-        left = (state.max_steps - state.global_step) / rate / 60 if rate else 0.0
+        left = (state.max_steps - state.global_step) / rate if rate else 0.0
         parts = "  ".join(
             f"{_spoken(key.removeprefix('loss_'))} {_short_value(value)}"
             for key, value in logs.items()
             if key not in ("loss", "epoch")
         )
         return (
-            f"loss {_short_value(logs['loss'])}  ({parts})  {rate:.2f} steps/s, {left:.0f} min left"
+            f"loss {_short_value(logs['loss'])}  ({parts})  {rate:.2f} steps/s, "
+            f"{format_duration(left)} left"
         )
 
     def _listen(self, handler: logging.Handler) -> None:

@@ -14,6 +14,7 @@ from kvdistill.studies.report.comparison import Comparison
 from kvdistill.studies.report.costs import ArmCost, TeacherCost
 from kvdistill.studies.report.reading import Run, Study, shown
 from kvdistill.studies.report.rows import Row
+from kvdistill.text import format_duration
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,10 @@ def cost_table(found: Sequence[ArmCost]) -> Table:
     """Per arm: time, memory, disk."""
     columns = {
         "arm": [cost.arm for cost in found],
-        "time": [words.seconds(cost.seconds) for cost in found],
-        "memory": [words.size(cost.memory_bytes) for cost in found],
-        "accelerator memory": [words.size(cost.device_bytes) for cost in found],
-        "disk": [words.size(cost.disk_bytes) for cost in found],
+        "time": [format_duration(cost.seconds) for cost in found],
+        "memory": [words.optional_bytes(cost.memory_bytes) for cost in found],
+        "accelerator memory": [words.optional_bytes(cost.device_bytes) for cost in found],
+        "disk": [words.optional_bytes(cost.disk_bytes) for cost in found],
     }
     return _make_table("Cost of one run: means over an arm's seeds", columns)
 
@@ -115,10 +116,10 @@ def savings(found: Sequence[TeacherCost]) -> Table | None:
         return None
     columns = {
         "teacher": [cost.teacher for cost in found],
-        "read once in": [words.seconds(cost.seconds) for cost in found],
-        "stored": [words.size(cost.disk_bytes) for cost in found],
+        "read once in": [format_duration(cost.seconds) for cost in found],
+        "stored": [words.optional_bytes(cost.disk_bytes) for cost in found],
         "epochs that used it": [words.format_number(cost.passes, 1) for cost in found],
-        "reading saved": [words.seconds(cost.saved_seconds) for cost in found],
+        "reading saved": [format_duration(cost.saved_seconds) for cost in found],
     }
     return _make_table("What the store saved", columns)
 

@@ -9,6 +9,7 @@ from kvdistill.studies.report.comparison import Comparison
 from kvdistill.studies.report.reading import Study
 from kvdistill.studies.report.rows import Row
 from kvdistill.studies.statistics import Interval, smallest_p
+from kvdistill.text import format_bytes
 
 NONE = "–"
 
@@ -68,22 +69,9 @@ def p_value(p: float | None) -> str:
     return f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
 
 
-def seconds(value: float) -> str:
-    """A duration."""
-    if value < 120:
-        return f"{value:.0f} s"
-    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
-
-
-def size(value: float | None) -> str:
-    """Bytes."""
-    if value is None:
-        return NONE
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}"
-        value /= 1000
-    return f"{value:.1f} GB" if value < 1000 else f"{value / 1000:.1f} TB"
+def optional_bytes(value: float | None) -> str:
+    """A size; a dash for what was not measured."""
+    return NONE if value is None else format_bytes(value)
 
 
 def summary(study: Study, table: Sequence[Row]) -> list[str]:

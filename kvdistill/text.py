@@ -1,0 +1,24 @@
+"""Numbers as people read them: sizes and durations in messages, tables and reports."""
+
+from __future__ import annotations
+
+from typing import Final
+
+_UNITS: Final = ("B", "kB", "MB", "GB", "TB")
+
+
+def format_bytes(size_bytes: float) -> str:
+    """A size in decimal units with up to three figures: ``512 B``, ``5.2 MB``, ``534 MB``."""
+    unit = 0
+    while size_bytes >= 999.5 and unit < len(_UNITS) - 1:
+        size_bytes /= 1000
+        unit += 1
+    digits = 1 if unit and size_bytes < 99.95 else 0
+    return f"{size_bytes:,.{digits}f} {_UNITS[unit]}"
+
+
+def format_duration(seconds: float) -> str:
+    """A duration in its natural unit: ``0.4 s``, ``97 s``, ``35 min``, ``15.3 h``."""
+    if seconds < 119.5:
+        return f"{seconds:.{1 if seconds < 9.95 else 0}f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7170 else f"{seconds / 3600:,.1f} h"
