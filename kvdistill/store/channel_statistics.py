@@ -41,8 +41,8 @@ def merge_moments(*parts: tuple[int, Array, Array]) -> tuple[int, Array, Array]:
         m = m_a + (m_b − m_a) · n_b / n        M2 = M2_a + M2_b + (m_b − m_a)² · n_a · n_b / n
 
     Args:
-        parts: at least one ``(count, mean [..., C], m2)``; ``m2`` is ``[..., C]``, or ``[..., I, C]``:
-            the first ``I`` channels' deviations multiplied with those of all channels.
+        parts: at least one ``(count, mean [..., C], m2)``. ``m2`` is ``[..., C]``, or
+            ``[..., I, C]`` with products of the first ``I`` channels' deviations with all.
 
     Raises:
         GeometryError: the shapes differ.
