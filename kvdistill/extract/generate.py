@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
+from kvdistill.attention.generation import generate_padded
 from kvdistill.config.extraction import GenerateConfig
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
@@ -63,8 +63,10 @@ def with_own_rationales(
         if room < 1:
             continue
         seeds = [_seed(config, samples[i].sample_id) for i in chosen]
-        batch = _Prompts([prompts[i] for i in chosen], seeds, room)
-        written = _sample_rationales(model, reader.tokenizer, batch, config)
+        part = [prompts[i] for i in chosen]
+        written = _sample_rationales(
+            model, reader.tokenizer, part, config, seeds=seeds, max_new_tokens=room
+        )
         for i, text in zip(chosen, written, strict=True):
             texts[i] = text
     return [_rewritten(sample, text) for sample, text in zip(samples, texts, strict=True)]
@@ -88,47 +90,36 @@ class RowNoise:
         return scores + gumbel.to(scores.device, scores.dtype)
 
 
-@dataclass(frozen=True, eq=False)
-class _Prompts:
-    tokens: list[Encoded]
-    seeds: list[int]
-    room: int
-    """Tokens that each may be continued by."""
-
-
-@torch.inference_mode()
 def _sample_rationales(
-    model: Any, tokenizer: Any, batch: _Prompts, config: GenerateConfig
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Encoded],
+    config: GenerateConfig,
+    *,
+    seeds: Sequence[int],
+    max_new_tokens: int,
 ) -> list[str]:
-    device, prompts = model.get_input_embeddings().weight.device, batch.tokens
-    width = max(prompt.num_tokens for prompt in prompts)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    ids = torch.full((len(prompts), width), pad_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - prompt.num_tokens :] = torch.from_numpy(prompt.token_ids)
-        mask[row, width - prompt.num_tokens :] = 1
     processors = LogitsProcessorList()
     if config.temperature > 0:
         processors.append(TemperatureLogitsWarper(config.temperature))
         if config.top_p < 1:
             processors.append(TopPLogitsWarper(config.top_p))
-        processors.append(RowNoise(batch.seeds))
+        processors.append(RowNoise(seeds))
     settings = GenerationConfig(
         do_sample=False,
-        max_new_tokens=batch.room,
-        pad_token_id=pad_id,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
         stop_strings=list(config.stop) or None,
     )
-    output = model.generate(
-        ids.to(device),
-        attention_mask=mask.to(device),
-        generation_config=settings,
+    written = generate_padded(
+        model,
+        [prompt.token_ids for prompt in prompts],
+        settings,
         logits_processor=processors,
         tokenizer=tokenizer,
     )
-    texts = tokenizer.batch_decode(output[:, width:].cpu(), skip_special_tokens=True)
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
     return [_cut_at_stop(text, config.stop) for text in texts]
 
 

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig
 
+from kvdistill.attention.generation import generate_padded
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.evaluate.answers import Answer, ExactMatch, grade, target
 from kvdistill.errors import StudentError
@@ -56,7 +56,7 @@ def generate_and_grade(
     student.eval()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        written = _greedy_tokens(student, [prompts[i] for i in chosen], settings)
+        written = generate_padded(student, [prompts[i] for i in chosen], settings)
         for i, ids in zip(chosen, written, strict=True):
             text = tokenizer.decode(ids, skip_special_tokens=True)
             answers[i] = grade(samples[i], text, num_new_tokens=len(ids), num_forwards=len(ids))
@@ -98,28 +98,3 @@ def _greedy_settings(student: Any, tokenizer: Any, max_new_tokens: int) -> Gener
         pad_token_id=min(ends, default=0) if pad_id is None else pad_id,
         eos_token_id=sorted(ends) or None,
     )
-
-
-def _greedy_tokens(
-    student: Any, prompts: list[list[int]], settings: GenerationConfig
-) -> list[list[int]]:
-    """New tokens of every prompt, up to and with the first end-of-text token."""
-    device = student.get_input_embeddings().weight.device
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), settings.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    output: Tensor = student.generate(
-        ids.to(device), attention_mask=mask.to(device), generation_config=settings
-    )
-    ends = set(settings.eos_token_id or [])
-    return [_until_end(row, ends) for row in output[:, width:].tolist()]
-
-
-def _until_end(ids: list[int], ends: set[int]) -> list[int]:
-    for position, token in enumerate(ids):
-        if token in ends:
-            return ids[: position + 1]
-    return ids

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kvdistill.attention.generation import pad_left, through_first
 from kvdistill.config.latent import LatentConfig
 from kvdistill.distill.student.latent.iteration import (
     LatentPass,
@@ -249,18 +250,6 @@ def left_padded(tokenizer: Any, questions: Sequence[str]) -> tuple[Tensor, Tenso
     return pad_left([before + row for row in encoded["input_ids"]], tokenizer.pad_token_id or 0)
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Rows of ids to a tensor and its mask, ``[B, T]`` long, padding on the left."""
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad_id)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        if len(row):
-            ids[i, width - len(row) :] = torch.as_tensor(row)
-            mask[i, width - len(row) :] = 1
-    return ids, mask
-
-
 def _greedy(
     student: LatentStudent, thought: Thought, max_new_tokens: int, eos_id: int | None
 ) -> list[list[int]]:
@@ -282,11 +271,7 @@ def _greedy(
         if eos_id is not None:
             done = done | (token_B == eos_id)
     rows = torch.stack(written, 1).tolist()
-    return [_until(row, eos_id) for row in rows]
-
-
-def _until(row: list[int], eos_id: int | None) -> list[int]:
-    return row[: row.index(eos_id) + 1] if eos_id in row else row
+    return [through_first(row, [eos_id]) for row in rows]
 
 
 # MERGED-DOC distill.latent.generation

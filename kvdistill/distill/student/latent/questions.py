@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from kvdistill.attention.generation import pad_left
 from kvdistill.config.latent import LatentConfig
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.data.collate import (
@@ -27,7 +28,6 @@ from kvdistill.distill.data.collate import (
     student_batch,
 )
 from kvdistill.distill.data.student_tokens import tokenize
-from kvdistill.distill.student.latent.model import pad_left
 from kvdistill.distill.targets import TeacherSpace
 from kvdistill.errors import CorpusError
 from kvdistill.store.shard import EncodedShard
