@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from kvdistill.attention.generation import generate_padded
+from kvdistill.attention.padded_generation import generate_padded
 from kvdistill.config.extraction import GenerateConfig
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError

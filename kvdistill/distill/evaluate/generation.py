@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from kvdistill.attention.generation import generate_padded
+from kvdistill.attention.padded_generation import generate_padded
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.evaluate.answers import Answer, ExactMatch, grade, target
 from kvdistill.errors import StudentError

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvdistill.attention.generation import pad_left
+from kvdistill.attention.padded_generation import pad_left
 from kvdistill.config.latent import LatentConfig
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.data.collate import (

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from kvdistill.attention.generation import generate_padded, pad_left, through_first
+from kvdistill.attention.padded_generation import generate_padded, pad_left, through_first
 from tests.extract.models import BASE, tiny_model
 
 
