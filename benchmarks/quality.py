@@ -26,7 +26,7 @@ from typing import Any, Final
 import yaml
 
 from kvdistill.corpus.readers import read_jsonl
-from kvdistill.distill.student.tokenizer import train_tokenizer
+from kvdistill.distill.student.build import train_tokenizer
 
 DATA: Final = Path(__file__).parents[1] / "examples/data"
 NUM_TRAIN: Final = 600

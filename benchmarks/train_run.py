@@ -84,7 +84,7 @@ def synthesise(spec: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from kvdistill.corpus.samples import Sample, Shard
-    from kvdistill.distill.student.tokenizer import train_tokenizer
+    from kvdistill.distill.student.build import train_tokenizer
     from kvdistill.store.channel_statistics import ChannelStatistics
     from kvdistill.store.codecs import CODECS
     from kvdistill.store.codecs.parts import part_name

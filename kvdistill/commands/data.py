@@ -120,7 +120,7 @@ def arithmetic_command(
 def tokenizer_command(corpus: Path, output: Path, vocab_size: int, characters: bool) -> None:
     """Train a byte-level BPE tokenizer on CORPUS (JSONL) and save it to the folder OUTPUT."""
     from kvdistill.corpus.readers import read_jsonl
-    from kvdistill.distill.student.tokenizer import character_tokenizer, train_tokenizer
+    from kvdistill.distill.student.build import character_tokenizer, train_tokenizer
 
     if output.exists():
         raise CorpusError(f"{output} is already there; give another name, or remove it first")

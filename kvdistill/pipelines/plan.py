@@ -200,7 +200,7 @@ def _measure_size(
 
 
 def _student_spans(experiment: Experiment, pilot: Sequence[Sample]) -> list[Encoded] | None:
-    from kvdistill.distill.student.tokenizer import load_student_tokenizer
+    from kvdistill.distill.student.build import load_student_tokenizer
     from kvdistill.errors import StudentError
 
     source = experiment.student.tokenizer or experiment.student.model

@@ -94,12 +94,11 @@ def require_trainable_student(experiment: Experiment) -> None:
     Raises:
         StudentError: its tokenizer or its architecture cannot be used.
     """
-    from kvdistill.distill.student import load as student
-    from kvdistill.distill.student.tokenizer import load_student_tokenizer
+    from kvdistill.distill.student.build import check_student, load_student_tokenizer
 
     config = experiment.student
     name = config.tokenizer or str(config.model)
-    student.check_student(config, load_student_tokenizer(name, config.trust_remote_code))
+    check_student(config, load_student_tokenizer(name, config.trust_remote_code))
 
 
 def require_matching_store(store: KVStore, experiment: Experiment, splits: Splits) -> None:

@@ -14,7 +14,7 @@ from kvdistill.attention.importance import choose, importance
 from kvdistill.attention.rotary import rotate
 from kvdistill.corpus.readers import load_corpus
 from kvdistill.distill.data.stream import Rank
-from kvdistill.distill.student.tokenizer import train_tokenizer
+from kvdistill.distill.student.build import train_tokenizer
 from kvdistill.distill.train.set_up import assemble
 from kvdistill.errors import ConfigError, TeacherError
 from kvdistill.extract.batches import collate_teacher_batch

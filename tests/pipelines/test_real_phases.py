@@ -13,7 +13,7 @@ import pytest
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import parse_experiment
 from kvdistill.corpus.readers import read_jsonl
-from kvdistill.distill.student.tokenizer import train_tokenizer
+from kvdistill.distill.student.build import train_tokenizer
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.run_folder import RunFolder
 from kvdistill.pipelines.train import train

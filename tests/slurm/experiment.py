@@ -39,7 +39,7 @@ def write_models(folder: Path) -> None:
     import torch
     from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-    from kvdistill.distill.student.tokenizer import train_tokenizer
+    from kvdistill.distill.student.build import train_tokenizer
 
     texts = [sample.text for sample in read_jsonl(CORPUS, limit=40)]
     torch.manual_seed(0)

@@ -25,8 +25,8 @@ from kvdistill.distill.distiller import Distiller
 from kvdistill.distill.student.latent.latent_distiller import LatentDistiller, nearest_layers
 from kvdistill.distill.student.latent.model import LatentStudent
 from kvdistill.distill.student.latent.questions import LatentCollate
-from kvdistill.distill.student.load import build_student
-from kvdistill.distill.student.tokenizer import load_student_tokenizer
+from kvdistill.distill.student.build import build_student
+from kvdistill.distill.student.build import load_student_tokenizer
 from kvdistill.distill.targets import TeacherSpace, check_alignment, teacher_space
 from kvdistill.distill.train.checkpoint import STUDENT_PREFIX
 from kvdistill.distill.train.pilot import cka_map, pilot, start_projectors

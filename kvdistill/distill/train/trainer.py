@@ -33,7 +33,7 @@ from kvdistill.distill.losses.absorption import (
     gradient_share,
 )
 from kvdistill.distill.losses.weighting import annealed_scale
-from kvdistill.distill.student.latent.exact_match import score_latent
+from kvdistill.distill.evaluate.held_out import score_latent
 from kvdistill.distill.train.callbacks import HumanLog
 from kvdistill.distill.train.checkpoint import gathered, load_weights, save_weights
 from kvdistill.distill.train.guards import Best, StepGuard, StopOnSignal, best_of

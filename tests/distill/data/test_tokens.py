@@ -9,7 +9,7 @@ import pytest
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.data.collate import student_batch
 from kvdistill.distill.data.student_tokens import tokenize
-from kvdistill.distill.student.tokenizer import load_student_tokenizer, train_tokenizer
+from kvdistill.distill.student.build import load_student_tokenizer, train_tokenizer
 from kvdistill.errors import StudentError
 
 TEXTS = ["How many clips did she sell?", "48 + 24 = 72 clips.", "Überraschung: 猫 and 🙂!"]

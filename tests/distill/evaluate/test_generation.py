@@ -12,7 +12,7 @@ from kvdistill.corpus.samples import Sample
 from kvdistill.distill.data.collate import student_batch
 from kvdistill.distill.data.student_tokens import tokenize
 from kvdistill.distill.evaluate.generation import generate_and_grade
-from kvdistill.distill.student.tokenizer import train_tokenizer
+from kvdistill.distill.student.build import train_tokenizer
 from kvdistill.errors import CorpusError, StudentError
 
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.evaluate.held_out import score_held_out
 from kvdistill.distill.evaluate.perplexity import CALIBRATION_BINS, _Calibration, score_texts
-from kvdistill.distill.student.tokenizer import train_tokenizer
+from kvdistill.distill.student.build import train_tokenizer
 
 TEXTS = ["How many?", "two and two make four, and four and four make eight", "", "x", "ééé 🙂 ok"]
 SAMPLES = [Sample(f"s{i}", (("text", text),)) for i, text in enumerate(TEXTS)]

@@ -1,0 +1,157 @@
+"""The student and its tokenizer: loaded, built from scratch, or only checked.
+
+Character alignment needs offsets, so the tokenizer must be a fast one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+
+from kvdistill.attention.geometry import StudentGeometry
+from kvdistill.attention.hooks import KVCapture
+from kvdistill.config.training import StudentConfig
+from kvdistill.distill.student.lora import adapt
+from kvdistill.errors import StudentError
+
+END_OF_TEXT: Final = "<|endoftext|>"
+
+
+def build_student(config: StudentConfig, tokenizer: Any, seed: int) -> Any:
+    """Load the pretrained student, or initialise one from scratch.
+
+    Args:
+        config: model id or folder, or an architecture.
+        tokenizer: the student's; sets the vocabulary size of a student from scratch.
+        seed: of a student's initial weights and of its LoRA adapters.
+
+    Returns:
+        A transformers causal LM in float32, with adapters where ``config.lora`` is set.
+
+    Raises:
+        StudentError: not found, an invalid architecture, or fewer embeddings than tokens.
+        MissingExtra: LoRA without peft.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _one_line_errors(config):
+        if config.model is not None:
+            student = AutoModelForCausalLM.from_pretrained(
+                config.model, dtype=torch.float32, trust_remote_code=config.trust_remote_code
+            )
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                student = AutoModelForCausalLM.from_config(_architecture(config, tokenizer))
+    num_embeddings = student.get_input_embeddings().num_embeddings
+    if num_embeddings < len(tokenizer):
+        raise StudentError(
+            f"student: expected at least {len(tokenizer)} embeddings, one per token of its "
+            f"tokenizer, got {num_embeddings} embeddings; use the tokenizer that belongs to the "
+            "model (student.tokenizer)"
+        )
+    return student if config.lora is None else adapt(student, config.lora, seed)
+
+
+def check_student(config: StudentConfig, tokenizer: Any) -> StudentGeometry:
+    """Check without loading weights that a student can be built and its KV captured.
+
+    Raises:
+        StudentError: as ``build_student``, or no adapter locates its keys and values.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _one_line_errors(config), torch.device("meta"):
+        student = AutoModelForCausalLM.from_config(
+            _architecture(config, tokenizer), trust_remote_code=config.trust_remote_code
+        )
+    return KVCapture(student).geometry
+
+
+def load_student_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    """Load a fast tokenizer from a folder or hub id.
+
+    Raises:
+        StudentError: not found, or a tokenizer without character offsets.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
+        first_line = str(error).strip().split("\n")[0]
+        raise StudentError(f"cannot load the tokenizer {name!r}: {first_line}") from error
+    if not tokenizer.is_fast:
+        raise StudentError(
+            f"the tokenizer {name!r} ({type(tokenizer).__name__}) gives no character offsets, "
+            "which alignment needs; use a fast tokenizer (one with a tokenizer.json)"
+        )
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
+    """Train a byte-level BPE tokenizer; every text round-trips and has exact offsets.
+
+    Returns:
+        A ``PreTrainedTokenizerFast`` whose BOS, EOS and padding token is ``<|endoftext|>``.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def character_tokenizer(texts: Iterable[str]) -> Any:
+    """Build a tokenizer with one token per character in ``texts``, for small formal languages.
+
+    Returns:
+        A ``PreTrainedTokenizerFast`` with separate BOS, EOS, padding and unknown tokens.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "unk")}
+    characters = sorted({character for text in texts for character in text})
+    vocab = {token: i for i, token in enumerate([*special.values(), *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=special["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def _architecture(config: StudentConfig, tokenizer: Any) -> Any:
+    """The student's transformers config; from scratch, with the tokenizer's special tokens."""
+    from transformers import AutoConfig
+
+    if config.model is not None:
+        return AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    tokens = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
+    settings = {"vocab_size": len(tokenizer), **tokens, **(config.architecture or {})}
+    return AutoConfig.for_model(**settings)
+
+
+@contextmanager
+def _one_line_errors(config: StudentConfig) -> Iterator[None]:
+    """Turn any error of transformers into a one-line ``StudentError`` that names the student."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        student = config.model or config.architecture
+        first_line = str(error).strip().split("\n")[0]
+        raise StudentError(f"cannot build the student {student!r}: {first_line}") from error
