@@ -31,9 +31,9 @@ from kvdistill.corpus.recipes import arithmetic_samples
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.evaluate.generation import generate_and_grade
 from kvdistill.distill.evaluate.held_out import latent_exact_match
+from kvdistill.distill.student.build import character_tokenizer, load_student_tokenizer
 from kvdistill.distill.student.latent.model import LatentStudent
 from kvdistill.distill.student.latent.probes import tamper_with
-from kvdistill.distill.student.build import character_tokenizer, load_student_tokenizer
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.stored import prepare
 from kvdistill.pipelines.train import train

@@ -11,12 +11,10 @@ from kvdistill.config.training import StudentConfig
 from kvdistill.corpus.readers import read_jsonl
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.evaluate.answers import is_gradable
-from kvdistill.distill.evaluate.held_out import HeldOut, score_held_out
-from kvdistill.distill.evaluate.held_out import score_latent
+from kvdistill.distill.evaluate.held_out import HeldOut, score_held_out, score_latent
+from kvdistill.distill.student.build import build_student, load_student_tokenizer
 from kvdistill.distill.student.latent.model import LatentStudent, is_latent
 from kvdistill.distill.student.latent.probes import diagnose_latents
-from kvdistill.distill.student.build import build_student
-from kvdistill.distill.student.build import load_student_tokenizer
 from kvdistill.errors import CorpusError, StudentError
 
 MAX_NEW_TOKENS: Final = 256

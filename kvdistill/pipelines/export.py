@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kvdistill.config.training import StudentConfig
-from kvdistill.distill.student.build import build_student
-from kvdistill.distill.student.build import load_student_tokenizer
+from kvdistill.distill.student.build import build_student, load_student_tokenizer
 from kvdistill.errors import MissingExtra, StudentError
 
 MODEL: Final = "model.onnx"

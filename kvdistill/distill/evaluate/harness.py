@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from kvdistill.config.training import StudentConfig
+from kvdistill.distill.student.build import build_student, load_student_tokenizer
 from kvdistill.distill.student.latent.model import is_latent
-from kvdistill.distill.student.build import build_student
-from kvdistill.distill.student.build import load_student_tokenizer
 from kvdistill.errors import ConfigError, MissingExtra, StudentError
 
 

@@ -1,44 +1,53 @@
-"""Putting a run together: tokenizer, student, teachers' spaces, stream and distiller."""
+"""Set-up of a run: from its config and its store to a distiller that is ready to train.
+
+``assemble`` builds tokenizer, student, teacher spaces, stream and distiller. Two settings need
+measurements on a few pilot batches first: the layer map by CKA, and closed-form projectors.
+``training_arguments`` translates the config's ``training`` section for transformers.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate.utils import send_to_device
+from torch import Tensor
 from transformers import TrainingArguments
 
-from kvdistill.attention.geometry import student_geometry
+from kvdistill.attention.geometry import HeadShape, student_geometry
+from kvdistill.attention.hooks import KVCapture
+from kvdistill.config.distill import FusionConfig, ProjectionConfig
 from kvdistill.config.experiment import Experiment
 from kvdistill.corpus.samples import Sample
-from kvdistill.distill.align.layers import LayerMap, layer_map
-from kvdistill.distill.data.collate import Collate
+from kvdistill.distill.align.layers import LayerMap, layer_map, linear_cka, monotone_map
+from kvdistill.distill.data.collate import Batch, Collate
 from kvdistill.distill.data.placebo import with_placebo
 from kvdistill.distill.data.source import Source, StoreSource
 from kvdistill.distill.data.stream import KVStream, Rank, open_stream
-from kvdistill.distill.distiller import Distiller
+from kvdistill.distill.distiller import Distiller, band_of
+from kvdistill.distill.project.closed_form import PilotMoments, initialise
+from kvdistill.distill.student.build import build_student, load_student_tokenizer
 from kvdistill.distill.student.latent.latent_distiller import LatentDistiller, nearest_layers
 from kvdistill.distill.student.latent.model import LatentStudent
 from kvdistill.distill.student.latent.questions import LatentCollate
-from kvdistill.distill.student.build import build_student
-from kvdistill.distill.student.build import load_student_tokenizer
-from kvdistill.distill.targets import TeacherSpace, check_alignment, teacher_space
-from kvdistill.distill.train.checkpoint import STUDENT_PREFIX
-from kvdistill.distill.train.pilot import cka_map, pilot, start_projectors
+from kvdistill.distill.targets import TeacherHead, TeacherSpace, check_alignment, teacher_space
 from kvdistill.errors import ConfigError
 from kvdistill.store.reader import KVStore
+from kvdistill.types import KINDS, Kind
 
 SourceOf = Callable[[KVStore, Mapping[str, Sequence[int]]], Source]
+"""Makes a source of shards from a store and the layers needed of each teacher."""
 
 
 @dataclass(frozen=True, eq=False)
 class Assembled:
-    """Everything that the trainer is given."""
+    """What the trainer is built from."""
 
     distiller: Distiller
     stream: KVStream
@@ -58,11 +67,11 @@ def assemble(
 
     Args:
         experiment: the run.
-        store: complete for all its teachers.
-        samples: the training texts, of which the task tags are taken.
+        store: complete for all teachers of the run.
+        samples: the training samples; the task ids are taken from them.
         rank: this process among those that train together.
-        resuming: a checkpoint will overwrite all weights, so closed-form ones are not computed.
-        source_of: what the shards come from, given the store and each teacher's needed layers.
+        resuming: skip closed-form projectors, since a checkpoint will overwrite all weights.
+        source_of: where shards come from.
 
     Raises:
         StudentError, StoreError, ConfigError: see the parts.
@@ -74,24 +83,28 @@ def assemble(
     student = build_student(config, tokenizer, experiment.seed)
     tasks = sorted({sample.task for sample in samples if sample.task is not None})
     task_ids = {task: number for number, task in enumerate(tasks, start=1)}
-    alone = _collate(experiment, tokenizer, task_ids)
+    collate = _collate_without_teachers(experiment, tokenizer, task_ids)
     names = experiment.teachers if experiment.losses.uses_teachers else ()
     for name in names:
         check_alignment(store.teacher(name), experiment.alignment.time)
-    maps = {name: _layer_map_of(experiment, student, store, name, alone) for name in names}
+    maps = {name: _layer_map_of(experiment, student, store, name, collate) for name in names}
     teachers = [teacher_space(store, name, maps[name], experiment.fusion) for name in maps]
-    collate = replace(alone, teachers=teachers)
+    collate = replace(collate, teachers=teachers)
     layers = {space.name: space.needed for space in teachers}
     source = with_placebo(source_of(store, layers), store, layers, experiment.placebo)
     distiller = _distiller(experiment, student, teachers, store, len(tasks))
-    if not resuming:
-        _initialise_projections(distiller, source, collate, experiment)
+    init = experiment.projection.first_weights
+    if not resuming and init in ("pca", "ridge") and teachers and distiller.projects:
+        num_batches = experiment.projection.pilot_batches
+        pilot = _pilot_batches(source, collate, training.batch_size, num_batches)
+        initialise_projectors(distiller, pilot, init)
     stream = open_stream(source, collate, samples, training, seed=experiment.seed, rank=rank)
     return Assembled(distiller, stream, tokenizer)
 
 
-def _collate(experiment: Experiment, tokenizer: Any, task_ids: dict[str, int]) -> Collate:
-    """Makes batches, as yet without teachers."""
+def _collate_without_teachers(
+    experiment: Experiment, tokenizer: Any, task_ids: dict[str, int]
+) -> Collate:
     max_length, losses = experiment.training.max_length, experiment.losses
     shared = (tokenizer, max_length, experiment.alignment, losses, (), task_ids)
     if experiment.latent is None:
@@ -117,19 +130,9 @@ def _distiller(
         return Distiller(student, teachers, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed)
-        thinking = LatentStudent(student, experiment.latent)
+        latent_student = LatentStudent(student, experiment.latent)
     manifests = {space.name: store.teacher(space.name) for space in teachers}
-    return LatentDistiller(thinking, teachers, manifests, **settings)
-
-
-def _initialise_projections(
-    distiller: Distiller, source: Source, collate: Collate, experiment: Experiment
-) -> None:
-    """Closed-form first weights, where the config asks for them and something projects."""
-    projection = experiment.projection
-    if projection.first_weights in ("pca", "ridge") and distiller.teachers and distiller.projects:
-        size, count = experiment.training.batch_size, projection.pilot_batches
-        start_projectors(distiller, pilot(source, collate, size, count), projection.first_weights)
+    return LatentDistiller(latent_student, teachers, manifests, **settings)
 
 
 def _layer_map_of(
@@ -141,7 +144,10 @@ def _layer_map_of(
     explicit = None
     if alignment.explicit_layers is not None:
         if name not in alignment.explicit_layers:
-            raise ConfigError(f"alignment.explicit_layers has no layers for teacher {name!r}")
+            raise ConfigError(
+                f"alignment.explicit_layers: expected layers for teacher {name!r}, got teachers "
+                f"{sorted(alignment.explicit_layers)}; add the missing one"
+            )
         explicit = alignment.explicit_layers[name]
     layers = store.teacher(name).layers
     num_layers = student_geometry(student).num_layers
@@ -149,8 +155,120 @@ def _layer_map_of(
     return mapping if experiment.latent is None else nearest_layers(mapping)
 
 
+def _pilot_batches(
+    source: Source, collate: Collate, batch_size: int, num_batches: int
+) -> Iterator[Batch]:
+    """The corpus's first batches, in the order of the shards."""
+
+    def all_batches() -> Iterator[Batch]:
+        for shard_idx in range(len(source.sizes)):
+            shard = source.load(shard_idx)
+            items = [shard.item(i) for i in range(len(shard.samples))]
+            for start in range(0, len(items), batch_size):
+                yield collate(items[start : start + batch_size])
+
+    return islice(all_batches(), num_batches)
+
+
+@torch.no_grad()
+def initialise_projectors(distiller: Distiller, batches: Iterable[Batch], init: Any) -> None:
+    """Initialise every teacher-to-student projection in closed form.
+
+    Args:
+        distiller: with untrained projections.
+        batches: pilot batches, on any device.
+        init: ``pca`` or ``ridge``.
+
+    Raises:
+        ConfigError: no token of the pilot batches is covered by a teacher.
+    """
+    student = distiller.capture.geometry.heads
+    heads = [distiller.head(t.name, kind) for t in distiller.teachers for kind in KINDS]
+    moments = {
+        (head, i): PilotMoments(
+            len(group.student_layers), group.shapes[head.kind].width, student.width
+        )
+        for head in heads
+        for i, group in enumerate(head.groups)
+    }
+    device = next(distiller.parameters()).device
+    for batch in batches:
+        moved = send_to_device(batch, device)
+        view = distiller.view(moved)
+        targets = distiller.targets(moved["teachers"])
+        for t, teacher in enumerate(distiller.teachers):
+            mask = moved["teachers"][teacher.name]["covered"]
+            for kind in KINDS:
+                head = distiller.head(teacher.name, kind)
+                for i, target in enumerate(targets[kind][t]):
+                    moments[head, i].add(target, head.of_group(view.kind(kind), i), mask)
+    for (head, i), found in moments.items():
+        projection: Any = head.project[i]
+        initialise(projection, found, init)
+
+
+@torch.no_grad()
+def cka_map(
+    student: Any, store: KVStore, name: str, collate: Collate, num_batches: int
+) -> LayerMap:
+    """Monotone layer map of largest total similarity, by linear CKA of keys and values.
+
+    Args:
+        student: on any device.
+        store: holds the teacher.
+        name: of the teacher.
+        collate: the run's; its teachers are replaced.
+        num_batches: pilot batches of 8 samples to measure on.
+    """
+    layers = store.teacher(name).layers
+    identity = LayerMap(layers, layers, (0.0,) * len(layers))
+    space = teacher_space(store, name, identity, FusionConfig())
+    collate = replace(collate, teachers=[space])
+    capture = KVCapture(student)
+    device = next(student.parameters()).device
+    unused = ProjectionConfig(mode="joint")
+    heads = {
+        kind: TeacherHead(space, kind, HeadShape(1, 1), unused, projects=False) for kind in KINDS
+    }
+    student_parts: dict[Kind, list[Tensor]] = {kind: [] for kind in KINDS}
+    teacher_parts: dict[Kind, list[list[Tensor]]] = {kind: [] for kind in KINDS}
+    for batch in _pilot_batches(StoreSource(store, {name: layers}), collate, 8, num_batches):
+        moved = send_to_device(batch, device)
+        teacher = moved["teachers"][name]
+        mask_BT = teacher["covered"]
+        with capture() as captured:
+            student(moved["input_ids"], attention_mask=moved["attention_mask"], use_cache=False)
+        for kind in KINDS:
+            layers_kv = [getattr(layer, kind) for layer in captured]
+            student_parts[kind].append(_masked_tokens(torch.stack(layers_kv, 1), mask_BT))
+            targets = heads[kind].to(device).targets(teacher[kind], band_of(teacher))
+            teacher_parts[kind].append([_masked_tokens(x, mask_BT) for x in targets])
+    order = [layer for group in space.groups for layer in group.layer_map.lower]
+    similarity = sum(_similarity(student_parts[kind], teacher_parts[kind]) for kind in KINDS)
+    columns = torch.tensor([order.index(layer) for layer in layers])
+    return monotone_map(torch.as_tensor(similarity).cpu()[:, columns], layers)
+
+
+def _masked_tokens(x_BLHTD: Tensor, mask_BT: Tensor) -> Tensor:
+    """The masked-in tokens of every layer, ``[L, N, H·D]``."""
+    return x_BLHTD.permute(0, 3, 1, 2, 4).flatten(3)[mask_BT].transpose(0, 1)
+
+
+def _similarity(student_parts: list[Tensor], teacher_parts: list[list[Tensor]]) -> Tensor:
+    """CKA ``[L_s, L_t]`` of tokens collected batch by batch; teacher layers group by group."""
+    student = torch.cat(student_parts, dim=1)
+    groups = [torch.cat(parts, dim=1) for parts in zip(*teacher_parts, strict=True)]
+    return torch.cat([linear_cka(student, group) for group in groups], dim=1)
+
+
 def training_arguments(experiment: Experiment, folder: Path, evaluates: bool) -> TrainingArguments:
-    """Arguments of a run in ``folder``; ``evaluates`` says whether there is held-out text."""
+    """Translate the config's ``training`` section.
+
+    Args:
+        experiment: the run.
+        folder: where the run writes.
+        evaluates: whether there are held-out samples.
+    """
     training = experiment.training
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
     evaluate = evaluates and training.eval_steps is not None
@@ -177,50 +295,16 @@ def training_arguments(experiment: Experiment, folder: Path, evaluates: bool) ->
         logging_steps=training.log_steps,
         logging_nan_inf_filter=False,
         use_cpu=training.device == "cpu",
-        report_to=_reports(),
+        report_to=log_destinations(),
         remove_unused_columns=False,
         disable_tqdm=True,
     )
 
 
-def _reports() -> list[str]:
-    """TensorBoard; Weights & Biases where it is installed and its environment asks for it."""
-    asked = any(os.environ.get(name) for name in ("WANDB_PROJECT", "WANDB_API_KEY"))
-    off = os.environ.get("WANDB_MODE") == "disabled"
-    if asked and not off and importlib.util.find_spec("wandb") is not None:
+def log_destinations() -> list[str]:
+    """TensorBoard; Weights & Biases too where it is installed and its environment enables it."""
+    enabled = any(os.environ.get(name) for name in ("WANDB_PROJECT", "WANDB_API_KEY"))
+    disabled = os.environ.get("WANDB_MODE") == "disabled"
+    if enabled and not disabled and importlib.util.find_spec("wandb") is not None:
         return ["tensorboard", "wandb"]
     return ["tensorboard"]
-
-
-def parameter_groups(
-    model: nn.Module,
-    *,
-    decaying: Collection[str],
-    weight_decay: float,
-    student_rate: float,
-    other_rate: float,
-) -> list[dict[str, Any]]:
-    """Groups for a torch optimizer, of parameters that learn.
-
-    Args:
-        model: a distiller, or a wrapper that keeps its names.
-        decaying: names of parameters that decay.
-        weight_decay: of those.
-        student_rate: learning rate of the student.
-        other_rate: learning rate of projectors, routers and gates.
-    """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            rate = student_rate if name.startswith(STUDENT_PREFIX) else other_rate
-            key = (weight_decay if name in decaying else 0.0, rate)
-            groups.setdefault(key, []).append(parameter)
-    return [{"params": p, "weight_decay": d, "lr": lr} for (d, lr), p in groups.items()]
-
-
-# MERGED-DOC distill.training_arguments
-# The config's ``training`` section as transformers' ``TrainingArguments``.
-
-
-# MERGED-DOC distill.parameter_groups
-# Parameters by weight decay and learning rate: matrices decay, projectors have their own rate.

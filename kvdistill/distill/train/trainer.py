@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,18 +26,16 @@ from kvdistill.corpus.samples import Sample
 from kvdistill.distill.data.collate import Batch
 from kvdistill.distill.data.stream import KVStream, epochs_for, steps_in, steps_left
 from kvdistill.distill.distiller import Distiller
-from kvdistill.distill.evaluate.held_out import HeldOut, score_held_out
+from kvdistill.distill.evaluate.held_out import HeldOut, score_held_out, score_latent
 from kvdistill.distill.losses.absorption import (
     AbsorptionMonitor,
     explained_variance,
     gradient_share,
 )
 from kvdistill.distill.losses.weighting import annealed_scale
-from kvdistill.distill.evaluate.held_out import score_latent
 from kvdistill.distill.train.callbacks import HumanLog
-from kvdistill.distill.train.checkpoint import gathered, load_weights, save_weights
+from kvdistill.distill.train.checkpoint import STUDENT_PREFIX, gathered, load_weights, save_weights
 from kvdistill.distill.train.guards import Best, StepGuard, StopOnSignal, best_of
-from kvdistill.distill.train.set_up import parameter_groups
 from kvdistill.types import KINDS
 
 log = logging.getLogger(__name__)
@@ -351,6 +349,32 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         if self.state.global_step == 0:
             return epochs, batches
         return self.stream.epoch, self.stream.batches_done
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    decaying: Collection[str],
+    weight_decay: float,
+    student_rate: float,
+    other_rate: float,
+) -> list[dict[str, Any]]:
+    """Groups for a torch optimizer, of parameters that learn.
+
+    Args:
+        model: a distiller, or a wrapper that keeps its names.
+        decaying: names of parameters that decay.
+        weight_decay: of those.
+        student_rate: learning rate of the student.
+        other_rate: learning rate of projectors, routers and gates.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = student_rate if name.startswith(STUDENT_PREFIX) else other_rate
+            key = (weight_decay if name in decaying else 0.0, rate)
+            groups.setdefault(key, []).append(parameter)
+    return [{"params": p, "weight_decay": d, "lr": lr} for (d, lr), p in groups.items()]
 
 
 def _logged_name(part: str) -> str:

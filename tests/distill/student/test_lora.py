@@ -13,9 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvdistill.attention.hooks import KVCapture
 from kvdistill.config.training import LoraConfig, StudentConfig
-from kvdistill.distill.student.build import build_student
+from kvdistill.distill.student.build import build_student, train_tokenizer
 from kvdistill.distill.student.lora import adapt, is_adapted, load_adapter, merged, save_adapter
-from kvdistill.distill.student.build import train_tokenizer
 from kvdistill.distill.train.checkpoint import load_weights, save_weights
 from kvdistill.errors import MissingExtra, StudentError
 from tests.distill.student.test_injection import STUDENTS

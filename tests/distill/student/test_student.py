@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kvdistill.attention.geometry import student_geometry
 from kvdistill.attention.hooks import KVCapture
 from kvdistill.config.training import StudentConfig
-from kvdistill.distill.student.build import build_student
-from kvdistill.distill.student.build import train_tokenizer
+from kvdistill.distill.student.build import build_student, train_tokenizer
 from kvdistill.errors import StudentError
 
 LLAMA = {

@@ -49,7 +49,7 @@ def test_weights_and_biases_is_used_where_it_is_asked_for_and_there(
     )  # fmt: skip
     from kvdistill.distill.train import set_up as module
 
-    assert module._reports() == wanted
+    assert module.log_destinations() == wanted
 
 
 @pytest.mark.parametrize(

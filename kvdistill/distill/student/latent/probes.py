@@ -23,8 +23,7 @@ from torch import Tensor
 from kvdistill.attention.hooks import KVCapture
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.evaluate.answers import is_gradable
-from kvdistill.distill.evaluate.held_out import HeldOut
-from kvdistill.distill.evaluate.held_out import latent_exact_match
+from kvdistill.distill.evaluate.held_out import HeldOut, latent_exact_match
 from kvdistill.distill.student.latent.model import LatentStudent, Think, Thought, left_padded
 from kvdistill.distill.student.latent.questions import question_and_answer
 from kvdistill.errors import CorpusError, StudentError

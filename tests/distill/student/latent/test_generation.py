@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 import kvdistill
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.evaluate.held_out import latent_exact_match
+from kvdistill.distill.student.build import character_tokenizer
 from kvdistill.distill.student.latent.model import LatentStudent, answer, is_latent
 from kvdistill.distill.student.latent.probes import TAMPERINGS, tamper_with, tampered
-from kvdistill.distill.student.build import character_tokenizer
 from kvdistill.errors import CorpusError, StudentError
 from tests.distill.student.latent.thinkers import LLAMA, slow, thinker
 
