@@ -140,7 +140,7 @@ def convert_command(store: Path, target: Path, backend: Literal["zarr", "safeten
 def merge_command(target: Path, sources: tuple[Path, ...], prototypes: int) -> None:
     """Copy into TARGET the shards of other stores over the same corpus that it lacks."""
     from kvdistill.store.maintenance import merge_stores as bring
-    from kvdistill.store.prototypes import lacks_prototypes
+    from kvdistill.store.prototypes import lacks_prototypes, make_prototypes
 
     opened = KVStore.open(target)
     copied = bring(opened, [KVStore.open(source) for source in sources], progress=_say("copied"))
@@ -149,7 +149,7 @@ def merge_command(target: Path, sources: tuple[Path, ...], prototypes: int) -> N
         missing = opened.missing(name)
         state = f"{len(missing)} shards missing" if missing else "complete"
         if lacks_prototypes(opened, name):
-            _make_prototypes(opened, name, prototypes)
+            make_prototypes(opened, name, prototypes)
             state += ", prototypes made"
         elif missing and opened.teacher(name).has_summaries:
             state += "; its prototypes need all of them"
@@ -171,14 +171,6 @@ def rm_command(store: Path, teacher: str, yes: bool) -> None:
         click.confirm(f"Remove {teacher} with {count} shards from {store}?", abort=True)
     remove_teacher(opened, teacher)
     print(f"{store}: removed {teacher}, {count} shards; left: {opened.teachers() or 'no teacher'}")
-
-
-def _make_prototypes(store: KVStore, teacher: str, num_centres: int) -> None:
-    """Of all shards' summaries, as the extraction of a whole teacher makes them."""
-    from kvdistill.store.prototypes import hidden_summaries, prototypes, write_prototypes
-
-    made = prototypes(*hidden_summaries(store, teacher), num_centres)
-    write_prototypes(store, teacher, made)
 
 
 def _report(store: KVStore, teacher: str, shards: int, plots: Path | None) -> dict[str, Any]:

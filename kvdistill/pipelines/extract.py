@@ -15,15 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from kvdistill.config.experiment import Experiment
 from kvdistill.errors import ConfigError, Interrupted
 from kvdistill.extract.extract_shard import ExtractedShard, extract_samples
 from kvdistill.extract.teacher import Teacher, load_teacher
 from kvdistill.pipelines.stored import is_done, prepare
-from kvdistill.store.prototypes import hidden_summaries, prototypes, write_prototypes
+from kvdistill.store.prototypes import make_prototypes
 from kvdistill.store.reader import KVStore
 from kvdistill.store.writer import add_teacher, publish_shard
 
@@ -188,15 +185,8 @@ def publish(
         },
     )
     if teacher.manifest.has_summaries and not store.missing(name):
-        write_prototypes(store, name, store_prototypes(store, experiment, name))
+        make_prototypes(store, name, experiment.extraction.prototypes)
     return published
-
-
-def store_prototypes(
-    store: KVStore, experiment: Experiment, name: str
-) -> dict[str, NDArray[np.float32]]:
-    """Prototypes of a teacher whose shards are all there, from their hidden summaries."""
-    return prototypes(*hidden_summaries(store, name), experiment.extraction.prototypes)
 
 
 @dataclass(frozen=True)

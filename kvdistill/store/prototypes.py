@@ -1,12 +1,15 @@
-"""``teachers/<name>/prototypes.safetensors``: a few vectors per teacher, for routers.
+"""Prototypes: a few vectors per teacher that routers compare a sample with.
 
-Made of the shards' hidden summaries once all of them are there; making them again gives the
-same, so the file is simply replaced. They are no sum over shards, so halves of a teacher that were
-extracted apart have none: `kvdistill merge` makes them of the summaries, as extraction would have.
+They are computed from the hidden summaries that every shard carries, in the teacher's own hidden
+space and before any projection, once all shards are committed. The file is
+``teachers/<name>/prototypes.safetensors``; the computation is repeatable, so it may be replaced at
+any time. Prototypes are no sums over shards and cannot be merged: after shards of several sites
+were merged, they are computed anew.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Final
 
 import numpy as np
@@ -17,38 +20,7 @@ from kvdistill.errors import ShardNotFound
 from kvdistill.store.commit import flush, staging_folder
 from kvdistill.store.reader import KVStore
 
-
-def write_prototypes(
-    store: KVStore, teacher: str, prototypes: dict[str, NDArray[np.float32]]
-) -> None:
-    """Write a teacher's prototypes; readers see the old file or the new one.
-
-    Raises:
-        StoreError: it cannot be written.
-    """
-    final = store.paths.prototypes(teacher)
-    with staging_folder(store.paths.temporary(teacher), "prototypes") as folder:
-        staged = folder / final.name
-        staged.write_bytes(save(prototypes))
-        flush(staged)
-        staged.replace(final)
-        flush(final.parent)
-
-
-def read_prototypes(store: KVStore, teacher: str) -> dict[str, NDArray[np.float32]]:
-    """Prototypes by name: ``mean [E]``, ``cls [E]``, ``kmeans [k, E]``, ``kmeans_share [k]``.
-
-    Raises:
-        ShardNotFound: the teacher has none.
-    """
-    path = store.paths.prototypes(teacher)
-    if not path.is_file():
-        raise ShardNotFound(
-            f"{store.paths.root}: teacher {teacher!r} has no prototypes; extract it with "
-            "extraction.summaries: true, and all of its shards"
-        )
-    found: dict[str, NDArray[np.float32]] = load_file(path)
-    return found
+_KMEANS_ROUNDS: Final = 100
 
 
 def hidden_summaries(
@@ -73,31 +45,13 @@ def hidden_summaries(
     return mean_NE, first_NE
 
 
-def lacks_prototypes(store: KVStore, teacher: str) -> bool:
-    """Whether prototypes could be made, since all summaries are there, but were not."""
-    return (
-        store.teacher(teacher).has_summaries
-        and not store.missing(teacher)
-        and not store.paths.prototypes(teacher).is_file()
-    )
-
-
-def copy_prototypes(source: KVStore, target: KVStore, teacher: str) -> None:
-    """Bring a teacher's prototypes along with its last shard; nothing to do where it has none."""
-    if source.paths.prototypes(teacher).is_file() and not target.missing(teacher):
-        write_prototypes(target, teacher, read_prototypes(source, teacher))
-
-
-MAX_ROUNDS: Final = 100
-
-
 def prototypes(
     mean_NE: NDArray[np.float32], first_NE: NDArray[np.float32], num_centres: int
 ) -> dict[str, NDArray[np.float32]]:
-    """Prototypes of a teacher from every sample's mean and first hidden state.
+    """Prototypes from every sample's mean and first hidden state.
 
     Returns float32 ``mean [E]``, ``cls [E]``, ``kmeans [k, E]`` with ``k <= num_centres``, and
-    ``kmeans_share [k]``, the share of samples that each centre stands for, largest first.
+    ``kmeans_share [k]``, the share of samples in each cluster, largest first.
     """
     centres, share = kmeans(mean_NE.astype(np.float64), num_centres)
     return {
@@ -111,48 +65,76 @@ def prototypes(
 def kmeans(
     points_NE: NDArray[np.float64], num_centres: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Lloyd's algorithm from k-means++ seeds (Arthur and Vassilvitskii, 2007), repeatable.
+    """Lloyd's algorithm from k-means++ seeds (Arthur and Vassilvitskii, 2007); repeatable.
 
-    Returns centres ``[k, E]``, the fullest first, and the share of points of each ``[k]``.
-    Fewer centres than asked for where there are fewer distinct points.
+    Returns:
+        Centres ``[k, E]``, the largest cluster first, and each cluster's share of points ``[k]``.
+        ``k`` is below ``num_centres`` where there are fewer distinct points.
     """
-    centres = _seeds(points_NE, num_centres)
-    owner = _nearest(points_NE, centres)
-    for _ in range(MAX_ROUNDS):
-        used = np.unique(owner)
-        centres = np.stack([points_NE[owner == k].mean(axis=0) for k in used])
-        moved = _nearest(points_NE, centres)
-        if np.array_equal(moved, np.searchsorted(used, owner)):
-            break
-        owner = moved
-    count = np.bincount(_nearest(points_NE, centres), minlength=len(centres))
-    order = np.argsort(-count, kind="stable")
+    from scipy.cluster.vq import kmeans2
+
+    distinct = len(np.unique(points_NE, axis=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # empty clusters, which are dropped below
+        centres, owner = kmeans2(
+            points_NE, min(num_centres, distinct), iter=_KMEANS_ROUNDS, minit="++", rng=0
+        )
+    count = np.bincount(owner, minlength=len(centres))
+    order = np.argsort(-count, kind="stable")[: np.count_nonzero(count)]
     return centres[order], count[order] / len(points_NE)
 
 
-def _seeds(points_NE: NDArray[np.float64], num_centres: int) -> NDArray[np.float64]:
-    """Each next seed is drawn with the squared distance to the seeds so far as its weight."""
-    generator = np.random.default_rng(0)
-    chosen = [points_NE[generator.integers(len(points_NE))]]
-    distance = np.full(len(points_NE), np.inf)
-    while len(chosen) < num_centres:
-        distance = np.minimum(distance, ((points_NE - chosen[-1]) ** 2).sum(axis=1))
-        total = distance.sum()
-        if total == 0:
-            break
-        chosen.append(points_NE[generator.choice(len(points_NE), p=distance / total)])
-    return np.stack(chosen)
+def make_prototypes(store: KVStore, teacher: str, num_centres: int) -> None:
+    """Compute a complete teacher's prototypes from its hidden summaries, and write them.
+
+    Raises:
+        ShardNotFound: the teacher was extracted without summaries, or lacks a shard.
+        StoreError: they cannot be written.
+    """
+    write_prototypes(store, teacher, prototypes(*hidden_summaries(store, teacher), num_centres))
 
 
-def _nearest(points_NE: NDArray[np.float64], centres_KE: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Without ``|x|²``, which is the same for every centre."""
-    distance = (centres_KE**2).sum(axis=1) - 2 * points_NE @ centres_KE.T
-    nearest: NDArray[np.intp] = distance.argmin(axis=1)
-    return nearest
+def write_prototypes(store: KVStore, teacher: str, vectors: dict[str, NDArray[np.float32]]) -> None:
+    """Write a teacher's prototypes; readers see the old file or the new one.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    final = store.paths.prototypes(teacher)
+    with staging_folder(store.paths.temporary(teacher), "prototypes") as folder:
+        staged = folder / final.name
+        staged.write_bytes(save(vectors))
+        flush(staged)
+        staged.replace(final)
+        flush(final.parent)
 
 
-# MERGED-DOC extract.prototypes
-# What a teacher is like, in a few vectors that a router can compare a sample with.
-#
-# ``mean`` over time and samples, ``cls`` (first tokens), and the centres of k-means over the
-# samples' means. All in the teacher's own hidden space, before any projection.
+def read_prototypes(store: KVStore, teacher: str) -> dict[str, NDArray[np.float32]]:
+    """A teacher's prototypes by name, as ``prototypes`` returns them.
+
+    Raises:
+        ShardNotFound: the teacher has none.
+    """
+    path = store.paths.prototypes(teacher)
+    if not path.is_file():
+        raise ShardNotFound(
+            f"{store.paths.root}: teacher {teacher!r} has no prototypes; extract all of its shards "
+            "with extraction.summaries: true"
+        )
+    found: dict[str, NDArray[np.float32]] = load_file(path)
+    return found
+
+
+def lacks_prototypes(store: KVStore, teacher: str) -> bool:
+    """Whether all summaries are committed, but no prototypes were computed from them."""
+    return (
+        store.teacher(teacher).has_summaries
+        and not store.missing(teacher)
+        and not store.paths.prototypes(teacher).is_file()
+    )
+
+
+def copy_prototypes(source: KVStore, target: KVStore, teacher: str) -> None:
+    """Copy a teacher's prototypes if the source has them and the target has every shard."""
+    if source.paths.prototypes(teacher).is_file() and not target.missing(teacher):
+        write_prototypes(target, teacher, read_prototypes(source, teacher))
