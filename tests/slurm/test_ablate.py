@@ -13,8 +13,8 @@ import yaml
 from kvdistill.pipelines.extract import extract
 from kvdistill.slurm.worker import work
 from kvdistill.studies.controls import check_records
+from kvdistill.studies.design import load_study
 from kvdistill.studies.runs import ablation_tasks, ablation_work
-from kvdistill.studies.study import load_study
 from tests.slurm.cluster import Cluster, run_until_idle
 from tests.slurm.experiment import ROOT, load, write_experiment, write_models
 
@@ -44,20 +44,20 @@ def ablate(path: Path, *options: str) -> str:
 
 
 def test_a_worker_does_its_share_and_leaves_the_finished_alone(tmp_path: Path) -> None:
-    plan = load_study(write_study(tmp_path))
-    first, second = ablation_tasks(plan, plan.runs, num_tasks=2)
-    assert sorted(first.units + second.units) == sorted(run.name for run in plan.runs)
+    design = load_study(write_study(tmp_path))
+    first, second = ablation_tasks(design, design.runs, num_tasks=2)
+    assert sorted(first.units + second.units) == sorted(run.name for run in design.runs)
     assert work(first).outcome == "complete"
-    records = {run.name: run.folder.record.read_bytes() for run in plan.runs if run.is_finished}
+    records = {run.name: run.folder.record.read_bytes() for run in design.runs if run.is_finished}
     assert set(records) == set(first.units)
     assert work(first).outcome == work(second).outcome == "complete"
-    for run in plan.runs:
+    for run in design.runs:
         assert run.folder.record.read_bytes() == records.get(
             run.name, run.folder.record.read_bytes()
         )
-    assert plan.missing == []
+    assert design.missing == []
     frozen = ablation_work(str(first.arguments["config"]))
-    assert all(frozen.is_done(run.name) for run in plan.runs)
+    assert all(frozen.is_done(run.name) for run in design.runs)
 
 
 @pytest.mark.slurm
@@ -68,7 +68,7 @@ def test_a_study_is_one_array(login: Cluster, tmp_path: Path) -> None:
     assert found, said
     assert "nothing to submit" in ablate(path, "--slurm")
     run_until_idle(login, found[1], seconds=240)
-    plan = load_study(path)
-    assert plan.missing == []
-    check_records(plan)
+    design = load_study(path)
+    assert design.missing == []
+    check_records(design)
     assert "4 of 4 runs are finished" in ablate(path)

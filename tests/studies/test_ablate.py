@@ -21,7 +21,7 @@ from kvdistill.errors import (
 )
 from kvdistill.pipelines.extract import extract
 from kvdistill.studies.controls import check_records, check_settings
-from kvdistill.studies.study import StudyPlan, load_study, write_record
+from kvdistill.studies.design import StudyDesign, load_study, write_record
 
 OFF = {"losses.key": 0, "losses.value": 0}
 TINY = {"max_steps": 3, "batch_size": 2, "max_length": 48, "learning_rate": 1e-2, "device": "cpu"}
@@ -44,10 +44,10 @@ def study(extracted: Path, tmp_path: Path) -> Any:
     return write
 
 
-def checked(path: Path) -> StudyPlan:
-    plan = load_study(path)
-    check_settings(plan)
-    return plan
+def checked(path: Path) -> StudyDesign:
+    design = load_study(path)
+    check_settings(design)
+    return design
 
 
 def invoke(*arguments: str) -> Any:
@@ -59,50 +59,50 @@ def invoke(*arguments: str) -> Any:
 
 
 def test_arms_times_seeds_seed_by_seed(study: Any) -> None:
-    plan = checked(study(arms={"alone": {"teachers": [], "settings": OFF}, "both": {}}))
-    assert [run.name for run in plan.runs] == ["alone-s0", "both-s0", "alone-s1", "both-s1"]
-    assert [run.experiment.seed for run in plan.runs] == [0, 0, 1, 1]
-    assert plan.baseline == "alone"
-    assert not plan.runs[0].experiment.teachers
-    assert plan.folder.name == "study"
+    design = checked(study(arms={"alone": {"teachers": [], "settings": OFF}, "both": {}}))
+    assert [run.name for run in design.runs] == ["alone-s0", "both-s0", "alone-s1", "both-s1"]
+    assert [run.experiment.seed for run in design.runs] == [0, 0, 1, 1]
+    assert design.baseline == "alone"
+    assert not design.runs[0].experiment.teachers
+    assert design.folder.name == "study"
 
 
 def test_a_grid_is_every_combination(study: Any) -> None:
     grid = {"losses.key": [1, 3], "projection.mode": ["frozen", "student_to_teacher"]}
-    plan = checked(study(grid=grid, arms={"none": {"teachers": [], "settings": OFF}}))
-    assert set(plan.arms) == {
+    design = checked(study(grid=grid, arms={"none": {"teachers": [], "settings": OFF}}))
+    assert set(design.arms) == {
         "none",
         *(f"key-{key}_mode-{mode}" for key in (1, 3) for mode in grid["projection.mode"]),
     }
-    run = plan.of_arm("key-3_mode-frozen")[1]
+    run = design.of_arm("key-3_mode-frozen")[1]
     assert run.experiment.losses.key == 3
     assert run.experiment.projection.mode == "frozen"
 
 
 def test_eight_arms(study: Any) -> None:
     path = study(changes={"extraction": {"summaries": True}}, preset="eight-arms")
-    plan = checked(path)
-    assert list(plan.arms) == [
+    design = checked(path)
+    assert list(design.arms) == [
         "cross-entropy", "single-llama", "single-bert", "multi-fixed", "multi-similarity",
         "multi-learnable", "placebo-shuffled", "placebo-untrained", "placebo-noise",
     ]  # fmt: skip
-    placebos = {name for name, arm in plan.arms.items() if arm.placebo}
+    placebos = {name for name, arm in design.arms.items() if arm.placebo}
     assert placebos == {"placebo-shuffled", "placebo-untrained", "placebo-noise"}
-    assert not plan.of_arm("cross-entropy")[0].experiment.losses.uses_teachers
-    untrained = plan.of_arm("placebo-untrained")[0].experiment.teachers
+    assert not design.of_arm("cross-entropy")[0].experiment.losses.uses_teachers
+    untrained = design.of_arm("placebo-untrained")[0].experiment.teachers
     assert {name: teacher.weights for name, teacher in untrained.items()} == {
         "llama-untrained": "random",
         "bert-untrained": "random",
     }
-    every = plan.experiment_of_all_teachers().teachers
+    every = design.experiment_of_all_teachers().teachers
     assert set(every) == {"llama", "bert", "llama-untrained", "bert-untrained"}
 
 
 def test_leave_one_out_renormalises_given_weights(study: Any) -> None:
     changes = {"fusion": {"weights": {"llama": 0.75, "bert": 0.25}}}
-    plan = checked(study(changes=changes, preset="leave-one-out"))
-    assert list(plan.arms) == ["all", "without-llama", "without-bert"]
-    left = plan.of_arm("without-llama")[0].experiment
+    design = checked(study(changes=changes, preset="leave-one-out"))
+    assert list(design.arms) == ["all", "without-llama", "without-bert"]
+    left = design.of_arm("without-llama")[0].experiment
     assert set(left.teachers) == {"bert"}
     assert left.fusion.weights == {"bert": 0.25}
 
@@ -116,14 +116,14 @@ def test_e1_to_e5_needs_a_latent_student(study: Any) -> None:
         "projection": {"mode": "identity"},
     }
     try:
-        plan = checked(study(changes=latent, preset="E1-E5"))
+        design = checked(study(changes=latent, preset="E1-E5"))
     except ConfigError as error:  # heads of these teachers do not fit the student's
         pytest.fail(str(error))
     methods = [
-        run.experiment.latent.eviction.method for run in plan.runs[:5] if run.experiment.latent
+        run.experiment.latent.eviction.method for run in design.runs[:5] if run.experiment.latent
     ]
     assert methods == ["rkv", "uniform", "right_crop", "rkv", "rkv"]
-    assert plan.arms["E5-shuffled"].placebo
+    assert design.arms["E5-shuffled"].placebo
 
 
 @pytest.mark.parametrize(
@@ -144,19 +144,19 @@ def test_an_arm_may_not_touch_a_control(study: Any, setting: str, value: Any) ->
 
 def test_what_is_studied_may_differ_if_it_is_declared(study: Any) -> None:
     arms = {"a": {}, "b": {"settings": {"training.learning_rate": 0.5}}}
-    plan = checked(study(arms=arms, may_differ=["training.learning_rate"]))
-    assert plan.of_arm("b")[0].experiment.training.learning_rate == 0.5
+    design = checked(study(arms=arms, may_differ=["training.learning_rate"]))
+    assert design.of_arm("b")[0].experiment.training.learning_rate == 0.5
 
 
 def test_a_difference_that_nobody_stated_is_refused(study: Any) -> None:
-    plan = checked(study(arms={"a": {}, "b": {"settings": {"losses.key": 7}}}))
-    sneaky = plan.runs[1].experiment
+    design = checked(study(arms={"a": {}, "b": {"settings": {"losses.key": 7}}}))
+    sneaky = design.runs[1].experiment
     sneaky = sneaky.model_copy(
         update={"alignment": sneaky.alignment.model_copy(update={"causal": True})}
     )
-    runs = list(plan.runs)
+    runs = list(design.runs)
     runs[1] = type(runs[1])("b", 0, sneaky)
-    other = StudyPlan(plan.config, plan.body, plan.folder, plan.arms, tuple(runs))
+    other = StudyDesign(design.config, design.body, design.folder, design.arms, tuple(runs))
     with pytest.raises(ControlError, match=r"alignment.causal.*neither states it"):
         check_settings(other)
 
@@ -185,24 +185,24 @@ def test_a_study_runs_records_itself_and_computes_nothing_twice(study: Any) -> N
     }
     path = study(arms=arms)
     invoke(str(path), "--arm", "alone")
-    plan = load_study(path)
-    assert [run.name for run in plan.missing] == ["shuffled-s0", "shuffled-s1"]
-    alone = plan.runs[0].folder.record.read_bytes()
+    design = load_study(path)
+    assert [run.name for run in design.missing] == ["shuffled-s0", "shuffled-s1"]
+    alone = design.runs[0].folder.record.read_bytes()
     printed = json.loads(invoke(str(path), "--json").output.splitlines()[-1])
-    assert set(printed["metrics"]) == {run.name for run in plan.runs}
-    assert plan.runs[0].folder.record.read_bytes() == alone
-    record = json.loads((plan.folder / "ablation.json").read_text())
+    assert set(printed["metrics"]) == {run.name for run in design.runs}
+    assert design.runs[0].folder.record.read_bytes() == alone
+    record = json.loads((design.folder / "ablation.json").read_text())
     assert record["baseline"] == "alone"
     assert [(arm["name"], arm["placebo"]) for arm in record["arms"]] == [
         ("alone", False),
         ("shuffled", True),
     ]
     assert record["arms"][1]["runs"][1] == {"seed": 1, "path": "shuffled-s1"}
-    _check_what_runs_recorded(plan)
+    _check_what_runs_recorded(design)
 
 
-def _check_what_runs_recorded(plan: StudyPlan) -> None:
-    records = {run.name: run.folder.read_record() for run in plan.runs}
+def _check_what_runs_recorded(design: StudyDesign) -> None:
+    records = {run.name: run.folder.read_record() for run in design.runs}
     of_seed = [
         {n: r["controls"] for n, r in records.items() if n.endswith(s)} for s in ("s0", "s1")
     ]
@@ -216,12 +216,12 @@ def _check_what_runs_recorded(plan: StudyPlan) -> None:
 
 
 def test_runs_that_started_from_other_students_are_not_compared(study: Any) -> None:
-    plan = checked(study(arms={"a": {}, "b": {"settings": {"losses.key": 7}}}, seeds=[0]))
-    for run, student in zip(plan.runs, ("one", "other"), strict=True):
+    design = checked(study(arms={"a": {}, "b": {"settings": {"losses.key": 7}}}, seeds=[0]))
+    for run, student in zip(design.runs, ("one", "other"), strict=True):
         run.folder.path.mkdir(parents=True)
         run.folder.write_record({"finished": True, "controls": {"initial_student": student}})
     with pytest.raises(ControlError, match="initial student is other in run b-s0 and one"):
-        check_records(plan)
+        check_records(design)
 
 
 def test_a_finished_run_of_other_settings_is_refused(study: Any) -> None:
@@ -250,7 +250,7 @@ def test_a_missing_teacher_is_named_and_can_be_extracted(study: Any, tmp_path: P
 
 def test_a_dry_run_writes_nothing(study: Any, tmp_path: Path) -> None:
     output = invoke(str(study(arms={"a": {}})), "--dry-run").output
-    assert "1 arms under the seeds 0, 1: 2 runs, 2 to do" in output
+    assert "1 arms × seeds 0, 1: 2 runs, 2 to do" in output
     assert not (tmp_path / "runs").exists()
 
 

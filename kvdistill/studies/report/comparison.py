@@ -170,7 +170,7 @@ def against(name: str, pairs: Paired, measure: Measure) -> Comparison:
         num_seeds=num_seeds,
         num_texts=num_texts if pairs.has_texts else 0,
         change=float(pairs.over_seeds.mean()),
-        interval=statistics.crossed_bootstrap(pairs.values_SN, pairs.weights_N),
+        interval=statistics.bootstrap(pairs.values_SN, pairs.weights_N),
         p=p,
         corrected={},
         effect_seeds=sign * statistics.hedges_g(pairs.over_seeds),
