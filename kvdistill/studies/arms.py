@@ -60,7 +60,9 @@ def extra_teachers(config: AblationConfig, body: Body) -> dict[str, Any]:
 def eight_arms(body: Body) -> Arms:
     """Cross-entropy, each teacher alone, three ways to fuse all of them, and three placebos."""
     names = _teacher_names(body)
-    unset = {section: {} for section in ("projection", "fusion", "placebo") if body.get(section)}
+    unset: dict[str, Any] = {
+        section: {} for section in ("projection", "fusion", "placebo") if body.get(section)
+    }
     arms = {
         "cross-entropy": ArmConfig(
             settings={**NO_TEACHER_LOSSES, **unset}, teachers=(), description="no teacher"

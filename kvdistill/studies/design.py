@@ -104,7 +104,7 @@ class StudyDesign:
             for name, teacher in run.experiment.teachers.items()
             if run.experiment.losses.uses_teachers
         }
-        body = {key: self.body[key] for key in STAGE_ONE_SECTIONS if key in self.body}
+        body = {key: value for key, value in self.body.items() if key in STAGE_ONE_SECTIONS}
         losses = {} if teachers else {"key": 0, "value": 0}
         name = self.config.name
         return parse_experiment({**body, "name": name, "teachers": teachers, "losses": losses})

@@ -89,7 +89,8 @@ def sign_flip(differences: ArrayLike, *, draws: int = 20_000, seed: int = 0) -> 
 
     def absolute_sum(flipped: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
         # Rounded: assignments that tie must not be split by the order of additions.
-        return np.round(np.abs(flipped.sum(axis)) / scale, 9)
+        rounded: NDArray[np.float64] = np.round(np.abs(flipped.sum(axis)) / scale, 9)
+        return rounded
 
     result = stats.permutation_test(
         (found,),
