@@ -1,17 +1,20 @@
-"""``x ≈ code · scale + zero``: int4, two codes a byte.
+"""int4: ``x ≈ code · step + start``, two codes of four bits per byte.
 
-A channel of keys often sits far from zero, so the range ``[min, max]`` is spent, not ``±max``, and
-scale and zero are fp16: models with a bias on their keys put a channel hundreds of steps away.
-Groups of keys run along tokens, and a batch's padding, which repeats a token, must not change the
-result: hence ``[min, max]`` and no better line.
+**Keys.** A channel often lies far from zero, so each block's scale and zero span ``[min, max]``
+rather than ``±max``. Both are fp16, because models with a bias on their keys shift a channel by
+hundreds of steps. The range is used and not a better fit: the padding of a batch repeats a token,
+which must not change the codes.
 
-Values are rotated by a Hadamard matrix first, which spreads an outlier channel over all of them
-(QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs, arXiv 2404.00456); the matrix is its own
-inverse. Rotated values lie around zero and are near a Gaussian, for which ``[min, max]`` is a
-little too wide: a search finds a token's line, which takes two bytes (``lines.py``).
+**Values** are first multiplied by a Hadamard matrix, which spreads an outlier channel over all
+channels (QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs, arXiv 2404.00456). Rotated values
+are close to a Gaussian around zero, for which ``[min, max]`` is a little too wide, and each token's
+scale and zero take one byte each: the step is the upper byte of a positive fp16 (five exponent
+bits, three of mantissa), the zero is the middle of the range in quarters of a step. Since both are
+coarse, 15 pairs per token are tried and the one of least squared error is kept. On SmolLM2 the
+relative error is 8.3 %, against 8.4 % for a least-squares fit in fp16 at twice the bytes.
 
-A byte of codes holds channel ``i`` in its low and channel ``i + D/2`` in its high four bits, so
-that unpacking is a concatenation and not an interleaving.
+A byte holds channel ``i`` in its low and channel ``i + D/2`` in its high four bits, so unpacking is
+a concatenation instead of an interleaving.
 """
 
 from __future__ import annotations
@@ -23,18 +26,18 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from kvdistill.errors import GeometryError
 from kvdistill.store.codecs.parts import (
     TINY,
     Part,
     as_blocks,
     bits_to_float32,
+    channel_pairs,
     concatenate,
     half_at_least,
     half_at_most,
-    one_per_token,
+    half_part,
+    one_channel,
     per_token,
-    side_part,
     to_float32,
 )
 from kvdistill.types import CodecName, Kind
@@ -44,22 +47,37 @@ if TYPE_CHECKING:
 
     from kvdistill.store.codecs.parts import Array
 
+_LAST_CODE: Final = 15
+_STEP: Final = "ufloat8_e5m3"
+"""Type of a value's step: an fp16 without its sign bit and its last seven mantissa bits."""
+_MIDDLE_UNIT: Final = 0.25
+"""Unit of a value's zero, in steps."""
+_LAST_MIDDLE: Final = 127
+_SHORTER_STEPS: Final = (0, 1, 2)
+"""Steps tried, counted in 8-bit floats below the smallest that covers the range."""
+_MIDDLE_SHIFTS: Final = (0, -2, -1, 1, 2)
+"""Middles tried, in units from the middle of the range."""
+
 
 @dataclass(frozen=True)
 class Asymmetric:
     """Four-bit codes with a scale and a zero."""
 
     name: CodecName
-    wide: bool = False
-    """Whether scales and zeros of values are fp16 too, as in stores of format 1."""
+    half_values: bool = False
+    """Whether values have fp16 scales and zeros, as in stores of format 1."""
 
     def parts(self, kind: Kind) -> tuple[Part, ...]:
         """The stored arrays."""
-        packed = Part("", "uint8", "uint4 pairs (i, i + D/2)", "token", _half_of)
-        if kind == "key" or self.wide:
-            return (packed, side_part("scale", kind), side_part("zero", kind))
-        scale = one_per_token("scale", "uint8", STEP)
-        return (packed, scale, one_per_token("zero", "int8", "middle in quarters of a step"))
+        packed = Part("", "uint8", "uint4 pairs (i, i + D/2)", width=channel_pairs)
+        if kind == "key" or self.half_values:
+            return (packed, half_part("scale", kind), half_part("zero", kind))
+        scale = Part("scale", "uint8", _STEP, width=one_channel)
+        return (
+            packed,
+            scale,
+            Part("zero", "int8", "middle in quarters of a step", width=one_channel),
+        )
 
     def encode(self, x: torch.Tensor, kind: Kind) -> dict[str, torch.Tensor]:
         """``[..., T, D]`` of one sample → packed codes ``[..., T, D/2]``, scales and zeros.
@@ -67,9 +85,9 @@ class Asymmetric:
         Raises:
             GeometryError: D is odd.
         """
-        _half_of(x.shape[-1])
-        codes, scale, zero = (_keys if kind == "key" else self._values)(x.float())
-        half = codes.shape[-1] // 2
+        half = channel_pairs(x.shape[-1])
+        encode = _encode_keys if kind == "key" else self._encode_values
+        codes, scale, zero = encode(x.float())
         return {"": codes[..., :half] | codes[..., half:] << 4, "scale": scale, "zero": zero}
 
     def decode(
@@ -80,53 +98,104 @@ class Asymmetric:
         Shapes of scales and zeros, and ``block_idx``, are those of ``Symmetric.decode``.
         """
         packed, scale, zero = (parts[suffix] for suffix in ("", "scale", "zero"))
-        codes = to_float32(concatenate([packed & LARGEST, packed >> 4], axis=-1))
-        in_bytes = kind == "value" and not self.wide
-        step, start = (
-            decode_line(scale, zero) if in_bytes else (to_float32(scale), to_float32(zero))
-        )
-        if kind == "value":
-            return hadamard(codes * step + start)
-        num_tokens = packed.shape[-2]
-        product: Array = codes * per_token(step, num_tokens, block_idx)
-        product += per_token(start, num_tokens, block_idx)
-        return product
+        codes = to_float32(concatenate([packed & _LAST_CODE, packed >> 4], axis=-1))
+        if kind == "key":
+            num_tokens = packed.shape[-2]
+            decoded: Array = codes * per_token(to_float32(scale), num_tokens, block_idx)
+            decoded += per_token(to_float32(zero), num_tokens, block_idx)
+            return decoded
+        if self.half_values:
+            step, start = to_float32(scale), to_float32(zero)
+        else:
+            step, start = _step_and_start(scale, zero)
+        return hadamard(codes * step + start)
 
-    def _values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _encode_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rotated = hadamard(x)
-        scale, zero = fit_line(rotated)
-        step, start = decode_line(scale, zero)
-        if self.wide:
+        scale, zero = _fit_values(rotated)
+        step, start = _step_and_start(scale, zero)
+        if self.half_values:
             scale, zero = step.half(), start.half()
             start = zero.float()
-        return nearest_code(rotated, step, start), scale, zero
+        return _nearest_codes(rotated, step, start), scale, zero
 
 
-def _keys(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, and a scale and a zero that cover each block's range."""
+def _encode_keys(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, and the fp16 scales and zeros that span each block's range."""
     import torch
 
     blocks = as_blocks(x)
     low, high = blocks.amin(dim=-2), blocks.amax(dim=-2)
     zero = half_at_most(low)
-    # A constant group takes one step from zero to itself, not fifteen: nearly exact.
-    steps = torch.where(high > low, LARGEST, 1)
-    scale = half_at_least((high - zero.float()) / steps)
-    step, start = (per_token(side_part.float(), x.shape[-2], None) for side_part in (scale, zero))
-    return nearest_code(x, step, start), scale, zero
+    # A constant block is one step above its zero, not fifteen, which makes it nearly exact.
+    num_steps = torch.where(high > low, _LAST_CODE, 1)
+    scale = half_at_least((high - zero.float()) / num_steps)
+    step, start = (per_token(part.float(), x.shape[-2]) for part in (scale, zero))
+    return _nearest_codes(x, step, start), scale, zero
 
 
-def _half_of(head_dim: int) -> int:
-    if head_dim % 2:
-        raise GeometryError(
-            f"codec int4 packs two channels into a byte, but the head dim is {head_dim}; "
-            "store this teacher with codec int8"
-        )
-    return head_dim // 2
+def _fit_values(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero of least squared error among those tried, for each row of ``[..., D]``.
+
+    A row farther from zero than 32 steps gets steps long enough for its middle to be representable;
+    its error is then about 2 % of its largest value. NaN and infinity make the step non-finite.
+
+    Returns:
+        Steps as bits, uint8 ``[..., 1]``, and middles in quarters of a step, int8 ``[..., 1]``.
+    """
+    import torch
+
+    low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
+    middle = low + (high - low) / 2
+    needed = torch.maximum((high - low) / _LAST_CODE, middle.abs() / (_LAST_MIDDLE * _MIDDLE_UNIT))
+    longest = _round_up_to_byte(half_at_least(needed))
+    scale, zero = longest, torch.zeros_like(longest, dtype=torch.int8)
+    least = torch.full_like(low, torch.inf)
+    for shorter in _SHORTER_STEPS:
+        bits = longest - longest.clamp_max(shorter)
+        unit = bits_to_float32(bits, _STEP) * _MIDDLE_UNIT
+        nearest = (middle / unit.clamp_min(TINY)).nan_to_num(0, 0, 0).round()
+        for shift in _MIDDLE_SHIFTS:
+            tried = (nearest + shift).clamp(-_LAST_MIDDLE, _LAST_MIDDLE).to(torch.int8)
+            step, start = _step_and_start(bits, tried)
+            decoded = _nearest_codes(x, step, start) * step + start
+            error = (decoded - x).square().sum(dim=-1, keepdim=True)
+            better = error < least
+            scale, zero = torch.where(better, bits, scale), torch.where(better, tried, zero)
+            least = torch.where(better, error, least)
+    return scale, zero
+
+
+def _round_up_to_byte(half: torch.Tensor) -> torch.Tensor:
+    """The smallest 8-bit float that is not below a positive fp16; keeps infinity and NaN."""
+    import torch
+
+    bits = half.view(torch.int16) & 0x7FFF
+    return ((bits.int() + 127) >> 7).clamp_max(255).to(torch.uint8)
+
+
+def _step_and_start(scale: Array, zero: Array) -> tuple[Array, Array]:
+    """Step and start of a value's stored scale and zero, float32 and exact; numpy or torch."""
+    step = bits_to_float32(scale, _STEP)
+    start: Array = (to_float32(zero) * _MIDDLE_UNIT - _LAST_CODE / 2) * step
+    return step, start
+
+
+def _nearest_codes(x: torch.Tensor, step: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """Codes uint8 of ``x``; values beyond the first or last code get that code."""
+    import torch
+
+    ratio = ((x - start) / step.clamp_min(TINY)).nan_to_num(0, 0, 0)
+    return ratio.round().clamp(0, _LAST_CODE).to(torch.uint8)
 
 
 def hadamard(x: Array) -> Array:
-    """``x · H / sqrt(n)`` over the last axis, float32 ``[..., D]``; ``rotate(rotate(x)) ≈ x``."""
+    """Fast Walsh–Hadamard transform ``x · H / √n`` over the last axis, float32 ``[..., D]``.
+
+    Orthonormal, symmetric and its own inverse. ``n`` is the largest power of two that divides
+    ``D``; blocks of ``n`` channels are transformed separately. log2(n) rounds of additions in a
+    fixed order give the same bits in numpy and torch, which a matrix product would not.
+    """
     lead, dim = x.shape[:-1], x.shape[-1]
     order = dim & -dim
     width = 1
@@ -137,109 +206,3 @@ def hadamard(x: Array) -> Array:
         width *= 2
     scale = np.float32(1 / math.sqrt(order)).item()
     return x.reshape(*lead, dim) * scale
-
-
-LARGEST: Final = 15
-"""Codes are 0 to 15."""
-
-
-MIDDLE: Final = LARGEST / 2
-
-
-STEP: Final = "ufloat8_e5m3"
-"""What the bits of a step mean: those of an fp16 without its sign and its last seven."""
-
-
-UNIT: Final = 0.25
-"""Of a step: what the middle is counted in."""
-
-
-FARTHEST: Final = 127
-
-
-SHORTER: Final = (0, 1, 2)
-"""Steps that are tried: so many 8-bit floats below the one that covers the range."""
-
-
-SHIFTS: Final = (0, -2, -1, 1, 2)
-"""Middles that are tried, in units from the range's own."""
-
-
-def nearest_code(x: torch.Tensor, step: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """Codes of ``x`` on a line, uint8; values beyond its ends get the last code."""
-    import torch
-
-    ratio = ((x - start) / step.clamp_min(TINY)).nan_to_num(0, 0, 0)
-    return ratio.round().clamp(0, LARGEST).to(torch.uint8)
-
-
-def decode_line(scale: Array, zero: Array) -> tuple[Array, Array]:
-    """Step and start, float32 and exact, of what ``fit`` returns; numpy or torch."""
-    step = bits_to_float32(scale, STEP)
-    start: Array = (to_float32(zero) * UNIT - MIDDLE) * step
-    return step, start
-
-
-def fit_line(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The line of least squared error for each row of float32 ``[..., D]``, of those tried.
-
-    A row farther from zero than 32 steps gets longer ones, with which its middle can be told: its
-    error is then about 2 % of its largest value. NaN and infinity show in the step's bits.
-
-    Returns:
-        Steps as bits, uint8 ``[..., 1]``, and middles in quarters of a step, int8 ``[..., 1]``.
-    """
-    import torch
-
-    low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
-    middle = low + (high - low) / 2
-    needed = torch.maximum((high - low) / LARGEST, middle.abs() / (FARTHEST * UNIT))
-    longest = _upper_byte(half_at_least(needed))
-    scale, zero = longest, torch.zeros_like(longest, dtype=torch.int8)
-    error = torch.full_like(low, torch.inf)
-    for down in SHORTER:
-        bits = longest - longest.clamp_max(down)
-        step = bits_to_float32(bits, STEP)
-        units = (middle / (step * UNIT).clamp_min(TINY)).nan_to_num(0, 0, 0).round()
-        for shift in SHIFTS:
-            tried = (units + shift).clamp(-FARTHEST, FARTHEST).to(torch.int8)
-            found = _squared_error(x, *decode_line(bits, tried))
-            better = found < error
-            scale, zero = torch.where(better, bits, scale), torch.where(better, tried, zero)
-            error = torch.where(better, found, error)
-    return scale, zero
-
-
-def _upper_byte(half: torch.Tensor) -> torch.Tensor:
-    """The smallest 8-bit float that is not below a positive fp16; infinity and NaN stay."""
-    import torch
-
-    bits = half.view(torch.int16) & 0x7FFF
-    return ((bits.int() + 127) >> 7).clamp_max(255).to(torch.uint8)
-
-
-def _squared_error(x: torch.Tensor, step: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    decoded = nearest_code(x, step, start) * step + start
-    return (decoded - x).square().sum(dim=-1, keepdim=True)
-
-
-# MERGED-DOC store.codecs.hadamard
-# The fast Walsh–Hadamard transform: orthonormal, symmetric, its own inverse.
-#
-# log2(D) rounds of additions and subtractions in a fixed order, so numpy and torch agree in every
-# bit, which a matrix product would not. Where D is not a power of two, it is applied to blocks of
-# the largest power of two that divides D.
-
-
-# MERGED-DOC store.codecs.lines
-# Lines through sixteen codes, ``code · step + start``, that take two bytes.
-#
-# The step is the upper byte of a positive fp16 (five exponent bits, three of mantissa); the
-# start is
-# kept as the middle of the range, in quarters of a step around zero. Both are coarse, so they
-# are
-# searched for: three steps from the one that covers ``[min, max]`` downwards, five middles
-# each, and
-# the line of least squared error stays. On SmolLM2's rotated values that is better than ``[min,
-# max]`` refined by least squares in fp16 (relative error 8.3 against 8.4 %), since rounding a
-# line matters less than which line it was, and takes half of the bytes.

@@ -1,4 +1,10 @@
-"""The stored arrays that an encoded kind consists of, and their names."""
+"""What codecs are made of: the stored parts, and operations common to numpy and torch.
+
+An encoded kind consists of *parts*: codes, and where the codec has them a scale and a zero, each
+an array ``[layer, head, token or block, width]``. The operations are those that numpy and torch
+spell differently. Each is exact or a single correctly rounded IEEE operation, so both libraries
+return the same bits.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import numpy as np
 
+from kvdistill.errors import GeometryError
 from kvdistill.store.shard import BLOCK_TOKENS
 from kvdistill.types import Kind
 
@@ -17,8 +24,32 @@ if TYPE_CHECKING:
 
     Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
+TINY: Final = 2.0**-24
+"""The smallest positive fp16: replaces a scale of zero as a divisor."""
 
-Per = Literal["token", "block"]
+
+def all_channels(head_dim: int) -> int:
+    """Width of a part with one element per channel."""
+    return head_dim
+
+
+def one_channel(head_dim: int) -> int:
+    """Width of a part with one element for all channels."""
+    return 1
+
+
+def channel_pairs(head_dim: int) -> int:
+    """Width of a part with two channels per element.
+
+    Raises:
+        GeometryError: the head dim is odd.
+    """
+    if head_dim % 2:
+        raise GeometryError(
+            f"codec int4 packs two channels into a byte, but the head dim is {head_dim}; "
+            "store this teacher with codec int8"
+        )
+    return head_dim // 2
 
 
 @dataclass(frozen=True)
@@ -26,31 +57,22 @@ class Part:
     """One stored array of an encoded kind, ``[layer, head, token or block, width]``."""
 
     suffix: str
-    """Empty for the codes; ``scale`` or ``zero`` otherwise."""
+    """Empty for the codes, else ``scale`` or ``zero``."""
     dtype: str
     """numpy dtype of the stored array."""
     logical: str
-    """What the bits mean, where numpy has no name for it."""
-    per: Per
-    width: Callable[[int], int]
-    """Width of the last axis, given the head dim."""
+    """Type of the numbers that the stored bits represent, where numpy lacks it."""
+    per: Literal["token", "block"] = "token"
+    """What the third axis counts."""
+    width: Callable[[int], int] = all_channels
+    """Length of the last axis for a head dim."""
 
 
-def codes_part(dtype: str, logical: str) -> Part:
-    """Codes, one element per channel."""
-    return Part("", dtype, logical, "token", _head_dim)
-
-
-def side_part(suffix: str, kind: Kind) -> Part:
-    """Scales or zeros in fp16: keys per block and channel, values per token."""
+def half_part(suffix: str, kind: Kind) -> Part:
+    """Scales or zeros in fp16: of keys per block and channel, of values per token."""
     if kind == "key":
-        return Part(suffix, "float16", "float16", "block", _head_dim)
-    return one_per_token(suffix, "float16", "float16")
-
-
-def one_per_token(suffix: str, dtype: str, logical: str) -> Part:
-    """A number for all channels of a token."""
-    return Part(suffix, dtype, logical, "token", _width_of_one)
+        return Part(suffix, "float16", "float16", "block")
+    return Part(suffix, "float16", "float16", width=one_channel)
 
 
 def part_name(stem: str, suffix: str) -> str:
@@ -62,18 +84,6 @@ def parts_of(arrays: Mapping[str, Any], stem: str) -> dict[str, Any]:
     """The parts of ``stem`` ("key", "g0/value", …) among named arrays, by suffix."""
     names = {suffix: part_name(stem, suffix) for suffix in ("", "scale", "zero")}
     return {suffix: arrays[name] for suffix, name in names.items() if name in arrays}
-
-
-def _head_dim(head_dim: int) -> int:
-    return head_dim
-
-
-def _width_of_one(head_dim: int) -> int:
-    return 1
-
-
-TINY: Final = 2.0**-24
-"""Smallest positive fp16: what a block of zeros is divided by."""
 
 
 def to_float32(x: Array) -> Array:
@@ -96,60 +106,6 @@ def bits_to_float32(bits: Array, logical: str) -> Array:
     return bits.view(getattr(torch, logical)).float()
 
 
-def concatenate(pieces: list[Array], axis: int) -> Array:
-    """Join along one axis."""
-    if isinstance(pieces[0], np.ndarray):
-        return np.concatenate(pieces, axis=axis)
-    import torch
-
-    return torch.cat(pieces, dim=axis)
-
-
-def per_token(side: Array, num_tokens: int, block_idx: Array | None) -> Array:
-    """Block scales ``[..., blocks, D]`` → one per token ``[..., T, D]``.
-
-    ``block_idx [T]`` names every token's block; ``t // 64`` when None.
-    """
-    if isinstance(side, np.ndarray):
-        idx = np.arange(num_tokens) // BLOCK_TOKENS if block_idx is None else block_idx
-        return np.take(side, idx, axis=-2)
-    import torch
-
-    if block_idx is None:
-        block_idx = torch.arange(num_tokens, device=side.device) // BLOCK_TOKENS
-    return side.index_select(-2, block_idx)
-
-
-def as_blocks(x: torch.Tensor) -> torch.Tensor:
-    """``[..., T, D]`` → ``[..., ceil(T / 64), 64, D]``, the last token repeated as padding."""
-    import torch
-
-    missing = -x.shape[-2] % BLOCK_TOKENS
-    if missing:
-        last = x[..., -1:, :].expand(*x.shape[:-2], missing, x.shape[-1])
-        x = torch.cat([x, last], dim=-2)
-    return x.reshape(*x.shape[:-2], x.shape[-2] // BLOCK_TOKENS, BLOCK_TOKENS, x.shape[-1])
-
-
-def half_at_least(x: torch.Tensor) -> torch.Tensor:
-    """The smallest fp16 that is not below ``x >= 0``; NaN and infinity stay."""
-    import torch
-
-    half = x.to(torch.float16)
-    below = (half.float() < x).to(torch.int16)
-    return (half.view(torch.int16) + below).view(torch.float16)
-
-
-def half_at_most(x: torch.Tensor) -> torch.Tensor:
-    """The largest fp16 that is not above ``x``; NaN and infinity stay."""
-    import torch
-
-    half = x.to(torch.float16)
-    bits = half.view(torch.int16)
-    above = (half.float() > x).to(torch.int16)
-    return (bits + torch.where(bits < 0, above, -above)).view(torch.float16)
-
-
 @cache
 def _e4m3_values() -> np.ndarray:
     """All 256 float8_e4m3fn values: sign, 4 exponent bits (bias 7), 3 mantissa bits."""
@@ -161,7 +117,55 @@ def _e4m3_values() -> np.ndarray:
     return np.where(bits >= 128, -value, value).astype(np.float32)
 
 
-# MERGED-DOC store.codecs.arrays
-# The few operations that numpy and torch spell differently, and scales that never clip.
-#
-# Each is exact or a single correctly rounded IEEE operation, hence the same bits on either side.
+def concatenate(pieces: list[Array], axis: int) -> Array:
+    """Join along one axis."""
+    if isinstance(pieces[0], np.ndarray):
+        return np.concatenate(pieces, axis=axis)
+    import torch
+
+    return torch.cat(pieces, dim=axis)
+
+
+def per_token(x: Array, num_tokens: int, block_idx: Array | None = None) -> Array:
+    """Scales or zeros per block ``[..., blocks, D]`` → per token ``[..., T, D]``.
+
+    ``block_idx [T]`` is every token's block; ``token // 64`` when None.
+    """
+    if isinstance(x, np.ndarray):
+        idx = np.arange(num_tokens) // BLOCK_TOKENS if block_idx is None else block_idx
+        return np.take(x, idx, axis=-2)
+    import torch
+
+    if block_idx is None:
+        block_idx = torch.arange(num_tokens, device=x.device) // BLOCK_TOKENS
+    return x.index_select(-2, block_idx)
+
+
+def as_blocks(x: torch.Tensor) -> torch.Tensor:
+    """``[..., T, D]`` → ``[..., ceil(T / 64), 64, D]``, padded with the last token."""
+    import torch
+
+    missing = -x.shape[-2] % BLOCK_TOKENS
+    if missing:
+        last = x[..., -1:, :].expand(*x.shape[:-2], missing, x.shape[-1])
+        x = torch.cat([x, last], dim=-2)
+    return x.reshape(*x.shape[:-2], x.shape[-2] // BLOCK_TOKENS, BLOCK_TOKENS, x.shape[-1])
+
+
+def half_at_least(x: torch.Tensor) -> torch.Tensor:
+    """The smallest fp16 that is not below ``x >= 0``; keeps NaN and infinity."""
+    import torch
+
+    half = x.to(torch.float16)
+    below = (half.float() < x).to(torch.int16)
+    return (half.view(torch.int16) + below).view(torch.float16)
+
+
+def half_at_most(x: torch.Tensor) -> torch.Tensor:
+    """The largest fp16 that is not above ``x``; keeps NaN and infinity."""
+    import torch
+
+    half = x.to(torch.float16)
+    bits = half.view(torch.int16)
+    above = (half.float() > x).to(torch.int16)
+    return (bits + torch.where(bits < 0, above, -above)).view(torch.float16)

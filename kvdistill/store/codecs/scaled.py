@@ -1,4 +1,4 @@
-"""Codecs that only cast: lossless for a teacher of that dtype, 16 bits an element."""
+"""Codecs without a zero point: casts to 16 bits, and ``x ≈ code · scale`` in int8 and fp8."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from kvdistill.store.codecs.parts import (
     Part,
     as_blocks,
     bits_to_float32,
-    codes_part,
     half_at_least,
+    half_part,
     per_token,
-    side_part,
     to_float32,
 )
 from kvdistill.types import CodecName, Kind
@@ -27,15 +26,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cast:
-    """bf16 (stored as its bits: numpy and zarr have no such type) or fp16."""
+    """fp16, or bf16 stored as its bits, since numpy and zarr lack the type.
+
+    Lossless for a teacher of the same dtype.
+    """
 
     name: CodecName
 
     def parts(self, kind: Kind) -> tuple[Part, ...]:
         """The stored arrays."""
         if self.name == "bf16":
-            return (codes_part("uint16", "bfloat16"),)
-        return (codes_part("float16", "float16"),)
+            return (Part("", "uint16", "bfloat16"),)
+        return (Part("", "float16", "float16"),)
 
     def encode(self, x: torch.Tensor, kind: Kind) -> dict[str, torch.Tensor]:
         """``[..., T, D]`` of one sample → its cast; infinite beyond fp16's range."""
@@ -56,7 +58,7 @@ class Cast:
 
 @dataclass(frozen=True)
 class Symmetric:
-    """Codes within ±``largest``: integers, or float8_e4m3fn stored as their bits."""
+    """Codes within ±``largest``: int8, or float8_e4m3fn stored as its bits."""
 
     name: CodecName
     largest: float
@@ -64,21 +66,21 @@ class Symmetric:
     def parts(self, kind: Kind) -> tuple[Part, ...]:
         """The stored arrays."""
         if self.name == "int8":
-            return (codes_part("int8", "int8"), side_part("scale", kind))
-        return (codes_part("uint8", "float8_e4m3fn"), side_part("scale", kind))
+            return (Part("", "int8", "int8"), half_part("scale", kind))
+        return (Part("", "uint8", "float8_e4m3fn"), half_part("scale", kind))
 
     def encode(self, x: torch.Tensor, kind: Kind) -> dict[str, torch.Tensor]:
         """``[..., T, D]`` of one sample → codes and scales.
 
-        NaN, infinity and what exceeds fp16's range show in the scale, and are refused when the
-        shard is published.
+        NaN, infinity and values beyond fp16's range make the scale non-finite, which publication
+        of the shard refuses.
         """
         import torch
 
         x = x.float()
         if kind == "key":
             scale = half_at_least(as_blocks(x).abs().amax(dim=-2) / self.largest)
-            steps = per_token(scale, x.shape[-2], None)
+            steps = per_token(scale, x.shape[-2])
         else:
             scale = half_at_least(x.abs().amax(dim=-1, keepdim=True) / self.largest)
             steps = scale
@@ -92,18 +94,13 @@ class Symmetric:
     ) -> Array:
         """Codes ``[..., T, D]`` and scales, numpy or torch → float32 ``[..., T, D]``, same bits.
 
-        Key scales are ``[..., blocks, D]``; ``block_idx [T]`` names every token's block where
-        samples are packed, and is ``t // 64`` when omitted. Value scales are ``[..., T, 1]``.
+        Key scales are ``[..., blocks, D]``, value scales ``[..., T, 1]``. ``block_idx [T]`` is
+        every token's block where samples are packed; ``token // 64`` when None.
         """
         stored, scale = parts[""], to_float32(parts["scale"])
+        is_int = self.name == "int8"
+        codes = to_float32(stored) if is_int else bits_to_float32(stored, "float8_e4m3fn")
         if kind == "key":
             scale = per_token(scale, stored.shape[-2], block_idx)
-        integer = self.name == "int8"
-        decoded: Array = (
-            to_float32(stored) if integer else bits_to_float32(stored, "float8_e4m3fn")
-        ) * scale
+        decoded: Array = codes * scale
         return decoded
-
-
-# MERGED-DOC store.codecs.symmetric
-# ``x ≈ code · scale``: int8 and fp8. No zero point, so a decode is one multiplication.
