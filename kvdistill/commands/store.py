@@ -17,8 +17,8 @@ from kvdistill.errors import ConfigError, ShardCorrupt, StoreMismatch
 from kvdistill.store.reader import KVStore
 
 if TYPE_CHECKING:
+    from kvdistill.store.maintenance import Finding
     from kvdistill.store.summary import TeacherSummary
-    from kvdistill.store.verify import Finding
 
 
 store_argument = click.argument("store", type=click.Path(path_type=Path))
@@ -79,8 +79,8 @@ def verify_command(
     as_json: bool,
 ) -> None:
     """Check every file of a STORE: presence, checksums, shapes, finiteness, offsets."""
-    from kvdistill.store.verify import repair_store
-    from kvdistill.store.verify import verify_store as check
+    from kvdistill.store.maintenance import repair_store
+    from kvdistill.store.maintenance import verify_store as check
 
     opened = KVStore.open(store)
     names = list(only) or opened.teachers()
@@ -245,7 +245,7 @@ def _verify_on(scheduler: str, store: KVStore, names: Sequence[str]) -> list[Fin
 
 
 def _verify_shard(root: str, teacher: str, shard_id: str) -> list[Finding]:
-    from kvdistill.store.verify import verify_store as check
+    from kvdistill.store.maintenance import verify_store as check
 
     return check(KVStore.open(root), [teacher], [shard_id])
 

@@ -1,35 +1,187 @@
-"""One store from several that were extracted at different sites over the same corpus."""
+"""Maintenance of a store: verify and repair, merge, convert, remove a teacher.
+
+None of it needs a teacher's model. ``verify_store`` reports every problem instead of stopping at
+the first; ``repair_store`` moves bad shards aside whole, so nothing is lost and extraction makes
+just those again. ``merge_stores`` copies files; ``convert_store`` rewrites stored codes and scales
+in another backend without decoding them. Every copy is published like a new shard, so an
+interrupted command continues when it is run again.
+"""
 
 from __future__ import annotations
 
+import errno
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from kvdistill.corpus.samples import Shard
-from kvdistill.errors import ShardCorrupt, StoreError, StoreMismatch
-from kvdistill.store.commit import folder_records, publish_folder, staging_folder
+import numpy as np
+
+from kvdistill.corpus.samples import Sample, Shard
+from kvdistill.errors import KVDistillError, ShardCorrupt, StoreError, StoreMismatch
+from kvdistill.store.commit import file_record, folder_records, publish_folder, staging_folder
+from kvdistill.store.format import COMMIT
+from kvdistill.store.manifest import Commit
+from kvdistill.store.open_shard import open_shard
 from kvdistill.store.prototypes import copy_prototypes
 from kvdistill.store.reader import KVStore
-from kvdistill.store.writer import add_teacher, create, publish_shard
-from kvdistill.types import Backend
+from kvdistill.store.shard import TokenTable
+from kvdistill.store.writer import add_teacher, check_finite, create, publish_shard
+from kvdistill.types import SEGMENT_IDS, SEGMENT_SPECIAL, Backend
+
+OnShard = Callable[[str, str], None]
+"""Called with teacher and shard id before each shard."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A problem. ``shard_id`` is empty for a teacher, ``teacher`` for the corpus."""
+
+    teacher: str
+    shard_id: str
+    problem: str
+
+
+def verify_store(
+    store: KVStore,
+    teachers: Iterable[str] | None = None,
+    shard_ids: Collection[str] | None = None,
+    progress: OnShard | None = None,
+) -> list[Finding]:
+    """Check the corpus and the committed shards, or those of these teachers and ids.
+
+    Reads every byte: presence, sizes, checksums, shapes, finiteness, offsets into the text. A
+    missing shard is no finding, as extraction may be unfinished.
+    """
+    chosen = [name for name in store.shard_ids if shard_ids is None or name in shard_ids]
+    findings = []
+    for shard_id in chosen:
+        try:
+            store.samples(shard_id)
+        except KVDistillError as error:
+            findings.append(Finding("", shard_id, str(error)))
+    for teacher in store.teachers() if teachers is None else teachers:
+        findings += _teacher_findings(store, teacher, chosen, progress)
+    return findings
+
+
+def _teacher_findings(
+    store: KVStore, teacher: str, shard_ids: list[str], progress: OnShard | None
+) -> Iterator[Finding]:
+    try:
+        store.teacher(teacher)
+    except KVDistillError as error:
+        yield Finding(teacher, "", str(error))
+        return
+    folder = store.paths.shards(teacher)
+    found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    for name in sorted(found - set(store.shard_ids)):
+        yield Finding(teacher, name, f"{folder / name}: the plan has no such shard")
+    committed = store.committed(teacher)
+    for shard_id in (name for name in shard_ids if name in committed):
+        if progress is not None:
+            progress(teacher, shard_id)
+        try:
+            for problem in _shard_problems(store, teacher, shard_id):
+                yield Finding(teacher, shard_id, problem)
+        except KVDistillError as error:
+            yield Finding(teacher, shard_id, str(error))
+
+
+def _shard_problems(store: KVStore, teacher: str, shard_id: str) -> Iterator[str]:
+    folder = store.paths.shard(teacher, shard_id)
+    commit = store.commit(teacher, shard_id)
+    broken = list(_file_problems(folder, commit))
+    yield from broken
+    if broken:
+        return
+    opened = open_shard(folder, store.teacher(teacher), commit)
+    tokens = opened.token_table()
+    texts = opened.own_texts() or store.samples(shard_id)
+    yield from _token_problems(tokens, texts, own_text=opened.manifest.own_text)
+    where = f"teacher {teacher!r}, shard {shard_id}"
+    for name, spec in opened.specs.items():
+        check_finite(opened.data.read(name), spec, tokens, where)
+
+
+def _file_problems(folder: Path, commit: Commit) -> Iterator[str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    found = {path.relative_to(folder).as_posix(): path for path in files}
+    found.pop(COMMIT, None)
+    for name in sorted(commit.files.keys() - found.keys()):
+        yield f"{folder / name}: missing"
+    for name, path in found.items():
+        record, size_bytes = commit.files.get(name), path.stat().st_size
+        if record is None:
+            yield f"{path}: not listed in {COMMIT}"
+        elif size_bytes != record.size_bytes:
+            yield f"{path}: {size_bytes} bytes, but {record.size_bytes} were committed"
+        elif file_record(path) != record:
+            yield f"{path}: its checksum is not the committed one"
+
+
+def _token_problems(
+    tokens: TokenTable, texts: tuple[Sample, ...], *, own_text: bool
+) -> Iterator[str]:
+    planned = tuple(sample.sample_id for sample in texts)
+    if not own_text and tokens.sample_ids != planned:
+        yield f"its samples are {tokens.sample_ids[:3]} …, but the plan's are {planned[:3]} …"
+        return
+    lengths = np.array([len(sample.text) for sample in texts], np.int64)
+    limit = np.repeat(lengths, np.diff(tokens.sample_ptr))
+    start, end = tokens.char_start, tokens.char_end
+    bad = np.flatnonzero((start < 0) | (end < start) | (end > limit))
+    if bad.size:
+        sample_idx = int(np.searchsorted(tokens.sample_ptr, bad[0], side="right")) - 1
+        yield (
+            f"token {bad[0]} of sample {tokens.sample_ids[sample_idx]!r} covers characters "
+            f"{start[bad[0]]} to {end[bad[0]]} of a text of {limit[bad[0]]}"
+        )
+    unknown = set(tokens.segment.tolist()) - {SEGMENT_SPECIAL, *SEGMENT_IDS.values()}
+    if unknown:
+        yield f"segment ids {sorted(unknown)} are unknown"
+
+
+def repair_store(store: KVStore, findings: Iterable[Finding]) -> list[Path]:
+    """Move the shards with findings to the teacher's ``aside/``; returns their new paths.
+
+    Raises:
+        StoreError: a folder cannot be moved.
+    """
+    moved = []
+    for teacher, shard_id in sorted({(f.teacher, f.shard_id) for f in findings}):
+        folder = store.paths.shards(teacher) / shard_id if teacher and shard_id else None
+        if folder is not None and folder.exists():
+            moved.append(_move_aside(folder, store.paths.aside(teacher)))
+            store.forget(teacher, shard_id)
+    return moved
+
+
+def _move_aside(folder: Path, aside: Path) -> Path:
+    aside.mkdir(exist_ok=True)
+    attempt = 0
+    while True:
+        target = aside / f"{folder.name}.{attempt}"
+        try:
+            return folder.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise StoreError(f"cannot move {folder} to {target}: {error.strerror}") from error
+            attempt += 1
 
 
 def merge_stores(
-    target: KVStore,
-    sources: Sequence[KVStore],
-    progress: Callable[[str, str], None] | None = None,
+    target: KVStore, sources: Sequence[KVStore], progress: OnShard | None = None
 ) -> int:
-    """Copy into ``target`` every shard of the sources that it lacks; returns how many.
+    """Copy every shard of the sources that ``target`` lacks; returns how many.
 
-    Files are copied as they are and checked against their commit before publication, so a copy
-    is the original, byte for byte. Plans and teachers are compared before a shard is copied.
-    Statistics are sums over shards and so are complete with them; prototypes come along where a
-    source has them, and where every source had a part, see ``prototypes.lacks_prototypes``.
-    Notes of attempts, failures and what was put aside stay where they were made.
+    Files are copied byte for byte and checked against their commit before publication. Plans and
+    teachers are compared before the first copy. Statistics are sums over shards and so remain
+    complete; prototypes are copied only with a whole teacher, see ``lacks_prototypes``. Records of
+    attempts and failures, and shards moved aside, are not copied.
 
     Raises:
-        StoreMismatch: another corpus, another cut, or a teacher of one name extracted
+        StoreMismatch: another corpus, another plan, or a teacher of the same name extracted
             differently; names both sides.
         ShardCorrupt: a source's shard does not match its commit.
     """
@@ -56,7 +208,7 @@ def _refuse_other_corpus(target: KVStore, source: KVStore) -> None:
             f"{source.paths.root} holds corpus {theirs.corpus_fingerprint[:12]} in "
             f"{len(theirs.shards)} shards, {target.paths.root} holds "
             f"{ours.corpus_fingerprint[:12]} in {len(ours.shards)}; only stores over the same "
-            "corpus, cut alike, can be merged"
+            "corpus, in the same shards, can be merged"
         )
 
 
@@ -74,14 +226,9 @@ def _copy_files(source: KVStore, target: KVStore, teacher: str, shard_id: str) -
 
 
 def convert_store(
-    source: KVStore,
-    path: Path | str,
-    backend: Backend,
-    progress: Callable[[str, str], None] | None = None,
+    source: KVStore, path: Path | str, backend: Backend, progress: OnShard | None = None
 ) -> KVStore:
     """Copy a store with every teacher's shards in another backend; returns the new store.
-
-    Run again, it continues where it stopped. ``progress`` is called with teacher and shard.
 
     Raises:
         StoreError: source and target are the same folder, or the target cannot be written.
@@ -90,42 +237,33 @@ def convert_store(
     """
     if Path(path).resolve() == source.paths.root.resolve():
         raise StoreError(f"{path}: a store cannot be converted onto itself; name another path")
-    target = create(path, shards_of(source))
+    plan = source.manifest.shards
+    target = create(
+        path, [Shard(p.shard_id, p.first_sample, source.samples(p.shard_id)) for p in plan]
+    )
     for teacher in source.teachers():
         manifest = source.teacher(teacher).model_copy(update={"backend": backend})
         add_teacher(target, manifest)
-        committed = source.committed(teacher) - target.committed(teacher)
-        for shard_id in (shard_id for shard_id in source.shard_ids if shard_id in committed):
+        lacking = source.committed(teacher) - target.committed(teacher)
+        for shard_id in (shard_id for shard_id in source.shard_ids if shard_id in lacking):
             if progress is not None:
                 progress(teacher, shard_id)
-            _copy_shard(source, target, teacher, shard_id)
+            commit = source.commit(teacher, shard_id)
+            publish_shard(
+                target,
+                teacher,
+                shard_id,
+                source.read_shard(teacher, shard_id),
+                source.shard_statistics(teacher, shard_id),
+                seconds=commit.seconds,
+                attempt=commit.attempt,
+            )
         copy_prototypes(source, target, teacher)
     return target
 
 
-def shards_of(store: KVStore) -> list[Shard]:
-    """The corpus of a store, cut as its plan says."""
-    return [
-        Shard(plan.shard_id, plan.first_sample, store.samples(plan.shard_id))
-        for plan in store.manifest.shards
-    ]
-
-
-def _copy_shard(source: KVStore, target: KVStore, teacher: str, shard_id: str) -> None:
-    commit = source.commit(teacher, shard_id)
-    publish_shard(
-        target,
-        teacher,
-        shard_id,
-        source.read_shard(teacher, shard_id),
-        source.shard_statistics(teacher, shard_id),
-        seconds=commit.seconds,
-        attempt=commit.attempt,
-    )
-
-
 def remove_teacher(store: KVStore, teacher: str) -> None:
-    """Delete everything of one teacher. A crash leaves it whole, or a folder under ``tmp/``.
+    """Delete everything of one teacher: renamed into ``tmp/`` first, so readers see all or none.
 
     Raises:
         ShardNotFound: no such teacher; names those that exist.
@@ -135,11 +273,3 @@ def remove_teacher(store: KVStore, teacher: str) -> None:
     with staging_folder(store.paths.root / "tmp", teacher) as folder:
         store.paths.teacher(teacher).rename(folder / teacher)
     store.forget(teacher)
-
-
-# MERGED-DOC store.convert
-# From one backend to the other, without a teacher: codes and scales are copied, not decoded.
-
-
-# MERGED-DOC store.remove
-# Removing a teacher: out of sight by one rename, then deleted.

@@ -1,8 +1,9 @@
-"""Making a store: the frozen plan, its teachers, and shards that appear whole or not at all.
+"""Writing a store: the frozen plan, its teachers, and shards, published whole or not at all.
 
-Every step may be run twice, and by several processes at once: creating the same plan, adding the
-same teacher and publishing the same shard again change nothing. The first copy wins; a second
-one is discarded, since both hold the same numbers up to the teacher's arithmetic.
+Every step is idempotent and safe under concurrency: creating the same plan, adding the same
+teacher and publishing the same shard again change nothing. The first copy of a shard wins and a
+second one is discarded; both hold the same numbers up to the teacher's arithmetic. Before
+publication a shard is checked against its manifest and the plan.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from kvdistill.store.channel_statistics import ChannelStatistics
 from kvdistill.store.commit import folder_records, publish_file, publish_folder, staging_folder
 from kvdistill.store.format import (
     COMMIT,
-    MANIFEST,
     TEACHER,
     TEXTS,
     TOKEN_COLUMNS,
@@ -38,15 +38,18 @@ from kvdistill.store.reader import KVStore
 from kvdistill.store.shard import EncodedShard, TokenTable, block_ptr
 from kvdistill.types import KINDS
 
-INFORMATIONAL: Final = frozenset({"versions", "adapter_error", "model", "revision"})
-"""Teacher fields that may differ between tasks; the fingerprints decide what was extracted."""
+_INFORMATIONAL: Final = {"versions", "adapter_error", "model", "revision"}
+"""Teacher fields that may differ between tasks; fingerprints identify what was extracted."""
+
+_EXPONENT_BITS: Final[dict[object, int]] = {"bfloat16": 0x7F80, "ufloat8_e5m3": 0xF8}
+"""Exponent bits of floats that are stored as integers: all set in NaN and infinity."""
 
 
 def create(path: Path | str, shards: Sequence[Shard]) -> KVStore:
-    """Create a store over these shards, or open the one that is already there.
+    """Create a store over these shards, or open the one that exists.
 
     Raises:
-        StoreMismatch: a store of another corpus, or of another cut, is there.
+        StoreMismatch: the store at ``path`` has another corpus or another plan.
         StoreError: the path holds something else, or cannot be written.
     """
     paths = StorePaths(Path(path))
@@ -56,76 +59,6 @@ def create(path: Path | str, shards: Sequence[Shard]) -> KVStore:
     store = KVStore.open(paths.root)
     _refuse_other_plan(store, plan)
     return store
-
-
-def add_teacher(store: KVStore, manifest: TeacherManifest) -> TeacherManifest:
-    """Register a teacher; returns the manifest that is stored, which may be an earlier one.
-
-    Raises:
-        StoreMismatch: a teacher of this name was extracted differently; names both sides.
-    """
-    paths = store.paths
-    if not paths.teacher_manifest(manifest.name).is_file():
-        paths.teachers.mkdir(exist_ok=True)
-        with staging_folder(paths.root / "tmp", manifest.name) as folder:
-            (folder / TEACHER).write_text(manifest.to_json(), encoding="utf-8")
-            # The teacher's folder may be there before it: array tasks leave word of themselves.
-            publish_file(folder / TEACHER, paths.teacher_manifest(manifest.name))
-    stored = store.teacher(manifest.name)
-    _refuse_other_teacher(stored, manifest, store)
-    return stored
-
-
-def publish_shard(
-    store: KVStore,
-    teacher: str,
-    shard_id: str,
-    shard: EncodedShard,
-    statistics: Mapping[str, ChannelStatistics],
-    *,
-    seconds: float = 0.0,
-    attempt: Mapping[str, Any] | None = None,
-) -> bool:
-    """Write a shard aside and publish it by one rename; False if another copy was first.
-
-    ``statistics`` are per ``"key"`` and ``"value"`` (``"g0/key"`` … with several groups), of
-    the values before quantisation. ``attempt`` says where it was made; host and pid are added.
-
-    Raises:
-        GeometryError: arrays are missing, or their shapes or dtypes are not the declared ones.
-        NonFiniteError: NaN or infinity; names layer, head and sample.
-        StoreError: nothing could be written; nothing was published.
-    """
-    manifest = store.teacher(teacher)
-    if store.is_committed(teacher, shard_id):
-        return False
-    arrays = {**_token_arrays(shard), **shard.arrays}
-    arrays |= {f"{name}_statistics": stats.to_array() for name, stats in statistics.items()}
-    counts = Counts(shard.tokens.num_samples, shard.tokens.num_tokens, shard.tokens.num_blocks)
-    specs = shard_arrays(manifest, counts)
-    check_shard(manifest, store.plan(shard_id), shard, arrays, specs)
-    backend = BACKENDS[manifest.backend]
-    with staging_folder(store.paths.temporary(teacher), shard_id) as folder:
-        attributes = {"sample_ids": list(shard.tokens.sample_ids)}
-        tensors = backend.write(folder, arrays, specs, attributes)
-        if shard.texts is not None:
-            lines = "".join(sample.to_json() + "\n" for sample in shard.texts)
-            (folder / TEXTS).write_text(lines, encoding="utf-8")
-        commit = Commit(
-            shard_id=shard_id,
-            teacher=teacher,
-            extraction_fingerprint=manifest.extraction_fingerprint,
-            num_samples=counts.num_samples,
-            num_tokens=counts.num_tokens,
-            num_blocks=counts.num_blocks,
-            raw_bytes=_raw_bytes(manifest, counts),
-            files=folder_records(folder),
-            tensors=tensors,
-            seconds=seconds,
-            attempt={"host": socket.gethostname(), "pid": os.getpid(), **(attempt or {})},
-        )
-        (folder / COMMIT).write_text(commit.to_json(), encoding="utf-8")
-        return publish_folder(folder, store.paths.shard(teacher, shard_id))
 
 
 def _plan(shards: Sequence[Shard]) -> StoreManifest:
@@ -157,7 +90,7 @@ def _publish_plan(paths: StorePaths, plan: StoreManifest, shards: Sequence[Shard
         staged.teachers.mkdir()
         for shard in shards:
             staged.samples(shard.shard_id).write_text(shard.to_jsonl(), encoding="utf-8")
-        (folder / MANIFEST).write_text(plan.to_json(), encoding="utf-8")
+        staged.manifest.write_text(plan.to_json(), encoding="utf-8")
         publish_folder(folder, root)
 
 
@@ -171,24 +104,46 @@ def _refuse_other_plan(store: KVStore, plan: StoreManifest) -> None:
         )
     if found.shards != plan.shards:
         raise StoreMismatch(
-            f"{store.paths.root} cuts this corpus into {len(found.shards)} shards, the config "
-            f"into {len(plan.shards)}; a store is never cut again: restore the shard size it "
+            f"{store.paths.root} divides this corpus into {len(found.shards)} shards, the config "
+            f"into {len(plan.shards)}; the plan of a store is fixed: restore the shard size it "
             "was made with, or use another store path"
         )
 
 
-def _refuse_other_teacher(stored: TeacherManifest, asked: TeacherManifest, store: KVStore) -> None:
-    ours = stored.model_dump(mode="json", exclude=set(INFORMATIONAL))
-    theirs = asked.model_dump(mode="json", exclude=set(INFORMATIONAL))
-    different = [name for name in ours if ours[name] != theirs[name]]
-    if different:
-        sides = "; ".join(
-            f"{name}: stored {_short_repr(ours[name])}, asked {_short_repr(theirs[name])}"
-            for name in different
-        )
+def add_teacher(store: KVStore, manifest: TeacherManifest) -> TeacherManifest:
+    """Register a teacher; returns the stored manifest, which may be an earlier one.
+
+    Raises:
+        StoreMismatch: a teacher of this name was extracted differently; names both sides.
+    """
+    paths = store.paths
+    if not paths.teacher_manifest(manifest.name).is_file():
+        paths.teachers.mkdir(exist_ok=True)
+        with staging_folder(paths.root / "tmp", manifest.name) as folder:
+            (folder / TEACHER).write_text(manifest.to_json(), encoding="utf-8")
+            # A file and not a folder is published: array tasks may already have created the
+            # teacher's folder for their heartbeats.
+            publish_file(folder / TEACHER, paths.teacher_manifest(manifest.name))
+    stored = store.teacher(manifest.name)
+    _refuse_other_teacher(stored, manifest, store)
+    return stored
+
+
+def _refuse_other_teacher(
+    stored: TeacherManifest, requested: TeacherManifest, store: KVStore
+) -> None:
+    ours = stored.model_dump(mode="json", exclude=_INFORMATIONAL)
+    theirs = requested.model_dump(mode="json", exclude=_INFORMATIONAL)
+    differences = "; ".join(
+        f"{name}: stored {_short_repr(ours[name])}, requested {_short_repr(theirs[name])}"
+        for name in ours
+        if ours[name] != theirs[name]
+    )
+    if differences:
         raise StoreMismatch(
-            f"{store.paths.root}: teacher {stored.name!r} was extracted differently ({sides}). "
-            "Give the new extraction another name, or remove the old one with `kvdistill rm`"
+            f"{store.paths.root}: teacher {stored.name!r} was extracted differently "
+            f"({differences}); give the new extraction another name, or remove the old one with "
+            "`kvdistill rm`"
         )
 
 
@@ -197,14 +152,67 @@ def _short_repr(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _token_arrays(shard: EncodedShard) -> dict[str, np.ndarray]:
-    tokens = shard.tokens
-    return {"sample_ptr": tokens.sample_ptr} | {
-        name: getattr(tokens, name) for name in TOKEN_COLUMNS
-    }
+def publish_shard(
+    store: KVStore,
+    teacher: str,
+    shard_id: str,
+    shard: EncodedShard,
+    statistics: Mapping[str, ChannelStatistics],
+    *,
+    seconds: float = 0.0,
+    attempt: Mapping[str, Any] | None = None,
+) -> bool:
+    """Write a shard to a staging folder and publish it by one rename; False if one exists.
+
+    Args:
+        store: the store.
+        teacher: a registered teacher.
+        shard_id: a shard of the plan.
+        shard: tokens and encoded arrays.
+        statistics: of the values before quantisation, by ``"key"`` and ``"value"``
+            (``"g0/key"`` … with several geometries).
+        seconds: duration of the extraction, for the record.
+        attempt: further provenance; host and process id are added.
+
+    Raises:
+        GeometryError: arrays are missing, or their shapes or dtypes are not the declared ones.
+        NonFiniteError: NaN or infinity; names layer, head and sample.
+        StoreError: nothing could be written; nothing was published.
+    """
+    manifest = store.teacher(teacher)
+    if store.is_committed(teacher, shard_id):
+        return False
+    arrays = {name: getattr(shard.tokens, name) for name in ("sample_ptr", *TOKEN_COLUMNS)}
+    arrays |= shard.arrays
+    arrays |= {f"{name}_statistics": stats.to_array() for name, stats in statistics.items()}
+    counts = Counts(shard.tokens.num_samples, shard.tokens.num_tokens, shard.tokens.num_blocks)
+    specs = shard_arrays(manifest, counts)
+    _check_shard(manifest, store.plan(shard_id), shard.tokens, arrays, specs)
+    with staging_folder(store.paths.temporary(teacher), shard_id) as folder:
+        attributes = {"sample_ids": list(shard.tokens.sample_ids)}
+        tensors = BACKENDS[manifest.backend].write(folder, arrays, specs, attributes)
+        if shard.texts is not None:
+            lines = "".join(sample.to_json() + "\n" for sample in shard.texts)
+            (folder / TEXTS).write_text(lines, encoding="utf-8")
+        commit = Commit(
+            shard_id=shard_id,
+            teacher=teacher,
+            extraction_fingerprint=manifest.extraction_fingerprint,
+            num_samples=counts.num_samples,
+            num_tokens=counts.num_tokens,
+            num_blocks=counts.num_blocks,
+            raw_bytes=_raw_bytes(manifest, counts),
+            files=folder_records(folder),
+            tensors=tensors,
+            seconds=seconds,
+            attempt={"host": socket.gethostname(), "pid": os.getpid(), **(attempt or {})},
+        )
+        (folder / COMMIT).write_text(commit.to_json(), encoding="utf-8")
+        return publish_folder(folder, store.paths.shard(teacher, shard_id))
 
 
 def _raw_bytes(manifest: TeacherManifest, counts: Counts) -> int:
+    """Size of the keys and values in bf16."""
     per_token = sum(
         len(group.layers) * group.num_key_value_heads * group.head_dim(kind)
         for group in manifest.groups
@@ -213,29 +221,24 @@ def _raw_bytes(manifest: TeacherManifest, counts: Counts) -> int:
     return 2 * per_token * counts.num_tokens
 
 
-EXPONENTS: Final[dict[object, int]] = {"bfloat16": 0x7F80, "ufloat8_e5m3": 0xF8}
-"""Floats that are stored as integers: the bits that are all set in NaN and infinity."""
-
-
-def check_shard(
+def _check_shard(
     manifest: TeacherManifest,
     plan: ShardPlan,
-    shard: EncodedShard,
+    tokens: TokenTable,
     arrays: Mapping[str, np.ndarray],
     specs: Mapping[str, ArraySpec],
 ) -> None:
-    """Refuse a shard that is not what the manifest and the plan declare.
-
-    Raises:
-        GeometryError: wrong counts, missing or unknown arrays, wrong shapes or dtypes.
-        NonFiniteError: NaN or infinity; names array, layer, head and sample.
-    """
     where = f"teacher {manifest.name!r}, shard {plan.shard_id}"
-    if shard.tokens.num_samples != plan.num_samples:
+    if tokens.num_samples != plan.num_samples:
         raise GeometryError(
-            f"{where}: {shard.tokens.num_samples} samples, but the plan has {plan.num_samples}"
+            f"{where}: {tokens.num_samples} samples, but the plan has {plan.num_samples}"
         )
-    check_sample_ptr(shard.tokens, where)
+    ptr = tokens.sample_ptr
+    rises = ptr.ndim == 1 and ptr.size > 0 and ptr[0] == 0 and bool((np.diff(ptr) >= 0).all())
+    if not rises or ptr[-1] != tokens.num_tokens:
+        raise GeometryError(
+            f"{where}: sample_ptr must rise from 0 to {tokens.num_tokens} tokens, got {ptr!r}"
+        )
     missing, unknown = sorted(specs.keys() - arrays.keys()), sorted(arrays.keys() - specs.keys())
     if missing or unknown:
         raise GeometryError(
@@ -246,64 +249,38 @@ def check_shard(
         array = arrays[name]
         if array.shape != spec.shape or array.dtype != np.dtype(spec.dtype):
             raise GeometryError(
-                f"{where}: {name} is {array.dtype} {array.shape}, but the manifest asks for "
+                f"{where}: {name} is {array.dtype} {array.shape}, but the manifest declares "
                 f"{spec.dtype} {spec.shape} {spec.axes}"
             )
-        check_finite(array, spec, shard.tokens, where)
-
-
-def check_sample_ptr(tokens: TokenTable, where: str) -> None:
-    """Refuse boundaries that do not begin at 0, rise, and end at the number of tokens.
-
-    Raises:
-        GeometryError: names where.
-    """
-    ptr = tokens.sample_ptr
-    ok = ptr.ndim == 1 and ptr.size > 0 and ptr[0] == 0 and bool((np.diff(ptr) >= 0).all())
-    if not ok or ptr[-1] != tokens.num_tokens:
-        raise GeometryError(
-            f"{where}: sample_ptr must rise from 0 to {tokens.num_tokens} tokens, got {ptr!r}"
-        )
+        check_finite(array, spec, tokens, where)
 
 
 def check_finite(array: np.ndarray, spec: ArraySpec, tokens: TokenTable, where: str) -> None:
-    """Refuse NaN and infinity in stored floats; integer codes carry theirs in the scales.
+    """Refuse NaN and infinity in stored floats; those of integer codes are in the scales.
 
     Raises:
         NonFiniteError: names array, layer, head and sample of the first one.
     """
-    bad = _non_finite(array, spec)
-    if bad is None:
-        return
-    place = ", ".join(f"{axis} {i}" for axis, i in zip(spec.axes, bad, strict=True))
-    if spec.group is not None:
-        place = (
-            f"layer {spec.group.layers[bad[0]]}, head {bad[1]}, {_sample_name(spec, bad, tokens)}"
-        )
-    raise NonFiniteError(
-        f"{where}: {spec.name} is not finite, or beyond fp16's range, at {place}; check the "
-        "teacher's dtype, or store with codec bf16"
-    )
-
-
-def _non_finite(array: np.ndarray, spec: ArraySpec) -> tuple[int, ...] | None:
-    exponent = EXPONENTS.get(spec.attributes.get("logical_dtype"))
+    exponent = _EXPONENT_BITS.get(spec.attributes.get("logical_dtype"))
     if exponent is not None:
         finite = (array & exponent) != exponent
     elif array.dtype.kind == "f":
         finite = np.isfinite(array)
     else:
-        return None
+        return
     if finite.all():
-        return None
-    return tuple(int(i) for i in np.unravel_index(int(np.argmin(finite)), array.shape))
-
-
-def _sample_name(spec: ArraySpec, bad: tuple[int, ...], tokens: TokenTable) -> str:
-    ptr = block_ptr(tokens.sample_ptr) if spec.axes[2] == "block" else tokens.sample_ptr
-    sample_idx = int(np.searchsorted(ptr, bad[2], side="right")) - 1
-    return f"sample {tokens.sample_ids[sample_idx]!r}"
-
-
-# MERGED-DOC store.checks
-# What a shard must satisfy before it is published, and what ``verify`` asks again later.
+        return
+    first = tuple(int(i) for i in np.unravel_index(int(np.argmin(finite)), array.shape))
+    if spec.group is None:
+        place = ", ".join(f"{axis} {i}" for axis, i in zip(spec.axes, first, strict=True))
+    else:
+        ptr = block_ptr(tokens.sample_ptr) if spec.axes[2] == "block" else tokens.sample_ptr
+        sample_idx = int(np.searchsorted(ptr, first[2], side="right")) - 1
+        place = (
+            f"layer {spec.group.layers[first[0]]}, head {first[1]}, "
+            f"sample {tokens.sample_ids[sample_idx]!r}"
+        )
+    raise NonFiniteError(
+        f"{where}: {spec.name} is not finite, or beyond fp16's range, at {place}; check the "
+        "teacher's dtype, or store with codec bf16"
+    )

@@ -22,9 +22,8 @@ from kvdistill.extract.teacher import load_teacher
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.plan import estimate_extraction
 from kvdistill.pipelines.reextract import reextract
-from kvdistill.store.maintenance import convert_store
+from kvdistill.store.maintenance import convert_store, verify_store
 from kvdistill.store.reader import KVStore
-from kvdistill.store.verify import verify_store
 from tests.extract.models import save_teacher
 from tests.pipelines.test_teachers import make
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from kvdistill.pipelines.extract import extract
+from kvdistill.store.maintenance import verify_store
 from kvdistill.store.reader import KVStore
-from kvdistill.store.verify import verify_store
 from tests.slurm.experiment import ROOT, load, write_experiment, write_models
 from tests.slurm.toy import leftovers
 

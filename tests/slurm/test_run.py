@@ -28,8 +28,8 @@ from kvdistill.slurm import client
 from kvdistill.slurm.dask_cluster import dask_cluster
 from kvdistill.slurm.ledger import Attempt
 from kvdistill.slurm.status import UNIT_STATES
+from kvdistill.store.maintenance import verify_store
 from kvdistill.store.reader import KVStore
-from kvdistill.store.verify import verify_store
 from kvdistill.types import KINDS
 from tests.slurm.cluster import CREDENTIAL_SECONDS, Cluster, run_until_idle, wait_for
 from tests.slurm.experiment import (

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from kvdistill.errors import KVDistillError, ShardCorrupt, StoreError, StoreFormatError
+from kvdistill.store.maintenance import verify_store
 from kvdistill.store.manifest import Commit, Document, _document_checksum
 from kvdistill.store.reader import KVStore
-from kvdistill.store.verify import verify_store
 from kvdistill.store.writer import add_teacher, create, publish_shard
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from kvdistill.errors import StoreMismatch
-from kvdistill.store.maintenance import convert_store
+from kvdistill.store.maintenance import convert_store, verify_store
 from kvdistill.store.manifest import FORMAT_VERSION
 from kvdistill.store.reader import KVStore
-from kvdistill.store.verify import verify_store
 from kvdistill.store.writer import add_teacher
 from kvdistill.types import Backend, CodecSpec
 from tests.store.make_golden import GOLDEN, digests
@@ -55,7 +54,7 @@ def test_an_old_extraction_goes_on_unless_its_codec_changed(store: KVStore) -> N
         manifest = store.teacher(name)
         asked = manifest.model_copy(update={"codec": CodecSpec(key=name, value=name)})
         if manifest.codec.value == "int4_v1":
-            with pytest.raises(StoreMismatch, match=r"codec: stored .*int4_v1.* asked .*int4"):
+            with pytest.raises(StoreMismatch, match=r"codec: stored .*int4_v1.* requested .*int4"):
                 add_teacher(store, asked)
         else:
             assert add_teacher(store, asked) == manifest

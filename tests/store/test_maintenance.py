@@ -14,11 +14,16 @@ import numpy as np
 import pytest
 
 from kvdistill.errors import ShardCorrupt, ShardNotFound, StoreError, StoreMismatch
-from kvdistill.store.maintenance import convert_store, merge_stores, remove_teacher
+from kvdistill.store.maintenance import (
+    convert_store,
+    merge_stores,
+    remove_teacher,
+    repair_store,
+    verify_store,
+)
 from kvdistill.store.prefetch import ShardRequest, prefetch
 from kvdistill.store.prototypes import read_prototypes, write_prototypes
 from kvdistill.store.reader import KVStore
-from kvdistill.store.verify import repair_store, verify_store
 from kvdistill.store.writer import add_teacher, create, publish_shard
 
 

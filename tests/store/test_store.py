@@ -188,7 +188,7 @@ def test_another_plan_is_refused(tmp_path: Any, build: Any) -> None:
 def test_another_teacher_of_the_same_name_is_refused(tmp_path: Any, build: Any) -> None:
     store = create(tmp_path / "store", build.corpus())
     add_teacher(store, build.teacher())
-    with pytest.raises(StoreMismatch, match=r"weights_fingerprint: stored 'www.*asked 'vvv"):
+    with pytest.raises(StoreMismatch, match=r"weights_fingerprint: stored 'www.*requested 'vvv"):
         add_teacher(store, build.teacher(weights_fingerprint="v" * 64))
 
 
