@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 import typing
 from pathlib import Path
@@ -29,8 +30,9 @@ def reference() -> str:
 
 
 def _section(model: type[BaseModel], prefix: str, lines: list[str]) -> None:
-    title = f"`{prefix.rstrip('.')}`" if prefix else "The file"
-    lines += [f"\n## {title}\n", "| key | type | default | |", "|---|---|---|---|"]
+    title = f"`{prefix.rstrip('.')}`" if prefix else "Top level"
+    lines += [f"\n## {title}\n", f"{_summary(model)}\n", "| key | type | default | |"]
+    lines += ["|---|---|---|---|"]
     inner = []
     for name, field in model.model_fields.items():
         section = _model(field.annotation)
@@ -38,10 +40,14 @@ def _section(model: type[BaseModel], prefix: str, lines: list[str]) -> None:
             mapping = typing.get_origin(field.annotation) is dict
             inner.append((section, f"{prefix}{name}." + ("NAME." if mapping else "")))
         default = "required" if field.is_required() else f"`{_shown(field.default)}`"
-        text = " ".join((field.description or "").split())
+        text = " ".join((field.description or (_summary(section) if section else "")).split())
         lines.append(f"| `{name}` | {_type(field.annotation)} | {default} | {text} |")
     for section, path in inner:
         _section(section, path, lines)
+
+
+def _summary(model: type[BaseModel]) -> str:
+    return inspect.cleandoc(model.__doc__ or "").partition("\n")[0].replace("``", "`")
 
 
 def _shown(default: Any) -> str:

@@ -1,29 +1,29 @@
-"""Every error a user can meet.
+"""All errors that kvdistill raises on purpose.
 
-One base class, so that the command line can turn any of them into one line and an exit code;
-each child also inherits the builtin that a Python caller would expect to catch.
-A message says what was found, what was expected, where, and what to do about it.
+They share one base class, so that the command line can turn each into one line and an exit code;
+each also inherits the builtin that a Python caller would expect to catch. A message states what was
+expected, what was found, where, and the remedy.
 """
 
 from __future__ import annotations
 
 
 class KVDistillError(Exception):
-    """Base of all errors that kvdistill raises on purpose."""
+    """Base class of all errors below."""
 
     exit_code = 1
 
 
 class ConfigError(KVDistillError, ValueError):
-    """The experiment file, or an override of it, is not usable."""
+    """An experiment file, an override or a setting is invalid."""
 
 
 class ControlError(KVDistillError, ValueError):
-    """Arms of a study differ in something that a fair comparison holds equal."""
+    """Arms of a study differ in something that a fair comparison keeps equal."""
 
 
 class CorpusError(KVDistillError, ValueError):
-    """A corpus is missing, empty, malformed, or not the one a store was made from."""
+    """A corpus is missing, empty, malformed, or not the one that a store was made from."""
 
 
 class TeacherError(KVDistillError, ValueError):
@@ -35,11 +35,11 @@ class StudentError(KVDistillError, ValueError):
 
 
 class GeometryError(KVDistillError, ValueError):
-    """A tensor's shape does not fit what was declared for it."""
+    """A tensor does not have the declared shape."""
 
 
 class NonFiniteError(KVDistillError, ArithmeticError):
-    """NaN or infinity where only finite values make sense; names layer, head and sample."""
+    """NaN or infinity where values must be finite; names layer, head and sample."""
 
 
 class StoreError(KVDistillError, OSError):
@@ -47,11 +47,11 @@ class StoreError(KVDistillError, OSError):
 
 
 class StoreNotFound(StoreError, FileNotFoundError):
-    """There is no store at the given path."""
+    """There is no store at this path."""
 
 
 class StoreFormatError(StoreError):
-    """A manifest is malformed, or written by a newer format version."""
+    """A manifest is malformed, or of a newer format version."""
 
 
 class ShardNotFound(StoreError, FileNotFoundError):
@@ -59,28 +59,28 @@ class ShardNotFound(StoreError, FileNotFoundError):
 
 
 class ShardCorrupt(StoreError):
-    """A shard's bytes do not match its checksums, counts or shapes."""
+    """The content of a shard does not match its checksums, counts or shapes."""
 
 
 class StoreMismatch(StoreError):
-    """A store's fingerprints do not match what the config asks for."""
+    """The fingerprints of a store do not match the config."""
 
 
 class IncompleteStore(StoreError):
-    """Training was asked for, but shards are missing. Exit code 3: extract, then come again."""
+    """Training needs shards that are missing. Exit code 3: run `kvdistill extract` first."""
 
     exit_code = 3
 
 
 class Interrupted(KVDistillError):
-    """Stopped by a signal at a clean point. Exit code 75: run the same command again."""
+    """Stopped cleanly by a signal. Exit code 75: run the same command again to continue."""
 
     exit_code = 75
 
 
 class MissingExtra(KVDistillError, ImportError):
-    """An optional dependency is needed; the message names the extra that installs it."""
+    """An optional dependency is missing; the message names the extra that installs it."""
 
 
 class SlurmError(KVDistillError, RuntimeError):
-    """Slurm is missing, or refused what was asked of it."""
+    """Slurm is unavailable, or rejected a request."""

@@ -1,1 +1,1 @@
-"""The experiment file as frozen, checked data: one module per section."""
+"""The experiment file as frozen, validated data: one module per group of sections."""

@@ -1,4 +1,4 @@
-"""Base class, constrained numbers and renamed keys of the experiment file."""
+"""What all sections share: the base class, constrained numbers, and former names of keys."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
+log = logging.getLogger(__name__)
+
 Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+DropoutRate = Annotated[float, Field(ge=0, lt=1)]
 
 RENAMED: Final = {
     "losses.fade_by": "losses.anneal_by",
@@ -23,8 +27,6 @@ RENAMED: Final = {
     "training.steps_ahead": "training.prefetch_steps",
 }
 """Former names of settings. They still work, with a warning, wherever a setting can be given."""
-
-log = logging.getLogger(__name__)
 
 
 class Section(BaseModel):

@@ -1,21 +1,22 @@
-"""The texts of an experiment as settings."""
+"""Section ``corpus``: training and held-out texts."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from kvdistill.config.base import Positive, Section
+from kvdistill.config.base import NonNegative, Positive, Section
 from kvdistill.types import CorpusFormat, Name
 
 
 class CorpusSource(Section):
-    """Where texts come from: one file, or one dataset."""
+    """One JSONL file or one Hugging Face dataset."""
 
     path: Path | None = None
-    """JSONL file of `text`, of `prompt`/`rationale`/`answer`, or of GSM8K's `question`/`answer`."""
+    """JSONL file with `text`, with `prompt`/`rationale`/`answer`, or with GSM8K's
+    `question`/`answer`."""
     dataset: str | None = None
     """Hugging Face dataset name, instead of `path` (extra `datasets`)."""
     subset: str | None = None
@@ -23,7 +24,7 @@ class CorpusSource(Section):
     split: str = "train"
     """Split of the dataset."""
     format: CorpusFormat = "auto"
-    """How to read a row; `auto` decides by its keys."""
+    """Row format; `auto` infers it from the keys of each row."""
     max_samples: Positive | None = None
     """Read only the first samples."""
 
@@ -35,16 +36,16 @@ class CorpusSource(Section):
 
 
 class CorpusConfig(CorpusSource):
-    """The texts that every teacher reads and the student learns from."""
+    """The texts that all teachers read and the student is trained on."""
 
     parts: dict[Name, CorpusSource] = {}
-    """Instead of `path` or `dataset`: several of them, by name, one after the other. Rows without
-    a `task` get the part's name as theirs, which `training.task_weights` can weigh."""
+    """Several sources by name, concatenated, instead of `path` or `dataset`. Rows without a `task`
+    get the name of their part, for `training.task_weights`."""
     shard_chars: Positive = 100_000
-    """Cut the corpus into shards of about this many characters (one shard is one unit of work)."""
+    """Characters per shard, at most; a shard is the unit of extraction and of reading."""
     eval_path: Path | None = None
     """JSONL file of held-out samples, never extracted and never trained on."""
-    eval_samples: Annotated[int, Field(ge=0)] = 0
+    eval_samples: NonNegative = 0
     """Without `eval_path`: hold out this many samples from the end of the corpus, or of each
     part."""
 
@@ -55,15 +56,11 @@ class CorpusConfig(CorpusSource):
             raise ValueError("give exactly one of `path`, `dataset` and `parts`")
         if self.parts and (self.max_samples is not None or self.subset is not None):
             raise ValueError("with `parts`, give `max_samples` and `subset` inside each part")
-        return self
-
-    @model_validator(mode="after")
-    def _one_held_out(self) -> Self:
         if self.eval_path is not None and self.eval_samples:
             raise ValueError("give `eval_path` or `eval_samples`, not both")
         return self
 
     @property
     def sources(self) -> dict[str, CorpusSource]:
-        """The parts by name; a corpus without parts is one without a name."""
+        """Sources by part name; a corpus without parts is one source named ``""``."""
         return dict(self.parts) or {"": self}

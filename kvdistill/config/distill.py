@@ -1,14 +1,23 @@
-"""Stage 2's mathematics as settings: alignment, projection, fusion, losses."""
+"""Sections of stage 2: alignment, projection, fusion, losses, placebos and latent reasoning."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kvdistill.config.base import Fraction, NonNegativeFloat, Positive, PositiveFloat, Section
+from kvdistill.config.base import (
+    DropoutRate,
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+)
 from kvdistill.types import (
     Distance,
+    EvictionMethod,
     FusionMethod,
     Granularity,
     LayerMethod,
@@ -22,55 +31,63 @@ from kvdistill.types import (
     TokenMethod,
 )
 
+OF_TEACHERS: Final = (
+    "key", "value", "cosine", "attention_kl", "relation", "inject", "round_trip", "codi"
+)  # fmt: skip
+"""Losses that read the store."""
+OF_TEXT: Final = ("cross_entropy", "rationale")
+"""Losses on the text alone."""
+
 
 class AlignmentConfig(Section):
-    """How positions and layers of a teacher map to the student's."""
+    """How positions and layers of a teacher map to those of the student."""
 
     time: TimeMethod = "tokens"
-    """`tokens`: by shared characters. `segments`, `global`: linear resampling, for teachers
-    whose text is not the student's. `latent`: the tokens that `latent.eviction` keeps, in order,
-    for the student's latent positions."""
+    """How positions are matched. `tokens`: by shared characters. `segments`, `global`: by linear
+    resampling per segment or over the whole text, for teachers that read a text other than the
+    student's. `latent`: the tokens kept by `latent.eviction`, in order, to latent positions."""
     tokens: TokenMethod = "iou"
-    """Weight of a teacher token: characters shared over characters in either (`iou`), characters
-    shared (`overlap`), or all to the best one (`nearest`)."""
+    """Weight of a teacher token for a student token: intersection over union of their characters
+    (`iou`), number of shared characters (`overlap`), or 1 for the best match (`nearest`)."""
     causal: bool = False
-    """Keep only teacher tokens that end no later than the student's token."""
+    """Use only teacher tokens that end no later than the student token."""
     layers: LayerMethod = "ratio"
-    """How student layers pick a depth of the teacher."""
+    """How student layers map to a depth of the teacher."""
     explicit_layers: dict[str, tuple[NonNegativeFloat, ...]] | None = None
-    """With `layers: explicit`: per teacher, a teacher layer for every student layer; 5.25 mixes
-    layers 5 and 6."""
+    """With `layers: explicit`: per teacher, a teacher layer for every student layer; 5.25
+    interpolates between layers 5 and 6."""
     rope: RopeMethod = "student"
-    """How the target's keys are rotated for `losses.attention_kl`: `student`, as the student's
-    own; `linear`, `ntk`, `dynamic`: stretched by `rope_factor`; `none`: not at all."""
+    """Rotary embedding of the target keys in `losses.attention_kl`: the student's own (`student`),
+    stretched by `rope_factor` (`linear`, `ntk`, `dynamic`), or `none`."""
     rope_factor: PositiveFloat = 1.0
     """Ratio of the context lengths of teacher and student."""
 
     @model_validator(mode="after")
     def _explicit(self) -> Self:
         if (self.layers == "explicit") != (self.explicit_layers is not None):
-            raise ValueError("`explicit_layers` goes with `layers: explicit`, and only with it")
+            raise ValueError("`layers: explicit` and `explicit_layers` require each other")
         return self
 
 
 class ProjectionConfig(Section):
-    """Between the teacher's head space and the student's."""
+    """The map between the teacher's key/value space and the student's."""
 
     mode: ProjectionMode = "student_to_teacher"
-    """Who may move. `student_to_teacher`: regress the student's KV onto the fixed teacher KV.
-    `frozen`: a fixed teacher-to-student projector gives the target. `task`: the projector learns
-    from `losses.inject` alone. `joint`: it learns from the K/V loss too, and can absorb it.
-    `shared_space`: every model maps into one space. `identity`: no map and no standardising, for
-    a teacher of the student's own shape."""
+    """What is trained. `student_to_teacher`: a head maps the student's KV to the fixed teacher KV.
+    `frozen`: a fixed projector maps the teacher's KV to the student's space. `task`: that projector
+    is trained by `losses.inject` alone. `joint`: it is trained by the K/V loss too, which it can
+    absorb. `shared_space`: all models map into one space. `identity`: no map and no
+    standardisation, for a teacher of the student's own shape."""
     method: Literal["linear", "full", "bottleneck"] = "linear"
-    """Teacher-to-student map: head dim then heads (`linear`), one joint map (`full`), or a
-    narrower non-linear middle (`bottleneck`)."""
+    """Teacher-to-student map: over head dims, then over heads (`linear`), one joint matrix
+    (`full`), or a two-layer MLP (`bottleneck`)."""
     init: ProjectionInit | None = None
-    """First weights of the map; whitened `pca` where it is frozen, else `grouped_mean`."""
+    """Initial weights of the map; if not given, whitened `pca` in mode `frozen` and `grouped_mean`
+    in the others."""
     mlp_ratio: PositiveFloat = 0.5
-    """Width of the bottleneck's middle, as a share of the geometric mean of both widths."""
+    """Hidden width of the bottleneck over the geometric mean of its input and output width."""
     pilot_batches: Positive = 8
-    """Batches that `init: pca` and `ridge`, and `alignment.layers: cka`, are measured on."""
+    """Batches from which `init: pca`, `init: ridge` and `alignment.layers: cka` are computed."""
     space_heads: Positive = 2
     """Heads of the shared space."""
     space_dim: Positive = 64
@@ -80,7 +97,7 @@ class ProjectionConfig(Section):
 
     @property
     def first_weights(self) -> ProjectionInit:
-        """`init`, or the mode's own choice."""
+        """``init``, or the default of the mode."""
         if self.init is not None:
             return self.init
         return "pca" if self.mode == "frozen" else "grouped_mean"
@@ -95,122 +112,124 @@ class ProjectionConfig(Section):
 
 
 class FusionConfig(Section):
-    """How several teachers make one target."""
+    """How several teachers are combined into one target."""
 
     method: FusionMethod = "fixed"
-    """`fixed`: given weights. `similarity`: how typical a text is of each teacher. `mlp`, `gate`,
-    `attention`: a router that learns."""
+    """Source of the fusion weights. `fixed`: `weights`. `similarity`: how close a text is to each
+    teacher's prototypes. `mlp`, `gate`, `attention`: a learned router."""
     weights: dict[str, NonNegativeFloat] | None = None
     """With `fixed`: a weight per teacher, normalised to sum to one; uniform if not given."""
-    layers: dict[str, tuple[Annotated[int, Field(ge=0)], ...]] | None = None
-    """Student layers that a teacher teaches, by its name; a teacher that is not named teaches all.
-    Teachers with layers of their own need not share the student's few channels."""
+    layers: dict[str, tuple[NonNegative, ...]] | None = None
+    """Student layers that a teacher supervises, by teacher; all layers for teachers that are not
+    listed. With disjoint layers, teachers do not compete for the student's channels."""
     granularity: Granularity = "sample"
-    """What a router gives its own weights to: each `sample`, `layer` or `token`."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps during which a router's weights stay uniform. Injected projectors need some to settle:
-    a router that chooses before they have picks the teacher that does the least."""
+    """Unit that a router weights separately: each `sample`, `layer` or `token`."""
+    warmup_steps: NonNegative = 0
+    """Steps for which router weights stay uniform. With injection, projectors need time to settle:
+    a router trained from step 0 tends to choose the teacher that contributes least."""
     task_tag: bool = False
-    """Tell the router a sample's `task`."""
+    """Condition the router on the `task` of a sample."""
     similarity: Similarity = "cosine"
-    """What likeness is, with `method: similarity`."""
+    """Similarity measure of `method: similarity`."""
     prototypes: Literal["mean", "cls", "kmeans"] = "mean"
-    """What a teacher is compared by: its mean, its first token, or the nearest of its centres."""
+    """Prototype of a teacher: mean hidden state, mean first-token state, or the nearest of several
+    k-means centres."""
     temperature: PositiveFloat = 1.0
-    """Small: one teacher takes all."""
+    """Softmax temperature of `method: similarity`; small values approach a hard choice."""
     entropy: Literal["diverse", "specialized"] = "diverse"
-    """What `losses.entropy` asks of a router."""
-    teacher_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Chance that a sample goes without one of its teachers, so that none is indispensable."""
+    """Whether `losses.entropy` rewards high (`diverse`) or low (`specialized`) router entropy."""
+    teacher_dropout: DropoutRate = 0.0
+    """Probability of dropping a teacher for a sample."""
 
     @property
     def learns(self) -> bool:
-        """Whether the weights come from a router."""
+        """Whether the weights come from a learned router."""
         return self.method in ("mlp", "gate", "attention")
 
     @model_validator(mode="after")
     def _method_fits(self) -> Self:
         if self.weights is not None and self.method != "fixed":
-            raise ValueError(f"weights are given, but method {self.method} finds its own")
+            raise ValueError(f"`weights` require method fixed, got method {self.method}")
         routed = self.granularity != "sample" or self.task_tag or self.warmup_steps
         if routed and not self.learns:
             raise ValueError(
-                f"granularity, task_tag and warmup_steps are a router's; method is {self.method}"
+                "granularity, task_tag and warmup_steps require a router (method mlp, gate or "
+                f"attention), got method {self.method}"
             )
         return self
 
 
 class PlaceboConfig(Section):
-    """Targets that know nothing of their text: what they gain too is not knowledge."""
+    """Uninformative targets for control arms: a gain that they share is not knowledge transfer."""
 
     method: Literal["none", "shuffled", "noise"] = "none"
-    """`shuffled`: another text's keys and values, of like length. `noise`: Gaussian, with the
+    """`shuffled`: keys and values of another text of similar length. `noise`: Gaussian, with the
     stored mean and variance of every channel."""
     teachers: tuple[Name, ...] | None = None
-    """Only these teachers'; all teachers' if not given."""
+    """Teachers whose targets are replaced; all of them if not given."""
     seed: int = 0
-    """Decides the partners, or the noise; the same for every seed of a run."""
+    """Seed of the permutation or the noise, independent of the run's `seed`."""
 
 
 class LossConfig(Section):
-    """Weights of the losses; zero switches one off."""
+    """Weights of the losses; a weight of zero disables the loss."""
 
     key: NonNegativeFloat = 3.0
     """Error of keys, before rotation."""
     value: NonNegativeFloat = 3.0
     """Error of values."""
     anneal_by: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Share of the steps by which all losses against teachers but `inject` have fallen linearly to
-    zero; they keep their weights if not given."""
+    """Fraction of training over which the teacher losses, `inject` excepted, are annealed linearly
+    to zero; constant weights if not given."""
     distance: Distance = "mse"
-    """How a difference between keys or values is measured."""
+    """Pointwise error between keys or values of student and target."""
     layer_std: bool = False
-    """Divide each layer's error by the target's standard deviation in that layer."""
+    """Divide the error of each layer by the standard deviation of the target in that layer."""
     cosine: NonNegativeFloat = 0.0
-    """1 - cosine of keys and values, per head."""
+    """1 - cosine of keys and of values, per head."""
     attention_kl: NonNegativeFloat = 0.0
-    """KL of what the student attends to, with the target's keys and with its own."""
+    """KL divergence between the student's attention on the target keys and on its own keys."""
     relation: NonNegativeFloat = 0.0
-    """KL of key-key and value-value relations between tokens; needs no equal shapes."""
+    """KL divergence of key-key and value-value relations between tokens; shapes may differ."""
     relation_heads: Positive = 1
-    """Relation heads; must divide heads times dim of student and teachers."""
+    """Relation heads; must divide heads times head dim of student and teachers."""
     cross_entropy: NonNegativeFloat = 1.0
     """Next-token cross-entropy on the text."""
     cross_entropy_prompt: bool = True
-    """Whether the words of a prompt count in it; off, the student learns to answer alone."""
+    """Include prompt tokens in the cross-entropy; without them only the response is learned."""
     inject: NonNegativeFloat = 0.0
-    """Cross-entropy of what follows when the student runs on the teachers' fused KV."""
+    """Cross-entropy of what follows when the student runs on the fused KV of its teachers."""
     inject_style: Literal["residual", "replace"] = "residual"
-    """Add the fused KV to the student's own through a gate, or put it in its place."""
+    """Add the fused KV to the student's own through a gate, or replace the student's own."""
     inject_gate_init: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """How far the gates of `residual` are open at first."""
+    """Initial opening of the gates of `inject_style: residual`."""
     inject_segments: tuple[SegmentName, ...] = ("prompt",)
-    """Where the fused KV goes in; the loss counts what follows."""
+    """Segments whose KV are injected; the loss covers what follows."""
     inject_fraction: Fraction = 0.5
-    """How much of a sample without such segments the fused KV goes into."""
+    """Leading fraction of the text that is injected in samples without any of these segments."""
     codi: NonNegativeFloat = 0.0
-    """Error of a latent student's hidden states before the answer, against the teacher's at the
+    """Error of a latent student's hidden states before the answer against the teacher's at the
     same place (needs `extraction.hidden_at_cue`)."""
     rationale: NonNegativeFloat = 0.0
-    """Cross-entropy of a latent student on rationale and answer in words, given the question."""
+    """Cross-entropy of a latent student on the written rationale and answer, given the question."""
     entropy: NonNegativeFloat = 0.0
-    """Weight of the router's entropy; its sign is `fusion.entropy`."""
+    """Weight of the router entropy; its sign is `fusion.entropy`."""
     round_trip: NonNegativeFloat = 0.0
-    """What models lose on the way into the shared space and back."""
+    """Reconstruction error of mapping into the shared space and back."""
 
     @property
     def of_teachers(self) -> list[str]:
-        """Losses with a weight that need the store."""
-        return [name for name, weight in self.weights().items() if weight and name in OF_TEACHERS]
+        """Enabled losses that need the store."""
+        return [name for name in OF_TEACHERS if getattr(self, name)]
 
     @property
     def of_kv(self) -> list[str]:
-        """Losses with a weight that compare keys and values."""
+        """Enabled losses that compare keys and values."""
         return [name for name in self.of_teachers if name != "codi"]
 
     @property
     def uses_teachers(self) -> bool:
-        """Whether any loss needs the store."""
+        """Whether any enabled loss needs the store."""
         return bool(self.of_teachers)
 
     def weights(self) -> dict[str, float]:
@@ -218,9 +237,60 @@ class LossConfig(Section):
         return {name: getattr(self, name) for name in (*OF_TEACHERS, "entropy", *OF_TEXT)}
 
 
-OF_TEACHERS = (
-    "key", "value", "cosine", "attention_kl", "relation", "inject", "round_trip", "codi"
-)  # fmt: skip
+class EvictionConfig(Section):
+    """Which tokens of the teacher's rationale the latent positions are trained on."""
+
+    method: EvictionMethod = "rkv"
+    """How tokens are ranked, per layer and head; `random` and `uniform` are controls."""
+    budget: Positive | None = None
+    """Tokens that are kept; `num_latents`, which is also the maximum, if not given. With fewer, the
+    last latent positions have no target."""
+    mix: Fraction = 0.1
+    """Weight of importance in the R-KV scores, lambda."""
+    seed: int = 0
+    """Seed of `random`."""
 
 
-OF_TEXT = ("cross_entropy", "rationale")
+class LatentConfig(Section):
+    """A student that reasons in latent positions instead of words."""
+
+    method: Literal["none", "pause", "codi", "pccot"] = "pccot"
+    """`pccot`: all latents in parallel, refined `iterations` times (Jacobi). `codi`: one after the
+    other. `pause`: latents without refinement. `none`: no latents; the answer follows the
+    question."""
+    num_latents: Positive = 24
+    """Latent positions."""
+    iterations: NonNegative = 3
+    """Refinements of `pccot`; 0 is equivalent to `pause`, `num_latents` to `codi`."""
+    projector_width: Positive = 2048
+    """Hidden width of the map from a hidden state to the next latent's input."""
+    dropout: DropoutRate = 0.0
+    """Dropout before that map."""
+    eviction: EvictionConfig = EvictionConfig()
+    """Which teacher tokens are the targets of the latents."""
+    shuffle_targets: bool = False
+    """Placebo: every sample is trained on the keys and values of the next one in its batch."""
+    max_new_tokens: Positive = 32
+    """Tokens of a generated answer, at most."""
+
+    @property
+    def positions(self) -> int:
+        """Latent positions of this method."""
+        return 0 if self.method == "none" else self.num_latents
+
+    @property
+    def budget(self) -> int:
+        """Teacher tokens per layer and head."""
+        return self.eviction.budget or self.num_latents
+
+    @model_validator(mode="after")
+    def _eviction_fits(self) -> Self:
+        if self.eviction.method == "full":
+            raise ValueError(
+                "eviction.method full keeps more tokens than there are latents; use right_crop"
+            )
+        if self.budget > self.num_latents:
+            raise ValueError(
+                f"eviction.budget is {self.budget}, but there are only {self.num_latents} latents"
+            )
+        return self

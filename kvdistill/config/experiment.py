@@ -1,7 +1,7 @@
-"""One experiment, as frozen data: everything a run depends on, checked before anything starts.
+"""The whole experiment file, and the checks that span several sections.
 
-Unknown keys, wrong types and impossible combinations are refused here, so that nothing behind
-this door needs to ask. ``config_file.py`` reads YAML and ``--set`` overrides into ``Experiment``.
+Unknown keys, wrong types and impossible combinations are refused here, before anything starts, so
+that later stages need not check them. ``load.py`` builds an ``Experiment`` from YAML and ``--set``.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from kvdistill.config.corpus import CorpusConfig
 from kvdistill.config.distill import (
     AlignmentConfig,
     FusionConfig,
+    LatentConfig,
     LossConfig,
     PlaceboConfig,
     ProjectionConfig,
 )
 from kvdistill.config.extraction import ExtractionConfig, TeacherConfig
-from kvdistill.config.latent import LatentConfig
 from kvdistill.config.slurm import SlurmConfig
 from kvdistill.config.training import StudentConfig, TrainingConfig
-from kvdistill.types import CodecSpec, Name
+from kvdistill.types import RANKED_EVICTIONS, CodecSpec, Name
 
 
 class Experiment(Section):
     """One experiment: one YAML file."""
 
     name: Name = "experiment"
-    """Names the run's folder."""
+    """Name of the run, and of its folder under `output_dir`."""
     preset: str | None = None
-    """Named settings to start from, `phase-1` to `phase-5`; what the file says itself wins."""
+    """Named defaults, such as `phase-1` to `phase-5` or `kava`; keys given in the file win."""
     store: Path
-    """Folder of the key/value store; made by `extract`, read by `train`."""
+    """Folder of the key/value store: written by `extract`, read by `train`."""
     output_dir: Path = Path("runs")
-    """Each run gets a folder of its own in here."""
+    """Parent folder of the run's folder."""
     seed: int = 0
-    """Seeds the student's initialisation, the data order and dropout."""
+    """Seed of the student's initialisation, the data order and dropout."""
     corpus: CorpusConfig
     teachers: dict[Name, TeacherConfig] = {}
-    """Teachers by name. The name is a folder in the store."""
+    """Teachers by name; the name is also a folder in the store."""
     student: StudentConfig
     extraction: ExtractionConfig = ExtractionConfig()
     alignment: AlignmentConfig = AlignmentConfig()
@@ -58,29 +58,28 @@ class Experiment(Section):
     slurm: SlurmConfig = SlurmConfig()
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> Self:
+    def _sections_fit(self) -> Self:
         for check in (
-            _losses_fit,
-            _weights_fit,
-            _fusion_fits,
-            _projection_fits,
-            _evictions_fit,
-            _latent_fits,
-            _training_fits,
+            _check_losses,
+            _check_weights,
+            _check_fusion,
+            _check_projection,
+            _check_evictions,
+            _check_latent,
+            _check_training,
         ):
             check(self)
         return self
 
     def codec(self, teacher: str) -> CodecSpec:
-        """The codec of one teacher: its own, or the extraction's."""
+        """The codec of one teacher: its own, or that of ``extraction``."""
         return self.teachers[teacher].codec or self.extraction.codec
 
     def extraction_fingerprint(self, teacher: str) -> str:
         """SHA-256 of every setting that changes one teacher's stored numbers.
 
-        Not of the weights, the tokenizer or the corpus: these have fingerprints of their own.
-        Settings at their default are left out, so that a setting that a later version adds does
-        not make a new extraction of an old store.
+        Weights, tokenizer and corpus have fingerprints of their own. Settings at their default are
+        left out, so that a setting added by a later version does not invalidate an old store.
         """
         body = self.teachers[teacher].model_dump(
             mode="json",
@@ -96,18 +95,18 @@ class Experiment(Section):
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _losses_fit(experiment: Experiment) -> None:
+def _check_losses(experiment: Experiment) -> None:
     losses = experiment.losses
     if not experiment.teachers and losses.uses_teachers:
         raise ValueError(
             f"losses.{losses.of_teachers[0]} needs at least one teacher; add one under `teachers`, "
-            "or set the losses of keys and values to 0"
+            "or set losses.key and losses.value to 0"
         )
     if not (losses.uses_teachers or losses.cross_entropy or losses.rationale):
-        raise ValueError("every loss is 0; there is nothing to train on")
+        raise ValueError("every loss has weight 0; enable at least one under `losses`")
 
 
-def _weights_fit(experiment: Experiment) -> None:
+def _check_weights(experiment: Experiment) -> None:
     weights, teachers = experiment.fusion.weights, set(experiment.teachers)
     if weights is None:
         return
@@ -119,15 +118,15 @@ def _weights_fit(experiment: Experiment) -> None:
     if teachers - set(weights):
         raise ValueError(f"fusion.weights has no weight for {sorted(teachers - set(weights))}")
     if not any(weights.values()):
-        raise ValueError("fusion.weights are all 0")
+        raise ValueError("fusion.weights are all 0; give at least one teacher a weight")
 
 
-def _fusion_fits(experiment: Experiment) -> None:
+def _check_fusion(experiment: Experiment) -> None:
     fusion, losses = experiment.fusion, experiment.losses
     if fusion.method == "similarity" and not experiment.extraction.summaries:
         raise ValueError(
-            "fusion.method similarity compares hidden states that extraction must keep; set "
-            "extraction.summaries: true (and extract anew under other teacher names)"
+            "fusion.method similarity compares hidden states that extraction must store; set "
+            "extraction.summaries: true and extract under new teacher names"
         )
     if losses.entropy and not fusion.learns:
         raise ValueError(
@@ -136,18 +135,7 @@ def _fusion_fits(experiment: Experiment) -> None:
         )
 
 
-def _evictions_fit(experiment: Experiment) -> None:
-    for name, teacher in experiment.teachers.items():
-        if teacher.eviction is None:
-            continue
-        if teacher.eviction.ranks and not experiment.extraction.importance:
-            raise ValueError(
-                f"teachers.{name}.eviction.method {teacher.eviction.method} ranks tokens by the "
-                "attention that they receive; set extraction.importance: true, or use uniform"
-            )
-
-
-def _projection_fits(experiment: Experiment) -> None:
+def _check_projection(experiment: Experiment) -> None:
     mode, losses = experiment.projection.mode, experiment.losses
     if mode == "task" and not losses.inject:
         raise ValueError(
@@ -155,22 +143,66 @@ def _projection_fits(experiment: Experiment) -> None:
         )
     if losses.attention_kl and mode in ("student_to_teacher", "shared_space"):
         raise ValueError(
-            f"losses.attention_kl needs the target's keys in the student's space, which "
-            f"projection.mode {mode} has not; use frozen, task or joint, or set it to 0"
+            "losses.attention_kl needs target keys in the student's space, but projection.mode is "
+            f"{mode}; use frozen, task or joint, or set it to 0"
         )
     if mode == "student_to_teacher" and losses.layer_std:
         raise ValueError(
-            "losses.layer_std: in projection.mode student_to_teacher every channel of the target "
-            "is standardised already; leave it off"
+            "losses.layer_std has no effect in projection.mode student_to_teacher, which already "
+            "standardises every channel of the target; leave it off"
         )
     if (mode == "shared_space") != (losses.round_trip > 0):
         raise ValueError(
-            "losses.round_trip keeps a shared space from collapsing: give it a weight in "
-            "projection.mode shared_space, and 0 in every other"
+            "losses.round_trip prevents the collapse of a shared space: give it a weight in "
+            "projection.mode shared_space, and 0 in every other mode"
         )
 
 
-def _training_fits(experiment: Experiment) -> None:
+def _check_evictions(experiment: Experiment) -> None:
+    if experiment.extraction.importance:
+        return
+    for name, teacher in experiment.teachers.items():
+        if teacher.eviction is not None and teacher.eviction.ranks:
+            raise ValueError(
+                f"teachers.{name}.eviction.method {teacher.eviction.method} ranks tokens by the "
+                "attention that they receive; set extraction.importance: true, or use uniform"
+            )
+
+
+def _check_latent(experiment: Experiment) -> None:
+    latent, losses = experiment.latent, experiment.losses
+    if (latent is not None) != (experiment.alignment.time == "latent"):
+        raise ValueError("`latent` and `alignment.time: latent` require each other")
+    if latent is None:
+        for name in ("codi", "rationale"):
+            if getattr(losses, name):
+                raise ValueError(f"losses.{name} needs a student with a `latent` section")
+        return
+    refused = [name for name in ("inject", "attention_kl", "relation") if getattr(losses, name)]
+    if refused:
+        raise ValueError(f"losses.{refused[0]} is undefined on latent positions; set it to 0")
+    if experiment.fusion.learns:
+        raise ValueError(
+            f"fusion.method {experiment.fusion.method} is a router, which latent targets do not "
+            "support; use fixed or similarity"
+        )
+    if experiment.alignment.layers == "cka":
+        raise ValueError("alignment.layers cka compares token by token, which latents do not allow")
+    if losses.of_kv and not latent.positions:
+        raise ValueError(f"losses.{losses.of_kv[0]} needs latents, but latent.method is none")
+    method = latent.eviction.method
+    if losses.of_kv and method in RANKED_EVICTIONS and not experiment.extraction.importance:
+        raise ValueError(f"latent.eviction.method {method} needs extraction.importance: true")
+    if experiment.training.gradient_checkpointing:
+        raise ValueError(
+            "training.gradient_checkpointing drops the cache through which latents are computed; "
+            "set it to false"
+        )
+    if losses.codi and not experiment.extraction.hidden_at_cue:
+        raise ValueError("losses.codi needs extraction.hidden_at_cue: true")
+
+
+def _check_training(experiment: Experiment) -> None:
     training, corpus = experiment.training, experiment.corpus
     if not training.chooses_best:
         return
@@ -188,34 +220,3 @@ def _training_fits(experiment: Experiment) -> None:
         raise ValueError(
             "a latent student is evaluated by its answers; set training.best_metric: exact_match"
         )
-
-
-def _latent_fits(experiment: Experiment) -> None:
-    latent, losses = experiment.latent, experiment.losses
-    if (latent is not None) != (experiment.alignment.time == "latent"):
-        raise ValueError("`latent` goes with `alignment.time: latent`, and only with it")
-    if latent is None:
-        for name in ("codi", "rationale"):
-            if getattr(losses, name):
-                raise ValueError(f"losses.{name} is for a student with a `latent` section")
-        return
-    refused = [name for name in ("inject", "attention_kl", "relation") if getattr(losses, name)]
-    if refused:
-        raise ValueError(f"losses.{refused[0]} has no meaning on latent positions; set it to 0")
-    if experiment.fusion.learns:
-        raise ValueError("fusion of latent targets is `fixed` or by `similarity`, not by a router")
-    if experiment.alignment.layers == "cka":
-        raise ValueError("alignment.layers cka compares texts token by token, latents have none")
-    if losses.of_kv and not latent.positions:
-        raise ValueError(f"losses.{losses.of_kv[0]} teaches latents, but latent.method is none")
-    ranked = latent.eviction.method in ("importance", "rkv", "rkv_original")
-    if losses.of_kv and ranked and not experiment.extraction.importance:
-        raise ValueError(
-            f"latent.eviction.method {latent.eviction.method} needs extraction.importance"
-        )
-    if experiment.training.gradient_checkpointing:
-        raise ValueError(
-            "training.gradient_checkpointing gives up the cache that a latent student thinks with"
-        )
-    if losses.codi and not experiment.extraction.hidden_at_cue:
-        raise ValueError("losses.codi needs extraction.hidden_at_cue: true")

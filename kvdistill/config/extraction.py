@@ -1,4 +1,4 @@
-"""Teachers, and what stage 1 keeps of them, as settings."""
+"""Sections ``teachers`` and ``extraction``: what stage 1 reads, and what it stores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kvdistill.config.base import NonNegativeFloat, Positive, Section
+from kvdistill.config.base import NonNegative, NonNegativeFloat, Positive, Section
 from kvdistill.types import Backend, CodecSpec, StoredEviction
 
 
@@ -14,74 +14,74 @@ class GenerateConfig(Section):
     """How a teacher samples a rationale of its own for every prompt."""
 
     temperature: NonNegativeFloat = 0.7
-    """Softmax temperature; 0 takes the likeliest token."""
+    """Softmax temperature; 0 is greedy decoding."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    """Only the likeliest tokens that hold this much probability are drawn from."""
+    """Nucleus sampling: probability mass that is sampled from."""
     max_new_tokens: Positive = 256
-    """Tokens of a rationale at most."""
+    """Tokens of a rationale, at most."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Strings that end a rationale, such as `"\\n####"`; they are left out of it."""
+    """Strings that end a rationale, such as `"\\n####"`; not part of it."""
     seed: int = 0
-    """Seed of all draws."""
-    draw: Annotated[int, Field(ge=0)] = 0
-    """Which draw: several rationales per prompt are several teachers with draws 0, 1, …"""
+    """Random seed of all draws."""
+    draw: NonNegative = 0
+    """Index of the draw: several rationales per prompt are several teachers with draws 0, 1, …"""
 
 
 class TeacherConfig(Section):
-    """One teacher: a model, how it is prompted, and what of it is kept."""
+    """One teacher: a model, its prompt, and what is stored of it."""
 
     model: str
     """Hub id or local folder."""
     revision: str | None = None
-    """Hub revision; pin a commit for a run that must be repeatable."""
+    """Hub revision; pin a commit for reproducible runs."""
     gguf_file: str | None = None
-    """File name inside the model's folder, where the weights are GGUF."""
+    """File name inside the model's folder, for GGUF weights."""
     tokenizer: str | None = None
-    """Hub id or folder of the tokenizer, where it is not the model's own."""
+    """Hub id or folder of the tokenizer; the model's own if not given."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off unless you have read that code."""
+    """Run Python code that comes with the model. Leave it off unless you have read that code."""
     weights: Literal["trained", "random"] = "trained"
-    """`random`: the architecture with weights drawn anew, a placebo for what the model learned."""
+    """`random`: the same architecture with random weights, as a placebo."""
     stream: Literal["encoder", "decoder", "cross"] | None = None
-    """Which attention of an encoder-decoder is read; only for these, and required for them."""
+    """Which attention of an encoder-decoder is stored; required for these, refused for others."""
     template: str | None = None
-    """How a sample is put to this teacher, such as `"Q: {prompt}\\nA:{rationale}{answer}"`; the
-    text as it is if not given. The same model under two templates is two teachers."""
+    """Prompt template, such as `"Q: {prompt}\\nA:{rationale}{answer}"`; the plain text if not
+    given. The same model under two templates is two teachers."""
     chat: bool = False
-    """Put samples into the tokenizer's chat template: the prompt is the user's turn."""
+    """Apply the tokenizer's chat template; the prompt is the user's turn."""
     system: str | None = None
     """System message of the chat template."""
     bos: Literal["auto", "always", "never"] = "auto"
-    """Begin-of-sequence token. `auto`: as the tokenizer does it, and always for Gemma."""
+    """Begin-of-sequence token. `auto`: as the tokenizer does, and always for Gemma."""
     generate: GenerateConfig | None = None
-    """Store the teacher's own rationales instead of the corpus's."""
-    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Layers to keep; all of them if not given."""
-    heads: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
-    """Key/value heads to keep of every layer; all of them if not given."""
+    """Store the teacher's own rationales instead of those of the corpus."""
+    layers: tuple[NonNegative, ...] | None = None
+    """Layers to store; all of them if not given."""
+    heads: Annotated[tuple[NonNegative, ...], Field(min_length=1)] | None = None
+    """Key/value heads to store of every layer; all of them if not given."""
     eviction: StoredEviction | None = None
-    """Store only some tokens; everything if not given, and evict when streaming."""
+    """Store a subset of the tokens. All of them if not given; evict while streaming instead."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Arithmetic of the teacher's forward pass."""
+    """Precision of the teacher's forward pass."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
-    """Attention kernel of the teacher's forward pass; `sdpa` is eager where a model has none."""
+    """Attention kernel of the forward pass; models without `sdpa` fall back to `eager`."""
     device_map: Literal["auto"] | None = None
-    """`auto`: spread a model that is too large for one GPU over all visible ones."""
+    """`auto`: shard a model that does not fit on one GPU over all visible GPUs."""
     codec: CodecSpec | None = None
-    """How keys and values are stored; `extraction.codec` if not given."""
+    """Codecs of keys and values; `extraction.codec` if not given."""
 
     @model_validator(mode="after")
-    def _one_view(self) -> Self:
+    def _settings_fit(self) -> Self:
         if self.chat and self.template is not None:
             raise ValueError("give `template` or `chat`, not both")
         if self.system is not None and not self.chat:
             raise ValueError("`system` needs `chat: true`")
         if self.stream == "decoder" and (self.chat or self.template is not None):
-            raise ValueError("stream `decoder` reads the prompt and the rest; it has no template")
+            raise ValueError("stream `decoder` takes neither `template` nor `chat`")
         if self.weights == "random" and (self.gguf_file is not None or self.device_map is not None):
-            raise ValueError("`weights: random` goes with neither `gguf_file` nor `device_map`")
+            raise ValueError("`weights: random` takes neither `gguf_file` nor `device_map`")
         if self.generate is not None and self.stream is not None:
-            raise ValueError("`generate` is for decoders; it does not go with `stream`")
+            raise ValueError("`generate` is for decoder-only models; it does not go with `stream`")
         return self
 
 
@@ -91,22 +91,23 @@ class ExtractionConfig(Section):
     backend: Backend = "zarr"
     """`zarr`: compressed, for disks and shared file systems. `safetensors`: fastest to read."""
     codec: CodecSpec = CodecSpec()
-    """How keys and values are stored, per kind."""
+    """Codecs of keys and values."""
     batch_tokens: Positive = 4096
-    """Tokens per forward pass, padding included; halved by itself when memory runs out."""
+    """Tokens per forward pass, padding included; halved automatically when memory runs out."""
     long_text: Literal["error", "truncate", "skip"] = "error"
-    """What to do with a text that is longer than the teacher's positions."""
+    """What to do with a text that exceeds the teacher's context length."""
     max_length: Positive | None = None
-    """Treat texts of more tokens than this as too long, even if the teacher could read them."""
+    """Lower the context length to this many tokens."""
     importance: bool = True
-    """Keep the attention that every token receives from the answer; evictions rank by it."""
+    """Store the attention that every token receives from the answer; evictions rank by it."""
     hidden_at_cue: bool = False
-    """Keep every layer's hidden state at the token before the answer (for the CODI loss)."""
+    """Store the hidden states of every layer at the token before the answer, for `losses.codi`."""
     summaries: bool = False
-    """Keep every sample's mean and first hidden state, and the router's prototypes of them."""
+    """Store mean and first hidden state of every sample, and the prototypes that
+    `fusion.method: similarity` compares them with."""
     prototypes: Positive = 8
-    """Centres of the k-means prototypes, where `summaries` are kept."""
+    """Number of k-means prototypes per teacher, with `summaries`."""
     writers: Positive = 1
-    """Shards that may wait to be compressed and written while the next one is read."""
+    """Background threads that compress and write finished shards."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, …"""

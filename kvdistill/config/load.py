@@ -1,4 +1,4 @@
-"""Reading an experiment from YAML, with overrides, into one clear line when it is wrong."""
+"""Loading an experiment: YAML, presets and ``--set`` overrides in, one-line errors out."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from kvdistill.config.experiment import Experiment
 from kvdistill.errors import ConfigError
 
 PRESETS: Final[dict[str, dict[str, dict[str, Any]]]] = {
+    # two teachers, fixed weights
     "phase-1": {"fusion": {"method": "fixed"}},
+    # several architectures, or several samples of one teacher
     "phase-2": {"fusion": {"method": "fixed"}, "losses": {"cosine": 0.1}},
+    # weights by similarity
     "phase-3": {"fusion": {"method": "similarity"}, "losses": {"cosine": 0.1}},
+    # a router trained through an injected cache
     "phase-4": {
         "projection": {"mode": "frozen"},
         "fusion": {
@@ -30,10 +34,12 @@ PRESETS: Final[dict[str, dict[str, dict[str, Any]]]] = {
         },
         "losses": {"inject": 1.0, "entropy": 0.01},
     },
+    # one space shared by all models
     "phase-5": {
         "projection": {"mode": "shared_space"},
         "losses": {"inject": 1.0, "round_trip": 1.0},
     },
+    # a student that reasons in latent positions (KaVa, arXiv 2510.02312)
     "kava": {
         "alignment": {"time": "latent"},
         "projection": {"mode": "identity"},
@@ -42,36 +48,31 @@ PRESETS: Final[dict[str, dict[str, dict[str, Any]]]] = {
         "latent": {"method": "pccot"},
     },
 }
-"""Named starting points. A preset is plain settings under the file's own, which win:
-
-1 two teachers, fixed weights · 2 several architectures, or samples of one teacher · 3 weights by
-similarity · 4 a router that learns from an injected cache · 5 one space for every model · kava: a
-student that reasons in latent positions (arXiv 2510.02312).
-"""
+"""Named defaults, section by section; the keys of the experiment file win over them."""
 
 
 def load_experiment(path: Path, overrides: Iterable[str] = ()) -> Experiment:
     """Read an experiment from a YAML file.
 
     Args:
-        path: The file. Relative paths inside it are taken from the current folder.
-        overrides: ``a.b=value`` settings; the value is read as YAML.
+        path: The file. Relative paths inside it are relative to the current folder.
+        overrides: ``a.b=value`` settings; the value is parsed as YAML.
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown key, a wrong type, or parts that do not
-            fit each other. The message is one line and names the key.
+        ConfigError: no such file, not YAML, an unknown key, a wrong type, or settings that exclude
+            each other. The message is one line and names the key.
     """
     body = read_yaml(path)
-    for given in overrides:
-        override(body, given)
+    for assignment in overrides:
+        override(body, assignment)
     return parse_experiment(body, str(path))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file, as they are.
+    """The mapping in a YAML file, former names of settings replaced.
 
     Raises:
-        ConfigError: no such file, or not YAML of keys and values.
+        ConfigError: no such file, or not a YAML mapping.
     """
     if not path.is_file():
         raise ConfigError(f"no config file at {path}; `kvdistill init {path}` writes one")
@@ -80,19 +81,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(body, dict):
-        raise ConfigError(f"{path}: expected keys and values, got {type(body).__name__}")
-    return _with_current_names(body, str(path))
+        raise ConfigError(f"{path}: expected a mapping of keys, got {type(body).__name__}")
+    return _renamed(body, str(path))
 
 
 def parse_experiment(body: dict[str, Any], where: str = "config") -> Experiment:
-    """Validate a plain dictionary; ``where`` names its origin in errors.
+    """Validate a plain dictionary; ``where`` is its origin in error messages.
 
     Raises:
-        ConfigError: as for ``load``.
+        ConfigError: as for ``load_experiment``.
     """
     try:
-        body = _with_current_names(body, where)
-        return Experiment.model_validate(_with_preset(body, where))
+        return Experiment.model_validate(_with_preset(_renamed(body, where), where))
     except ValidationError as error:
         problems = error.errors()
         # An unknown key is usually the cause of a missing one, so it is reported first.
@@ -102,29 +102,8 @@ def parse_experiment(body: dict[str, Any], where: str = "config") -> Experiment:
 
 
 def dump_experiment(experiment: Experiment) -> str:
-    """The whole experiment as YAML, defaults included; ``load`` reads it back."""
+    """The whole experiment as YAML, defaults included; ``load_experiment`` reads it back."""
     return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _with_current_names(body: dict[str, Any], where: str) -> dict[str, Any]:
-    try:
-        return current_names(body)
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def _with_preset(body: dict[str, Any], where: str) -> dict[str, Any]:
-    """The settings of ``preset``, under those that the file gives itself."""
-    name = body.get("preset")
-    if name is None:
-        return body
-    if name not in PRESETS:
-        raise ConfigError(f"{where}: no preset {name!r}; there are: {', '.join(PRESETS)}")
-    merged = dict(body)
-    for section, settings in PRESETS[name].items():
-        given = merged.get(section) or {}
-        merged[section] = settings | given if isinstance(given, dict) else given
-    return merged
 
 
 def flatten(body: Any, prefix: str = "") -> dict[str, Any]:
@@ -137,40 +116,61 @@ def flatten(body: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def override(body: dict[str, Any], given: str) -> None:
-    """Apply one ``a.b=value``; the value is read as YAML.
+def override(body: dict[str, Any], assignment: str) -> None:
+    """Apply one ``a.b=value`` in place; the value is parsed as YAML.
 
     Raises:
-        ConfigError: it is not of that form.
+        ConfigError: the assignment is malformed.
     """
-    dotted, sign, value = given.partition("=")
+    dotted, sign, value = assignment.partition("=")
     if not sign or not dotted.strip():
-        raise ConfigError(f"--set {given}: expected key=value, such as training.epochs=2")
+        raise ConfigError(f"--set {assignment}: expected key=value, such as training.epochs=2")
     try:
-        put(body, dotted.strip(), yaml.safe_load(value), f"--set {given}")
+        put(body, dotted.strip(), yaml.safe_load(value), f"--set {assignment}")
     except yaml.YAMLError:
-        raise ConfigError(f"--set {given}: the value is not YAML") from None
+        raise ConfigError(f"--set {assignment}: the value is not valid YAML") from None
 
 
 def put(body: dict[str, Any], dotted: str, value: Any, where: str) -> None:
-    """Set one setting, or a whole section, by its dotted name.
+    """Set one setting, or a whole section, in place by its dotted name.
 
     Raises:
-        ConfigError: a part of the name is a value, not a section; ``where`` begins the message.
+        ConfigError: a prefix of the name is a value, not a section; ``where`` starts the message.
     """
-    ((dotted, value),) = current_names({dotted: value}).items()
+    ((dotted, value),) = _renamed({dotted: value}, where).items()
     *parents, last = dotted.split(".")
-    place = body
+    section = body
     for parent in parents:
-        if place.get(parent) is None:
-            place[parent] = {}
-        place = place[parent]
-        if not isinstance(place, dict):
+        if section.get(parent) is None:
+            section[parent] = {}
+        section = section[parent]
+        if not isinstance(section, dict):
             raise ConfigError(f"{where}: {parent} is a value, not a section")
-    place[last] = value
+    section[last] = value
+
+
+def _renamed(body: dict[str, Any], where: str) -> dict[str, Any]:
+    try:
+        return current_names(body)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _with_preset(body: dict[str, Any], where: str) -> dict[str, Any]:
+    name = body.get("preset")
+    if name is None:
+        return body
+    if name not in PRESETS:
+        raise ConfigError(f"{where}: no preset {name!r}; available presets: {', '.join(PRESETS)}")
+    merged = dict(body)
+    for section, settings in PRESETS[name].items():
+        given = merged.get(section) or {}
+        merged[section] = settings | given if isinstance(given, dict) else given
+    return merged
 
 
 def _validation_line(problem: Any) -> str:
+    """A pydantic error as one line: dotted key, what is wrong, and the nearest valid key."""
     location = [str(part) for part in problem["loc"]]
     dotted = ".".join(location) or "experiment"
     if problem["type"] == "extra_forbidden":
@@ -187,18 +187,17 @@ def _validation_line(problem: Any) -> str:
 
 
 def _known_keys(location: list[str]) -> list[str]:
+    """Keys of the section at a location; inside a mapping, the next part is a name, not a key."""
     model: type[BaseModel] = Experiment
-    inside_mapping = False
-    for part in location:
-        if inside_mapping:
-            inside_mapping = False
-            continue
+    parts = iter(location)
+    for part in parts:
         annotation = model.model_fields[part].annotation
         section = _section(annotation)
         if section is None:
             return []
         model = section
-        inside_mapping = typing.get_origin(annotation) is dict
+        if typing.get_origin(annotation) is dict:
+            next(parts, None)
     return sorted(model.model_fields)
 
 

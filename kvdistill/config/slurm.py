@@ -1,16 +1,16 @@
-"""What to ask of Slurm, as settings."""
+"""Section ``slurm``: resource requests by profile."""
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from kvdistill.config.base import Positive, Section
+from kvdistill.config.base import NonNegative, Positive, Section
 
 
 class SlurmProfile(Section):
-    """What to ask of Slurm for one kind of job."""
+    """Resources requested from Slurm for one kind of job."""
 
     partition: str | None = None
     """Partition (`--partition`)."""
@@ -21,37 +21,37 @@ class SlurmProfile(Section):
     constraint: str | None = None
     """Node features (`--constraint`)."""
     nodes: Positive = 1
-    """Nodes per job; extraction tasks use one."""
-    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    """Nodes of the training job; extraction tasks always use one."""
+    gpus_per_node: NonNegative = 0
     """GPUs per node (`--gpus-per-node`)."""
     cpus_per_task: Positive = 4
-    """CPU cores per task."""
+    """CPU cores per task (`--cpus-per-task`)."""
     memory_gb: Positive = 32
-    """Memory per node, GB."""
+    """Memory per node, GB (`--mem`)."""
     time_min: Positive = 240
-    """Time limit, minutes."""
+    """Time limit, minutes (`--time`)."""
     array_parallelism: Positive = 64
-    """Array elements that run at once."""
+    """Array elements that may run at the same time."""
     tasks: Positive | None = None
     """Array elements per teacher; `array_parallelism` if not given."""
     setup: tuple[str, ...] = ()
-    """Shell lines before the command: module loads, environment activation, HF_HUB_OFFLINE=1."""
+    """Shell lines before the command: `module load`, environment activation, HF_HUB_OFFLINE=1."""
     workers: Positive = 1
-    """Worker processes per array element, for sites that give out whole nodes; they share its
-    GPUs evenly."""
+    """Worker processes per array element, for sites that allocate whole nodes; they share its GPUs
+    evenly."""
     signal_delay_s: Positive = 120
-    """Seconds before the time limit (or a preemption) at which a job is warned, stops cleanly
-    and puts itself back into the queue."""
-    max_restarts: Annotated[int, Field(ge=0)] = 20
-    """How often one array element, or the training job, may put itself back into the queue."""
+    """Seconds before the time limit at which Slurm signals the job, which then stops cleanly and
+    requeues itself."""
+    max_restarts: NonNegative = 20
+    """How many times an array element, or the training job, may requeue itself."""
     python: str | None = None
-    """Python that jobs run, such as the one inside a container; this one if not given."""
+    """Python interpreter of the jobs, such as a container's; the submitting one if not given."""
     container: str | None = None
     """Container image, for sites with Pyxis (`--container-image`)."""
     container_mounts: tuple[str, ...] = ()
-    """Folders to show inside the container (`--container-mounts`)."""
+    """Bind mounts of the container (`--container-mounts`)."""
     extra: dict[str, str] = {}
-    """Any other sbatch option, by its long name; an empty value makes it a flag."""
+    """Any other sbatch option by its long name; an empty value makes it a flag."""
 
     @model_validator(mode="after")
     def _warned_in_time(self) -> Self:
@@ -64,7 +64,7 @@ class SlurmProfile(Section):
 
 
 class SlurmConfig(Section):
-    """Profiles by name; the command line picks one with `--profile`."""
+    """Slurm profiles by name; the command line picks one with `--profile`."""
 
     profiles: dict[str, SlurmProfile] = {}
     """Named sets of sbatch options."""
@@ -77,5 +77,5 @@ class SlurmConfig(Section):
     def _known_profiles(self) -> Self:
         for role in (self.extract, self.train):
             if role is not None and role not in self.profiles:
-                raise ValueError(f"no profile {role!r}; there are: {sorted(self.profiles)}")
+                raise ValueError(f"no profile {role!r}; defined profiles: {sorted(self.profiles)}")
         return self

@@ -1,7 +1,7 @@
-"""A study as frozen data: one experiment, and the arms that differ from it in what they state.
+"""The study file: one experiment, and arms that differ from it in the settings they state.
 
-Only the shape of the file is checked here; what an arm's settings mean is the experiment's
-business, and ``pipelines/ablate.py`` puts the two together.
+Only the shape of the file is validated here. What the settings of an arm mean is checked when the
+arm's experiment is built.
 """
 
 from __future__ import annotations
@@ -16,56 +16,54 @@ from kvdistill.types import Name
 
 AblationPreset = Literal["eight-arms", "E1-E5", "leave-one-out"]
 
-
 Settings = Annotated[dict[str, Any], AfterValidator(current_names)]
-"""Settings under any of their names, by present name once they are read."""
-
+"""Nested sections or dotted names; former names are replaced."""
 
 CONTROLLED = ("student", "training", "corpus", "seed", "store", "output_dir")
-"""Sections in which arms may not differ: same initial student, same order of the data, same
-steps, schedule and student tokens, same evaluation, same budget."""
+"""Sections that are the same in all arms: initial student, data order, steps, schedule, student
+tokens, evaluation and budget."""
 
 
 class ArmConfig(Section):
-    """One arm: the experiment, with some settings changed."""
+    """One arm: the experiment with some settings changed."""
 
     settings: Settings = {}
     """Settings by dotted name, such as `losses.key: 10`; a whole section replaces the section."""
     teachers: tuple[Name, ...] | None = None
-    """Only these of the study's teachers; the experiment's own if not given."""
+    """The teachers of this arm; those of the experiment if not given."""
     description: str = ""
     """One line for the report."""
     placebo: bool = False
-    """Whether what this arm gains is no knowledge."""
+    """Whether the teachers of this arm carry no information about the text."""
 
 
 class AblationConfig(Section):
     """One study: arms times seeds, from one store."""
 
     name: Name
-    """Names the study's folder inside the experiment's `output_dir`."""
+    """Name of the study, and of its folder inside the experiment's `output_dir`."""
     experiment: Path | Settings
     """Experiment file, relative to this one, or its content."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
-    """Every arm runs under each of them."""
+    """Every arm is trained once per seed."""
     preset: AblationPreset | None = None
-    """Arms of a known design; those of `arms` and `grid` are added to them."""
+    """Arms of a named design; `arms` and `grid` add to them."""
     arms: dict[Name, ArmConfig] = {}
     """Arms by name."""
     grid: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
     """Values by setting; every combination is an arm."""
     baseline: Name | None = None
-    """The arm that others are compared with; the preset's, or else the first."""
+    """The arm that all others are compared with; the preset's or the first arm if not given."""
     teachers: dict[Name, dict[str, Any]] = {}
-    """Teachers that some arms have and the experiment has not."""
+    """Teachers that only some arms use and the experiment does not have."""
     may_differ: tuple[Annotated[str, AfterValidator(current_name)], ...] = ()
-    """Settings in which arms may differ although a fair comparison holds them equal, such as
-    `training.learning_rate`; the report names them."""
+    """Controlled settings in which arms may differ nevertheless, such as
+    `training.learning_rate`; the report lists them."""
 
     @model_validator(mode="after")
     def _has_arms(self) -> Self:
         if not (self.preset or self.arms or self.grid):
             raise ValueError("a study needs arms; give `preset`, `arms` or `grid`")
         if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds {self.seeds} holds one of them twice")
+            raise ValueError(f"seeds {self.seeds} contain a duplicate")
         return self

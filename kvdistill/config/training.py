@@ -1,4 +1,4 @@
-"""Stage 2's student and its optimisation as settings."""
+"""Sections ``student`` and ``training``: the model that is trained, and its optimisation."""
 
 from __future__ import annotations
 
@@ -6,35 +6,42 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kvdistill.config.base import NonNegativeFloat, Positive, PositiveFloat, Section
+from kvdistill.config.base import (
+    DropoutRate,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+)
 
 
 class LoraConfig(Section):
-    """Low-rank updates of a pretrained student whose own weights stay (extra `lora`)."""
+    """LoRA adapters on a frozen pretrained student (extra `lora`)."""
 
     rank: Positive = 16
-    """Width of the updates."""
+    """Rank of the updates."""
     alpha: PositiveFloat = 32.0
-    """Updates are scaled by alpha over rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout before an update."""
+    """Updates are scaled by alpha / rank."""
+    dropout: DropoutRate = 0.0
+    """Dropout on the input of an update."""
     target_modules: tuple[str, ...] | None = None
-    """Names of the modules that get one, such as `k_proj`; every linear layer if not given."""
+    """Modules with an update, such as `k_proj`; every linear layer but the output if not given."""
 
 
 class StudentConfig(Section):
-    """The model that learns."""
+    """The student: a pretrained model, or an architecture to train from scratch."""
 
     model: str | None = None
     """Hub id or folder of a pretrained causal LM to start from."""
     architecture: dict[str, Any] | None = None
-    """Instead of `model`: a transformers config to start from scratch; needs `model_type`."""
+    """Instead of `model`: a transformers config to train from scratch; needs `model_type`."""
     tokenizer: str | None = None
     """Hub id or folder; the model's own if not given."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off unless you have read that code."""
+    """Run Python code that comes with the model. Leave it off unless you have read that code."""
     lora: LoraConfig | None = None
-    """Train low-rank updates alone; all weights if not given."""
+    """Train LoRA adapters only; all weights if not given."""
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:
@@ -50,93 +57,90 @@ class StudentConfig(Section):
 
 
 class TrainingConfig(Section):
-    """Stage 2's optimisation."""
+    """Optimisation, evaluation and checkpoints of stage 2."""
 
     epochs: PositiveFloat = 1.0
-    """Passes over the corpus; ignored where `max_steps` is given."""
+    """Passes over the corpus; ignored if `max_steps` is given."""
     max_steps: Positive | None = None
     """Optimizer steps."""
     batch_size: Positive = 8
-    """Samples per device and step."""
+    """Samples per device and micro-batch."""
     batching: Literal["plain", "bucketed"] = "plain"
-    """`plain`: `batch_size` samples as they come. `bucketed`: samples of like length, as many as
-    `tokens_per_batch` holds."""
+    """`plain`: `batch_size` samples in order. `bucketed`: samples of similar length, up to
+    `tokens_per_batch`."""
     tokens_per_batch: Positive | None = None
-    """With `bucketed`: student tokens per device and batch, padding included; `batch_size` times
-    `max_length` if not given."""
+    """With `bucketed`: student tokens per device and micro-batch, padding included; `batch_size`
+    times `max_length` if not given."""
     task_weights: dict[str, NonNegativeFloat] = {}
-    """How often an epoch reads a text, by its `task` (for `corpus.parts`, the part's name): 2 is
-    twice, 0.5 every other epoch; 1 for tasks that are not named."""
+    """Sampling weight by `task` (for `corpus.parts`, the name of the part): 2 reads its texts twice
+    per epoch, 0.5 every other epoch; 1 for tasks that are not listed."""
     gradient_accumulation_steps: Positive = 1
-    """Batches per optimizer step."""
+    """Micro-batches per optimizer step."""
     max_length: Positive = 512
-    """Student tokens per sample; the rest of a longer text is cut off."""
+    """Student tokens per sample; longer texts are truncated."""
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate of the student."""
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     """Learning-rate schedule after warm-up; `constant` has none."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: NonNegative = 0
     """Steps of linear warm-up."""
     weight_decay: NonNegativeFloat = 0.01
-    """AdamW's decay."""
+    """Weight decay of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
-    """Gradients are clipped to this norm."""
+    """Gradient norm above which gradients are clipped."""
     spike_factor: Annotated[float, Field(gt=1)] = 5.0
-    """Warn, naming the samples, when a step's loss is this many times the median of the last 64."""
+    """Warn, naming the samples, when the loss exceeds the median of the last 64 steps by this
+    factor."""
     skip_spikes: bool = False
-    """Leave the weights as they are in such a step."""
+    """Skip the optimizer update of such a step."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Mixed precision of the student; parameters stay float32."""
     gradient_checkpointing: bool = False
-    """Compute the student's layers again in the backward pass instead of keeping their
-    activations: less memory, about a third more arithmetic."""
+    """Recompute the activations of the student's layers in the backward pass: less memory, about a
+    third more arithmetic."""
     compile: bool = False
-    """`torch.compile` the student's feed-forward blocks and norms. Attention stays as it is: keys
-    and values are read inside it."""
+    """`torch.compile` the student's feed-forward blocks and norms. Attention is left out: keys and
+    values are read inside it."""
     eval_steps: Positive | None = None
-    """Evaluate every so many steps (always at the end)."""
-    exact_match_samples: Annotated[int, Field(ge=0)] = 0
-    """At every evaluation, let the student answer this many held-out prompts and count the right
-    answers; samples need a prompt and an answer."""
+    """Steps between evaluations; there is always one at the end."""
+    exact_match_samples: NonNegative = 0
+    """Held-out prompts that the student answers at every evaluation, for exact match; samples need
+    a prompt and an answer."""
     max_new_tokens: Positive = 256
-    """Room for such an answer, its rationale included."""
+    """Tokens of such an answer, rationale included, at most."""
     best_metric: Literal["bits_per_character", "perplexity", "exact_match"] = "bits_per_character"
-    """Which figure of the held-out samples says that one student is better than another."""
+    """Held-out metric that selects the best student."""
     early_stop_patience: Positive | None = None
-    """End training after so many evaluations in a row without a better one."""
+    """Stop after this many consecutive evaluations without improvement."""
     keep_best: bool = False
-    """The final student is the best one that was evaluated, not the last."""
+    """Keep the best evaluated student instead of the last."""
     save_steps: Positive | None = None
-    """Write a checkpoint every so many steps (always at the end)."""
+    """Steps between checkpoints; there is always one at the end."""
     keep_checkpoints: Positive = 2
-    """Older checkpoints are deleted."""
+    """Checkpoints to keep; older ones are deleted."""
     log_steps: Positive = 10
-    """Log losses every so many steps."""
+    """Steps between entries of the training log."""
     diagnostic_steps: Positive = 50
-    """Every so many steps, measure whether the target moves (costs two backward passes)."""
+    """Steps between checks for a moving target (each costs two backward passes)."""
     window_shards: Positive = 4
-    """Samples are shuffled inside a window of this many decoded shards."""
+    """Decoded shards that form the shuffle buffer."""
     prefetch_threads: Positive = 2
-    """Threads that read the next window's shards while one is used."""
+    """Threads that read the shards of the next window."""
     prefetch_steps: Positive = 2
-    """Optimizer steps whose batches are collated ahead of need, in a thread."""
+    """Optimizer steps whose batches are collated in advance, in a background thread."""
     device: str = "auto"
     """`auto` or `cpu`."""
 
     @model_validator(mode="after")
-    def _budget_is_used(self) -> Self:
-        if self.tokens_per_batch is not None and self.batching != "bucketed":
-            raise ValueError("`tokens_per_batch` goes with `batching: bucketed`, and only with it")
-        return self
-
-    @model_validator(mode="after")
     def _settings_fit(self) -> Self:
+        if self.tokens_per_batch is not None and self.batching != "bucketed":
+            raise ValueError("`tokens_per_batch` requires `batching: bucketed`")
         if self.schedule == "constant" and self.warmup_steps:
             raise ValueError("schedule `constant` has no warm-up; use `constant_with_warmup`")
         if self.compile and self.gradient_checkpointing:
             raise ValueError(
-                "`compile` and `gradient_checkpointing` do not go together: a layer that is "
-                "computed again would not be the compiled one"
+                "`compile` and `gradient_checkpointing` exclude each other: a recomputed layer "
+                "would not be the compiled one"
             )
         if self.chooses_best and self.eval_steps is None:
             raise ValueError(
@@ -146,5 +150,5 @@ class TrainingConfig(Section):
 
     @property
     def chooses_best(self) -> bool:
-        """Whether evaluations are compared with one another."""
+        """Whether evaluations are compared with each other."""
         return self.keep_best or self.early_stop_patience is not None

@@ -1,1 +1,1 @@
-"""Samples and their segments, the readers that make them, and corpora made by recipe."""
+"""Samples and their segments, readers of corpus files, and synthetic corpora."""

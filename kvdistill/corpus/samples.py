@@ -1,9 +1,9 @@
-"""Samples and their segments; the shard plan.
+"""Samples and their segments, and the partition of a corpus into shards.
 
-A sample is text in named segments. Separators belong to the segments, so a sample's whole text
-is their plain concatenation and a character offset means the same to every tokenizer.
-A corpus is cut once into shards of consecutive samples; shard ``i`` holds the same samples for
-every teacher, which is what makes the shards of different teachers align.
+A sample is text in named segments. Separators belong to the segments, so the text of a sample is
+their plain concatenation, and character offsets are comparable across tokenizers. A corpus is
+partitioned once, into shards of consecutive samples; shard ``i`` holds the same samples for every
+teacher, so that the shards of different teachers align.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvdistill.types import SEGMENT_IDS, SegmentName
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence. ``segments`` are (name, text) in reading order; ``task`` is an optional tag."""
+    """One text: ``(name, text)`` segments in reading order, and an optional task tag."""
 
     sample_id: str
     segments: tuple[tuple[SegmentName, str], ...]
@@ -28,7 +28,7 @@ class Sample:
 
     @property
     def text(self) -> str:
-        """The whole text: all segments, concatenated."""
+        """The concatenation of all segments."""
         return "".join(text for _, text in self.segments)
 
     @property
@@ -40,7 +40,7 @@ class Sample:
         return list(zip(starts, ends, ids, strict=True))
 
     def to_json(self) -> str:
-        """One JSON line; ``from_json`` reads it back."""
+        """One JSON line, without the newline; ``from_json`` reads it back."""
         body: dict[str, Any] = {"sample_id": self.sample_id, "segments": self.segments}
         if self.task is not None:
             body["task"] = self.task
@@ -48,7 +48,7 @@ class Sample:
 
     @staticmethod
     def from_json(line: str) -> Sample:
-        """Read a line written by ``to_json``."""
+        """Parse a line written by ``to_json``."""
         body = json.loads(line)
         segments = tuple((name, text) for name, text in body["segments"])
         return Sample(body["sample_id"], segments, body.get("task"))
@@ -56,7 +56,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Shard:
-    """Consecutive samples of a corpus: the unit of work, of commit and of reading."""
+    """Consecutive samples of a corpus: the unit of extraction, of commit and of reading."""
 
     shard_id: str
     first_sample: int
@@ -81,13 +81,12 @@ def corpus_fingerprint(samples: Iterable[Sample]) -> str:
 
 
 def cut_into_shards(samples: Sequence[Sample], shard_chars: int) -> Iterator[Shard]:
-    """Cut a corpus into shards of consecutive samples of at most ``shard_chars`` characters.
+    """Partition a corpus into shards of consecutive samples of at most ``shard_chars`` characters.
 
-    A sample longer than the budget is a shard of its own. Characters, not tokens: the plan must
-    not depend on any one teacher's tokenizer.
+    A sample longer than the budget is a shard of its own. The budget is in characters because the
+    partition must not depend on the tokenizer of any teacher.
     """
-    first, size, pending = 0, 0, list[Sample]()
-    number = 0
+    number, first, size, pending = 0, 0, 0, list[Sample]()
     for position, sample in enumerate(samples):
         length = len(sample.text)
         if pending and size + length > shard_chars:

@@ -250,7 +250,7 @@ def test_the_command_line_answers_and_diagnoses(thinking: Path, tmp_path: Path) 
     [
         ({"alignment__time": "tokens"}, "alignment.time: latent"),
         ({"latent__eviction": {"method": "full"}}, "right_crop"),
-        ({"latent__eviction": {"budget": 6}}, "5 latents"),
+        ({"latent__eviction": {"budget": 6}}, "only 5 latents"),
         ({"latent__method": "none"}, "latent.method is none"),
         ({"losses__inject": 1.0}, "losses.inject"),
         ({"fusion__method": "mlp"}, "fusion"),

@@ -209,7 +209,7 @@ def test_a_text_may_fill_every_position(
     [
         ({"chat": True, "template": "{text}"}, "not both"),
         ({"system": "Be brief."}, "needs `chat: true`"),
-        ({"stream": "decoder", "template": "{text}"}, "has no template"),
+        ({"stream": "decoder", "template": "{text}"}, "takes neither `template` nor `chat`"),
     ],
 )
 def test_views_that_cannot_be(tmp_path: Path, teacher: dict[str, Any], message: str) -> None:

@@ -169,7 +169,7 @@ def test_a_difference_that_nobody_stated_is_refused(study: Any) -> None:
         ({"arms": {"a": {"teachers": ["nobody"]}}}, "no teacher 'nobody'"),
         ({"arms": {"a": {}}, "baseline": "b"}, "no arm 'b'"),
         ({"arms": {"a": {"settings": {"name.x": 1}}}}, "not a section"),
-        ({"arms": {"a": {}}, "seeds": [1, 1]}, "twice"),
+        ({"arms": {"a": {}}, "seeds": [1, 1]}, "duplicate"),
     ],
 )
 def test_a_wrong_study_is_one_clear_line(study: Any, body: dict[str, Any], says: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kvdistill.attention.eviction import Eviction, evict, num_evicted
 from kvdistill.attention.hooks import KVCapture
 from kvdistill.attention.rotary import rotate_layers
-from kvdistill.config.latent import LatentConfig
+from kvdistill.config.distill import LatentConfig
 from kvdistill.distill.align.layers import LayerMap
 from kvdistill.distill.data.collate import IGNORED_LABEL, Batch
 from kvdistill.distill.distiller import Counts, Distiller

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kvdistill.attention.padded_generation import pad_left, through_first
-from kvdistill.config.latent import LatentConfig
+from kvdistill.config.distill import LatentConfig
 from kvdistill.distill.student.latent.iteration import (
     LatentPass,
     LatentProjector,

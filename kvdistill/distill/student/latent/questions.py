@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from kvdistill.attention.padded_generation import pad_left
-from kvdistill.config.latent import LatentConfig
+from kvdistill.config.distill import LatentConfig
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.data.collate import (
     IGNORED_LABEL,

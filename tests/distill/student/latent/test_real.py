@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvdistill.config.latent import LatentConfig
+from kvdistill.config.distill import LatentConfig
 from kvdistill.corpus.readers import read_jsonl
 from kvdistill.distill.student.latent.model import LatentStudent, answer, left_padded
 from tests.distill.student.latent.thinkers import like

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvdistill.attention.geometry import HeadShape
-from kvdistill.config.latent import LatentConfig
+from kvdistill.config.distill import LatentConfig
 from kvdistill.distill.align.layers import LayerMap
 from kvdistill.distill.project.standardise import TargetStatistics
 from kvdistill.distill.student.latent.latent_distiller import Rationales, nearest_layers

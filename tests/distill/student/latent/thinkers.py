@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvdistill.config.latent import LatentConfig
+from kvdistill.config.distill import LatentConfig
 from kvdistill.distill.student.latent.model import LatentStudent
 
 LLAMA = (
