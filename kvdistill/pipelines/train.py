@@ -67,7 +67,7 @@ def train(experiment: Experiment) -> TrainingReport:
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except Exception as error:
-        trainer.give_up(f"{type(error).__name__}: {error}")
+        trainer.abort(f"{type(error).__name__}: {error}")
         raise
     if trainer.stop.name is not None and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
@@ -77,7 +77,7 @@ def train(experiment: Experiment) -> TrainingReport:
     metrics = trainer.evaluate() if splits.evaluation else {}
     best = trainer.best
     if experiment.training.keep_best and best.step != trainer.state.global_step:
-        metrics = trainer.take_best()
+        metrics = trainer.evaluate_best()
     trainer.save_model(str(folder.student))
     diagnostics = _diagnose(trainer)
     if trainer.is_world_process_zero():
@@ -162,7 +162,7 @@ def build_trainer(
     from kvdistill.distill.data.stream import Rank
     from kvdistill.distill.train.callbacks import HumanLog, JsonLines, ProgressBar
     from kvdistill.distill.train.set_up import assemble, training_arguments
-    from kvdistill.distill.train.trainer import KVDistillTrainer, LatentTrainer
+    from kvdistill.distill.train.trainer import KVDistillTrainer
 
     arguments = training_arguments(experiment, folder.path, bool(splits.evaluation))
     set_seed(experiment.seed)  # projectors start from the seed; the student has a fork of its own
@@ -179,8 +179,7 @@ def build_trainer(
         run.distiller.capture.checkpoint_activations()
     if experiment.training.compile:
         run.distiller.capture.compile_layers()
-    kind = KVDistillTrainer if experiment.latent is None else LatentTrainer
-    trainer = kind(
+    trainer = KVDistillTrainer(
         run.distiller,
         stream=run.stream,
         tokenizer=run.tokenizer,

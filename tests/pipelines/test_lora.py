@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kvdistill.corpus.readers import load_corpus
-from kvdistill.distill.student.lora import ADAPTER
+from kvdistill.distill.student.lora import ADAPTER_FOLDER
 from kvdistill.pipelines.run_folder import begin
 from kvdistill.pipelines.train import build_trainer, train
 from kvdistill.store.reader import KVStore
@@ -41,5 +41,5 @@ def test_a_lora_run_resumes_and_leaves_a_merged_model_and_its_adapter(
     changed = {name for name in ours if not torch.equal(ours[name], first[name])}
     assert changed
     assert all("proj" in name for name in changed)
-    assert (whole.folder / "student" / ADAPTER / "adapter_config.json").is_file()
+    assert (whole.folder / "student" / ADAPTER_FOLDER / "adapter_config.json").is_file()
     assert losses(whole.folder)[-1]["loss_key"] < losses(whole.folder)[0]["loss_key"]

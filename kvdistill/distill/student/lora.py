@@ -1,9 +1,9 @@
-"""LoRA students: a pretrained model whose weights stay, with low-rank updates that learn.
+"""LoRA students: frozen pretrained weights with trainable low-rank updates (arXiv 2106.09685).
 
-Adapters are put inside the student (``peft.inject_adapter_in_model``), which stays the model that
-it was: keys and values are read from the same modules, now with the update in them, and it
-generates and injects as before. What is saved is the sum, so that a LoRA student loads like any
-other, and the adapter beside it, which is exact and small. LoRA: Hu et al., arXiv 2106.09685.
+peft injects adapters into the student, which stays the model that it was: keys and values are
+captured from the same modules, with the updates applied. A LoRA student is saved twice: merged, so
+that it loads as an ordinary model, and as an adapter in peft's own format, which is exact. Both are
+made from a state dict, because a sharded model's weights are whole only there.
 """
 
 from __future__ import annotations
@@ -15,34 +15,29 @@ from typing import Any, Final
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from kvdistill.config.training import LoraConfig
 from kvdistill.errors import MissingExtra, StudentError
 
-ADAPTER: Final = "adapter"
-
-
-NAME: Final = "default"
-
-
-WEIGHTS: Final = "adapter_model.safetensors"
-
-
-PREFIX: Final = "base_model.model."
-"""What peft puts before the names of a model in its files."""
+ADAPTER_FOLDER: Final = "adapter"
+ADAPTER_FILE: Final = "adapter_model.safetensors"
+ADAPTER_NAME: Final = "default"
+PEFT_PREFIX: Final = "base_model.model."
+"""Precedes a model's own names in the files of a ``PeftModel``."""
 
 
 def adapt(student: Any, config: LoraConfig, seed: int) -> Any:
-    """Put adapters into a student, in place; everything else is frozen.
+    """Inject adapters into a student, in place; all other weights are frozen.
 
     Args:
         student: a transformers causal LM.
-        config: rank, scale, and which modules.
-        seed: of the adapters' first weights (their product starts at zero).
+        config: rank, scale, dropout and target modules.
+        seed: of the adapters' initial weights (their product starts at zero).
 
     Raises:
         MissingExtra: peft is not installed.
-        StudentError: a target module does not exist, or cannot have an adapter.
+        StudentError: a target module does not exist, or cannot be adapted.
     """
     try:
         import peft
@@ -61,9 +56,10 @@ def adapt(student: Any, config: LoraConfig, seed: int) -> Any:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return peft.inject_adapter_in_model(settings, student, adapter_name=NAME)
+            return peft.inject_adapter_in_model(settings, student, adapter_name=ADAPTER_NAME)
     except ValueError as error:
-        names = sorted({n.split(".")[-1] for n, m in student.named_modules() if _takes_adapter(m)})
+        linear = (name for name, module in student.named_modules() if _is_adaptable(module))
+        names = sorted({name.rpartition(".")[2] for name in linear})
         raise StudentError(
             f"student.lora.target_modules {list(targets or ())}: {str(error).strip()} "
             f"(this student has {', '.join(names)})"
@@ -75,74 +71,96 @@ def is_adapted(student: Any) -> bool:
     return any(hasattr(module, "lora_A") for module in student.modules())
 
 
-def merged(student: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A student's state with every update added to its weight, under the model's own names."""
-    layers = _adapted_layers(student)
+def merged_state(student: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A student's state with every update added to its weight, under the base model's names.
+
+    Args:
+        student: has the adapters; its own weights are not read.
+        state: whole tensors, named as in ``student.state_dict()``.
+    """
+    layers = {name: module for name, module in student.named_modules() if hasattr(module, "lora_A")}
     plain = {}
     for name, value in state.items():
         if ".lora_" in name:
             continue
         module, _, parameter = name.rpartition(".")
         owner = module.removesuffix(".base_layer")
-        updated = owner in layers and parameter == "weight"
-        plain[f"{owner}.{parameter}" if owner else parameter] = (
-            value + _update(layers[owner], owner, state).to(value) if updated else value
-        )
+        if owner in layers and parameter == "weight":
+            weights = {
+                f"layer.{key.removeprefix(owner + '.')}": weight
+                for key, weight in state.items()
+                if key.startswith(f"{owner}.lora_")
+            }
+            plain[f"{owner}.weight"] = value + functional_call(
+                _Update(layers[owner]), weights, ()
+            ).to(value)
+        else:
+            plain[f"{owner}.{parameter}" if owner else parameter] = value
     return plain
 
 
+class _Update(nn.Module):
+    """The update of one adapted layer, computed by peft from whichever weights are bound."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self) -> Tensor:
+        update: Tensor = self.layer.get_delta_weight(ADAPTER_NAME)
+        return update
+
+
 def save_adapter(student: Any, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Write ``folder/adapter`` as peft does; ``PeftModel.from_pretrained`` reads it."""
-    place = folder / ADAPTER
-    place.mkdir(parents=True, exist_ok=True)
-    names = _file_names(student)
-    save_file({names[k]: state[k].contiguous() for k in names}, place / WEIGHTS)
-    _host(student)[1].peft_config[NAME].save_pretrained(str(place))
+    """Write ``folder/adapter`` for ``peft.PeftModel.from_pretrained``."""
+    path = folder / ADAPTER_FOLDER
+    path.mkdir(parents=True, exist_ok=True)
+    adapter = _adapter_state(student, state)
+    save_file({name: value.contiguous() for name, value in adapter.items()}, path / ADAPTER_FILE)
+    _adapted_model(student)[1].peft_config[ADAPTER_NAME].save_pretrained(str(path))
 
 
 def load_adapter(student: Any, folder: Path) -> dict[str, Tensor]:
-    """Read ``folder/adapter`` for a student that has the same adapters: its part of the state.
+    """Read ``folder/adapter``, under the names that ``student.state_dict()`` gives its weights.
 
     Raises:
-        StudentError: there is none, or it has other modules or another rank.
+        StudentError: no such adapter, or it has other modules or another rank.
     """
-    place = folder / ADAPTER / WEIGHTS
-    if not place.is_file():
-        raise StudentError(f"{folder} has no {ADAPTER}/; it was not saved by a LoRA student")
-    stored, names, own = load_file(place), _file_names(student), student.state_dict()
-    fits = set(names.values()) == set(stored)
-    if not fits or any(stored[names[name]].shape != own[name].shape for name in names):
+    path = folder / ADAPTER_FOLDER / ADAPTER_FILE
+    if not path.is_file():
         raise StudentError(
-            f"{place} holds adapters of other modules or of another rank than student.lora asks for"
+            f"{folder} has no {ADAPTER_FOLDER}/: it was not saved by a LoRA student; remove "
+            "student.lora, or give a checkpoint of a LoRA run"
         )
-    return {name: stored[names[name]] for name in names}
+    stored, own = load_file(path), student.state_dict()
+    names = _adapter_state(student, {name: name for name in own})
+    fits = names.keys() == stored.keys()
+    if not fits or any(stored[key].shape != own[name].shape for key, name in names.items()):
+        raise StudentError(
+            f"{path} holds adapters of other modules or of another rank than student.lora "
+            "configures; use the settings that it was trained with"
+        )
+    return {name: stored[key] for key, name in names.items()}
 
 
-def _host(student: Any) -> tuple[str, Any]:
-    """The language model that holds the adapters, and its name: a latent student wraps one."""
-    return next((n, m) for n, m in student.named_modules() if hasattr(m, "peft_config"))
+def _adapter_state(student: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapter's entries of a state, under the names that peft's files have."""
+    from peft import get_peft_model_state_dict
+
+    prefix, model = _adapted_model(student)
+    own = {name.removeprefix(prefix): value for name, value in state.items()}
+    adapter = get_peft_model_state_dict(
+        model, own, adapter_name=ADAPTER_NAME, save_embedding_layers=False
+    )
+    return {f"{PEFT_PREFIX}{name}": value for name, value in adapter.items()}
 
 
-def _file_names(student: Any) -> dict[str, str]:
-    """Adapter weights of a student's state, each with its name in peft's file."""
-    prefix = f"{_host(student)[0]}.".removeprefix(".")
-    return {
-        name: PREFIX + name.removeprefix(prefix).replace(f".{NAME}.", ".")
-        for name in student.state_dict()
-        if ".lora_" in name
-    }
+def _adapted_model(student: Any) -> tuple[str, Any]:
+    """The model that peft adapted and the prefix of its names; a latent student wraps one."""
+    found = ((n, m) for n, m in student.named_modules() if hasattr(m, "peft_config"))
+    name, model = next(found)
+    return (f"{name}." if name else ""), model
 
 
-def _adapted_layers(student: Any) -> dict[str, Any]:
-    return {name: module for name, module in student.named_modules() if hasattr(module, "lora_A")}
-
-
-def _update(layer: Any, name: str, state: Mapping[str, Tensor]) -> Tensor:
-    """``scale · B A``, in the layout of the layer's weight."""
-    down, up = (state[f"{name}.lora_{side}.{NAME}.weight"] for side in ("A", "B"))
-    product: Tensor = layer.scaling[NAME] * (up.float() @ down.float())
-    return product.T if layer.fan_in_fan_out else product
-
-
-def _takes_adapter(module: nn.Module) -> bool:
+def _is_adaptable(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

@@ -1,8 +1,11 @@
-"""What training writes and reads back: the student as a Hugging Face folder, the rest beside it.
+"""What a checkpoint holds: the student as a Hugging Face folder, the rest beside it.
 
-FOLDER/model.safetensors, config.json, tokenizer…   loads with ``AutoModelForCausalLM``
-FOLDER/adapter/                                      the LoRA adapter alone, where there is one
-FOLDER/projectors.safetensors                        projectors, router, injection gates
+    FOLDER/model.safetensors, config.json, tokenizer…   loads with ``AutoModelForCausalLM``
+    FOLDER/adapter/                                     the LoRA adapter alone, where there is one
+    FOLDER/projectors.safetensors                       projectors, router, injection gates
+
+A fully sharded (FSDP2) module gathers its weights when it is called. Evaluation calls the student
+and not the distiller around it, so the distiller's own shard is gathered by ``gathered``.
 """
 
 from __future__ import annotations
@@ -18,12 +21,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from kvdistill.distill.student import lora
-from kvdistill.distill.student.latent.model import WEIGHTS as LATENT
-from kvdistill.distill.student.latent.model import is_latent
+from kvdistill.distill.student.latent.model import LATENT_FILE, is_latent
 from kvdistill.errors import StudentError
 
-PROJECTORS: Final = "projectors.safetensors"
-
+PROJECTORS_FILE: Final = "projectors.safetensors"
 
 STUDENT_PREFIX: Final = "student."
 
@@ -31,7 +32,15 @@ STUDENT_PREFIX: Final = "student."
 def save_weights(
     distiller: Any, tokenizer: Any, folder: Path, state: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write a distiller's weights; ``state`` is its state where a wrapper has gathered it."""
+    """Write student, tokenizer and projectors.
+
+    Args:
+        distiller: any module with a ``student``.
+        tokenizer: the student's.
+        folder: created if it does not exist.
+        state: whole tensors of ``distiller.state_dict()``, gathered by a wrapper; the distiller's
+            own if not given.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     student, projectors = {}, {}
     for name, value in (distiller.state_dict() if state is None else state).items():
@@ -39,45 +48,35 @@ def save_weights(
             student[name.removeprefix(STUDENT_PREFIX)] = value
         else:
             projectors[name] = value.contiguous()
-    plain: dict[str, Tensor] = student
     if lora.is_adapted(distiller.student):
         lora.save_adapter(distiller.student, student, folder)
-        plain = lora.merged(distiller.student, student)
-    distiller.student.save_pretrained(folder, state_dict=plain)
+        student = lora.merged_state(distiller.student, student)
+    distiller.student.save_pretrained(folder, state_dict=student)
     tokenizer.save_pretrained(folder)
     if projectors:
-        save_file(projectors, folder / PROJECTORS)
+        save_file(projectors, folder / PROJECTORS_FILE)
 
 
 def load_weights(distiller: Any, folder: Path) -> None:
-    """Read back what ``save_weights`` wrote; frozen weights under an adapter are left alone."""
+    """Load what ``save_weights`` wrote; the frozen weights under an adapter are kept.
+
+    Raises:
+        StudentError: the folder was written by a run with other settings.
+    """
     if lora.is_adapted(distiller.student):
         student = lora.load_adapter(distiller.student, folder)
         if is_latent(folder):
-            student |= load_file(folder / LATENT)
+            student |= load_file(folder / LATENT_FILE)
     else:
         student = type(distiller.student).from_pretrained(folder, dtype=torch.float32).state_dict()
     state = {f"{STUDENT_PREFIX}{name}": value for name, value in student.items()}
-    if (folder / PROJECTORS).is_file():
-        state |= load_file(folder / PROJECTORS)
+    if (folder / PROJECTORS_FILE).is_file():
+        state |= load_file(folder / PROJECTORS_FILE)
     load_state(distiller, state)
 
 
-@contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """While inside, every rank has the weights of the outermost shard; nothing where none is."""
-    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for shard in shards:
-        shard.unshard()
-    try:
-        yield
-    finally:
-        for shard in shards:
-            shard.reshard()
-
-
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load whole tensors by name into a plain or a sharded model; what has none is left alone.
+    """Load whole tensors by name into a plain or a sharded model; other weights are kept.
 
     Raises:
         StudentError: the model has no such weights.
@@ -86,8 +85,8 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         found = model.load_state_dict(dict(state), strict=False)
         if found.unexpected_keys:
             raise StudentError(
-                f"saved weights {found.unexpected_keys[:3]} belong to no part of this model; the "
-                "folder was written by a run with other settings"
+                f"saved weights {found.unexpected_keys[:3]} belong to no part of this model: the "
+                "folder was written by a run with other settings; use those, or another name"
             )
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -97,8 +96,14 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         set_model_state_dict(model, dict(state), options=options)
 
 
-# MERGED-DOC distill.sharded
-# Fully sharded students (FSDP2): running a part of the model by itself, and loading weights.
-#
-# A sharded module gathers its weights when *it* is called. Evaluation calls the student, not the
-# distiller around it, so what the distiller holds has to be gathered by hand.
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Give every rank the whole weights of an FSDP2 model while inside; no-op for a plain one."""
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for shard in shards:
+        shard.unshard()
+    try:
+        yield
+    finally:
+        for shard in shards:
+            shard.reshard()

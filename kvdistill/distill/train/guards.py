@@ -1,9 +1,10 @@
-"""Looks at every step before the optimizer moves: is it finite, and is it like the others?
+"""Guards of a training run: bad steps, signals, and the best evaluation.
 
-A loss or gradient that is no number ends the run, while the weights are still those of the step
-before; a loss far above the running median is named, and its step may be left out. Both say which
-samples were in the batch, since a broken text is the usual reason. What was seen is kept on the
-device and read once per optimizer step.
+``StepGuard`` looks at every step before the optimizer moves. A non-finite loss or gradient ends
+the run while the weights are still those of the step before; a loss far above the running median
+is a spike, whose step may be skipped. Both are reported with the samples of the batch, since a
+malformed text is the usual cause. ``StopOnSignal`` ends a run with a checkpoint. ``best_of`` is a
+pure function of the Trainer's log history, so a resumed run decides as an uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -19,49 +20,53 @@ from statistics import median
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback
 
 from kvdistill.errors import NonFiniteError
 
 log = logging.getLogger(__name__)
 
+WINDOW: Final = 64
+"""Steps of the running median."""
 
-REMEMBERED: Final = 64
-"""Steps whose losses the median is taken over."""
+MIN_STEPS: Final = 8
+"""Steps before the median is compared with."""
 
+MAX_NAMED: Final = 8
+"""Samples listed in a message; a batch may hold hundreds."""
 
-NEEDED: Final = 8
-"""Steps before the median says anything."""
+SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
-
-NAMED: Final = 8
-"""Samples that a message names; a batch may hold hundreds."""
-
-
-Sum = Callable[[Tensor], Tensor]
+RISING: Final = frozenset({"exact_match"})
+"""Metrics of which more is better; of all others less is."""
 
 
 class StepGuard:
-    """Checks the losses of each optimizer step; remembers the last ones."""
+    """Checks the losses of each optimizer step against finiteness and the running median.
+
+    Losses stay on the device until the step's check, which reads all of them at once.
+    """
 
     def __init__(self, run: str, spike_factor: float) -> None:
         self.run, self.spike_factor = run, spike_factor
-        self.losses: deque[float] = deque(maxlen=REMEMBERED)
-        self._seen: list[tuple[Sequence[str], tuple[str, ...], Tensor]] = []
+        self.losses: deque[float] = deque(maxlen=WINDOW)
+        self._recorded: list[tuple[Sequence[str], tuple[str, ...], Tensor]] = []
 
-    def note(self, sample_ids: Sequence[str], parts: Mapping[str, Tensor]) -> None:
-        """Remember one micro-batch: the samples, and ``loss`` and its parts (scalars)."""
+    def record(self, sample_ids: Sequence[str], parts: Mapping[str, Tensor]) -> None:
+        """Record one micro-batch: its samples, and ``loss`` with its parts (scalars)."""
         values = torch.stack([value.detach().float() for value in parts.values()])
-        self._seen.append((sample_ids, tuple(parts), values))
+        self._recorded.append((sample_ids, tuple(parts), values))
 
-    def check(self, step: int, grad_norm: float | None, total: Sum) -> bool:
-        """Judge the step; forgets its micro-batches.
+    def check(
+        self, step: int, grad_norm: float | None, sum_over_ranks: Callable[[Tensor], Tensor]
+    ) -> bool:
+        """Check the recorded micro-batches as one step, and clear them.
 
         Args:
             step: number of the step, from 1.
-            grad_norm: of this step, before clipping; None where it means nothing yet (fp16).
-            total: sums a scalar over ranks.
+            grad_norm: before clipping; None where it may be infinite (fp16).
+            sum_over_ranks: sums a scalar over ranks.
 
         Returns:
             Whether the step's loss is a spike.
@@ -69,106 +74,95 @@ class StepGuard:
         Raises:
             NonFiniteError: names the step, the parts of the loss and the samples.
         """
-        seen, self._seen = self._seen, []
-        if not seen:
+        recorded, self._recorded = self._recorded, []
+        if not recorded:
             return False
-        rows = torch.stack([values for _, _, values in seen]).tolist()
-        for (sample_ids, names, _), row in zip(seen, rows, strict=True):
+        rows = torch.stack([values for _, _, values in recorded]).tolist()
+        for (sample_ids, names, _), row in zip(recorded, rows, strict=True):
             bad = [name for name, value in zip(names, row, strict=True) if not math.isfinite(value)]
             if bad:
                 self._refuse(step, f"{', '.join(bad)} became NaN or infinite", sample_ids)
         if grad_norm is not None and not math.isfinite(grad_norm):
-            everything = [sample_id for sample_ids, _, _ in seen for sample_id in sample_ids]
-            self._refuse(step, "the gradient became NaN or infinite", everything)
-        loss = float(total(torch.stack([values[0] for _, _, values in seen]).sum()))
-        usual = median(self.losses) if len(self.losses) >= NEEDED else 0.0
+            step_ids = [sample_id for sample_ids, _, _ in recorded for sample_id in sample_ids]
+            self._refuse(step, "the gradient became NaN or infinite", step_ids)
+        loss = float(sum_over_ranks(torch.stack([values[0] for _, _, values in recorded]).sum()))
+        usual = median(self.losses) if len(self.losses) >= MIN_STEPS else 0.0
         if usual > 0 and loss > self.spike_factor * usual:
-            worst = max(range(len(seen)), key=lambda i: rows[i][0])
+            worst = max(range(len(recorded)), key=lambda i: rows[i][0])
             log.warning(
                 "%s: step %d: the loss is %.4g, %.1f times the median of the last %d steps; %s",
-                self.run, step, loss, loss / usual, len(self.losses), _named(seen[worst][0]),
+                self.run, step, loss, loss / usual, len(self.losses), _named(recorded[worst][0]),
             )  # fmt: skip
             return True
         self.losses.append(loss)
         return False
 
     def state_dict(self) -> list[float]:
-        """The losses that the median is taken over."""
+        """Losses of the running median, oldest first."""
         return list(self.losses)
 
     def load_state_dict(self, losses: Iterable[float]) -> None:
-        """Go on with the losses of another process."""
+        """Continue from ``state_dict``."""
         self.losses.clear()
         self.losses.extend(losses)
-        self._seen = []
+        self._recorded = []
 
     def _refuse(self, step: int, what: str, sample_ids: Sequence[str]) -> None:
         raise NonFiniteError(
             f"{self.run}: step {step}: {what}; {_named(sample_ids)}. Look at these texts; if "
             "nothing is wrong with them, lower training.learning_rate or training.max_grad_norm, "
-            "or use bfloat16 or float32, and go on from the last checkpoint under another name"
+            "or use bfloat16 or float32, and continue from the last checkpoint under another name"
         )
-
-
-def broken_gradients(model: nn.Module) -> list[str]:
-    """Names of parameters whose gradient is not finite."""
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
-    ]
 
 
 def _named(sample_ids: Sequence[str]) -> str:
     if not sample_ids:
         return "this rank had no samples"
-    more = f" and {len(sample_ids) - NAMED} more" if len(sample_ids) > NAMED else ""
-    return f"samples {', '.join(sample_ids[:NAMED])}{more}"
-
-
-SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    more = f" and {len(sample_ids) - MAX_NAMED} more" if len(sample_ids) > MAX_NAMED else ""
+    return f"samples {', '.join(sample_ids[:MAX_NAMED])}{more}"
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]
-    """Saves and stops after the step during which a signal came; ``name`` says which one."""
+    """Saves and stops after the step during which a signal arrives; ``name`` is the signal's.
+
+    Slurm sends SIGTERM before it takes a node away, and SIGUSR1 or SIGUSR2 where a profile
+    configures an earlier warning. A second signal has its usual effect. Ranks agree after every
+    step, because a checkpoint needs all of them.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._before: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Listen, where this is the main thread (Python allows it nowhere else)."""
+        """Install the handlers, where this is the main thread (Python allows no other)."""
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                self._before[number] = signal.signal(number, self._note)
+                self._previous[number] = signal.signal(number, self._handle)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """End the run here if any rank was told to."""
+        """Stop with a checkpoint if any rank received a signal."""
         if _any_rank(self.name is not None, args.device):
             self.name = self.name or "a signal to another rank"
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Put the handlers back that were there before."""
-        for number, handler in self._before.items():
+        """Restore the previous handlers."""
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._previous = {}
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: Any) -> None:
         self.name = signal.Signals(number).name
-        signal.signal(number, self._before.get(number) or signal.SIG_DFL)
+        signal.signal(number, self._previous.get(number) or signal.SIG_DFL)
 
 
-def _any_rank(told: bool, device: torch.device) -> bool:
+def _any_rank(value: bool, device: torch.device) -> bool:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return told
-    flag = torch.tensor(float(told), device=device)
+        return value
+    flag = torch.tensor(float(value), device=device)
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
     return bool(flag)
-
-
-RISING: Final = frozenset({"exact_match"})
-"""Metrics of which more is better; of all others less is."""
 
 
 @dataclass(frozen=True)
@@ -178,11 +172,11 @@ class Best:
     step: int
     value: float
     since: int
-    """Evaluations after it."""
+    """Number of later evaluations."""
 
 
 def best_of(history: Iterable[Mapping[str, Any]], metric: str) -> Best | None:
-    """The best evaluation in a history of logs, the first one where several are equal.
+    """The best evaluation in a log history, the first of several equal ones; None if there is none.
 
     Args:
         history: logs with ``step`` and, where they are evaluations, ``eval_<metric>``.
@@ -190,25 +184,9 @@ def best_of(history: Iterable[Mapping[str, Any]], metric: str) -> Best | None:
     """
     values = {row["step"]: row[f"eval_{metric}"] for row in history if f"eval_{metric}" in row}
     steps = sorted(values)
-    usable = [step for step in steps if math.isfinite(values[step])]
-    if not usable:
+    finite = [step for step in steps if math.isfinite(values[step])]
+    if not finite:
         return None
     sign = 1.0 if metric in RISING else -1.0
-    step = max(usable, key=lambda s: (sign * values[s], -s))
+    step = max(finite, key=lambda s: (sign * values[s], -s))
     return Best(step, values[step], len(steps) - 1 - steps.index(step))
-
-
-# MERGED-DOC distill.interruption
-# Stopping a training run at a clean point: after a step, with a checkpoint.
-#
-# Slurm sends SIGTERM before it takes a node away, and SIGUSR1 or SIGUSR2 where a profile asks for
-# an earlier warning. The first signal saves after the step in hand and ends training; a second one
-# kills, as it would have. All ranks must save together, so they agree on it after every step.
-
-
-# MERGED-DOC distill.best
-# Which evaluation was the best, and whether it is time to stop.
-#
-# Both are pure functions of the trainer's own history of logs, which checkpoints hold, so a run
-# that
-# is resumed decides as one that was never stopped.

@@ -1,9 +1,10 @@
-"""``transformers.Trainer`` for a ``Distiller``: everything that Trainer does well stays Trainer's.
+"""``transformers.Trainer`` for a ``Distiller``.
 
-What is added: batches come from a ``KVStream``; losses are divided by token counts summed over
-accumulation steps and ranks; every part of the loss is logged; projectors get their own learning
-rate; checkpoints hold an ordinary Hugging Face student, the projectors beside it, and the place
-in the stream.
+The Trainer brings mixed precision, accumulation, DDP, FSDP, DeepSpeed, schedulers, logging and
+checkpoint rotation. This chapter adds a ``KVStream`` whose epochs may differ in length, losses
+divided by token counts summed over accumulation steps and ranks, a log of every loss part, a
+separate learning rate for projectors, evaluation on held-out samples, and checkpoints that hold
+the student as an ordinary Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from kvdistill.config.experiment import Experiment
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.data.collate import Batch
-from kvdistill.distill.data.stream import KVStream, epochs_for, steps_in, steps_left
+from kvdistill.distill.data.stream import KVStream, steps_left
 from kvdistill.distill.distiller import Distiller
 from kvdistill.distill.evaluate.held_out import HeldOut, score_held_out, score_latent
 from kvdistill.distill.losses.absorption import (
@@ -36,23 +38,33 @@ from kvdistill.distill.losses.weighting import annealed_scale
 from kvdistill.distill.train.callbacks import HumanLog
 from kvdistill.distill.train.checkpoint import STUDENT_PREFIX, gathered, load_weights, save_weights
 from kvdistill.distill.train.guards import Best, StepGuard, StopOnSignal, best_of
+from kvdistill.distill.train.run_batches import PLACEHOLDER, EpochAccounting, RunBatches
 from kvdistill.types import KINDS
 
 log = logging.getLogger(__name__)
 
-
 STREAM: Final = "stream.json"
-
+"""Position in the stream, in a checkpoint."""
 
 GUARD: Final = "recent_losses.json"
-
+"""State of the ``StepGuard``, in a checkpoint."""
 
 BEST: Final = "best"
 """Folder of the best student so far, beside the checkpoints."""
 
 
 class KVDistillTrainer(Trainer):  # type: ignore[misc]
-    """Trains a ``Distiller`` on a ``KVStream``; evaluates by perplexity and bits per character."""
+    """Trains a ``Distiller`` on a ``KVStream``.
+
+    Two private methods of the Trainer are overridden, because no public one is called at that
+    point; ``pyproject.toml`` bounds transformers, and ``tests/distill/train/
+    test_trainer_contract.py`` compares their signatures:
+
+    ``_get_grad_norm``          the only place before the optimizer step that has the norm before
+                                clipping
+    ``_load_from_checkpoint``   the Trainer's own looks for the distiller's state in
+                                ``model.safetensors``, which holds the student alone
+    """
 
     def __init__(
         self,
@@ -71,16 +83,15 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         self._parts: dict[str, Tensor] = {}
         self._parts_since = 0
         self._figures: dict[str, float] = {}
+        self._figures_step = -1
         self._monitor = AbsorptionMonitor()
-        self._figured = -1
-        self._steps_before = 0
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         self.evaluated_samples: list[dict[str, Any]] = []
         self.evaluated_calibration: list[dict[str, float]] = []
         self.guard = StepGuard(experiment.name, experiment.training.spike_factor)
-        # Which layers a sharding plugin wraps is the student's to say.
-        whole: Any = distiller
-        whole._no_split_modules = getattr(whole.student, "_no_split_modules", None)
+        module: Any = distiller
+        # The layers that FSDP wraps one by one.
+        module._no_split_modules = getattr(module.student, "_no_split_modules", None)
         super().__init__(
             model=distiller,
             args=arguments,
@@ -91,32 +102,62 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         )
         self.stop = StopOnSignal()
         self.add_callback(self.stop)
-        self.remove_callback(PrinterCallback)  # JsonLines and ProgressBar say it better
-        disable_progress_bar()  # one bar per saved checkpoint says nothing
+        self.remove_callback(PrinterCallback)  # JsonLines and ProgressBar replace it
+        disable_progress_bar()  # transformers shows one per saved checkpoint
         # compute_loss divides by the token counts of the whole step, not of one micro-batch.
         self.model_accepts_loss_kwargs = True
 
+    @property
+    def distiller(self) -> Any:
+        """The distiller without DDP or mixed-precision wrappers."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def train(self, resume_from_checkpoint: str | None = None, **options: Any) -> Any:
+        """Train to the last step, from the start or from a checkpoint folder."""
+        steps_done, accumulation = 0, self.args.gradient_accumulation_steps
+        if resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint)
+            steps_done = _read_json(folder / TRAINER_STATE_NAME)["global_step"]
+            place = _read_json(folder / STREAM)
+            self.stream.load_state_dict(place, batches_per_step=accumulation)
+            if (folder / GUARD).is_file():
+                self.guard.load_state_dict(_read_json(folder / GUARD))
+        self._parts, self._parts_since = {}, steps_done
+        training = self.experiment.training
+        self.args.max_steps = training.max_steps or steps_done + steps_left(
+            self.stream, training.epochs, accumulation
+        )
+        self._batches = RunBatches(
+            self.stream, accumulation, steps_done=steps_done, max_steps=self.args.max_steps
+        )
+        self.remove_callback(EpochAccounting)
+        self.add_callback(EpochAccounting(self._batches))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+
     def get_train_dataloader(self) -> DataLoader[Batch]:
-        """The stream as it is: it already yields this rank's whole batches."""
-        return DataLoader(self.stream, batch_size=None, num_workers=0)
+        """This rank's whole batches, as the stream makes them."""
+        return DataLoader(self._batches, batch_size=None, num_workers=0)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Batch], dict[str, Tensor]]:
-        """Micro-batches of one step, and the token counts of the step over all ranks."""
-        batches = []
-        for _ in range(num_batches):
-            batch = next(epoch_iterator, None)
-            if batch is None:
-                break
-            batches.append(batch)
-        distiller: Any = self.accelerator.unwrap_model(self.model)
-        found = [distiller.count(batch) for batch in batches]
+        """Micro-batches of one step, and the step's token counts over all ranks."""
+        batches = list(islice(epoch_iterator, num_batches))
+        found = [self.distiller.count(batch) for batch in batches if PLACEHOLDER not in batch]
         if not found:
             return batches, {}
         rows = [torch.stack(list(counts.values())) for counts in found]
         counts = self.accelerator.reduce(torch.stack(rows).sum(0).float().to(device), "sum")
         return batches, dict(zip(found[0], counts, strict=True))
+
+    def training_step(
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward pass of one micro-batch; nothing for a placeholder."""
+        if PLACEHOLDER in inputs:
+            return torch.zeros((), device=self.args.device)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
 
     def compute_loss(
         self,
@@ -125,21 +166,20 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The weighted loss of one micro-batch as its share of the step's."""
-        figures = self._wants_figures()
+        """The micro-batch's share of the step's weighted loss."""
+        figures = self._figures_are_due()
         if self.model.training and self.stream.collate.teachers:
-            distiller: Any = self.accelerator.unwrap_model(self.model)
-            warm = self.state.global_step >= self.experiment.fusion.warmup_steps
-            distiller.weigh.routing = warm
+            distiller = self.distiller
+            distiller.weigh.routing = self.state.global_step >= self.experiment.fusion.warmup_steps
             distiller.kv_scale = annealed_scale(
                 self.state.global_step, self.state.max_steps, self.experiment.losses.anneal_by
             )
         output = model(inputs, num_items_in_batch, figures=figures)
-        for name, value in {"loss": output["loss"], **output["parts"]}.items():
+        parts = {"loss": output["loss"], **output["parts"]}
+        for name, value in parts.items():
             self._parts[name] = self._parts.get(name, 0) + value.detach()
         if self.model.training:
-            parts = {"loss": output["loss"], **output["parts"]}
-            self.guard.note(inputs.get("sample_ids", ()), parts)
+            self.guard.record(inputs.get("sample_ids", ()), parts)
         if figures:
             self._figures = self._read_figures(output)
         # Data parallelism averages gradients over ranks; the counts are already global.
@@ -152,44 +192,40 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             steps = max(self.state.global_step - self._parts_since, 1)
             for name, value in self._parts.items():
                 total = self.accelerator.reduce(value, "sum")
-                logs[_logged_name(name)] = float(total) / steps
+                logs[name if name == "loss" else f"loss_{name}"] = float(total) / steps
             self._parts, self._parts_since = {}, self.state.global_step
             logs |= self._figures
             self._figures = {}
         super().log(logs, start_time)
 
-    def give_up(self, reason: str) -> None:
-        """Training failed: say so in the log, and let callbacks release what they hold."""
+    def abort(self, reason: str) -> None:
+        """Log why training failed, and let callbacks release their resources."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, HumanLog):
                 callback.write(reason)
         self.callback_handler.on_train_end(self.args, self.state, self.control)
 
-    def _wants_figures(self) -> bool:
-        """Once per ``diagnostic_steps`` steps, on the micro-batch that starts the step."""
+    def _figures_are_due(self) -> bool:
+        """True once per ``diagnostic_steps`` steps, on the first micro-batch of the step."""
         step, every = self.state.global_step, self.experiment.training.diagnostic_steps
-        fresh = step != self._figured
-        if not (self.model.training and fresh and step % every == 0):
+        if not self.model.training or step == self._figures_step or step % every:
             return False
-        self._figured = step
+        self._figures_step = step
         return True
 
     def _read_figures(self, output: dict[str, Any]) -> dict[str, float]:
         """Fusion weights, target variance, explained variance and gradient share, for the log."""
         if not output["figures"]:
             return {}
-        distiller: Any = self.accelerator.unwrap_model(self.model)
-        found = {
-            f"weight_{teacher.name}": float(weight)
-            for teacher, weight in zip(distiller.teachers, output["figures"]["alpha"], strict=True)
-        }
+        distiller = self.distiller
         figures = dict(output["figures"])
-        figures.pop("alpha")
+        weights = zip(distiller.teachers, figures.pop("alpha"), strict=True)
+        found = {f"weight_{teacher.name}": float(weight) for teacher, weight in weights}
         watched = {"target_variance": float(figures.pop("target_variance"))}
         found |= {name: float(value) for name, value in figures.items()}
         if output["kv"].requires_grad and distiller.kv_scale and not self.is_fsdp_enabled:
             student = [p for p in distiller.student.parameters() if p.requires_grad]
-            # At full weight: a share that fades with its loss is no sign of absorption.
+            # Before annealing: a share that shrinks with the loss weight is no sign of absorption.
             watched["gradient_share"] = gradient_share(
                 output["kv"] / distiller.kv_scale, output["loss"] - output["kv"], student
             )
@@ -203,42 +239,78 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         return found | watched
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The last word before the optimizer steps: a step that is no number ends the run."""
+        """Refuse a non-finite loss or gradient, and drop the gradients of a spike if configured."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         spike = self.guard.check(
             self.state.global_step + 1,
-            # fp16 has infinite gradients now and then; its scaler leaves these steps out itself.
-            # A sharded model's norm is a DTensor, which is not the number until it is gathered.
+            # The scaler of fp16 skips steps with infinite gradients itself.
+            # The norm of a sharded model is a DTensor, whose local value is not the norm.
             None if self.args.fp16 else float(getattr(norm, "full_tensor", lambda: norm)()),
             lambda loss: self.accelerator.reduce(loss, "sum"),
         )
         if spike and self.experiment.training.skip_spikes:
-            log.warning("step %d is left out", self.state.global_step + 1)
+            log.warning("step %d is skipped", self.state.global_step + 1)
             model.zero_grad(set_to_none=True)
         return norm
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """Perplexity and its like of the student on the held-out texts, and exact match.
+        """Score the student on the held-out samples; cached for the current step.
 
-        Asked twice at the same step, it answers from memory. ``evaluated_samples`` keeps the
-        last evaluation sample by sample.
+        ``evaluated_samples`` and ``evaluated_calibration`` keep the last evaluation's rows.
         """
         step, named = self._evaluated
         if step == self.state.global_step:
             return named
-        distiller: Any = self.accelerator.unwrap_model(self.model)
-        with gathered(distiller):
-            found = self.score(distiller.student)
-        self.evaluated_samples, self.evaluated_calibration = found.rows, found.calibration
-        named = {f"{metric_key_prefix}_{key}": value for key, value in found.metrics.items()}
+        named = self._score(metric_key_prefix)
         self._evaluated = (self.state.global_step, named)
         self.log(named)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
-        self._keep_or_stop()
+        self._keep_best_or_stop()
         return named
 
-    def _keep_or_stop(self) -> None:
-        """Save what was just found to be the best student; end where patience does."""
+    def evaluate_best(self) -> dict[str, float]:
+        """Load the best student that was kept, and evaluate it."""
+        load_weights(self.distiller, Path(self.args.output_dir) / BEST)
+        return self._score("eval")
+
+    def _score(self, prefix: str) -> dict[str, float]:
+        distiller = self.distiller
+        with gathered(distiller):
+            found = self.score(distiller.student)
+        self.evaluated_samples, self.evaluated_calibration = found.rows, found.calibration
+        return {f"{prefix}_{key}": value for key, value in found.metrics.items()}
+
+    def score(self, student: Any) -> HeldOut:
+        """Held-out likelihood and exact match; of a latent student exact match alone."""
+        training = self.experiment.training
+        if self.experiment.latent is not None:
+            return score_latent(
+                student,
+                self.processing_class,
+                self.evaluation,
+                batch_size=training.batch_size,
+                answer=training.exact_match_samples or None,
+            )
+        return score_held_out(
+            student,
+            self.processing_class,
+            self.evaluation,
+            max_length=training.max_length,
+            batch_size=training.batch_size,
+            answer=training.exact_match_samples,
+            max_new_tokens=training.max_new_tokens,
+        )
+
+    @property
+    def best(self) -> Best | None:
+        """The best evaluation so far; None where the config compares none."""
+        training = self.experiment.training
+        if not training.chooses_best:
+            return None
+        return best_of(self.state.log_history, training.best_metric)
+
+    def _keep_best_or_stop(self) -> None:
+        """Save the student if it is the best so far; stop training when patience runs out."""
         training, best = self.experiment.training, self.best
         if best is None:
             return
@@ -253,38 +325,8 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
                 self.state.global_step,
             )  # fmt: skip
 
-    @property
-    def best(self) -> Best | None:
-        """The best evaluation so far, where they are compared."""
-        training = self.experiment.training
-        if not training.chooses_best:
-            return None
-        return best_of(self.state.log_history, training.best_metric)
-
-    def take_best(self) -> dict[str, float]:
-        """Make the best student that was kept the present one, and evaluate it."""
-        distiller: Any = self.accelerator.unwrap_model(self.model)
-        load_weights(distiller, Path(self.args.output_dir) / BEST)
-        with gathered(distiller):
-            found = self.score(distiller.student)
-        self.evaluated_samples, self.evaluated_calibration = found.rows, found.calibration
-        return {f"eval_{key}": value for key, value in found.metrics.items()}
-
-    def score(self, student: Any) -> HeldOut:
-        """What is asked about the held-out samples."""
-        training = self.experiment.training
-        return score_held_out(
-            student,
-            self.processing_class,
-            self.evaluation,
-            max_length=training.max_length,
-            batch_size=training.batch_size,
-            answer=training.exact_match_samples,
-            max_new_tokens=training.max_new_tokens,
-        )
-
     def create_optimizer(self, model: Any = None) -> Any:
-        """AdamW with weight decay on matrices alone, and the projectors' own learning rate."""
+        """AdamW that decays matrices alone; projectors have their own learning rate."""
         if self.optimizer is None:
             model = self.model if model is None else model
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
@@ -298,57 +340,19 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             self.optimizer = kind(groups, **options)
         return self.optimizer
 
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
-    ) -> None:
-        """The student as a Hugging Face folder; projectors and the stream's place beside it."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        distiller: Any = self.accelerator.unwrap_model(self.model)
-        save_weights(distiller, self.processing_class, folder, state_dict)
-        (folder / GUARD).write_text(json.dumps(self.guard.state_dict()), encoding="utf-8")
-        (folder / STREAM).write_text(json.dumps(self.stream.state_dict()), encoding="utf-8")
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the student as a Hugging Face folder, with projectors, guard and stream state."""
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            save_weights(self.distiller, self.processing_class, folder, state)
+            (folder / GUARD).write_text(json.dumps(self.guard.state_dict()), encoding="utf-8")
+            (folder / STREAM).write_text(json.dumps(self.stream.state_dict()), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Restore the student, the projectors and the stream's place."""
-        folder = Path(resume_from_checkpoint)
+        """Load student and projectors."""
         distiller: Any = self.accelerator.unwrap_model(model or self.model)
-        load_weights(distiller, folder)
-        if (folder / GUARD).is_file():
-            self.guard.load_state_dict(json.loads((folder / GUARD).read_text(encoding="utf-8")))
-        place, state = (
-            json.loads((folder / name).read_text(encoding="utf-8"))
-            for name in (STREAM, TRAINER_STATE_NAME)
-        )
-        accumulation = self.args.gradient_accumulation_steps
-        self.stream.load_state_dict(place, batches_per_step=accumulation)
-        self._steps_before = state["global_step"]
-
-    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
-        """Numbers of epochs and steps, counted epoch by epoch from where the stream is."""
-        _, *per_epoch, max_steps = super().set_initial_training_values(args, dataloader)
-        accumulation, before = args.gradient_accumulation_steps, self._steps_before
-        if args.max_steps <= 0:
-            max_steps = before + steps_left(self.stream, args.num_train_epochs, accumulation)
-        epochs = epochs_for(self.stream, max_steps - before, accumulation)
-        return epochs, *per_epoch, max_steps
-
-    def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
-        """One epoch, of its own number of batches: length buckets do not cut all epochs alike."""
-        batches = self.stream.num_batches(epoch)
-        steps = steps_in(self.stream, epoch, self.args.gradient_accumulation_steps)
-        own = {"steps_in_epoch": batches, "num_update_steps_per_epoch": steps}
-        len(kwargs["train_dataloader"])  # it warns of more batches than it said when last asked
-        super()._run_epoch(epoch=epoch, **kwargs | own)
-
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """Where to go on: the stream knows, on whatever number of ranks it is restored."""
-        epochs, batches = super()._init_training_state(*args, **kwargs)
-        self._parts, self._parts_since = {}, self.state.global_step
-        if self.state.global_step == 0:
-            return epochs, batches
-        return self.stream.epoch, self.stream.batches_done
+        load_weights(distiller, Path(resume_from_checkpoint))
 
 
 def parameter_groups(
@@ -359,7 +363,7 @@ def parameter_groups(
     student_rate: float,
     other_rate: float,
 ) -> list[dict[str, Any]]:
-    """Groups for a torch optimizer, of parameters that learn.
+    """Group trainable parameters by weight decay and learning rate, for a torch optimizer.
 
     Args:
         model: a distiller, or a wrapper that keeps its names.
@@ -377,27 +381,5 @@ def parameter_groups(
     return [{"params": p, "weight_decay": d, "lr": lr} for (d, lr), p in groups.items()]
 
 
-def _logged_name(part: str) -> str:
-    return part if part == "loss" else f"loss_{part}"
-
-
-class LatentTrainer(KVDistillTrainer):
-    """Trains a ``LatentDistiller``; evaluates by exact match.
-
-    Perplexity is left out: a latent student has no text of a rationale to be surprised by.
-    """
-
-    def score(self, student: Any) -> HeldOut:
-        """Exact match on ``training.exact_match_samples`` held-out samples, or on all of them."""
-        training = self.experiment.training
-        return score_latent(
-            student,
-            self.processing_class,
-            self.evaluation,
-            batch_size=training.batch_size,
-            answer=training.exact_match_samples or None,
-        )
-
-
-# MERGED-DOC distill.latent.trainer
-# The trainer of a latent student: the same one, but held-out samples are answered, not scored.
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

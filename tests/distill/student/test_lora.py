@@ -14,7 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kvdistill.attention.hooks import KVCapture
 from kvdistill.config.training import LoraConfig, StudentConfig
 from kvdistill.distill.student.build import build_student, train_tokenizer
-from kvdistill.distill.student.lora import adapt, is_adapted, load_adapter, merged, save_adapter
+from kvdistill.distill.student.lora import (
+    adapt,
+    is_adapted,
+    load_adapter,
+    merged_state,
+    save_adapter,
+)
 from kvdistill.distill.train.checkpoint import load_weights, save_weights
 from kvdistill.errors import MissingExtra, StudentError
 from tests.distill.student.test_injection import STUDENTS
@@ -51,7 +57,7 @@ def test_the_merged_model_is_the_student_its_keys_and_values_too(
     student = adapted(model_type)
     whole = plain(model_type)
     before = read(whole)
-    whole.load_state_dict(merged(student, student.state_dict()))
+    whole.load_state_dict(merged_state(student, student.state_dict()))
     learned = read(student)
     for ours, theirs, old in zip(learned, read(whole), before, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
@@ -67,10 +73,25 @@ def test_peft_reads_the_adapter(model_type: str, tmp_path: Path) -> None:
     with torch.no_grad():
         logits = theirs(input_ids=IDS).logits
     torch.testing.assert_close(logits, read(student)[0], atol=1e-5, rtol=1e-4)
+    config = theirs.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.task_type) == (3, 5.0, "CAUSAL_LM")
     whole = theirs.merge_and_unload()
-    ours = merged(student, student.state_dict())
+    ours = merged_state(student, student.state_dict())
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(ours[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_a_merged_state_comes_from_the_given_tensors_not_from_the_model() -> None:
+    """As a sharded model's: its own parameters are parts, the gathered state is whole."""
+    student = adapted("llama")
+    state = {name: value.clone() for name, value in student.state_dict().items()}
+    wanted = merged_state(student, state)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.zero_()
+    found = merged_state(student, state)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert not any(parameter.any() for parameter in student.parameters())
 
 
 def test_only_updates_learn_and_their_first_sum_is_the_model_itself() -> None:

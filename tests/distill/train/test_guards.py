@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvdistill.distill.train.guards import NEEDED, StepGuard
+from kvdistill.distill.train.guards import MIN_STEPS, StepGuard
 from kvdistill.errors import NonFiniteError
 
 
@@ -24,7 +24,7 @@ def parts(loss: float, key: float = 1.0) -> dict[str, Tensor]:
 def feed(guard: StepGuard, *losses: float) -> list[bool]:
     found = []
     for step, loss in enumerate(losses, 1):
-        guard.note([f"s{step}"], parts(loss))
+        guard.record([f"s{step}"], parts(loss))
         found.append(guard.check(step, 1.0, alone))
     return found
 
@@ -32,8 +32,8 @@ def feed(guard: StepGuard, *losses: float) -> list[bool]:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_part_that_is_no_number_is_named_with_its_samples_and_step(value: float) -> None:
     guard = StepGuard("run-1", 5.0)
-    guard.note(["good-1", "good-2"], parts(1.0))
-    guard.note(["bad-1", "bad-2"], parts(2.0, value))
+    guard.record(["good-1", "good-2"], parts(1.0))
+    guard.record(["bad-1", "bad-2"], parts(2.0, value))
     with pytest.raises(NonFiniteError) as caught:
         guard.check(7, 1.0, alone)
     message = str(caught.value)
@@ -45,17 +45,17 @@ def test_a_part_that_is_no_number_is_named_with_its_samples_and_step(value: floa
 
 def test_a_gradient_that_is_no_number_names_all_samples_of_the_step() -> None:
     guard = StepGuard("run", 5.0)
-    guard.note(["a"], parts(1.0))
-    guard.note(["b"], parts(1.0))
+    guard.record(["a"], parts(1.0))
+    guard.record(["b"], parts(1.0))
     with pytest.raises(NonFiniteError, match=r"gradient .* samples a, b"):
         guard.check(1, math.nan, alone)
-    guard.note(["a"], parts(1.0))
+    guard.record(["a"], parts(1.0))
     assert not guard.check(1, None, alone)  # fp16: the scaler's business
 
 
 def test_a_long_batch_is_not_listed_to_the_end() -> None:
     guard = StepGuard("run", 5.0)
-    guard.note([f"s{i}" for i in range(100)], parts(math.nan))
+    guard.record([f"s{i}" for i in range(100)], parts(math.nan))
     with pytest.raises(NonFiniteError, match=r"s7 and 92 more\. "):
         guard.check(1, 1.0, alone)
 
@@ -63,12 +63,12 @@ def test_a_long_batch_is_not_listed_to_the_end() -> None:
 def test_a_spike_is_told_from_the_median_and_named(caplog: pytest.LogCaptureFixture) -> None:
     guard = StepGuard("run", 3.0)
     with caplog.at_level(logging.WARNING):
-        assert feed(guard, *[1.0, 2.0] * (NEEDED // 2), 4.4, 6.1, 2.0) == (
-            [False] * (NEEDED + 1) + [True, False]
+        assert feed(guard, *[1.0, 2.0] * (MIN_STEPS // 2), 4.4, 6.1, 2.0) == (
+            [False] * (MIN_STEPS + 1) + [True, False]
         )
     (record,) = caplog.records
-    assert f"samples s{NEEDED + 2}" in record.getMessage()
-    assert f"step {NEEDED + 2}" in record.getMessage()
+    assert f"samples s{MIN_STEPS + 2}" in record.getMessage()
+    assert f"step {MIN_STEPS + 2}" in record.getMessage()
     assert 6.1 not in guard.losses  # a spike does not move what is usual
 
 
@@ -78,17 +78,17 @@ def test_the_first_steps_of_a_run_are_no_spikes() -> None:
 
 def test_losses_of_micro_batches_and_ranks_add_up_before_they_are_judged() -> None:
     guard = StepGuard("run", 3.0)
-    feed(guard, *[1.0] * NEEDED)
+    feed(guard, *[1.0] * MIN_STEPS)
     for name in ("a", "b"):
-        guard.note([name], parts(0.9))
+        guard.record([name], parts(0.9))
     assert not guard.check(50, 1.0, alone)
     for name in ("a", "b"):
-        guard.note([name], parts(0.9 if name == "a" else 1.0))
+        guard.record([name], parts(0.9 if name == "a" else 1.0))
     assert guard.check(51, 1.0, lambda value: 2 * value)
 
 
 def test_what_was_seen_survives_a_checkpoint() -> None:
     first, second = StepGuard("run", 3.0), StepGuard("run", 3.0)
-    feed(first, *[1.0] * NEEDED)
+    feed(first, *[1.0] * MIN_STEPS)
     second.load_state_dict(first.state_dict())
     assert feed(first, 9.0) == feed(second, 9.0) == [True]

@@ -32,7 +32,7 @@ from kvdistill.distill.student.latent.iteration import (
 )
 from kvdistill.errors import StudentError
 
-WEIGHTS: Final = "latent.safetensors"
+LATENT_FILE: Final = "latent.safetensors"
 
 
 SETTINGS: Final = "latent.json"
@@ -167,7 +167,7 @@ class LatentStudent(nn.Module):
         backbone = {k.removeprefix(BACKBONE): v for k, v in state.items() if k.startswith(BACKBONE)}
         rest = {k: v.contiguous() for k, v in state.items() if not k.startswith(BACKBONE)}
         self.backbone.save_pretrained(folder, state_dict=backbone)
-        save_file(rest, folder / WEIGHTS)
+        save_file(rest, folder / LATENT_FILE)
         (folder / SETTINGS).write_text(self.config.model_dump_json(indent=1), encoding="utf-8")
 
     @classmethod
@@ -188,12 +188,12 @@ class LatentStudent(nn.Module):
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         backbone = AutoModelForCausalLM.from_pretrained(folder, **options)
         student = cls(backbone, LatentConfig.model_validate(settings))
-        found = student.load_state_dict(load_file(folder / WEIGHTS), strict=False)
+        found = student.load_state_dict(load_file(folder / LATENT_FILE), strict=False)
         missing = [name for name in found.missing_keys if not name.startswith(BACKBONE)]
         if missing or found.unexpected_keys:
             raise StudentError(
-                f"{folder / WEIGHTS} lacks {missing} and has {found.unexpected_keys} besides; it "
-                f"does not belong to {SETTINGS}"
+                f"{folder / LATENT_FILE} does not belong to the {SETTINGS} beside it: missing "
+                f"{missing}, unexpected {found.unexpected_keys}; copy both from one run"
             )
         return student.eval()
 
