@@ -129,7 +129,7 @@ def encode(
             pieces = [parts[part.suffix].numpy() for parts in encoded]
             arrays[part_name(kind, part.suffix)] = np.concatenate(pieces, axis=2)
         num_layers, num_heads, _, dim = samples[kind][0].shape
-        stats[kind] = ChannelStatistics.empty((num_layers, num_heads, dim))
+        stats[kind] = ChannelStatistics(0, *np.zeros((2, num_layers, num_heads, dim)))
     return EncodedShard(tokens, arrays), stats
 
 

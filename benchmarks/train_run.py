@@ -114,7 +114,10 @@ def synthesise(spec: dict[str, Any]) -> dict[str, Any]:
     start = np.tile(np.arange(num_tokens, dtype=np.int32) * 4, per_shard)
     ptr = np.arange(per_shard + 1, dtype=np.int64) * num_tokens
     tokens = TokenTable((), ptr, start, start, start + 4, np.zeros_like(start, np.int8))
-    statistics = {kind: ChannelStatistics.from_samples([x], (*lead, dim)) for kind in KINDS}
+    tokens64 = x.double().numpy()
+    mean = tokens64.mean(axis=2)
+    m2 = ((tokens64 - mean[:, :, None]) ** 2).sum(axis=2)
+    statistics = dict.fromkeys(KINDS, ChannelStatistics(num_tokens, mean, m2))
     for shard in shards:
         ids = tuple(sample.sample_id for sample in shard.samples)
         one = EncodedShard(replace(tokens, sample_ids=ids), arrays)

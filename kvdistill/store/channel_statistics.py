@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import numpy as np
@@ -111,54 +111,43 @@ class ChannelStatistics:
         count = int(array[0].flat[0]) if array[0].size else 0
         return ChannelStatistics(count, array[1], array[2])
 
-    @staticmethod
-    def empty(shape: tuple[int, ...]) -> ChannelStatistics:
-        """Of no token: the neutral element of ``merge``. ``shape`` is ``(L, H, D)``."""
-        return ChannelStatistics(0, np.zeros(shape), np.zeros(shape))
 
-    @staticmethod
-    def from_samples(samples: Iterable[Any], shape: tuple[int, ...]) -> ChannelStatistics:
-        """Statistics over samples ``[L, H, T, D]`` (numpy or torch, any device or float dtype).
+def cached_statistics(
+    folder: Path,
+    shard_ids: Sequence[str],
+    read: Callable[[str], Mapping[str, ChannelStatistics]],
+) -> dict[str, ChannelStatistics]:
+    """Merged statistics of committed shards, from the cache if it was written for exactly these.
 
-        Each sample is reduced in float64 on its own device; every token is counted.
-        """
-        return ChannelStatistics.empty(shape).merge(*map(_of_sample, samples))
-
-
-def _of_sample(sample_LHTD: Any) -> ChannelStatistics:
-    is_numpy = isinstance(sample_LHTD, np.ndarray)
-    x = sample_LHTD.astype(np.float64) if is_numpy else sample_LHTD.double()
-    num_tokens = int(x.shape[2])
-    mean = x.sum(2) / max(num_tokens, 1)
-    m2 = ((x - mean[:, :, None]) ** 2).sum(2)
-    if is_numpy:
-        return ChannelStatistics(num_tokens, mean, m2)
-    return ChannelStatistics(num_tokens, mean.cpu().numpy(), m2.cpu().numpy())
-
-
-def cache_file(teacher: Path, shard_ids: Sequence[str]) -> Path:
-    """Path of the cached statistics of exactly these commits of the teacher in this folder."""
+    Args:
+        folder: of the teacher.
+        shard_ids: committed shards, in the order of the plan.
+        read: returns one shard's statistics by array name.
+    """
     digest = xxhash.xxh3_64()
     for shard_id in shard_ids:
-        commit = teacher / "shards" / shard_id / COMMIT
+        commit = folder / "shards" / shard_id / COMMIT
         digest.update(f"{shard_id} {commit.stat().st_mtime_ns}\n".encode())
-    return teacher / f"statistics.{digest.hexdigest()}.npz"
+    path = folder / f"statistics.{digest.hexdigest()}.npz"
+    # A missing or damaged cache is computed again.
+    with (
+        contextlib.suppress(FileNotFoundError, zipfile.BadZipFile, ValueError),
+        np.load(path, allow_pickle=False) as arrays,
+    ):
+        return {
+            name.replace(".", "/"): ChannelStatistics.from_array(arrays[name])
+            for name in arrays.files
+        }
+    merged: dict[str, ChannelStatistics] = {}
+    for shard_id in shard_ids:
+        for name, part in read(shard_id).items():
+            merged[name] = merged[name].merge(part) if name in merged else part
+    _write_cache(path, merged)
+    return merged
 
 
-def load_cached_statistics(path: Path) -> dict[str, ChannelStatistics] | None:
-    """Read a cache; None if it is missing or damaged, and has to be computed again."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {
-                name.replace(".", "/"): ChannelStatistics.from_array(arrays[name])
-                for name in arrays.files
-            }
-    except (FileNotFoundError, zipfile.BadZipFile, ValueError):
-        return None
-
-
-def save_cached_statistics(path: Path, statistics: Mapping[str, ChannelStatistics]) -> None:
-    """Write a cache by one rename and delete older ones; a read-only store goes without."""
+def _write_cache(path: Path, statistics: Mapping[str, ChannelStatistics]) -> None:
+    """Publish a cache by one rename and delete older ones; a read-only store goes without."""
     temporary = path.with_name(f".{uuid4().hex}.npz")
     arrays = {name.replace("/", "."): part.to_array() for name, part in statistics.items()}
     with contextlib.suppress(OSError):

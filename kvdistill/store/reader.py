@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import ShardCorrupt, ShardNotFound, StoreFormatError, StoreNotFound
-from kvdistill.store import channel_statistics as statistics_cache
-from kvdistill.store.channel_statistics import ChannelStatistics
+from kvdistill.store.channel_statistics import ChannelStatistics, cached_statistics
 from kvdistill.store.commit import REMEDY
 from kvdistill.store.format import COMMIT, StorePaths
 from kvdistill.store.manifest import Commit, ShardPlan, StoreManifest, TeacherManifest
@@ -280,12 +279,11 @@ class KVStore:
         if not committed:
             raise ShardNotFound(f"{self.paths.root}: teacher {teacher!r} has no shard yet")
         shard_ids = [shard_id for shard_id in self._plans if shard_id in committed]
-        cached = statistics_cache.cache_file(self.paths.teacher(teacher), shard_ids)
-        merged = statistics_cache.load_cached_statistics(cached)
-        if merged is None:
-            merged = self._merge_statistics(teacher, shard_ids)
-            statistics_cache.save_cached_statistics(cached, merged)
-        return merged
+        return cached_statistics(
+            self.paths.teacher(teacher),
+            shard_ids,
+            lambda shard_id: self.shard_statistics(teacher, shard_id),
+        )
 
     def shard_statistics(self, teacher: str, shard_id: str) -> dict[str, ChannelStatistics]:
         """Statistics of one shard, by ``"key"``, ``"value"`` (``"g0/key"`` …)."""
@@ -298,15 +296,6 @@ class KVStore:
                 del self._open[key]
             if shard_id is None:
                 self._teachers.pop(teacher, None)
-
-    def _merge_statistics(
-        self, teacher: str, shard_ids: Sequence[str]
-    ) -> dict[str, ChannelStatistics]:
-        merged: dict[str, ChannelStatistics] = {}
-        for shard_id in shard_ids:
-            for name, part in self.shard_statistics(teacher, shard_id).items():
-                merged[name] = merged[name].merge(part) if name in merged else part
-        return merged
 
     def _opened(self, teacher: str, shard_id: str) -> OpenedShard:
         key = (teacher, shard_id)

@@ -14,6 +14,7 @@ from kvdistill.store.reader import KVStore
 from kvdistill.store.shard import EncodedShard
 from kvdistill.store.writer import add_teacher, publish_shard
 from kvdistill.types import KINDS
+from tests.store.made import statistics_of
 
 
 def add_noise_teacher(store: KVStore, like: str, name: str, seed: int = 0) -> None:
@@ -48,5 +49,5 @@ def add_noise_teacher(store: KVStore, like: str, name: str, seed: int = 0) -> No
                         where = span if part.per == "token" else tokens.block_span(i)
                         array = arrays[part_name(f"{prefix}{kind}", part.suffix)]
                         array[:, :, where] = encoded[part.suffix].numpy()
-                statistics[f"{prefix}{kind}"] = ChannelStatistics.from_samples(drawn, mean.shape)
+                statistics[f"{prefix}{kind}"] = statistics_of(drawn)
         publish_shard(store, name, shard_id, EncodedShard(tokens, arrays), statistics)

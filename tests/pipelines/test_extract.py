@@ -29,10 +29,10 @@ from kvdistill.extract.batches import TeacherBatch
 from kvdistill.extract.teacher import Teacher, load_teacher
 from kvdistill.pipelines.extract import Progress, extract
 from kvdistill.pipelines.stored import prepare
-from kvdistill.store.channel_statistics import ChannelStatistics
 from kvdistill.store.reader import KVStore
 from kvdistill.store.writer import publish_shard
 from tests.extract.models import save_teacher
+from tests.store.made import statistics_of
 
 CORPUS = "".join(
     f'{{"prompt": "Ann has {i} apples and {"eats " * (i % 5)}one.", '
@@ -143,7 +143,7 @@ def test_statistics_are_of_the_text_tokens(experiment: Experiment) -> None:
         for shard_id in store.shard_ids
         for sample in store.samples(shard_id)
     ]
-    expected = ChannelStatistics.from_samples(rows, (3, 2, 8))
+    expected = statistics_of(rows)
     assert merged["key"].count == expected.count
     np.testing.assert_allclose(merged["key"].mean, expected.mean, atol=2e-3)
     np.testing.assert_allclose(merged["key"].std, expected.std, rtol=2e-2)

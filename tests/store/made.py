@@ -57,6 +57,13 @@ def make_teacher(**changes: Any) -> TeacherManifest:
     return TeacherManifest.model_validate({**body, **changes})
 
 
+def statistics_of(samples: Sequence[Any]) -> ChannelStatistics:
+    """Statistics of all tokens of samples ``[L, H, T, D]`` at once, without merging."""
+    x = np.concatenate([np.asarray(sample, np.float64) for sample in samples], axis=2)
+    mean = x.sum(axis=2) / max(x.shape[2], 1)
+    return ChannelStatistics(x.shape[2], mean, ((x - mean[:, :, None]) ** 2).sum(axis=2))
+
+
 TWO_GROUPS = (LayerGroup((0, 2), 1, 8, 8), LayerGroup((1,), 3, 4, 4))
 
 
@@ -87,7 +94,7 @@ def make_shard(
             for part in codec.parts(kind):
                 pieces = [parts[part.suffix].numpy() for parts in encoded]
                 arrays[part_name(name, part.suffix)] = np.concatenate(pieces, axis=2)
-            statistics[name] = ChannelStatistics.from_samples(samples, (*lead, dim))
+            statistics[name] = statistics_of(samples)
             values[name] = samples
         if teacher.has_importance:
             importance = torch.rand(*lead, num_tokens, generator=generator)

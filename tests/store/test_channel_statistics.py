@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvdistill.errors import GeometryError
 from kvdistill.store.channel_statistics import ChannelStatistics, merge_moments
+from tests.store.made import statistics_of
 
 
 def _channel_moments(x_LNC: Any) -> tuple[int, Any, Any]:
@@ -51,24 +52,25 @@ def test_products_of_deviations_merge_too(lengths: list[int], seed: int) -> None
     assert merged[2].shape == (2, 3, 5)
 
 
-def test_statistics_of_numpy_and_torch_samples_are_equal() -> None:
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6))
+def test_shards_merge_to_the_statistics_of_all_tokens(lengths: list[int]) -> None:
     generator = np.random.default_rng(0)
-    samples = [generator.normal(size=(3, 2, n, 4)).astype(np.float32) for n in (70, 0, 5)]
-    by_numpy = ChannelStatistics.from_samples(samples, (3, 2, 4))
-    by_torch = ChannelStatistics.from_samples(map(torch.from_numpy, samples), (3, 2, 4))
-    whole = np.concatenate(samples, axis=2).astype(np.float64)
-    for statistics in (by_numpy, by_torch):
-        assert statistics.count == 75
-        np.testing.assert_allclose(statistics.mean, whole.mean(axis=2), rtol=1e-12, atol=1e-14)
-        np.testing.assert_allclose(statistics.std, whole.std(axis=2), rtol=1e-12)
-    back = ChannelStatistics.from_array(by_numpy.to_array())
-    assert back.count == 75
-    np.testing.assert_array_equal(back.m2, by_numpy.m2)
+    shards = [generator.normal(5, 2, (3, 2, n, 4)) for n in lengths]
+    first, *others = [statistics_of([shard]) for shard in shards]
+    merged, whole = first.merge(*others), statistics_of(shards)
+    assert merged.count == whole.count
+    np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(merged.variance, whole.variance, rtol=1e-12, atol=1e-12)
+    back = ChannelStatistics.from_array(merged.to_array())
+    assert back.count == merged.count
+    np.testing.assert_array_equal(back.m2, merged.m2)
 
 
 def test_nothing_counted_is_neutral() -> None:
-    empty = ChannelStatistics.empty((3, 2, 4))
-    some = ChannelStatistics.from_samples([np.ones((3, 2, 5, 4))], (3, 2, 4))
+    empty, some = (
+        ChannelStatistics(0, *np.zeros((2, 3, 2, 4))),
+        statistics_of([np.ones((3, 2, 5, 4))]),
+    )
     assert empty.merge(empty).count == 0
     assert not empty.variance.any()
     for merged in (empty.merge(some), some.merge(empty)):
@@ -76,5 +78,6 @@ def test_nothing_counted_is_neutral() -> None:
 
 
 def test_statistics_of_other_shapes_are_refused() -> None:
+    one, other = (ChannelStatistics(0, *np.zeros((2, 3, heads, 4))) for heads in (2, 4))
     with pytest.raises(GeometryError, match=r"shapes \(3, 2, 4\).* of shapes \(3, 4, 4\)"):
-        ChannelStatistics.empty((3, 2, 4)).merge(ChannelStatistics.empty((3, 4, 4)))
+        one.merge(other)

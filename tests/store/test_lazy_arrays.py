@@ -19,6 +19,7 @@ from kvdistill.store.summary import (
     summarise_teacher,
 )
 from kvdistill.store.writer import create
+from tests.store.made import statistics_of
 
 
 def whole(made: Any, kind: str, stem: str = "") -> np.ndarray:
@@ -101,7 +102,6 @@ def test_the_summary_tells_what_is_there(tmp_path: Path, build: Any, backend: st
 
 
 def test_an_outlier_channel_is_named(tmp_path: Path, build: Any) -> None:
-    from kvdistill.store.channel_statistics import ChannelStatistics
     from kvdistill.store.writer import add_teacher, publish_shard
 
     store = create(tmp_path / "store", build.corpus(1))
@@ -110,7 +110,7 @@ def test_an_outlier_channel_is_named(tmp_path: Path, build: Any) -> None:
     loud = [x.clone() for x in one.values["key"]]
     for x in loud:
         x[2, 1, :, 5] *= 40
-    statistics = {**one.statistics, "key": ChannelStatistics.from_samples(loud, (3, 2, 8))}
+    statistics = {**one.statistics, "key": statistics_of(loud)}
     publish_shard(store, "tiny", "00000", one.shard, statistics)
     (outlier,) = summarise_teacher(store, "tiny").outliers
     assert (outlier.kind, outlier.layer, outlier.head, outlier.channel) == ("key", 3, 1, 5)

@@ -257,7 +257,7 @@ def test_a_shard_that_deviates_from_its_manifest_is_refused(tmp_path: Any, build
     with pytest.raises(GeometryError, match="key is float32"):
         publish({**arrays, "key": arrays["key"].astype(np.float32)})
     with pytest.raises(GeometryError, match="key_statistics"):
-        publish(arrays, {**one.statistics, "key": ChannelStatistics.empty((3, 4, 8))})
+        publish(arrays, {**one.statistics, "key": ChannelStatistics(0, *np.zeros((2, 3, 4, 8)))})
     short = build.shard(teacher, ["s0", "s1"], [3, 4])
     with pytest.raises(GeometryError, match="2 samples, but the plan has 3"):
         publish_shard(store, "tiny", "00000", short.shard, short.statistics)
