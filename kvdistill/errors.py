@@ -34,6 +34,10 @@ class StudentError(KVDistillError, ValueError):
     """A student or its tokenizer cannot be built, loaded or read."""
 
 
+class AdapterError(KVDistillError, ValueError):
+    """No adapter gives the queries, keys and values that a model's attention computes with."""
+
+
 class GeometryError(KVDistillError, ValueError):
     """A tensor does not have the declared shape."""
 

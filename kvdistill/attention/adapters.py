@@ -1,13 +1,13 @@
-"""Where each family of models has the queries, keys and values of a layer, before any rotation.
+"""Where each family of models computes the queries, keys and values of a layer, before rotation.
 
-Teachers (``extract``) and the student (``distill``) are read in the same places, so this lies
-below both. An adapter is data: the path of the layers, of the attention module inside one, of
-the modules whose outputs are tapped, and how to cut these outputs into heads. Nothing here is
-trusted: an adapter is verified on the teacher in hand before it is used (``extract/verify.py``),
-so a model that is not in the table can be tried with every adapter that fits its module names.
+An adapter is data: the path of the layers, of the attention module in a layer, of the modules
+whose outputs are tapped, and how to cut these outputs into heads. Teachers and the student are
+read through the same table. No adapter is trusted: it is verified on the model in hand before it
+is used (``attention/verification.py``), so a model type that is not in the table is tried with
+every adapter that fits its module names.
 
-Keys are tapped *after* a key norm and *before* the rotation: un-rotating a cached bfloat16 key
-is inexact (errors up to 0.18 on SmolLM2), a tap is not.
+Keys are tapped *after* a key norm and *before* the rotation: un-rotating a cached bfloat16 key is
+inexact (errors up to 0.18 on SmolLM2), a tap is not.
 """
 
 from __future__ import annotations
@@ -19,35 +19,30 @@ from typing import Any, Final, Literal, NamedTuple
 
 from torch import Tensor
 
-from kvdistill.errors import TeacherError
+from kvdistill.attention.geometry import Heads
+from kvdistill.errors import AdapterError
 from kvdistill.types import Stream
 
 
 class QKV(NamedTuple):
-    """Queries ``[B, HQ, T, D]``, keys and values ``[B, H, T, D]``, none of them rotated."""
+    """Queries ``[B, HQ, T, D]``, keys and values ``[B, H, T, D]``, all of them unrotated."""
 
     query: Tensor
     key: Tensor
     value: Tensor
 
 
-class Heads(NamedTuple):
-    """What the cuts need to know: query heads, key/value heads, head dim."""
-
-    num_query: int
-    num_key_value: int
-    head_dim: int
-
-
 TeacherKind = Literal["decoder", "encoder", "encoder_decoder"]
 
 
 Cut = Callable[[tuple[Tensor, ...], Heads], QKV]
+"""From the tapped outputs of a layer to its heads: views wherever the layout allows, so that
+writing into a cut of a tapped output changes the output (``KVCapture.rewriting``)."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Where one family keeps Q, K and V."""
+    """Where one family computes Q, K and V."""
 
     name: str
     layers: str
@@ -58,9 +53,14 @@ class Adapter:
     """Modules whose outputs hold Q, K and V, from the attention module."""
     cut: Cut
     key_norm: bool = False
-    """Whether a norm is applied to keys before the tap."""
+    """Whether the tapped keys have passed a norm."""
     stream: Stream = "self"
     kind: TeacherKind = "decoder"
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether attention of this family and stream is causal."""
+        return self.kind == "decoder" or self.stream == "decoder"
 
 
 def separate(outputs: tuple[Tensor, ...], heads: Heads) -> QKV:
@@ -70,7 +70,7 @@ def separate(outputs: tuple[Tensor, ...], heads: Heads) -> QKV:
 
 
 def separate_heads_first(outputs: tuple[Tensor, ...], heads: Heads) -> QKV:
-    """As ``separate``, but a module that splits heads gives ``[B, H, T, D]`` (Gemma 3)."""
+    """As ``separate``, but an output of four axes is ``[B, H, T, D]`` already (Gemma 3)."""
     query, key, value = (x if x.ndim == 4 else _split(x, heads.head_dim) for x in outputs)
     return QKV(query, key, value)
 
@@ -80,7 +80,7 @@ def fused(outputs: tuple[Tensor, ...], heads: Heads) -> QKV:
     (qkv,) = outputs
     widths = [heads.num_query, heads.num_key_value, heads.num_key_value]
     ends = list(accumulate(n * heads.head_dim for n in widths))
-    # Slices, not torch.split: whoever rewrites a key writes through its view.
+    # Slices rather than torch.split, whose views cannot be written to in place.
     parts = (qkv[..., start:end] for start, end in pairwise([0, *ends]))
     return QKV(*(_split(x, heads.head_dim) for x in parts))
 
@@ -95,7 +95,7 @@ def fused_per_head(outputs: tuple[Tensor, ...], heads: Heads) -> QKV:
 def fused_per_group(outputs: tuple[Tensor, ...], heads: Heads) -> QKV:
     """One module, per key/value head its queries, its key, its value (Falcon).
 
-    Falcon's plain multi-head form is one query per group, its multi-query form one group.
+    Multi-head Falcons have one query per group, multi-query Falcons a single group.
     """
     (qkv,) = outputs
     groups = heads.num_key_value
@@ -119,51 +119,30 @@ def _unflatten(x: Tensor, *sizes: int) -> Tensor:
 PLAIN: Final = Adapter(
     "separate projections", "layers", "self_attn", ("q_proj", "k_proj", "v_proj"), separate
 )
-
-
 NORMED: Final = replace(
     PLAIN,
     name="separate projections, q/k norms",
     taps=("q_norm", "k_norm", "v_proj"),
     key_norm=True,
 )
-
-
 NORMED_HEADS_FIRST: Final = replace(
     NORMED, name="separate projections, q/k norms after the heads", cut=separate_heads_first
 )
-
-
 LAYERNORMED: Final = replace(
     NORMED,
     name="separate projections, q/k layernorms",
     taps=("q_layernorm", "k_layernorm", "v_proj"),
 )
-
-
 FUSED: Final = Adapter("fused qkv", "layers", "self_attn", ("qkv_proj",), fused)
-
-
 GPT2: Final = Adapter("GPT-2", "h", "attn", ("c_attn",), fused)
-
-
 GPTJ: Final = replace(PLAIN, name="GPT-J", layers="h", attention="attn")
-
-
 GPT_NEOX: Final = Adapter("GPT-NeoX", "layers", "attention", ("query_key_value",), fused_per_head)
-
-
 FALCON: Final = Adapter("Falcon", "h", "self_attention", ("query_key_value",), fused_per_group)
-
-
 OPT: Final = replace(PLAIN, name="OPT", layers="decoder.layers")
-
 
 BERT: Final = Adapter(
     "BERT", "encoder.layer", "attention.self", ("query", "key", "value"), separate, kind="encoder"
 )
-
-
 DISTILBERT: Final = Adapter(
     "DistilBERT",
     "transformer.layer",
@@ -172,22 +151,16 @@ DISTILBERT: Final = Adapter(
     separate,
     kind="encoder",
 )
-
-
 MODERNBERT: Final = Adapter("ModernBERT", "layers", "attn", ("Wqkv",), fused, kind="encoder")
 
-
 _BART = replace(PLAIN, kind="encoder_decoder")
-
-
-BART: Final[dict[Stream, Adapter]] = {
-    "encoder": replace(_BART, name="BART encoder", layers="encoder.layers", stream="encoder"),
-    "decoder": replace(_BART, name="BART decoder", layers="decoder.layers", stream="decoder"),
-    "cross": replace(
+BART: Final = (
+    replace(_BART, name="BART encoder", layers="encoder.layers", stream="encoder"),
+    replace(_BART, name="BART decoder", layers="decoder.layers", stream="decoder"),
+    replace(
         _BART, name="BART cross", layers="decoder.layers", attention="encoder_attn", stream="cross"
     ),
-}
-
+)
 
 _T5 = Adapter(
     "T5",
@@ -197,72 +170,39 @@ _T5 = Adapter(
     separate,
     kind="encoder_decoder",
 )
-
-
-T5: Final[dict[Stream, Adapter]] = {
-    "encoder": replace(_T5, name="T5 encoder", stream="encoder"),
-    "decoder": replace(_T5, name="T5 decoder", layers="decoder.block", stream="decoder"),
-    "cross": replace(
+T5: Final = (
+    replace(_T5, name="T5 encoder", stream="encoder"),
+    replace(_T5, name="T5 decoder", layers="decoder.block", stream="decoder"),
+    replace(
         _T5,
         name="T5 cross",
         layers="decoder.block",
         attention="layer.1.EncDecAttention",
         stream="cross",
     ),
-}
+)
 
-
-DECODERS: Final[dict[str, Adapter]] = {
+# fmt: off
+ADAPTERS: Final[dict[str, tuple[Adapter, ...]]] = {
+    **dict.fromkeys((
+        "llama", "mistral", "ministral", "qwen2", "qwen2_moe", "mixtral", "gemma", "gemma2",
+        "granite", "granitemoe", "starcoder2", "smollm3", "phi", "phimoe", "stablelm", "olmo",
+        "cohere", "cohere2", "glm", "glm4", "helium", "arcee",
+    ), (PLAIN,)),
     **dict.fromkeys(
-        (
-            "llama",
-            "mistral",
-            "ministral",
-            "qwen2",
-            "qwen2_moe",
-            "mixtral",
-            "gemma",
-            "gemma2",
-            "granite",
-            "granitemoe",
-            "starcoder2",
-            "smollm3",
-            "phi",
-            "phimoe",
-            "stablelm",
-            "olmo",
-            "cohere",
-            "cohere2",
-            "glm",
-            "glm4",
-            "helium",
-            "arcee",
-        ),
-        PLAIN,
+        ("qwen3", "qwen3_moe", "qwen3_next", "olmo2", "olmo3", "olmoe"), (NORMED,)
     ),
-    **dict.fromkeys(("qwen3", "qwen3_moe", "qwen3_next", "olmo2", "olmo3", "olmoe"), NORMED),
-    **dict.fromkeys(("gemma3", "gemma3_text"), NORMED_HEADS_FIRST),
-    **dict.fromkeys(("lfm2", "lfm2_moe"), LAYERNORMED),
-    "phi3": FUSED,
-    "gpt2": GPT2,
-    "gptj": GPTJ,
-    "gpt_neox": GPT_NEOX,
-    "falcon": FALCON,
-    "opt": OPT,
-}
-
-
-ENCODERS: Final[dict[str, Adapter]] = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie"), BERT),
-    "distilbert": DISTILBERT,
-    "modernbert": MODERNBERT,
-}
-
-
-ENCODER_DECODERS: Final[dict[str, dict[Stream, Adapter]]] = {
+    **dict.fromkeys(("gemma3", "gemma3_text"), (NORMED_HEADS_FIRST,)),
+    **dict.fromkeys(("lfm2", "lfm2_moe"), (LAYERNORMED,)),
+    "phi3": (FUSED,), "gpt2": (GPT2,), "gptj": (GPTJ,), "gpt_neox": (GPT_NEOX,),
+    "falcon": (FALCON,), "opt": (OPT,),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie"), (BERT,)),
+    "distilbert": (DISTILBERT,), "modernbert": (MODERNBERT,),
     **dict.fromkeys(("t5", "mt5", "umt5"), T5),
     **dict.fromkeys(("bart", "mbart", "marian", "pegasus", "blenderbot", "m2m_100"), BART),
 }
+# fmt: on
+"""Adapter of every known ``model_type``; an encoder-decoder has one per stream."""
 
 
 REFUSED: Final[dict[str, str]] = dict.fromkeys(
@@ -273,48 +213,44 @@ REFUSED: Final[dict[str, str]] = dict.fromkeys(
 
 
 STRANGERS: Final[tuple[Adapter, ...]] = tuple(
-    sorted({*DECODERS.values(), *ENCODERS.values()}, key=lambda a: (not a.key_norm, a.name))
+    sorted(
+        {a for known in ADAPTERS.values() for a in known if a.stream == "self"},
+        key=lambda a: (not a.key_norm, a.name),
+    )
 )
-"""Adapters to try on an unknown architecture, those that know about key norms first."""
+"""Adapters to try on an unknown model type; those with key norms first, since a plain adapter
+fits the same modules and fails verification."""
 
 
-def adapters_for(name: str, model: Any, stream: Stream | None = None) -> list[Adapter]:
-    """Candidates for a model, likeliest first.
+def adapters_for(model: Any, stream: Stream | None = None) -> list[Adapter]:
+    """Candidate adapters of a model, likeliest first.
 
     Raises:
-        TeacherError: the architecture is known to have no keys that the store can hold, or is
-            an encoder-decoder and the stream is not chosen.
+        AdapterError: the model type has no keys that the store can hold, is an encoder-decoder
+            and the stream is not chosen, or has no streams to choose from.
     """
     model_type = model.config.get_text_config().model_type
     if model_type in REFUSED:
-        raise TeacherError(f"teacher {name!r} ({model_type}) cannot be read: {REFUSED[model_type]}")
-    if model.config.model_type in ENCODER_DECODERS:
-        streams = ENCODER_DECODERS[model.config.model_type]
-        if stream not in streams:
-            raise TeacherError(
-                f"teacher {name!r} is an encoder-decoder; set teachers.{name}.stream to one of "
-                f"{', '.join(streams)}"
+        raise AdapterError(f"model type {model_type!r} cannot be read: {REFUSED[model_type]}")
+    known = ADAPTERS.get(model.config.model_type, ADAPTERS.get(model_type, ()))
+    streams = {adapter.stream: adapter for adapter in known}
+    if "self" in streams or not known:
+        if stream is not None:
+            raise AdapterError(
+                f"model type {model_type!r} has one stream of tokens; leave out `stream`, which "
+                "chooses among those of an encoder-decoder"
             )
-        return [streams[stream]]
-    if stream is not None:
-        raise TeacherError(
-            f"teacher {name!r} ({model_type}) has one stream of tokens; leave out "
-            f"teachers.{name}.stream, which chooses among those of an encoder-decoder"
+        return list(known or STRANGERS)
+    if stream not in streams:
+        raise AdapterError(
+            f"model type {model_type!r} is an encoder-decoder; set its `stream` to one of "
+            f"{', '.join(streams)}"
         )
-    if model_type in DECODERS:
-        return [DECODERS[model_type]]
-    if model_type in ENCODERS:
-        return [ENCODERS[model_type]]
-    return list(STRANGERS)
+    return [streams[stream]]
 
 
 def is_known(model: Any) -> bool:
-    """Whether the architecture has an adapter of its own."""
-    model_type = model.config.get_text_config().model_type
-    return model_type in {*DECODERS, *ENCODERS, *ENCODER_DECODERS}
-
-
-# MERGED-DOC extract.families
-# Which adapters to try on a model: its own family's, or for a stranger every one that might fit.
-#
-# Trying is safe because every adapter is verified on the model in hand before it is used.
+    """Whether the model type has an adapter in the table."""
+    return not {model.config.model_type, model.config.get_text_config().model_type}.isdisjoint(
+        ADAPTERS
+    )

@@ -1,13 +1,13 @@
-"""The two numbers that describe one kind of one layer group, and the door that checks them."""
+"""The shape of attention: heads of a layer, geometry of a model, and what was measured on it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from kvdistill.errors import GeometryError, StudentError
+from kvdistill.errors import GeometryError
 from kvdistill.store.manifest import RotarySpec
 
 
@@ -21,6 +21,66 @@ class HeadShape(NamedTuple):
     def width(self) -> int:
         """Channels of all heads together."""
         return self.num_heads * self.head_dim
+
+
+class Heads(NamedTuple):
+    """Query heads, key/value heads and head dim of one attention module."""
+
+    num_query: int
+    num_key_value: int
+    head_dim: int
+
+
+def read_heads(attention: nn.Module, config: Any) -> Heads:
+    """Heads of an attention module: its own attributes first, the model's text config second.
+
+    A module is the more exact source: Falcon's config, for one, gives another number of key/value
+    heads than its multi-query modules have, and BART's describes its encoder alone.
+    """
+
+    def first(*names: str) -> int | None:
+        places = (attention, getattr(attention, "config", None), config)
+        found = (getattr(place, name, None) for place in places for name in names)
+        return next((value for value in found if isinstance(value, int)), None)
+
+    num_query = first("num_attention_heads", "num_heads", "n_heads")
+    if num_query is None:
+        raise GeometryError(f"{type(attention).__name__} has no num_attention_heads")
+    num_key_value = first("num_kv_heads", "num_key_value_heads") or num_query
+    head_dim = first("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+    return Heads(num_query, num_key_value, head_dim or config.hidden_size // num_query)
+
+
+@dataclass(frozen=True)
+class StudentGeometry:
+    """Layers, key/value heads and hidden size of the student."""
+
+    num_layers: int
+    heads: HeadShape
+    hidden_size: int
+
+
+@dataclass(frozen=True, eq=False)
+class VerifiedLayer:
+    """What one layer's attention computes, as measured on the model in hand."""
+
+    layer_idx: int
+    num_key_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    rotary: RotarySpec | None
+    scaling: float
+    """Factor between ``q · k`` of the tapped queries and keys and the attention's scores."""
+    error: float
+    """Largest difference from the attention's own inputs, relative to their largest entry."""
+    causal: bool = True
+    """Whether a query attends to no later key."""
+    sliding_window: int | None = None
+    """Width of the attention window, as the model passes it to its kernel; None if unlimited."""
+    softcap: float | None = None
+    """``c`` where scores are soft-capped to ``c · tanh(score / c)`` (Gemma 2)."""
+    has_position_bias: bool = False
+    """Whether a bias that depends on positions is added to scores (T5, ALiBi)."""
 
 
 def check_kv(x_BLHTD: Tensor, num_layers: int, shape: HeadShape, what: str) -> None:
@@ -43,44 +103,3 @@ def check_kv(x_BLHTD: Tensor, num_layers: int, shape: HeadShape, what: str) -> N
         f"{what}: expected [B, {num_layers}, {shape.num_heads}, T, {shape.head_dim}] "
         f"(samples, layers, KV heads, tokens, head dim), got {list(got)}{hint}"
     )
-
-
-@dataclass(frozen=True)
-class StudentGeometry:
-    """Layers and key/value heads of the student."""
-
-    num_layers: int
-    heads: HeadShape
-    hidden_size: int
-
-
-def student_geometry(student: Any) -> StudentGeometry:
-    """Layers, key/value heads and hidden size, from the student's config."""
-    config = student.config.get_text_config()
-    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    if config.num_attention_heads % num_heads:
-        raise StudentError(
-            f"the student has {config.num_attention_heads} query heads for {num_heads} key/value "
-            "heads; the first must be a multiple of the second"
-        )
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return StudentGeometry(
-        config.num_hidden_layers, HeadShape(num_heads, head_dim), config.hidden_size
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class VerifiedLayer:
-    """One layer, as measured on the model in hand."""
-
-    layer_idx: int
-    num_key_value_heads: int
-    key_head_dim: int
-    value_head_dim: int
-    rotary: RotarySpec | None
-    scaling: float
-    """Factor between ``q · k`` of the tapped queries and keys and the attention's scores."""
-    error: float
-    """Largest difference to the attention's own inputs, relative to their largest entry."""
-    softcap: float | None = None
-    """What the model's attention scores are soft-capped at (Gemma 2)."""

@@ -1,31 +1,37 @@
-"""Hooks that hand over every layer's Q, K and V as a forward pass computes them.
+"""Hooks: where they sit in a model, and what teachers are read and verified with.
 
-One layer at a time: when an attention module returns, its tapped outputs are cut into heads and
-passed to a callback, and dropped. So a batch never holds all layers' queries, and the callback
-can move or encode keys and values while the next layer runs.
+Every hook of the package is attached through ``attached``, which removes it again. On it stand
+``capture`` (unrotated queries, keys and values), ``attention_probe`` (what attention is given,
+after rotation), the student's ``KVCapture`` and the hidden states of extraction.
+
+Captured layers are handed over one at a time and then dropped, so a batch never holds the queries
+of all layers, and a callback can encode or move one layer while the next one runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
-from kvdistill.attention.adapters import DECODERS, QKV, Adapter, Heads
-from kvdistill.attention.geometry import student_geometry
-from kvdistill.errors import StudentError, TeacherError
-from kvdistill.types import KINDS, Kind
+from kvdistill.attention.adapters import QKV, Adapter
+from kvdistill.attention.geometry import Heads, read_heads
+from kvdistill.errors import AdapterError
 
 OnLayer = Callable[[int, QKV], None]
+"""Receives a layer's index and its Q, K and V."""
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One layer that has keys and values, in a model in hand."""
+    """One layer that has keys and values, in the model in hand."""
 
     layer_idx: int
     layer: nn.Module
@@ -35,249 +41,237 @@ class Site:
     adapter: Adapter
 
 
-def sites(model: nn.Module, adapter: Adapter) -> tuple[list[Site], dict[int, str]]:
-    """Find an adapter's modules: ``(layers with attention, {layer without it: why})``.
+def find_sites(model: nn.Module, adapter: Adapter) -> tuple[list[Site], dict[int, str]]:
+    """Locate an adapter's modules: ``(layers with attention, {layer without it: why})``.
 
     Raises:
-        TeacherError: the model has no such layers, or none of them has the adapter's modules.
+        AdapterError: the model has no such layers, or none of them has the adapter's modules.
     """
-    layers = _descend(model, adapter.layers)
+    layers = _submodule(model, adapter.layers)
     if not isinstance(layers, nn.ModuleList):
-        raise TeacherError(f"{type(model).__name__} has no list of layers at {adapter.layers!r}")
+        raise AdapterError(f"{type(model).__name__} has no list of layers at {adapter.layers!r}")
+    config: Any = model.config
     found: list[Site] = []
     skipped: dict[int, str] = {}
     for layer_idx, layer in enumerate(layers):
-        attention = _descend(layer, adapter.attention)
-        taps = [_descend(attention, tap) for tap in adapter.taps] if attention else [None]
+        attention = _submodule(layer, adapter.attention)
+        taps = tuple(_submodule(attention, tap) for tap in adapter.taps)
         present = tuple(tap for tap in taps if tap is not None)
         if attention is None or len(present) < len(taps):
             skipped[layer_idx] = f"{type(layer).__name__} without {adapter.attention}"
             continue
-        heads = _heads(attention, model)
+        heads = read_heads(attention, config.get_text_config())
         found.append(Site(layer_idx, layer, attention, present, heads, adapter))
     if not found:
         wanted = f"{adapter.attention}.{{{','.join(adapter.taps)}}}"
-        raise TeacherError(f"{type(model).__name__}: no layer has {wanted}")
+        raise AdapterError(f"{type(model).__name__}: no layer has {wanted}")
     return found, skipped
 
 
-@contextmanager
-def capture(sites_: Sequence[Site], on_layer: OnLayer) -> Iterator[None]:
-    """While active, call ``on_layer(layer_idx, qkv)`` once for every site of a forward pass."""
-    handles = []
+def _submodule(module: nn.Module | None, path: str) -> nn.Module | None:
     try:
-        for site in sites_:
-            handles += _attach(site, on_layer)
-        yield
-    finally:
+        return None if module is None else module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+@contextmanager
+def attached(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Keep hooks attached while inside.
+
+    ``handles`` is consumed here, so with a generator that registers hooks as it goes all of them
+    are removed even if one cannot be registered.
+    """
+    with ExitStack() as stack:
         for handle in handles:
-            handle.remove()
+            stack.callback(handle.remove)
+        yield
 
 
-def _attach(site: Site, on_layer: OnLayer) -> list[Any]:
+@contextmanager
+def capture(sites: Sequence[Site], on_layer: OnLayer) -> Iterator[None]:
+    """While inside, call ``on_layer`` for every site as soon as its Q, K and V are computed."""
+    with attached(handle for site in sites for handle in _tap(site, on_layer)):
+        yield
+
+
+def _tap(site: Site, on_layer: OnLayer) -> Iterator[RemovableHandle]:
     outputs: dict[int, Tensor] = {}
 
-    def tapped(position: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+    def collector(position: int) -> Callable[..., None]:
+        def collect(module: nn.Module, args: Any, output: Tensor) -> None:
             outputs[position] = output
-
-        return hook
-
-    def done(module: nn.Module, args: Any, output: Any) -> None:
-        collected = tuple(outputs[position] for position in range(len(site.taps)))
-        outputs.clear()
-        on_layer(site.layer_idx, site.adapter.cut(collected, site.heads))
-
-    handles = [tap.register_forward_hook(tapped(i)) for i, tap in enumerate(site.taps)]
-    return [*handles, site.attention.register_forward_hook(done)]
-
-
-def _descend(module: nn.Module | None, path: str) -> nn.Module | None:
-    for name in path.split("."):
-        child = getattr(module, name, None)
-        if child is None and name.isdigit() and isinstance(module, nn.ModuleList):
-            child = module[int(name)]
-        if not isinstance(child, nn.Module):
-            return None
-        module = child
-    return module
-
-
-def _heads(attention: nn.Module, model: nn.Module) -> Heads:
-    model_config: Any = model.config
-    config: Any = getattr(attention, "config", None) or model_config.get_text_config()
-    num_query = config.num_attention_heads
-    names = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
-    head_dim = next((getattr(attention, n) for n in names if hasattr(attention, n)), None)
-    if head_dim is None:
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_query
-    num_key_value = next(
-        (
-            getattr(place, name)
-            for place in (attention, config)
-            for name in ("num_kv_heads", "num_key_value_heads")
-            if getattr(place, name, None) is not None
-        ),
-        num_query,
-    )
-    return Heads(num_query, num_key_value, head_dim)
-
-
-Rewrite = Callable[[Tensor, int, Kind], Tensor]
-"""From own keys or values ``[B, H, T, D]``, layer and kind to what the student attends to."""
-
-
-class KVCapture:
-    """Reads the unrotated keys and values of every layer while the student runs."""
-
-    def __init__(self, student: Any) -> None:
-        config = student.config.get_text_config()
-        self.adapter = _adapter(config.model_type)
-        self.geometry = student_geometry(student)
-        self._cut_heads = Heads(config.num_attention_heads, *self.geometry.heads)
-        base = getattr(student, student.base_model_prefix, student)
-        layers = base.get_submodule(self.adapter.layers)
-        self._layers = list(layers)
-        self._attention = [layer.get_submodule(self.adapter.attention) for layer in layers]
-        self._student = student
-        self._rewrite: Rewrite | None = None
-        self.replaying = False
-
-    def compile_layers(self, backend: str = "inductor") -> None:
-        """``torch.compile`` what a layer does outside of its attention, in place.
-
-        Hooks come and go inside attention, and dynamo does not look for hooks that it has not
-        seen when it traced; so what is compiled has none.
-        """
-        # The gradient share walks a graph twice; buffers given away the first time would be gone.
-        torch._functorch.config.donated_buffer = False
-        first, _, _ = self.adapter.attention.partition(".")
-        for layer in self._layers:
-            for name, child in layer.named_children():
-                if name != first:
-                    child.compile(backend=backend, dynamic=True)
-
-    def checkpoint_activations(self) -> None:
-        """Let the backward pass compute every layer again instead of keeping its activations.
-
-        Raises:
-            StudentError: the architecture does not support it.
-        """
-        if not self._student.supports_gradient_checkpointing:
-            raise StudentError(
-                f"a student of type {self._student.config.model_type!r} does not support "
-                "training.gradient_checkpointing; switch it off"
-            )
-        self._student.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={
-                "use_reentrant": False,
-                "context_fn": lambda: (nullcontext(), _Replay(self, self._rewrite)),
-            }
-        )
-
-    @contextmanager
-    def __call__(self) -> Iterator[list[QKV]]:
-        """Collect query, key and value, each ``[B, H, T, D]``, layer by layer, while inside."""
-        found: list[QKV] = []
-        handles = []
-        for attention in self._attention:
-            outputs: dict[str, Tensor] = {}
-            for tap in self.adapter.taps:
-                module: nn.Module = attention.get_submodule(tap)
-                hook = self._hook(tap, outputs, found)
-                handles.append(module.register_forward_hook(hook))
-        try:
-            yield found
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextmanager
-    def rewriting(self, rewrite: Rewrite) -> Iterator[None]:
-        """While inside, the student attends to ``rewrite(own [B, H, T, D], layer, kind)`` instead.
-
-        Keys are unrotated on both sides.
-        """
-        outer, self._rewrite = self._rewrite, rewrite
-        try:
-            with self.hooks(rewrite, replays=False):
-                yield
-        finally:
-            self._rewrite = outer
-
-    @contextmanager
-    def hooks(self, rewrite: Rewrite, *, replays: bool) -> Iterator[None]:
-        """Rewrite while inside, in passes that are computed again or in those that are not."""
-        handles = [
-            attention.get_submodule(tap).register_forward_hook(
-                self._rewriting_hook(layer, tap_idx, rewrite, replays=replays)
-            )
-            for layer, attention in enumerate(self._attention)
-            for tap_idx, tap in enumerate(self.adapter.taps)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _rewriting_hook(self, layer: int, tap_idx: int, rewrite: Rewrite, *, replays: bool) -> Any:
-        num_taps = len(self.adapter.taps)
-        # One tap holds queries, keys and values; of three the first is queries, which stay.
-        kinds = KINDS if num_taps == 1 else KINDS[tap_idx - 1 : tap_idx] if tap_idx else ()
-
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            if self.replaying != replays:
-                return output
-            out = output.clone()
-            views = self.adapter.cut((out,) * num_taps, self._cut_heads)
-            own = self.adapter.cut((output,) * num_taps, self._cut_heads)
-            for kind in kinds:
-                getattr(views, kind).copy_(rewrite(getattr(own, kind), layer, kind))
-            return out
-
-        return hook
-
-    def _hook(self, tap: str, outputs: dict[str, Tensor], found: list[QKV]) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            if self.replaying:
-                return
-            outputs[tap] = output
-            if len(outputs) == len(self.adapter.taps):
-                cut = self.adapter.cut(
-                    tuple(outputs[name] for name in self.adapter.taps), self._cut_heads
-                )
-                found.append(cut)
+            if len(outputs) == len(site.taps):
+                tapped = tuple(outputs[i] for i in range(len(site.taps)))
                 outputs.clear()
+                on_layer(site.layer_idx, site.adapter.cut(tapped, site.heads))
 
-        return hook
+        return collect
+
+    for position, tap in enumerate(site.taps):
+        yield tap.register_forward_hook(collector(position))
 
 
-class _Replay:
-    """A layer is computed again, by a backward pass: as it was, whatever goes on by then.
+@dataclass(frozen=True, eq=False)
+class AttentionInputs:
+    """What one attention product is given: Q, K and V ``[B, H, T, D]``, rotated, and its settings.
 
-    A class, since a graph that is kept is walked again, and this is entered again with it.
+    A setting is None (or False) where the product was seen without it.
     """
 
-    def __init__(self, capture: KVCapture, rewrite: Rewrite | None) -> None:
-        self._capture, self._rewrite = capture, rewrite
-        self._hooks: AbstractContextManager[None] = nullcontext()
-
-    def __enter__(self) -> None:
-        self._capture.replaying = True
-        if self._rewrite is not None:
-            self._hooks = self._capture.hooks(self._rewrite, replays=True)
-        self._hooks.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
-        self._capture.replaying = False
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float | None = None
+    causal: bool | None = None
+    sliding_window: int | None = None
+    softcap: float | None = None
+    has_position_bias: bool = False
 
 
-def _adapter(model_type: str) -> Adapter:
-    if model_type not in DECODERS:
-        raise StudentError(
-            f"no adapter says where a student of type {model_type!r} has its keys and values; "
-            f"known decoder types: {', '.join(sorted(DECODERS))}"
+@contextmanager
+def attention_probe(model: Any, sites: Sequence[Site]) -> Iterator[dict[int, AttentionInputs]]:
+    """While inside, record by layer index what the attention of every site is given.
+
+    Models that dispatch through transformers' ``AttentionInterface`` run a kernel that records its
+    arguments; for all others (GPT-J, Falcon) a torch function mode observes
+    ``scaled_dot_product_attention`` or the two matrix products. The model's own kernel is restored.
+    """
+    probe = _AttentionProbe()
+    hooks = attached(handle for site in sites for handle in probe.bracket(site))
+    with hooks, _dispatched_to(probe, model), probe:
+        yield probe.seen
+
+
+PROBE_KERNEL: Final = "kvdistill_probe"
+_PRODUCTS: Final = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
+class _AttentionProbe(TorchFunctionMode):
+    """Records the first attention product of every site; changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, AttentionInputs] = {}
+        self._layer_idx: int | None = None
+        self._products: list[tuple[Tensor, Tensor]] = []
+
+    def bracket(self, site: Site) -> Iterator[RemovableHandle]:
+        """Attach hooks between which the running layer is ``site``'s."""
+
+        def enter(module: nn.Module, args: Any) -> None:
+            self._layer_idx, self._products = site.layer_idx, []
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            self._layer_idx = None
+
+        yield site.attention.register_forward_pre_hook(enter)
+        yield site.attention.register_forward_hook(leave)
+
+    def kernel(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        **options: Any,
+    ) -> Any:
+        """An attention function for ``AttentionInterface``: record, then compute with sdpa.
+
+        sdpa cannot soft-cap. That alters what later layers read, and no comparison: each layer
+        is compared with its own inputs.
+        """
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        mask = args[0] if args else options.pop("attention_mask")
+        softcap, bias = options.pop("softcap", None), options.get("position_bias")
+        causal, masks_bias = _read_mask(mask, query, key)
+        if causal is None:
+            is_causal = options.get("is_causal")
+            causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
+        self._record(
+            AttentionInputs(
+                query,
+                key,
+                value,
+                options.get("scaling"),
+                causal,
+                options.get("sliding_window"),
+                softcap,
+                masks_bias or (bias is not None and bool(bias.any())),
+            )
         )
-    return DECODERS[model_type]
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Observe attention products of the running layer."""
+        kwargs = kwargs or {}
+        if self._layer_idx is not None and self._layer_idx not in self.seen:
+            if func is F.scaled_dot_product_attention:
+                self._record(_sdpa_inputs(*args, **kwargs))
+            elif func in _PRODUCTS and args[0].ndim == 4 and args[1].ndim == 4:
+                self._products.append((args[0], args[1]))
+                if len(self._products) == 2:
+                    (query, key_transposed), (_, value) = self._products
+                    self._record(AttentionInputs(query, key_transposed.mT, value))
+        return func(*args, **kwargs)
+
+    def _record(self, inputs: AttentionInputs) -> None:
+        if self._layer_idx is not None:
+            self.seen.setdefault(self._layer_idx, inputs)
+
+
+def _sdpa_inputs(*args: Any, **options: Any) -> AttentionInputs:
+    """Bind the arguments of ``scaled_dot_product_attention``."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
+    given = dict(zip(names, args, strict=False)) | options
+    query, key, value = given["query"], given["key"], given["value"]
+    causal, has_bias = _read_mask(given.get("attn_mask"), query, key)
+    return AttentionInputs(
+        query,
+        key,
+        value,
+        given.get("scale") or query.shape[-1] ** -0.5,
+        given.get("is_causal", False) if causal is None else causal,
+        has_position_bias=has_bias,
+    )
+
+
+def _read_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[bool | None, bool]:
+    """Whether a mask (bool, or added to scores) is causal, and whether it carries a bias."""
+    if mask is None:
+        return None, False
+    is_additive = mask.is_floating_point()
+    visible = mask > torch.finfo(mask.dtype).min / 2 if is_additive else mask.bool()
+    shown = visible.expand(*visible.shape[:-2], query.shape[2], key.shape[2])
+    return not bool(shown.triu(1).any()), is_additive and bool(mask[visible].any())
+
+
+@contextmanager
+def _dispatched_to(probe: _AttentionProbe, model: Any) -> Iterator[None]:
+    """Run a model's attention through the probe, where the model can change its kernel."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def explicit_mask(*args: Any, **options: Any) -> Any:
+        # A mask that is left to the kernel's is_causal argument could not be read.
+        skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return sdpa_mask(*args, **{**options, **skips})
+
+    if not model._can_set_attn_implementation():
+        yield
+        return
+    chosen = model.config._attn_implementation
+    AttentionInterface.register(PROBE_KERNEL, probe.kernel)
+    AttentionMaskInterface.register(PROBE_KERNEL, explicit_mask)
+    model.set_attn_implementation(PROBE_KERNEL)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(chosen)
+        # The registry outlives the probe, and would hold the tensors that it has recorded.
+        AttentionInterface.register(PROBE_KERNEL, sdpa_attention_forward)

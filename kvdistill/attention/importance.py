@@ -2,12 +2,12 @@
 
     I[l, h, i] = mean over queries q of softmax_i( max over the query heads of h of q·k_i · scale )
 
-KaVa: Latent Reasoning via Compressed KV-Cache Distillation (arXiv 2510.02312): the queries are
-the answer's tokens, the softmax runs over the rationale's tokens only. Without segments the
+KaVa: Latent Reasoning via Compressed KV-Cache Distillation (arXiv 2510.02312): queries are the
+answer's tokens, and the softmax runs over the rationale's tokens alone. Without segments the
 queries are the last 8 tokens (R-KV: Redundancy-aware KV Cache Compression, arXiv 2505.24133).
-``scale`` is the model's own, and so is a soft cap on scores (Gemma 2). Only these few queries meet
-the keys, so the cost grows with the text's length and not with its square. Additive position biases
-(T5, ALiBi) are left out.
+``scale`` and a soft cap on scores (Gemma 2) are the model's own. Only these few queries are
+multiplied with the keys, so the cost is linear in the text's length. Additive position biases
+(T5, ALiBi) and sliding windows are not applied.
 """
 
 from __future__ import annotations
@@ -26,51 +26,49 @@ from kvdistill.store.manifest import RotarySpec
 from kvdistill.types import SEGMENT_IDS, SEGMENT_SPECIAL, SegmentName
 
 LAST_QUERIES: Final = 8
-
-
 CHUNK: Final = 64
 """Queries at a time: bounds the scores in memory to ``[B, H·G, 64, T]``."""
 
 
 @dataclass(frozen=True, eq=False)
-class Attended:
-    """Which tokens of a batch ask, and which are asked."""
+class QueriesAndKeys:
+    """Which tokens of a batch are queries, and which are keys."""
 
     query_idx_BQ: Tensor
     """Positions of the queries, long, padded with 0."""
     query_mask_BQ: Tensor
     key_mask_BT: Tensor
     key_span: slice
-    """The stretch of tokens outside of which no sample has a key."""
+    """The range of tokens that holds the keys of all samples."""
 
-    def to(self, device: torch.device) -> Attended:
+    def to(self, device: torch.device) -> QueriesAndKeys:
         """The same on another device."""
         query_idx, query_mask = self.query_idx_BQ.to(device), self.query_mask_BQ.to(device)
-        return Attended(query_idx, query_mask, self.key_mask_BT.to(device), self.key_span)
+        return QueriesAndKeys(query_idx, query_mask, self.key_mask_BT.to(device), self.key_span)
 
 
-def choose(segments: Sequence[NDArray[np.int8]]) -> Attended:
+def queries_and_keys(segments: Sequence[NDArray[np.int8]]) -> QueriesAndKeys:
     """Queries and keys of a right-padded batch, from every sample's segments ``[T]``."""
-    queries = [np.flatnonzero(_queries(segment)) for segment in segments]
-    longest_query = max(1, *(len(q) for q in queries))
-    longest = max(1, *(len(segment) for segment in segments))
-    query_idx = np.zeros((len(segments), longest_query), np.int64)
+    queries = [np.flatnonzero(_is_query(segment)) for segment in segments]
+    num_queries = max(1, *(len(q) for q in queries))
+    num_tokens = max(1, *(len(segment) for segment in segments))
+    query_idx = np.zeros((len(segments), num_queries), np.int64)
     query_mask = np.zeros(query_idx.shape, bool)
-    key_mask = np.zeros((len(segments), longest), bool)
+    key_mask = np.zeros((len(segments), num_tokens), bool)
     for row, (segment, query) in enumerate(zip(segments, queries, strict=True)):
         query_idx[row, : len(query)] = query
         query_mask[row, : len(query)] = True
-        key_mask[row, : len(segment)] = asked_tokens(segment)
-    asked = np.flatnonzero(key_mask.any(axis=0))
-    span = slice(int(asked[0]), int(asked[-1]) + 1) if asked.size else slice(0, 1)
-    queries_asking, asking = torch.from_numpy(query_idx), torch.from_numpy(query_mask)
-    return Attended(queries_asking, asking, torch.from_numpy(key_mask), span)
+        key_mask[row, : len(segment)] = segment_mask(segment)
+    columns = np.flatnonzero(key_mask.any(axis=0))
+    span = slice(int(columns[0]), int(columns[-1]) + 1) if columns.size else slice(0, 1)
+    masks = torch.from_numpy(query_mask), torch.from_numpy(key_mask)
+    return QueriesAndKeys(torch.from_numpy(query_idx), *masks, span)
 
 
 def importance(
     query_BHTD: Tensor,
     key_BHTD: Tensor,
-    attended: Attended,
+    chosen: QueriesAndKeys,
     scaling: float,
     rotary: RotarySpec | None,
     *,
@@ -81,9 +79,9 @@ def importance(
 
     Queries ``[B, H·G, T, D]`` and keys ``[B, H, T, D]`` are unrotated; they are rotated here, in
     float32, at their positions. Samples without a query or without a key get zeros. With
-    ``causal``, a query sees no later key. ``softcap`` c makes a score s into ``c·tanh(s/c)``.
+    ``causal``, a query attends to no later key. ``softcap`` c turns a score s into ``c·tanh(s/c)``.
     """
-    num_heads, idx_BQ, span = key_BHTD.shape[1], attended.query_idx_BQ, attended.key_span
+    num_heads, idx_BQ, span = key_BHTD.shape[1], chosen.query_idx_BQ, chosen.key_span
     picked = idx_BQ[:, None, :, None].expand(-1, query_BHTD.shape[1], -1, query_BHTD.shape[3])
     query = query_BHTD.gather(2, picked).float() * scaling
     key = key_BHTD[:, :, span].float()
@@ -97,16 +95,16 @@ def importance(
         scores = torch.einsum("bhgqd,bhtd->bhgqt", query[:, :, :, part], key).amax(dim=2)
         if softcap is not None:
             scores = softcap * (scores / softcap).tanh()
-        allowed = attended.key_mask_BT[:, None, span] & attended.query_mask_BQ[:, part, None]
+        visible = chosen.key_mask_BT[:, None, span] & chosen.query_mask_BQ[:, part, None]
         if causal:
-            allowed = allowed & (positions <= idx_BQ[:, part, None])
-        scores = scores.masked_fill(~allowed[:, None], float("-inf"))
+            visible = visible & (positions <= idx_BQ[:, part, None])
+        scores = scores.masked_fill(~visible[:, None], float("-inf"))
         received[:, :, span] += scores.softmax(dim=-1).nan_to_num(0.0).sum(dim=2)
-    asked = attended.query_mask_BQ.sum(dim=1).clamp_min(1)
-    return received / asked[:, None, None]
+    num_queries = chosen.query_mask_BQ.sum(dim=1).clamp_min(1)
+    return received / num_queries[:, None, None]
 
 
-def _queries(segment: NDArray[np.int8]) -> NDArray[np.bool]:
+def _is_query(segment: NDArray[np.int8]) -> NDArray[np.bool]:
     answer = np.equal(segment, SEGMENT_IDS["answer"])
     if answer.any():
         return answer
@@ -115,8 +113,8 @@ def _queries(segment: NDArray[np.int8]) -> NDArray[np.bool]:
     return last
 
 
-def asked_tokens(segment: NDArray[np.int8], name: SegmentName = "rationale") -> NDArray[np.bool]:
-    """Tokens of a segment, or without one every token of text that is not the answer: ``[T]``."""
+def segment_mask(segment: NDArray[np.int8], name: SegmentName = "rationale") -> NDArray[np.bool]:
+    """Tokens of a segment; without it, all tokens of text that are not the answer: ``[T]``."""
     named = np.equal(segment, SEGMENT_IDS[name])
     if named.any():
         return named

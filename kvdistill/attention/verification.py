@@ -1,15 +1,20 @@
-"""An adapter is believed only after it reproduces what the model's own attention is given.
+"""An adapter is used only after it reproduces what the model's own attention is given.
 
-A few tokens run through the model while a spy records the arguments of every attention product.
+A few tokens run through the model while the arguments of every attention product are recorded.
 The tapped Q and K, rotated by the model's frequencies in float32, and the tapped V must equal
-them. The same run tells what no config says uniformly: which layers rotate, whether channel
-pairs are halves or neighbours, and by how much scores are scaled.
+them. The same run measures what no config states uniformly: which layers rotate, whether channel
+pairs are halves or neighbours, how scores are scaled and soft-capped, and what a query may see.
+
+A teacher that no adapter fits is read from its own cache, un-rotated in float32. There the same
+tokens are read at two positions, ``p`` and ``p + SHIFT``: keys that are un-rotated correctly are
+equal at both. Where keys still differ although values do not, the rotation was not found, and the
+teacher is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,50 +22,111 @@ import torch
 from torch import Tensor
 
 from kvdistill.attention.adapters import QKV, Adapter, adapters_for, is_known, separate
-from kvdistill.attention.cache_reader import verify_cache
 from kvdistill.attention.geometry import VerifiedLayer
-from kvdistill.attention.hooks import Site, capture, sites
-from kvdistill.attention.probe import AttentionInputs, AttentionProbe, probing
-from kvdistill.attention.rotary import candidates, rotate
-from kvdistill.errors import TeacherError
+from kvdistill.attention.hooks import (
+    AttentionInputs,
+    OnLayer,
+    Site,
+    attention_probe,
+    capture,
+    find_sites,
+)
+from kvdistill.attention.rotary import rotary_candidates, rotate, unrotate
+from kvdistill.errors import AdapterError, TeacherError
 from kvdistill.store.manifest import RotarySpec
 from kvdistill.types import Stream
 
 TOLERANCE: Final = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""Largest difference, relative to the largest entry, that arithmetic alone explains."""
+"""Largest difference, relative to the largest entry, that rounding explains."""
 
 
-def verify_adapter(
-    model: Any,
-    sites: Sequence[Site],
-    rotations: Sequence[Sequence[RotarySpec]],
-    run: Callable[[], object],
-) -> list[VerifiedLayer]:
-    """Run ``run`` (one forward pass of one unpadded sequence) and compare at every site.
+PROBE_TOKENS: Final = 13
+"""Length of the verification run; prime, so that no other axis is mistaken for the token axis."""
+
+
+@dataclass(frozen=True, eq=False)
+class Verified:
+    """The adapter that fits a model, and what was measured with it."""
+
+    adapter: Adapter
+    sites: list[Site]
+    skipped: dict[int, str]
+    """Layers without attention, and why."""
+    layers: list[VerifiedLayer]
+
+
+def fit_adapter(name: str, model: Any, stream: Stream | None) -> Verified:
+    """Verify the adapters that may fit a teacher and return the first that does, else its cache.
 
     Raises:
-        TeacherError: a layer's tapped tensors are not what its attention is given.
+        TeacherError: none fits; the message is about the likeliest.
     """
+    try:
+        return first_fitting(model, adapters_for(model, stream))
+    except AdapterError as error:
+        if is_known(model) or model.config.is_encoder_decoder:
+            raise TeacherError(f"teacher {name!r}: {error}") from None
+    try:
+        layers, without = verify_cache(model, _probe_ids(model))
+    except AdapterError as error:
+        raise TeacherError(f"teacher {name!r}: {error}") from None
+    return Verified(CACHE, [], without, layers)
+
+
+def first_fitting(model: Any, adapters: Sequence[Adapter]) -> Verified:
+    """Verify adapters on a model in turn and return the first that fits.
+
+    Raises:
+        AdapterError: none fits; the message is about the first.
+    """
+    problems: list[str] = []
+    for adapter in adapters:
+        try:
+            sites, skipped = find_sites(model, adapter)
+            return Verified(adapter, sites, skipped, verify_adapter(model, sites))
+        except (AdapterError, RuntimeError) as error:
+            # RuntimeError: tensors of an unknown model type need not split as the adapter cuts.
+            problems.append(" ".join(str(error).split()))
+    raise AdapterError(problems[0] if problems else f"no adapter to try on {type(model).__name__}")
+
+
+def verify_adapter(model: Any, sites: Sequence[Site]) -> list[VerifiedLayer]:
+    """Run a few tokens through a model and compare taps and attention inputs at every site.
+
+    Raises:
+        AdapterError: a layer's tapped tensors are not what its attention is given.
+    """
+    rotations = rotary_candidates(model, max(site.layer_idx for site in sites) + 1)
     tapped: dict[int, QKV] = {}
-    spy = AttentionProbe()
-    with (
-        probing(sites, spy),
-        _visible_attention(model),
-        capture(sites, tapped.__setitem__),
-        spy,
-        torch.no_grad(),
-    ):
-        run()
+    with attention_probe(model, sites) as seen, capture(sites, tapped.__setitem__):
+        _run_probe(model)
     verified = []
     for site in sites:
-        if site.layer_idx not in spy.seen or site.layer_idx not in tapped:
-            raise TeacherError(
-                f"layer {site.layer_idx}: the attention of {type(site.attention).__name__} was "
-                "not seen; this model cannot be verified with attn_implementation sdpa or eager"
+        if site.layer_idx not in seen or site.layer_idx not in tapped:
+            raise AdapterError(
+                f"layer {site.layer_idx}: the attention product of {type(site.attention).__name__} "
+                "was not observed; it runs neither through transformers' AttentionInterface nor "
+                "through scaled_dot_product_attention or matmul"
             )
-        seen, taps = spy.seen[site.layer_idx], tapped[site.layer_idx]
-        verified.append(_compare_layer(site, taps, seen, rotations[site.layer_idx]))
+        compared = tapped[site.layer_idx], seen[site.layer_idx], rotations[site.layer_idx]
+        verified.append(_compare_layer(site, *compared))
     return verified
+
+
+@torch.no_grad()
+def _run_probe(model: Any) -> None:
+    """A pass over a few random tokens, through every stream of the model."""
+    inputs = {"input_ids": _probe_ids(model)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, :-2]
+    model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), use_cache=False)
+
+
+def _probe_ids(model: Any) -> Tensor:
+    vocab_size = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab_size, (1, PROBE_TOKENS), generator=generator)
+    return ids.to(model.get_input_embeddings().weight.device)
 
 
 def _compare_layer(
@@ -70,21 +136,21 @@ def _compare_layer(
     for spec in (*rotations, None):
         if spec is not None and spec.rotary_dim > taps.key.shape[-1]:
             continue
-        query, factor = _best_factor(_turned(taps.query, spec), seen.query)
+        query, factor = _scaled_like(_rotated(taps.query, spec), seen.query)
         error = max(
             _input_difference(query, seen.query),
-            _input_difference(_turned(taps.key, spec), seen.key),
+            _input_difference(_rotated(taps.key, spec), seen.key),
             _input_difference(taps.value.float(), seen.value),
         )
         options.append((error, factor, spec))
     error, factor, spec = min(options, key=lambda option: option[0])
     tolerance = TOLERANCE[taps.key.dtype]
     if not error <= tolerance:
-        raise TeacherError(
+        raise AdapterError(
             f"adapter {site.adapter.name!r} does not fit {type(site.attention).__name__}, layer "
-            f"{site.layer_idx}: its keys and values differ from the attention's own inputs by "
-            f"{error:.1e} (relative), where {tolerance:.0e} is rounding; this architecture needs "
-            "an adapter of its own (kvdistill/attention/adapters.py)"
+            f"{site.layer_idx}: tapped queries, keys or values differ from the attention's own "
+            f"inputs by {error:.1e} (relative), where rounding explains {tolerance:.0e}; this "
+            "architecture needs an adapter of its own (kvdistill/attention/adapters.py)"
         )
     _, num_heads, _, key_dim = taps.key.shape
     scaling = seen.scaling or getattr(site.attention, "scaling", key_dim**-0.5)
@@ -96,18 +162,21 @@ def _compare_layer(
         rotary=spec,
         scaling=factor * scaling,
         error=error,
-        softcap=getattr(site.attention, "attn_logit_softcapping", None),
+        causal=site.adapter.is_causal if seen.causal is None else seen.causal,
+        sliding_window=seen.sliding_window,
+        softcap=seen.softcap,
+        has_position_bias=seen.has_position_bias,
     )
 
 
-def _turned(x: Tensor, spec: RotarySpec | None) -> Tensor:
+def _rotated(x: Tensor, spec: RotarySpec | None) -> Tensor:
     if spec is None:
         return x.float()
     return rotate(x, torch.arange(x.shape[-2], device=x.device), spec)
 
 
-def _best_factor(query: Tensor, seen: Tensor) -> tuple[Tensor, float]:
-    """Some models scale queries before the product (OPT): find the factor, then apply it."""
+def _scaled_like(query: Tensor, seen: Tensor) -> tuple[Tensor, float]:
+    """Find and apply the factor on queries of models that scale before the product (OPT)."""
     if query.shape != seen.shape:
         return query, 1.0
     factor = float((query * seen.float()).sum() / (query * query).sum().clamp_min(1e-30))
@@ -124,86 +193,129 @@ def _input_difference(tapped: Tensor, seen: Tensor) -> float:
         tapped = tapped.repeat_interleave(repeats, dim=1)
         if tapped.shape != seen.shape:
             return float("inf")
-    seen = seen.float()
-    return float((tapped - seen).abs().max() / seen.abs().max().clamp_min(1e-30))
+    return _relative_difference(seen.float(), tapped)
 
 
-@contextmanager
-def _visible_attention(model: Any) -> Iterator[None]:
-    """Use a kernel that the spy can see, and go back to the chosen one afterwards.
-
-    ``sdpa`` also says by what scores are scaled; ``eager`` multiplies out of the spy's sight.
-    """
-    chosen = model.config._attn_implementation
-    if chosen == "sdpa" or not (model._supports_sdpa and model._can_set_attn_implementation()):
-        yield
-        return
-    model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(chosen)
+def _relative_difference(reference: Tensor, other: Tensor) -> float:
+    return float((reference - other).abs().max() / reference.abs().max().clamp_min(1e-30))
 
 
 CACHE: Final = Adapter("own cache, un-rotated", layers="", attention="", taps=(), cut=separate)
-"""Not an adapter but the absence of one: see ``cached.py``."""
+"""Stands for the absence of an adapter: keys and values come from the model's own cache."""
 
 
-PROBE_TOKENS: Final = 13
-"""Length of the verification run; prime, so that no axis is mistaken for the token axis."""
+SHIFT: Final = 7
 
 
-def fit_adapter(name: str, model: Any, stream: Stream | None) -> Verified:
-    """Verify the adapters that may fit a model, and take the first that does.
+CACHE_TOLERANCE: Final = 1e-4
+"""Relative to the largest entry; rotations at two positions differ by float32 rounding."""
+
+
+def forward_through_cache(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    layers: Sequence[VerifiedLayer],
+    on_layer: OnLayer,
+) -> Tensor:
+    """One pass over right-padded ``[B, T]`` with a cache, handed out layer by layer afterwards.
+
+    Returns the final hidden state. A cache holds no queries: ``on_layer`` receives the keys in
+    their place, so nothing that needs queries may be computed from this.
+    """
+    output, cache = _run_with_cache(model, input_ids, attention_mask, position=0)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    for layer in layers:
+        key, value = _cache_entry(cache, layer.layer_idx)
+        if layer.rotary is not None:
+            key = unrotate(key, positions.to(key.device), layer.rotary)
+        on_layer(layer.layer_idx, QKV(key, key, value))
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def verify_cache(model: Any, input_ids: Tensor) -> tuple[list[VerifiedLayer], dict[int, str]]:
+    """Find the rotation of every cached layer: ``(layers, {layer without keys: why})``.
 
     Raises:
-        TeacherError: none fits; says what was wrong with the likeliest.
+        AdapterError: the model is not in float32, has no cache or takes no positions, or none of
+            its rotary modules explains the cached keys.
     """
-    problems: list[str] = []
-    for adapter in adapters_for(name, model, stream):
-        try:
-            found, skipped = sites(model, adapter)
-            rotations = candidates(model, max(site.layer_idx for site in found) + 1)
-            layers = verify_adapter(model, found, rotations, lambda: _probe(model))
-        except (TeacherError, RuntimeError) as error:
-            # A stranger's tensors need not split as the adapter at hand would have them.
-            problems.append(" ".join(str(error).split()))
+    unfit = f"no adapter fits {type(model).__name__}, and"
+    if model.dtype != torch.float32:
+        raise AdapterError(
+            f"{unfit} its cache can be un-rotated in float32 only, not {model.dtype}; set the "
+            "teacher's dtype to float32"
+        )
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise AdapterError(
+            f"{unfit} it takes no position_ids, without which an un-rotated cache cannot be "
+            "verified"
+        )
+    mask = torch.ones_like(input_ids)
+    (_, here), (_, there) = (
+        _run_with_cache(model, input_ids, mask, position=p) for p in (0, SHIFT)
+    )
+    verified, skipped = [], {}
+    for layer_idx, rotations in enumerate(rotary_candidates(model, len(here.layers))):
+        if getattr(here.layers[layer_idx], "keys", None) is None:
+            skipped[layer_idx] = f"{type(here.layers[layer_idx]).__name__} holds no keys"
             continue
-        return Verified(adapter, found, skipped, layers)
-    if not is_known(model) and not model.config.is_encoder_decoder:
-        try:
-            cached, without = verify_cache(model, _probe_ids(model))
-        except TeacherError as error:
-            raise TeacherError(f"teacher {name!r}: {error}") from None
-        return Verified(CACHE, [], without, cached)
-    raise TeacherError(f"teacher {name!r}: {problems[0]}")
+        near, far = _cache_entry(here, layer_idx), _cache_entry(there, layer_idx)
+        layer = _cached_layer(layer_idx, near, far, rotations)
+        if layer is None:
+            raise AdapterError(
+                f"{unfit} the keys in its cache cannot be un-rotated: those of layer {layer_idx} "
+                "still depend on their position; this architecture needs an adapter of its own "
+                "(kvdistill/attention/adapters.py)"
+            )
+        verified.append(layer)
+    if not verified:
+        raise AdapterError(f"{unfit} its cache holds no keys")
+    return verified, skipped
 
 
-def _probe_ids(model: Any) -> torch.Tensor:
-    vocab_size = model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocab_size, (1, PROBE_TOKENS), generator=generator)
-    return ids.to(model.get_input_embeddings().weight.device)
+def _cached_layer(
+    layer_idx: int,
+    near: tuple[Tensor, Tensor],
+    far: tuple[Tensor, Tensor],
+    rotations: Sequence[RotarySpec],
+) -> VerifiedLayer | None:
+    """Keys and values of the same tokens ``SHIFT`` positions apart → how they are rotated."""
+    (key, value), (far_key, far_value) = near, far
+    positions = torch.arange(key.shape[2], device=key.device)
+    options: list[tuple[float, RotarySpec | None]] = [(_relative_difference(key, far_key), None)]
+    for spec in rotations:
+        if spec.rotary_dim <= key.shape[3]:
+            unrotated = unrotate(key, positions, spec), unrotate(far_key, positions + SHIFT, spec)
+            options.append((_relative_difference(*unrotated), spec))
+    error, rotary = min(options, key=lambda option: option[0])
+    # Absolute positions: keys and values depend on their position, and are stored as they are.
+    is_absolute = not rotations and _relative_difference(value, far_value) > CACHE_TOLERANCE
+    if error > CACHE_TOLERANCE and not is_absolute:
+        return None
+    shape = key.shape[1], key.shape[3], value.shape[3]
+    scaling = key.shape[3] ** -0.5
+    return VerifiedLayer(layer_idx, *shape, rotary, scaling=scaling, error=min(error, 1.0))
 
 
 @torch.inference_mode()
-def _probe(model: Any) -> None:
-    """A pass over a few random tokens, through every stream that the model has."""
-    inputs = {"input_ids": _probe_ids(model)}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = inputs["input_ids"][:, :-2]
-    model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), use_cache=False)
+def _run_with_cache(model: Any, input_ids: Tensor, mask: Tensor, position: int) -> tuple[Any, Any]:
+    from transformers import DynamicCache
+
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device) + position
+    # Without the model's config a cache keeps every token of sliding-window layers too.
+    cache = DynamicCache()
+    output = model(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=positions.expand_as(input_ids),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return output, cache
 
 
-@dataclass(frozen=True, eq=False)
-class Verified:
-    """The adapter that fits a model, and what was measured with it."""
-
-    adapter: Adapter
-    sites: list[Site]
-    skipped: dict[int, str]
-    layers: list[VerifiedLayer]
-
-
-# MERGED-DOC extract.fitting
-# Finding how a model is read: its family's adapter, any that fits, or its own cache.
+def _cache_entry(cache: Any, layer_idx: int) -> tuple[Tensor, Tensor]:
+    layer = cache.layers[layer_idx]
+    return layer.keys, layer.values

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from kvdistill.attention.geometry import HeadShape
-from kvdistill.attention.hooks import KVCapture
+from kvdistill.attention.kv_capture import KVCapture
 from kvdistill.config.distill import (
     OF_TEXT,
     AlignmentConfig,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kvdistill.attention.adapters import QKV
 from kvdistill.attention.geometry import VerifiedLayer
-from kvdistill.attention.importance import Attended, choose, importance
+from kvdistill.attention.importance import QueriesAndKeys, importance, queries_and_keys
 from kvdistill.errors import NonFiniteError
 from kvdistill.extract.batches import TeacherBatch
 from kvdistill.extract.slots import Slots, only_heads, slot_table, slots_of
@@ -51,7 +51,7 @@ class _Guides:
     """Which positions are stored: real tokens, or the slots that are filled."""
     last_idx_B: Tensor
     """The last of these."""
-    attended: Attended | None
+    attended: QueriesAndKeys | None
     slots: Slots | None
 
     @staticmethod
@@ -64,7 +64,7 @@ class _Guides:
             slots = slots_of(shard.manifest.eviction, segments, names, width)
             lengths, width = slots.count, shard.manifest.eviction.budget
         stored_mask = torch.arange(width) < lengths[:, None]
-        attended = choose(segments) if shard.manifest.has_importance else None
+        attended = queries_and_keys(segments) if shard.manifest.has_importance else None
         last_idx = (lengths - 1).clamp_min(0)
         return _Guides(text_mask(segments, batch), stored_mask, last_idx, attended, slots)
 
@@ -191,7 +191,7 @@ class BatchPacker:
             target = self._shard.arrays[name][place.row]
             self._scatter(codes.numpy(), target, self._shard.ptr[per])
 
-    def _importance(self, place: _Place, qkv: QKV, attended: Attended) -> Tensor:
+    def _importance(self, place: _Place, qkv: QKV, attended: QueriesAndKeys) -> Tensor:
         return importance(
             qkv.query,
             qkv.key,

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kvdistill.attention.hooks import Site
+from kvdistill.attention.hooks import Site, attached
 from kvdistill.types import SEGMENT_IDS, SEGMENT_SPECIAL
 
 
@@ -39,19 +39,13 @@ def layer_inputs_at(
     sites: Sequence[Site], positions_B: Tensor, out_LBE: list[Tensor]
 ) -> Iterator[None]:
     """While active, append ``[B, E]`` for every site: its layer's input at ``positions_B``."""
-    handles = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden_BTE = args[0] if args else kwargs["hidden_states"]
         out_LBE.append(take(hidden_BTE, positions_B))
 
-    try:
-        for site in sites:
-            handles.append(site.layer.register_forward_pre_hook(hook, with_kwargs=True))
+    with attached(site.layer.register_forward_pre_hook(hook, with_kwargs=True) for site in sites):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def take(hidden_BTE: Tensor, positions_B: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvdistill.attention.adapters import QKV
 from kvdistill.attention.eviction import Eviction, evict
-from kvdistill.attention.importance import asked_tokens
+from kvdistill.attention.importance import segment_mask
 from kvdistill.attention.rotary import rotate
 from kvdistill.store.manifest import RotarySpec
 from kvdistill.store.shard import TokenTable
@@ -92,7 +92,7 @@ def slots_of(
 
 def choosable(segment: NDArray[np.int8], spec: StoredEviction) -> NDArray[np.bool]:
     """The segment that is chosen from; without it, all text that is not the answer."""
-    return asked_tokens(segment, spec.segment)
+    return segment_mask(segment, spec.segment)
 
 
 def num_slots(segment: NDArray[np.int8], spec: StoredEviction) -> int:

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from kvdistill import provenance
 from kvdistill.attention.adapters import Adapter
-from kvdistill.attention.cache_reader import forward_through_cache
 from kvdistill.attention.geometry import VerifiedLayer
 from kvdistill.attention.hooks import OnLayer, Site, capture
-from kvdistill.attention.verification import CACHE, Verified, fit_adapter
+from kvdistill.attention.verification import CACHE, Verified, fit_adapter, forward_through_cache
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.extraction import ExtractionConfig, GenerateConfig, TeacherConfig
 from kvdistill.corpus.samples import Sample

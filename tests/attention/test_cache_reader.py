@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from kvdistill.attention import verification as fitting
-from kvdistill.attention.cache_reader import forward_through_cache
 from kvdistill.attention.hooks import capture
-from kvdistill.attention.verification import CACHE, fit_adapter
+from kvdistill.attention.verification import CACHE, fit_adapter, forward_through_cache
 from kvdistill.errors import TeacherError
 from kvdistill.pipelines.extract import extract
 from kvdistill.store.reader import KVStore
@@ -57,9 +56,10 @@ def test_equals_what_the_adapter_taps(name: str, monkeypatch: pytest.MonkeyPatch
 def test_a_rotation_that_is_not_found_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = stranger("llama", monkeypatch)
     monkeypatch.setattr(
-        "kvdistill.attention.cache_reader.candidates", lambda model, num_layers: [[]] * num_layers
+        "kvdistill.attention.verification.rotary_candidates",
+        lambda model, num_layers: [[]] * num_layers,
     )
-    with pytest.raises(TeacherError, match="layer 0 still knows its position"):
+    with pytest.raises(TeacherError, match="those of layer 0 still depend on their position"):
         fit_adapter("t", model, None)
 
 
@@ -67,10 +67,10 @@ def test_a_wrong_rotation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, known = stranger("llama", monkeypatch)
     wrong = known.layers[0].rotary.model_copy(update={"interleaved": True})
     monkeypatch.setattr(
-        "kvdistill.attention.cache_reader.candidates",
+        "kvdistill.attention.verification.rotary_candidates",
         lambda model, num_layers: [[wrong]] * num_layers,
     )
-    with pytest.raises(TeacherError, match="still knows its position"):
+    with pytest.raises(TeacherError, match="still depend on their position"):
         fit_adapter("t", model, None)
 
 

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvdistill.attention.eviction import evict, num_evicted
-from kvdistill.attention.rkv import rkv_original_score, rkv_score
+from kvdistill.attention.eviction import evict, num_evicted, rkv_original_score, rkv_score
 from kvdistill.errors import ConfigError, GeometryError
 
 METHODS = ["full", "right_crop", "uniform", "random", "importance", "rkv", "rkv_original"]

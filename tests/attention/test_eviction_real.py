@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvdistill.attention.eviction import evict
-from kvdistill.attention.rkv import rkv_original_score, rkv_score
+from kvdistill.attention.eviction import evict, rkv_original_score, rkv_score
 from kvdistill.attention.rotary import rotate_layers
 from kvdistill.config.load import parse_experiment
 from kvdistill.pipelines.extract import extract

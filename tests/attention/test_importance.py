@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvdistill.attention.importance import Attended, choose, importance
+from kvdistill.attention.importance import QueriesAndKeys, importance, queries_and_keys
 from kvdistill.attention.rotary import rotate, unrotate
 from kvdistill.store.manifest import RotarySpec
 
@@ -42,7 +42,7 @@ def naive(
 def test_equals_the_formula_in_a_padded_batch(causal: bool, groups: int) -> None:
     torch.manual_seed(0)
     query, key = torch.randn(3, 2 * groups, 12, 8), torch.randn(3, 2, 12, 8)
-    attended = choose([SEGMENTED, PLAIN, NO_RATIONALE])
+    attended = queries_and_keys([SEGMENTED, PLAIN, NO_RATIONALE])
     found = importance(query, key, attended, 0.4, ROTARY, causal=causal)
     expected = [([7, 8], [3, 4, 5, 6]), (list(range(4, 12)), list(range(12))), ([2], [0, 1])]
     for row, (queries, keys) in enumerate(expected):
@@ -53,7 +53,7 @@ def test_equals_the_formula_in_a_padded_batch(causal: bool, groups: int) -> None
 def test_a_soft_cap_bends_scores_before_the_softmax() -> None:
     torch.manual_seed(0)
     query, key = 9 * torch.randn(1, 4, 10, 8), torch.randn(1, 2, 10, 8)
-    asked = (choose([SEGMENTED]), 0.4, ROTARY)
+    asked = (queries_and_keys([SEGMENTED]), 0.4, ROTARY)
     plain = importance(query, key, *asked, causal=True)
     capped = importance(query, key, *asked, causal=True, softcap=2.0)
     turned, keys = rotate(query, torch.arange(10), ROTARY), rotate(key, torch.arange(10), ROTARY)
@@ -68,7 +68,7 @@ def test_many_queries_are_taken_in_chunks() -> None:
     torch.manual_seed(0)
     segment = np.array([2] * 40 + [3] * 150, np.int8)
     query, key = torch.randn(1, 2, 190, 8), torch.randn(1, 1, 190, 8)
-    found = importance(query, key, choose([segment]), 0.4, ROTARY, causal=True)
+    found = importance(query, key, queries_and_keys([segment]), 0.4, ROTARY, causal=True)
     own = naive(query[0], key[0], list(range(40, 190)), list(range(40)), scaling=0.4, causal=True)
     torch.testing.assert_close(found[0], own, rtol=1e-4, atol=1e-6)
 
@@ -76,20 +76,19 @@ def test_many_queries_are_taken_in_chunks() -> None:
 def test_sums_to_one_over_the_keys_and_is_zero_elsewhere() -> None:
     torch.manual_seed(0)
     found = importance(
-        torch.randn(1, 2, 10, 8), torch.randn(1, 2, 10, 8), choose([SEGMENTED]), 1.0, None,
-        causal=True,
-    )  # fmt: skip
+        *torch.randn(2, 1, 2, 10, 8), queries_and_keys([SEGMENTED]), 1.0, None, causal=True
+    )
     torch.testing.assert_close(found.sum(-1), torch.ones(1, 2))
     assert not found[..., [0, 1, 2, 7, 8, 9]].any()
 
 
 def test_samples_without_text_get_zeros() -> None:
-    attended = choose([np.array([-1], np.int8), np.zeros(0, np.int8)])
+    attended = queries_and_keys([np.array([-1], np.int8), np.zeros(0, np.int8)])
     found = importance(
         torch.randn(2, 2, 1, 8), torch.randn(2, 2, 1, 8), attended, 1.0, None, causal=True
     )
     assert not found.any()
-    assert isinstance(attended, Attended)
+    assert isinstance(attended, QueriesAndKeys)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

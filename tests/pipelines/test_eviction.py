@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvdistill.attention.eviction import evict
-from kvdistill.attention.importance import choose, importance
+from kvdistill.attention.importance import importance, queries_and_keys
 from kvdistill.attention.rotary import rotate
 from kvdistill.corpus.readers import load_corpus
 from kvdistill.distill.data.stream import Rank
@@ -89,7 +89,7 @@ def test_each_layer_and_head_ranks_by_what_the_teacher_computes(
         mask = torch.from_numpy(sample.segment == 2)[None]
         for layer, measured in zip(seen, teacher.layers, strict=True):
             query, key, _ = seen[layer]
-            asked = (choose([sample.segment]), measured.scaling, measured.rotary)
+            asked = (queries_and_keys([sample.segment]), measured.scaling, measured.rotary)
             received = importance(query, key, *asked, causal=True)
             turned = rotate(key, torch.arange(key.shape[2]), measured.rotary)
             wanted = evict(

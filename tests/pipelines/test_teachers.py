@@ -89,7 +89,7 @@ def test_a_decoder_stream_depends_on_what_its_encoder_reads(tmp_path: Path) -> N
 def test_an_encoder_decoder_needs_a_stream(tmp_path: Path) -> None:
     model_type, options = ENCODER_DECODERS["bart"]
     save_teacher(tmp_path / "t", model_type, **options, base={})
-    with pytest.raises(TeacherError, match=r"set teachers\.t\.stream to one of encoder, decoder"):
+    with pytest.raises(TeacherError, match=r"'t': .* set its `stream` to one of encoder, decoder"):
         extract(make(tmp_path, {}))
     with pytest.raises(TeacherError, match="does not apply to stream cross"):
         extract(make(tmp_path, {"stream": "cross"}, hidden_at_cue=True))

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 
 from kvdistill.attention.geometry import StudentGeometry
-from kvdistill.attention.hooks import KVCapture
+from kvdistill.attention.kv_capture import KVCapture
 from kvdistill.config.training import StudentConfig
 from kvdistill.distill.student.lora import adapt
 from kvdistill.errors import StudentError

@@ -20,8 +20,8 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import TrainingArguments
 
-from kvdistill.attention.geometry import HeadShape, student_geometry
-from kvdistill.attention.hooks import KVCapture
+from kvdistill.attention.geometry import HeadShape
+from kvdistill.attention.kv_capture import KVCapture, verify_student
 from kvdistill.config.distill import FusionConfig, ProjectionConfig
 from kvdistill.config.experiment import Experiment
 from kvdistill.corpus.samples import Sample
@@ -81,6 +81,7 @@ def assemble(
         config.tokenizer or str(config.model), config.trust_remote_code
     )
     student = build_student(config, tokenizer, experiment.seed)
+    verify_student(student)
     tasks = sorted({sample.task for sample in samples if sample.task is not None})
     task_ids = {task: number for number, task in enumerate(tasks, start=1)}
     collate = _collate_without_teachers(experiment, tokenizer, task_ids)
@@ -150,7 +151,7 @@ def _layer_map_of(
             )
         explicit = alignment.explicit_layers[name]
     layers = store.teacher(name).layers
-    num_layers = student_geometry(student).num_layers
+    num_layers = KVCapture(student).geometry.num_layers
     mapping = layer_map(alignment.layers, num_layers, layers, explicit=explicit)
     return mapping if experiment.latent is None else nearest_layers(mapping)
 

@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from kvdistill.attention.rotary import inverse_frequencies, rotate_layers, scale_frequencies
+from kvdistill.attention.rotary import rotate_layers, scale_frequencies
 from kvdistill.errors import ConfigError, GeometryError
+
+
+def inverse_frequencies(rotary_dim, base=10_000.0):
+    """``base^(−2i/d)`` for ``i = 0 … d/2 − 1`` (RoFormer, arXiv 2104.09864)."""
+    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
+    return (base**-exponent).float()
 
 
 def complex_rotation(x, position, inv_freq, interleaved):

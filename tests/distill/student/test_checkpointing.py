@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvdistill.attention.hooks import KVCapture
+from kvdistill.attention.kv_capture import KVCapture
 from kvdistill.distill.student.injection import InjectionGate, KVInjection
 from kvdistill.errors import StudentError
 from tests.distill.student.test_injection import STUDENTS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvdistill.attention.hooks import KVCapture
+from kvdistill.attention.kv_capture import KVCapture
 from tests.distill.student.test_checkpointing import build, step
 
 

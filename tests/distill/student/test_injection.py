@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvdistill.attention.hooks import KVCapture
+from kvdistill.attention.kv_capture import KVCapture
 from kvdistill.distill.fuse.router import Router
 from kvdistill.distill.fuse.weights import fuse, renormalise
 from kvdistill.distill.student.injection import InjectionGate, KVInjection, following

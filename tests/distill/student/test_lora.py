@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvdistill.attention.hooks import KVCapture
+from kvdistill.attention.kv_capture import KVCapture
 from kvdistill.config.training import LoraConfig, StudentConfig
 from kvdistill.distill.student.build import build_student, train_tokenizer
 from kvdistill.distill.student.lora import (

@@ -8,8 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvdistill.attention.geometry import student_geometry
-from kvdistill.attention.hooks import KVCapture
+from kvdistill.attention.kv_capture import KVCapture
 from kvdistill.config.training import StudentConfig
 from kvdistill.distill.student.build import build_student, train_tokenizer
 from kvdistill.errors import StudentError
@@ -36,9 +35,10 @@ def make(options: dict[str, Any]) -> Any:
 def test_values_equal_the_cache_and_keys_equal_it_before_rotation(options: dict[str, Any]) -> None:
     student = make(options).eval()
     ids = torch.randint(0, 300, (2, 7))
-    with KVCapture(student)() as found:
+    capture = KVCapture(student)
+    with capture() as found:
         cache = student(ids, use_cache=True).past_key_values
-    geometry = student_geometry(student)
+    geometry = capture.geometry
     assert len(found) == geometry.num_layers == len(cache.layers)
     for (_, key, value), layer in zip(found, cache.layers, strict=True):
         assert key.shape == (2, geometry.heads.num_heads, 7, geometry.heads.head_dim)

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from kvdistill.attention.hooks import KVCapture
+from kvdistill.attention.kv_capture import KVCapture
 from kvdistill.distill.student.injection import InjectionGate, KVInjection
 from kvdistill.distill.train.checkpoint import gathered, load_state
 from tests.distill.student.test_checkpointing import IDS, build

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from kvdistill.attention.eviction import Eviction, evict, num_evicted
-from kvdistill.attention.hooks import KVCapture
-from kvdistill.attention.rotary import rotate_layers
+from kvdistill.attention.kv_capture import KVCapture
+from kvdistill.attention.rotary import rotate
 from kvdistill.config.distill import LatentConfig
 from kvdistill.distill.align.layers import LayerMap
 from kvdistill.distill.data.collate import IGNORED_LABEL, Batch
@@ -98,22 +98,12 @@ class Rationales:
     def _rotated(self, key_BLHTD: Tensor, layers: Sequence[int]) -> Tensor:
         if not self.rotary:
             return key_BLHTD
-        position_BT = torch.arange(key_BLHTD.shape[3], device=key_BLHTD.device)[None]
-        turned = [
-            _turn(key_BLHTD[:, i : i + 1], position_BT, self.rotary[layer])
+        position_T = torch.arange(key_BLHTD.shape[3], device=key_BLHTD.device)
+        rotated = [
+            rotate(key_BLHTD[:, i], position_T, self.rotary[layer])
             for i, layer in enumerate(layers)
         ]
-        return torch.cat(turned, dim=1)
-
-
-def _turn(key_BLHTD: Tensor, position_BT: Tensor, spec: RotarySpec) -> Tensor:
-    return rotate_layers(
-        key_BLHTD,
-        position_BT,
-        torch.tensor(spec.inv_freq, device=key_BLHTD.device),
-        interleaved=spec.interleaved,
-        attention_scaling=spec.attention_scaling,
-    )
+        return torch.stack(rotated, dim=1).to(key_BLHTD.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from kvdistill.attention.hooks import KVCapture
+from kvdistill.attention.kv_capture import KVCapture
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.evaluate.answers import is_gradable
 from kvdistill.distill.evaluate.held_out import HeldOut, latent_exact_match

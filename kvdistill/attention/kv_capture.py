@@ -1,0 +1,220 @@
+"""The student's attention, read and rewritten while it trains.
+
+Taps are those of teachers, from the same table, and are verified on the student in hand when
+training starts. Gradients flow through what is captured. With activation checkpointing, a layer
+that the backward pass recomputes is recomputed as it was: what was rewritten in the forward pass
+is rewritten again, and nothing is captured twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kvdistill.attention.adapters import QKV, Adapter, adapters_for
+from kvdistill.attention.geometry import HeadShape, StudentGeometry
+from kvdistill.attention.hooks import Site, attached, capture, find_sites
+from kvdistill.attention.verification import Verified, first_fitting
+from kvdistill.errors import AdapterError, StudentError
+from kvdistill.types import KINDS, Kind
+
+Rewrite = Callable[[Tensor, int, Kind], Tensor]
+"""From own keys or values ``[B, H, T, D]``, layer and kind to what the student attends to."""
+
+
+def verify_student(student: Any) -> Verified:
+    """Verify on a few tokens that what is tapped is what the student's attention computes with.
+
+    Runs without dropout; the training mode of every module and all random states are restored.
+
+    Raises:
+        StudentError: no adapter fits, or its tapped tensors differ from the attention's inputs.
+    """
+    base = _base_model(student)
+    devices = {p.device.index for p in base.parameters() if p.device.type == "cuda"}
+    training = [module for module in student.modules() if module.training]
+    with torch.random.fork_rng(devices=devices):
+        student.eval()
+        try:
+            return first_fitting(base, _student_adapters(base))
+        except AdapterError as error:
+            raise _unreadable(student, error) from None
+        finally:
+            for module in training:
+                module.training = True
+
+
+def _student_adapters(base: Any) -> list[Adapter]:
+    """Candidate adapters: the model type's own, or every decoder's for an unknown one."""
+    decoders = [adapter for adapter in adapters_for(base) if adapter.kind == "decoder"]
+    if not decoders:
+        raise AdapterError("an encoder cannot be a student; choose a causal language model")
+    return decoders
+
+
+def _base_model(student: Any) -> Any:
+    return getattr(student, student.base_model_prefix, student)
+
+
+def _unreadable(student: Any, error: AdapterError) -> StudentError:
+    return StudentError(
+        f"keys and values of a student of type {student.config.model_type!r} cannot be read: "
+        f"{error}"
+    )
+
+
+class KVCapture:
+    """Captures and rewrites the unrotated keys and values of every layer while the student runs."""
+
+    def __init__(self, student: Any) -> None:
+        base = _base_model(student)
+        try:
+            self.adapter, self.sites, skipped = _locate(student, base)
+        except AdapterError as error:
+            raise _unreadable(student, error) from None
+        self.geometry = _geometry(student, self.sites, skipped)
+        self._student = student
+        self._rewrite: Rewrite | None = None
+        self.replaying = False
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """``torch.compile`` what a layer does outside of its attention, in place.
+
+        Hooks are attached and removed inside attention, and dynamo does not see hooks that were
+        not there when it traced; so no compiled module has any.
+        """
+        # The gradient share walks a graph twice; donated buffers would be freed by the first walk.
+        torch._functorch.config.donated_buffer = False
+        first, _, _ = self.adapter.attention.partition(".")
+        for site in self.sites:
+            for name, child in site.layer.named_children():
+                if name != first:
+                    child.compile(backend=backend, dynamic=True)
+
+    def checkpoint_activations(self) -> None:
+        """Let the backward pass recompute every layer instead of keeping its activations.
+
+        Raises:
+            StudentError: the architecture does not support it.
+        """
+        if not self._student.supports_gradient_checkpointing:
+            raise StudentError(
+                f"a student of type {self._student.config.model_type!r} does not support "
+                "training.gradient_checkpointing; switch it off"
+            )
+        self._student.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={
+                "use_reentrant": False,
+                "context_fn": lambda: (nullcontext(), _Replay(self, self._rewrite)),
+            }
+        )
+
+    @contextmanager
+    def __call__(self) -> Iterator[list[QKV]]:
+        """While inside, collect query, key and value, each ``[B, H, T, D]``, layer by layer."""
+        found: list[QKV] = []
+
+        def collect(layer_idx: int, qkv: QKV) -> None:
+            if not self.replaying:
+                found.append(qkv)
+
+        with capture(self.sites, collect):
+            yield found
+
+    @contextmanager
+    def rewriting(self, rewrite: Rewrite) -> Iterator[None]:
+        """While inside, the student attends to ``rewrite(own [B, H, T, D], layer, kind)``.
+
+        Keys are unrotated on both sides.
+        """
+        outer, self._rewrite = self._rewrite, rewrite
+        try:
+            with attached(self.rewriting_hooks(rewrite, replays=False)):
+                yield
+        finally:
+            self._rewrite = outer
+
+    def rewriting_hooks(self, rewrite: Rewrite, *, replays: bool) -> Iterator[RemovableHandle]:
+        """Attach hooks that rewrite in recomputed passes, or in all others."""
+        for site in self.sites:
+            # A single tap holds queries, keys and values; of three, the first holds queries.
+            kinds: list[Sequence[Kind]] = (
+                [KINDS] if len(site.taps) == 1 else [(kind,) for kind in KINDS]
+            )
+            for tap, held in zip(site.taps[-len(kinds) :], kinds, strict=True):
+                yield tap.register_forward_hook(self._rewriter(site, held, rewrite, replays))
+
+    def _rewriter(
+        self, site: Site, kinds: Sequence[Kind], rewrite: Rewrite, replays: bool
+    ) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            if self.replaying != replays:
+                return output
+            rewritten = output.clone()
+            views = site.adapter.cut((rewritten,) * len(site.taps), site.heads)
+            own = site.adapter.cut((output,) * len(site.taps), site.heads)
+            for kind in kinds:
+                getattr(views, kind).copy_(rewrite(getattr(own, kind), site.layer_idx, kind))
+            return rewritten
+
+        return hook
+
+
+class _Replay:
+    """Context of a layer that a backward pass recomputes, with the rewriting of its forward pass.
+
+    A class rather than a generator: a graph that is kept is walked again and re-enters it.
+    """
+
+    def __init__(self, capture: KVCapture, rewrite: Rewrite | None) -> None:
+        self._capture, self._rewrite = capture, rewrite
+        self._hooks: AbstractContextManager[None] = nullcontext()
+
+    def __enter__(self) -> None:
+        self._capture.replaying = True
+        if self._rewrite is not None:
+            self._hooks = attached(self._capture.rewriting_hooks(self._rewrite, replays=True))
+        self._hooks.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+        self._capture.replaying = False
+
+
+def _locate(student: Any, base: Any) -> tuple[Adapter, list[Site], dict[int, str]]:
+    """The adapter of a student; for an unknown model type the one that its weights verify."""
+    adapters = _student_adapters(base)
+    is_shell = any(parameter.is_meta for parameter in base.parameters())
+    if len(adapters) > 1 and not is_shell:
+        verified = verify_student(student)
+        return verified.adapter, verified.sites, verified.skipped
+    problems: list[AdapterError] = []
+    for adapter in adapters:
+        try:
+            return adapter, *find_sites(base, adapter)
+        except AdapterError as error:
+            problems.append(error)
+    raise problems[0]
+
+
+def _geometry(student: Any, sites: list[Site], skipped: dict[int, str]) -> StudentGeometry:
+    kind = student.config.model_type
+    if skipped:
+        raise StudentError(
+            f"a student of type {kind!r} needs keys and values in every layer, but layers "
+            f"{sorted(skipped)} have none ({next(iter(skipped.values()))}); choose another student"
+        )
+    heads, *others = {site.heads for site in sites}
+    if others or heads.num_query % heads.num_key_value:
+        raise StudentError(
+            f"a student of type {kind!r} needs the same heads in every layer, and query heads that "
+            "are a multiple of key/value heads; got (query, key/value, dim) "
+            f"{', '.join(str(tuple(found)) for found in (heads, *others))}"
+        )
+    hidden_size = student.config.get_text_config().hidden_size
+    return StudentGeometry(len(sites), HeadShape(*heads[1:]), hidden_size)
