@@ -1,4 +1,4 @@
-"""The student, the projectors and the losses as one module: ``forward(batch) → losses``.
+"""Student, projectors and losses as one module: ``forward(batch) → losses``.
 
     codes → decode → standardise → place (layers, tokens) → project → fuse → errors
 
@@ -6,7 +6,7 @@ Where the target comes from, and what may move it (``docs/projection.md``):
 
 ``student_to_teacher``  the student's KV is regressed onto each teacher's standardised KV; the
                         teachers' errors are mixed by the fusion weights. Nothing moves the target
-``frozen``              a fixed projector brings teachers into the student's space, where they are
+``frozen``              a fixed projector maps teachers into the student's space, where they are
                         fused. Nothing moves the target
 ``task``                the projector learns from ``inject`` alone; the K/V loss sees its output
                         detached
@@ -16,7 +16,9 @@ Where the target comes from, and what may move it (``docs/projection.md``):
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,42 +26,51 @@ from torch import Tensor, nn
 
 from kvdistill.attention.geometry import HeadShape
 from kvdistill.attention.kv_capture import KVCapture
-from kvdistill.config.distill import (
-    OF_TEXT,
-    AlignmentConfig,
-    FusionConfig,
-    LossConfig,
-    ProjectionConfig,
-)
-from kvdistill.distill.align.band import Band
+from kvdistill.config.distill import AlignmentConfig, FusionConfig, LossConfig, ProjectionConfig
+from kvdistill.distill.align.band import band_of
 from kvdistill.distill.data.collate import Batch
 from kvdistill.distill.fuse.fusion_weights import FusionWeights
 from kvdistill.distill.fuse.weights import entropy, fuse, mean_weights, renormalise
-from kvdistill.distill.kv_losses import (
-    Rows,
-    fused_errors,
-    merge_kinds,
-    regression_sums,
-    rows_of,
-    teacher_errors,
-)
+from kvdistill.distill.kv_losses import fused_errors, teacher_errors
 from kvdistill.distill.losses.absorption import target_variance
 from kvdistill.distill.losses.attention_maps import AttentionMaps
-from kvdistill.distill.losses.cross_entropy import cross_entropy, num_covered, num_predicted
-from kvdistill.distill.losses.weighting import reduce_tokens
+from kvdistill.distill.losses.pointwise import cross_entropy, num_predicted
+from kvdistill.distill.losses.regression import regression_error
+from kvdistill.distill.losses.weighting import num_covered, reduce_tokens, weighted_sum
 from kvdistill.distill.project.projections import SpaceAdapter
 from kvdistill.distill.student.injection import InjectionGate, KVInjection
-from kvdistill.distill.student.outputs import StudentView
-from kvdistill.distill.targets import TeacherHead, TeacherSpace
+from kvdistill.distill.targets import TargetOf, TeacherHead, TeacherSpace
 from kvdistill.errors import ConfigError
 from kvdistill.types import KINDS, Kind
 
 Counts = Mapping[str, Tensor]
 """Tokens that losses are divided by, over all micro-batches and ranks of a step."""
 
+Targets = Mapping[Kind, list[list[Tensor]]]
+"""Per kind, teacher and group: the standardised target ``[B, L, H_t, T, D_t]``."""
+
+LayerwiseTargets = dict[Kind, list[Sequence[TargetOf]]]
+"""Per kind, teacher and group: the target by row of the group's student layers."""
+
+
+@dataclass(frozen=True, eq=False)
+class StudentOutput:
+    """One forward pass of the student; keys and queries are not rotated."""
+
+    logits: Tensor
+    query_BLQTD: Tensor
+    key_BLHTD: Tensor
+    value_BLHTD: Tensor
+    hidden: Tensor | None
+    """Last hidden state ``[B, T, E]``, where a router needs it."""
+
+    def kind(self, kind: Kind) -> Tensor:
+        """Keys or values ``[B, L, H, T, D]``."""
+        return self.key_BLHTD if kind == "key" else self.value_BLHTD
+
 
 class Distiller(nn.Module):
-    """Student, projectors and losses. The student alone is what gets saved as a model."""
+    """Student, projectors and losses. Only the student is saved as a model."""
 
     weigh: FusionWeights
     gate: InjectionGate | None
@@ -104,21 +115,20 @@ class Distiller(nn.Module):
             for kind in KINDS:
                 self.space[kind] = SpaceAdapter(geometry.num_layers, geometry.heads, shape)
         if losses.inject:
-            _refuse_blind_injection(teachers)
-            residual = losses.inject_style == "residual"
+            _refuse_injection_of_encoders(teachers)
             self.gate = None
-            if residual:
+            if losses.inject_style == "residual":
                 self.gate = InjectionGate(geometry.num_layers, losses.inject_gate_init)
         if losses.attention_kl:
             self.attention_maps = AttentionMaps(student, alignment)
 
     def capture_of(self, student: Any) -> KVCapture:
-        """What reads the student's keys and values."""
+        """Captures the student's queries, keys and values."""
         return KVCapture(student)
 
     @property
     def projects(self) -> bool:
-        """Whether teachers are brought into the student's (or the shared) space."""
+        """Whether teachers are mapped into the student's (or the shared) space."""
         return not self.regresses or self.losses.inject > 0
 
     @property
@@ -127,7 +137,7 @@ class Distiller(nn.Module):
         return self.projection.mode == "student_to_teacher"
 
     @property
-    def needs_whole(self) -> bool:
+    def needs_all_layers(self) -> bool:
         """Whether a step needs the targets of all layers at once."""
         return self.projects or self.losses.cosine > 0 or self.losses.relation > 0
 
@@ -139,7 +149,7 @@ class Distiller(nn.Module):
         Args:
             batch: as ``Collate`` makes it, on the student's device.
             counts: ``num_labels``, ``num_covered``, ``num_injected``; this batch's if None.
-            figures: also give what tells whether the target moves.
+            figures: also return what shows whether the target moves.
 
         Returns:
             ``loss``, the weighted sum; ``parts``, each loss by name before weighting; ``kv``, the
@@ -147,27 +157,18 @@ class Distiller(nn.Module):
             mean weights ``alpha [N]`` and the target's variance.
         """
         counts = counts or {}
-        view = self.view(batch)
-        parts = self.text_parts(batch, view, counts)
+        output = self.run_student(batch)
+        parts = self.text_losses(batch, output, counts)
         shown: dict[str, Tensor] = {}
         if self.teachers:
-            more, shown = self._teacher_parts(batch, view, counts, figures=figures)
+            more, shown = self._teacher_losses(batch, output, counts, figures=figures)
             parts |= more
-        weight = self.losses.weights()
-        of_teachers = [name for name in parts if name not in (*OF_TEXT, "inject")]
-        weight |= {name: self.kv_scale * weight[name] for name in of_teachers}
-        weighted = {name: weight[name] * value for name, value in parts.items()}
-        kv = [weighted[name] for name in of_teachers] or [torch.zeros_like(parts["cross_entropy"])]
-        return {
-            "loss": torch.stack(list(weighted.values())).sum(),
-            "kv": torch.stack(kv).sum(),
-            "parts": parts,
-            "figures": shown,
-        }
+        loss, kv = weighted_sum(parts, self.losses, self.kv_scale)
+        return {"loss": loss, "kv": kv, "parts": parts, "figures": shown}
 
     @staticmethod
     def count(batch: Batch) -> dict[str, Tensor]:
-        """What the losses of a batch are divided by: the numbers that ``forward`` is given."""
+        """What the losses of a batch are divided by: the ``counts`` of ``forward``."""
         labels, injected = (num_predicted(batch[name]) for name in ("labels", "inject_labels"))
         return {
             "num_labels": labels,
@@ -175,12 +176,7 @@ class Distiller(nn.Module):
             "num_injected": injected,
         }
 
-    def text_parts(self, batch: Batch, view: StudentView, counts: Counts) -> dict[str, Tensor]:
-        """Losses that need no teacher."""
-        loss = cross_entropy(view.logits, batch["labels"], counts.get("num_labels"))
-        return {"cross_entropy": loss}
-
-    def view(self, batch: Batch) -> StudentView:
+    def run_student(self, batch: Batch) -> StudentOutput:
         """One forward pass of the student: logits, unrotated Q, K and V, last hidden state."""
         needs_hidden = bool(self.teachers) and self.weigh.needs_hidden
         with self.capture() as captured:
@@ -192,116 +188,33 @@ class Distiller(nn.Module):
             )
         query, key, value = (torch.stack(layers, dim=1) for layers in zip(*captured, strict=True))
         hidden = output.hidden_states[-1] if needs_hidden else None
-        return StudentView(output.logits, query, key, value, hidden)
+        return StudentOutput(output.logits, query, key, value, hidden)
 
-    def targets(self, teachers: Batch) -> dict[Kind, list[list[Tensor]]]:
-        """Per kind, teacher and group: the standardised target ``[B, L, H_t, T, D_t]``."""
-        return {
-            kind: [
-                self.head(teacher.name, kind).targets(
-                    teachers[teacher.name][kind], band_of(teachers[teacher.name])
-                )
-                for teacher in self.teachers
-            ]
-            for kind in KINDS
-        }
+    def text_losses(self, batch: Batch, output: StudentOutput, counts: Counts) -> dict[str, Tensor]:
+        """Losses that need no teacher."""
+        loss = cross_entropy(output.logits, batch["labels"], counts.get("num_labels"))
+        return {"cross_entropy": loss}
 
-    def head(self, name: str, kind: Kind) -> TeacherHead:
-        """The maps of one teacher and kind."""
-        heads: Any = self.heads[_module_name(name)]
-        head: TeacherHead = heads[kind]
-        return head
-
-    def projected(self, targets: Mapping[Kind, list[list[Tensor]]]) -> dict[Kind, list[Tensor]]:
-        """Every teacher as ``[B, L_s, H, T, D]`` in the student's or shared space, by kind."""
-        return {
-            kind: [
-                self.head(teacher.name, kind).projected(target)
-                for teacher, target in zip(self.teachers, targets[kind], strict=True)
-            ]
-            for kind in KINDS
-        }
-
-    def rows(self, teachers: Batch) -> Rows:
-        """``targets`` of each layer when it is asked for, so that they never all exist."""
-        return {
-            kind: [
-                self.head(space.name, kind).layers(
-                    teachers[space.name][kind], band_of(teachers[space.name])
-                )
-                for space in self.teachers
-            ]
-            for kind in KINDS
-        }
-
-    def kv_maps(
-        self,
-        view: StudentView,
-        targets: Mapping[Kind, list[list[Tensor]]],
-        projected: Mapping[Kind, list[Tensor]],
-        alpha: Tensor,
-        covered_BT: Tensor,
-    ) -> dict[str, Tensor]:
-        """K/V errors per token ``[B, T]`` by name; a regression's own is summed elsewhere."""
-        if self.regresses:
-            maps: dict[str, Tensor] = {}
-            for kind in KINDS if self.losses.cosine or self.losses.relation else ():
-                heads = [self.head(teacher.name, kind) for teacher in self.teachers]
-                errors = teacher_errors(view.kind(kind), heads, targets[kind], alpha, self.losses)
-                maps |= errors if kind == "key" else merge_kinds(maps, errors)
-        else:
-            fused = {kind: fuse(alpha, teachers) for kind, teachers in projected.items()}
-            moving = self.projection.mode == "joint"
-            target = {k: x if moving else x.detach() for k, x in fused.items()}
-            ours = {kind: self._in_target_space(view.kind(kind), kind) for kind in KINDS}
-            maps = fused_errors(ours, target, covered_BT, self.losses)
-            if self.losses.attention_kl:
-                maps["attention_kl"] = self.attention_maps(view, target["key"], covered_BT)
-            if self.losses.round_trip:
-                maps["round_trip"] = self._round_trip(view, targets, alpha)
-        return maps
-
-    def pairs(
-        self,
-        view: StudentView,
-        kind: Kind,
-        targets: Mapping[Kind, list[list[Tensor]]],
-        alpha: Tensor,
-    ) -> list[tuple[list[int], Tensor, Tensor, Tensor]]:
-        """What is compared for one kind: student layers, weight ``[B, L, T]``, ours, target."""
-        num_layers = self.capture.geometry.num_layers
-        wide = alpha.expand(-1, -1, num_layers, -1)
-        if self.projection.mode != "student_to_teacher":
-            ours = self._in_target_space(view.kind(kind), kind)
-            target = fuse(alpha, self.projected(targets)[kind])
-            return [(list(range(num_layers)), wide.sum(0), ours, target)]
-        found = []
-        for i, teacher in enumerate(self.teachers):
-            head = self.head(teacher.name, kind)
-            guesses = head.guesses(view.kind(kind))
-            for group, guess, target in zip(head.groups, guesses, targets[kind][i], strict=True):
-                layers = list(group.student_layers)
-                found.append((layers, wide[i][:, layers], guess, target))
-        return found
-
-    def _teacher_parts(
-        self, batch: Batch, view: StudentView, counts: Counts, *, figures: bool
+    def _teacher_losses(
+        self, batch: Batch, output: StudentOutput, counts: Counts, *, figures: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        alpha, covered_NBT = self.weigh(batch, view.hidden)
+        """Losses against teachers by name, and the figures if asked for."""
+        alpha, covered_NBT = self.weigh(batch, output.hidden)
         covered_BT = covered_NBT.any(0)
-        targets = self.targets(batch["teachers"]) if figures or self.needs_whole else {}
-        # A router with a task to learn from must not be drawn to what is easy to imitate.
+        targets = self.targets(batch["teachers"]) if figures or self.needs_all_layers else {}
+        # A router that learns from the task must not be drawn to what is easy to imitate.
         kv_alpha = alpha.detach() if self.losses.inject else alpha
         projected = self.projected(targets) if self.projects else {}
         weights = self.losses.weights()
         covered = counts.get("num_covered", covered_BT.sum())
         parts = {}
         if self.regresses:
-            rows = rows_of(targets) if targets else self.rows(batch["teachers"])
-            heads = {kind: [self.head(t.name, kind) for t in self.teachers] for kind in KINDS}
-            sums = regression_sums(view, heads, rows, kv_alpha, self.losses)
+            rows = layerwise_targets(targets) if targets else self.targets_by_layer(
+                batch["teachers"]
+            )
+            sums = self.regression_sums(output, rows, kv_alpha)
             parts = {name: total / covered.clamp_min(1) for name, total in sums.items()}
-        maps = self.kv_maps(view, targets, projected, kv_alpha, covered_BT)
+        maps = self.kv_errors(output, targets, projected, kv_alpha, covered_BT)
         if self.losses.entropy:
             sign = 1.0 if self.fusion.entropy == "specialized" else -1.0
             maps["entropy"] = sign * entropy(alpha).expand_as(covered_BT)
@@ -316,6 +229,110 @@ class Distiller(nn.Module):
             return parts, {}
         variance = self._variance(targets, projected, kv_alpha, covered_BT)
         return parts, {"alpha": mean_weights(alpha), "target_variance": variance}
+
+    def head(self, name: str, kind: Kind) -> TeacherHead:
+        """The maps of one teacher and kind."""
+        heads: Any = self.heads[_module_name(name)]
+        head: TeacherHead = heads[kind]
+        return head
+
+    def heads_of(self, kind: Kind) -> list[TeacherHead]:
+        """The maps of one kind, in the order of ``teachers``."""
+        return [self.head(teacher.name, kind) for teacher in self.teachers]
+
+    def targets(self, teachers: Batch) -> Targets:
+        """The targets of all layers at once."""
+        return {
+            kind: [
+                head.targets(teachers[space.name][kind], band_of(teachers[space.name]))
+                for space, head in zip(self.teachers, self.heads_of(kind), strict=True)
+            ]
+            for kind in KINDS
+        }
+
+    def targets_by_layer(self, teachers: Batch) -> LayerwiseTargets:
+        """``targets``, each layer made on demand so that they never all exist."""
+        return {
+            kind: [
+                head.layers(teachers[space.name][kind], band_of(teachers[space.name]))
+                for space, head in zip(self.teachers, self.heads_of(kind), strict=True)
+            ]
+            for kind in KINDS
+        }
+
+    def projected(self, targets: Targets) -> dict[Kind, list[Tensor]]:
+        """Every teacher as ``[B, L_s, H, T, D]`` in the student's or shared space, by kind."""
+        return {
+            kind: [
+                head.projected(target)
+                for head, target in zip(self.heads_of(kind), targets[kind], strict=True)
+            ]
+            for kind in KINDS
+        }
+
+    def regression_sums(
+        self, output: StudentOutput, rows: LayerwiseTargets, alpha_NBLT: Tensor
+    ) -> dict[str, Tensor]:
+        """In mode ``student_to_teacher``: errors of keys and of values, summed over tokens."""
+        sums: dict[str, Tensor] = {}
+        for kind in KINDS:
+            if self.losses.weights()[kind]:
+                teachers = zip(self.heads_of(kind), rows[kind], alpha_NBLT, strict=True)
+                regressions = [
+                    one for head, targets, alpha in teachers for one in head.regressions(targets, alpha)
+                ]
+                sums[kind] = regression_error(output.kind(kind), regressions, self.losses.distance)
+        return sums
+
+    def kv_errors(
+        self,
+        output: StudentOutput,
+        targets: Targets,
+        projected: Mapping[Kind, list[Tensor]],
+        alpha: Tensor,
+        covered_BT: Tensor,
+    ) -> dict[str, Tensor]:
+        """K/V errors per token ``[B, T]`` by name, all but those of ``regression_sums``."""
+        if self.regresses:
+            if not (self.losses.cosine or self.losses.relation):
+                return {}
+            keys, values = (
+                teacher_errors(
+                    output.kind(kind), self.heads_of(kind), targets[kind], alpha, self.losses
+                )
+                for kind in KINDS
+            )
+            return {name: (keys[name] + values[name]) / len(KINDS) for name in keys}
+        fused = {kind: fuse(alpha, teachers) for kind, teachers in projected.items()}
+        if self.projection.mode != "joint":
+            fused = {kind: target.detach() for kind, target in fused.items()}
+        ours = {kind: self._in_target_space(output.kind(kind), kind) for kind in KINDS}
+        maps = fused_errors(ours, fused, covered_BT, self.losses)
+        if self.losses.attention_kl:
+            maps["attention_kl"] = self.attention_maps(
+                output.query_BLQTD, output.key_BLHTD, fused["key"], covered_BT
+            )
+        if self.losses.round_trip:
+            maps["round_trip"] = self._round_trip(output, targets, alpha)
+        return maps
+
+    def comparisons(
+        self, output: StudentOutput, kind: Kind, targets: Targets, alpha: Tensor
+    ) -> list[tuple[list[int], Tensor, Tensor, Tensor]]:
+        """What is compared for one kind: student layers, weight ``[B, L, T]``, ours, target."""
+        num_layers = self.capture.geometry.num_layers
+        wide = alpha.expand(-1, -1, num_layers, -1)
+        if not self.regresses:
+            ours = self._in_target_space(output.kind(kind), kind)
+            target = fuse(alpha, self.projected(targets)[kind])
+            return [(list(range(num_layers)), wide.sum(0), ours, target)]
+        found = []
+        for i, head in enumerate(self.heads_of(kind)):
+            predictions = head.predictions(output.kind(kind))
+            for group, ours, target in zip(head.groups, predictions, targets[kind][i], strict=True):
+                layers = list(group.student_layers)
+                found.append((layers, wide[i][:, layers], ours, target))
+        return found
 
     def _inject(
         self,
@@ -351,15 +368,13 @@ class Distiller(nn.Module):
     def _space(self, kind: Kind) -> Any:
         return self.space[kind]
 
-    def _round_trip(
-        self, view: StudentView, targets: Mapping[Kind, list[list[Tensor]]], alpha: Tensor
-    ) -> Tensor:
-        """What every model loses on its way into the shared space and back: ``[B, T]``."""
-        lost = [self._space(kind).round_trip_error(view.kind(kind).detach()) for kind in KINDS]
+    def _round_trip(self, output: StudentOutput, targets: Targets, alpha: Tensor) -> Tensor:
+        """Error of every model after the way into the shared space and back: ``[B, T]``."""
+        lost = [self._space(kind).round_trip_error(output.kind(kind).detach()) for kind in KINDS]
         weight_NBT = alpha.detach().mean(2)
         for kind in KINDS:
-            for i, teacher in enumerate(self.teachers):
-                adapters: Any = self.head(teacher.name, kind).project
+            for i, head in enumerate(self.heads_of(kind)):
+                adapters: Any = head.project
                 errors = [
                     a.round_trip_error(x) for a, x in zip(adapters, targets[kind][i], strict=True)
                 ]
@@ -369,33 +384,36 @@ class Distiller(nn.Module):
     @torch.no_grad()
     def _variance(
         self,
-        targets: Mapping[Kind, list[list[Tensor]]],
+        targets: Targets,
         projected: Mapping[Kind, list[Tensor]],
         alpha: Tensor,
         covered_BT: Tensor,
     ) -> Tensor:
         """Variance of what the student is compared with; it falls when the target collapses."""
-        if self.projection.mode == "student_to_teacher":
+        if self.regresses:
             found = [x for kind in KINDS for groups in targets[kind] for x in groups]
         else:
             found = [fuse(alpha, teachers) for teachers in projected.values()]
         return torch.stack([target_variance(x, covered_BT) for x in found]).mean()
 
 
-def _refuse_blind_injection(teachers: list[TeacherSpace]) -> None:
+def layerwise_targets(targets: Targets) -> LayerwiseTargets:
+    """Targets of all layers, by row."""
+    return {
+        kind: [[partial(torch.select, x, 1) for x in groups] for groups in teachers]
+        for kind, teachers in targets.items()
+    }
+
+
+def _refuse_injection_of_encoders(teachers: list[TeacherSpace]) -> None:
     if not any(teacher.causal for teacher in teachers):
         raise ConfigError(
-            f"losses.inject: all teachers ({', '.join(t.name for t in teachers)}) read in both "
-            "directions, so their KV at the prompt has read what follows; add a decoder, or set "
+            f"losses.inject: the teachers ({', '.join(t.name for t in teachers)}) attend in both "
+            "directions, so their KV at the prompt depends on what follows; add a decoder, or set "
             "losses.inject to 0"
         )
 
 
-def band_of(teacher: Batch) -> Band:
-    """The alignment that a teacher's part of a batch carries."""
-    return Band(teacher["start"], teacher["weight"], teacher["covered"])
-
-
 def _module_name(teacher: str) -> str:
-    """A teacher's name may hold dots, a module's name may not."""
+    """A module's name must not contain dots; a teacher's may."""
     return teacher.replace(".", "·")

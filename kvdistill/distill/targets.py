@@ -1,7 +1,14 @@
-"""What training needs to know of a teacher, read from its store and from nowhere else.
+"""Targets from stored codes: decoded, standardised, and placed on the student's layers and tokens.
 
-A teacher whose layers differ in heads or dims is stored in groups of equal geometry; each group
-serves the student layers that map to it. Most teachers have one group that serves them all.
+``TeacherSpace`` is what training needs to know of a teacher, read from its store: shapes, layer
+maps, statistics. ``TeacherHead`` holds, per teacher and kind, the way from codes to targets and the
+learned maps between both spaces.
+
+A teacher whose layers differ in heads or dims is stored in groups of equal geometry. Each group
+serves the student layers that map to it; most teachers have one group that serves them all.
+
+Targets are made one layer at a time. All layers at once would be several float32 copies of
+everything that a teacher has in a batch; one layer's copies fit the processor's cache.
 """
 
 from __future__ import annotations
@@ -11,29 +18,41 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvdistill.attention.eviction import Eviction
 from kvdistill.attention.geometry import HeadShape
 from kvdistill.config.distill import FusionConfig, ProjectionConfig
-from kvdistill.distill.align.band import Bags, Band, bags_of
+from kvdistill.distill.align.band import Band
 from kvdistill.distill.align.layers import LayerMap, by_group
 from kvdistill.distill.losses.regression import Regression
-from kvdistill.distill.project.projections import (
-    BottleneckProjection,
-    FullProjection,
-    LinearProjection,
-    SpaceAdapter,
-    StudentToTeacher,
-)
-from kvdistill.distill.project.standardise import Standardise, TargetStatistics
+from kvdistill.distill.project.projections import StudentToTeacher, make_projection
 from kvdistill.errors import ConfigError
 from kvdistill.store.codecs import CODECS
 from kvdistill.store.format import group_prefix
 from kvdistill.store.manifest import TeacherManifest
 from kvdistill.store.prototypes import read_prototypes
 from kvdistill.store.reader import KVStore
-from kvdistill.types import KINDS, CodecSpec, Kind, ProjectionInit, TimeMethod
+from kvdistill.types import KINDS, CodecSpec, Kind, TimeMethod
+
+MIN_RELATIVE_STD = 1e-2
+"""Lower bound on a channel's std, as a share of its layer's mean std: dividing a nearly constant
+channel by its own std would turn its quantisation noise into a target like any other."""
+
+Parts = Mapping[str, Mapping[str, Tensor]]
+"""Per group prefix, codes and scales ``[B, L, H, T or blocks, width]`` by suffix."""
+
+TargetOf = Callable[[int], Tensor]
+"""Row of a group's student layers → target ``[B, H_t, T, D_t]``."""
+
+
+@dataclass(frozen=True)
+class TargetStatistics:
+    """Mean and variance per layer, head and channel of one teacher and kind: ``[L, H, D]``."""
+
+    mean_LHD: Tensor
+    variance_LHD: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +71,13 @@ class GroupSpace:
 
 @dataclass(frozen=True, eq=False)
 class TeacherSpace:
-    """One teacher as the distiller sees it."""
+    """Geometry, layer maps and statistics of one teacher."""
 
     name: str
     codec: CodecSpec
     groups: tuple[GroupSpace, ...]
     causal: bool
-    """False where a token's KV has read the text after it (encoders)."""
+    """False where a token's KV depends on the text after it (encoders)."""
     prototypes_KE: Tensor | None = None
     """In the teacher's own hidden space, for fusion by similarity."""
 
@@ -107,89 +126,92 @@ def teacher_space(
     if fusion.method == "similarity":
         found = read_prototypes(store, name)[fusion.prototypes]
         prototypes = torch.from_numpy(found).reshape(-1, found.shape[-1])
-    return TeacherSpace(name, manifest.codec, tuple(groups), _is_causal(manifest), prototypes)
+    stack = manifest.kind if manifest.stream == "self" else manifest.stream
+    return TeacherSpace(name, manifest.codec, tuple(groups), stack == "decoder", prototypes)
 
 
 def check_alignment(manifest: TeacherManifest, time: TimeMethod) -> None:
-    """Refuse an alignment in time that a teacher's shards have no places for.
+    """Refuse an alignment in time that a teacher's shards cannot support.
 
     Raises:
-        ConfigError: it kept other tokens in every head, or wrote another text than the student's.
+        ConfigError: other tokens were kept in every head, or the text is not the student's.
     """
     name, eviction = manifest.name, manifest.eviction
     if eviction is not None and time != "latent":
         raise ConfigError(
-            f"teacher {name!r} was extracted with eviction {eviction.method} to {eviction.budget} "
-            f"tokens, other ones in every layer and head, so alignment.time {time} cannot place "
-            "them; set it to latent, or extract the teacher without `eviction` under another name"
+            f"alignment.time {time}: teacher {name!r} was extracted with eviction "
+            f"{eviction.method} to {eviction.budget} tokens, which differ between layers and "
+            "heads; set it to latent, or extract the teacher without `eviction` under another name"
         )
     if manifest.own_text and time == "tokens":
         raise ConfigError(
-            f"teacher {name!r} wrote its own rationales, which share no characters with the "
-            "corpus's; set alignment.time to segments"
+            f"alignment.time tokens: teacher {name!r} generated its own rationales, which share "
+            "no characters with the corpus; set it to segments"
         )
 
 
-def _is_causal(manifest: TeacherManifest) -> bool:
-    if manifest.stream == "self":
-        return manifest.kind == "decoder"
-    return manifest.stream == "decoder"
+class Standardise(nn.Module):
+    """``(x − mean) / std`` per layer, head and channel, with fixed statistics of the store.
+
+    In raw KV a few channels carry most of the energy and layers differ by orders of magnitude, so
+    an MSE learns those and little else. Statistics are over the whole corpus: the same for every
+    batch, rank and run.
+    """
+
+    mean_LHD: Tensor
+    scale_LHD: Tensor
+
+    def __init__(self, statistics: TargetStatistics) -> None:
+        super().__init__()
+        std = statistics.variance_LHD.float().clamp_min(0).sqrt()
+        floor = MIN_RELATIVE_STD * std.mean(dim=(-2, -1), keepdim=True)
+        safe = torch.maximum(std, floor)
+        scale = torch.where(safe > 0, 1 / safe.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+        self.register_buffer("mean_LHD", statistics.mean_LHD.float())
+        self.register_buffer("scale_LHD", scale)
+
+    def forward(self, x_BLHTD: Tensor) -> Tensor:
+        """``[B, L, H, T, D]`` to the same, standardised; a constant layer becomes zero."""
+        return (x_BLHTD - self.mean_LHD[:, :, None]) * self.scale_LHD[:, :, None]
+
+    def layer(self, x_BHTD: Tensor, row: int) -> Tensor:
+        """As ``forward`` for one of the layers, ``[B, H, T, D]``."""
+        return (x_BHTD - self.mean_LHD[row, :, None]) * self.scale_LHD[row, :, None]
 
 
-Read = Callable[[Mapping[str, Tensor], int], Tensor]
-"""Stored parts of one layer ``[B, H, T_t, …]``, and its row → standardised ``[B, H, T_t, D]``."""
+class BandProduct:
+    """Product of a band with one layer's KV, set up once for all layers of a teacher.
 
+    Every (sample, head, student position) is a bag of ``W`` rows of the KV, so the product is one
+    weighted ``embedding_bag``: neither a dense ``T_s × T_t`` matrix nor ``W`` gathered copies exist
+    (``benchmarks/align.py``).
+    """
 
-class LayerTargets:
-    """One group of one teacher and kind, called with rows of ``mapping``; cheapest in order."""
+    def __init__(self, band: Band, num_heads: int, num_columns: int) -> None:
+        b, num_rows, width = band.weight.shape
+        columns = band.columns(num_columns)
+        first_row = num_columns * torch.arange(b * num_heads, device=columns.device)
+        index = columns.unsqueeze(1) + first_row.view(b, num_heads, 1, 1)
+        self.shape = (b, num_heads, num_rows)
+        self.index = index.reshape(-1, width)
+        self.weight = band.weight.unsqueeze(1).expand(index.shape).reshape(-1, width)
 
-    def __init__(
-        self, read: Read, parts: Mapping[str, Tensor], mapping: LayerMap, bags: Bags
-    ) -> None:
-        self._read, self._parts, self._mapping, self._bags = read, parts, mapping, bags
-        self._stored = mapping.needed
-        self._placed: dict[int, Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self._mapping.lower)
-
-    @torch.no_grad()
-    def __call__(self, row: int) -> Tensor:
-        """The target of one student layer, ``[B, H_t, T_s, D_t]`` float32; not to be changed."""
-        lower, upper = self._mapping.lower[row], self._mapping.upper[row]
-        fraction = self._mapping.fraction[row]
-        wanted = (lower, upper) if fraction else (lower,)
-        self._placed = {
-            layer: self._placed[layer] if layer in self._placed else self._place(layer)
-            for layer in wanted
-        }
-        if not fraction:
-            return self._placed[lower]
-        return torch.lerp(self._placed[lower], self._placed[upper], fraction)
-
-    def whole(self) -> Tensor:
-        """All student layers, ``[B, L, H_t, T_s, D_t]``."""
-        return torch.stack([self(row) for row in range(len(self))], dim=1)
-
-    def _place(self, layer: int) -> Tensor:
-        row = self._stored.index(layer)
-        parts = {suffix: x[:, row] for suffix, x in self._parts.items()}
-        return self._bags.sum(self._read(parts, row))
-
-
-Parts = Mapping[str, Mapping[str, Tensor]]
-"""Per group prefix, codes and scales by suffix, as ``Collate`` pads them."""
-
-
-TargetOf = Callable[[int], Tensor]
-"""Row of a group's student layers → target ``[B, H_t, T, D_t]``."""
+    def __call__(self, x_BHTD: Tensor) -> Tensor:
+        """``[B, H, T_t, D]``, finite (padding too), to ``[B, H, T_s, D]``; zero if not covered."""
+        dim = x_BHTD.shape[-1]
+        if 0 in x_BHTD.shape or 0 in self.shape:
+            return x_BHTD.new_zeros(*self.shape, dim)
+        weight = self.weight.to(x_BHTD.dtype)
+        table = x_BHTD.reshape(-1, dim)
+        out = F.embedding_bag(self.index, table, per_sample_weights=weight, mode="sum")
+        return out.view(*self.shape, dim)
 
 
 class TeacherHead(nn.Module):
-    """Decodes and places one kind of one teacher's KV; regresses onto it or projects it.
+    """One teacher and kind: codes to targets, and the maps between teacher and student.
 
     ``regress``  student to teacher, in mode ``student_to_teacher``
-    ``project``  teacher to student (or to the shared space), where something needs it
+    ``project``  teacher to student (or to the shared space), where a loss needs it
     """
 
     def __init__(
@@ -222,22 +244,16 @@ class TeacherHead(nn.Module):
         self._order = [order.index(layer) for layer in sorted(order)]
 
     def layers(self, parts: Parts, band: Band) -> list[LayerTargets]:
-        """Standardised KV at the student's layers and tokens, layer by layer, of every group."""
-        found = []
-        for i, group in enumerate(self.groups):
-            stored = parts[group.prefix]
-            _, _, num_heads, num_columns, _ = stored[""].shape
-            bags = bags_of(band, num_heads, num_columns)
-            found.append(LayerTargets(self._reader(i), stored, group.layer_map, bags))
-        return found
+        """Per group, targets that are made one layer at a time."""
+        return [LayerTargets(self, i, parts, band) for i in range(len(self.groups))]
 
     def targets(self, parts: Parts, band: Band) -> list[Tensor]:
-        """``layers``, all at once: per group ``[B, L, H_t, T, D_t]``."""
-        return [layers.whole() for layers in self.layers(parts, band)]
+        """Per group, the targets of all its student layers: ``[B, L, H_t, T_s, D_t]`` float32."""
+        return [layers.stacked() for layers in self.layers(parts, band)]
 
     @torch.no_grad()
     def kept(self, parts: Parts, evictions: list[Eviction]) -> list[Tensor]:
-        """As ``targets``, of the tokens that an eviction per group keeps: ``T`` is its ``M``."""
+        """As ``targets``, of the tokens that an eviction per group keeps: ``[B, L, H_t, M, D_t]``."""
         found = []
         for i, (group, eviction) in enumerate(zip(self.groups, evictions, strict=True)):
             kept_BLHMD = self.standardise[i](eviction.keep(self.decode(parts, group)))
@@ -248,35 +264,21 @@ class TeacherHead(nn.Module):
         """One group's stored keys or values ``[B, L, H, T, D]`` float32, not standardised."""
         return self.codec.decode(parts[group.prefix], self.kind)
 
-    def _reader(self, group_idx: int) -> Read:
-        standardise: Any = self.standardise[group_idx]
-
-        def read(parts: Mapping[str, Tensor], row: int) -> Tensor:
-            decoded_BHTD: Tensor = self.codec.decode(parts, self.kind)
-            if isinstance(standardise, nn.Identity):
-                return decoded_BHTD
-            return standardise.layer(decoded_BHTD, row)  # type: ignore[no-any-return]
-
-        return read
-
     def regressions(self, targets: Sequence[TargetOf], alpha_BLT: Tensor) -> list[Regression]:
-        """What ``losses.regression_error`` sums up: one regression per group.
+        """The terms of ``losses.regression_error``, one per group.
 
         Args:
             targets: per group, the target of a row of its student layers.
-            alpha_BLT: this teacher's fusion weights; L may be 1.
+            alpha_BLT: this teacher's fusion weights, 0 where it does not count; L may be 1.
         """
+        regress: Any = self.regress
         return [
             Regression(maps.weight_LIO, maps.bias_LO, group.student_layers, target, alpha_BLT)
-            for maps, group, target in zip(self._maps, self.groups, targets, strict=True)
+            for maps, group, target in zip(regress, self.groups, targets, strict=True)
         ]
 
-    @property
-    def _maps(self) -> list[StudentToTeacher]:
-        return [maps for maps in self.regress if isinstance(maps, StudentToTeacher)]
-
-    def guesses(self, student_BLHTD: Tensor) -> list[Tensor]:
-        """The student's guess at ``targets``, group by group."""
+    def predictions(self, student_BLHTD: Tensor) -> list[Tensor]:
+        """Per group, the student's KV mapped to the teacher's space: ``[B, L, H_t, T, D_t]``."""
         return [regress(self.of_group(student_BLHTD, i)) for i, regress in enumerate(self.regress)]
 
     def projected(self, targets: list[Tensor]) -> Tensor:
@@ -292,36 +294,45 @@ class TeacherHead(nn.Module):
         return student_BLHTD[:, list(self.groups[group_idx].student_layers)]
 
 
-def make_projection(
-    config: ProjectionConfig, num_layers: int, source: HeadShape, student: HeadShape
-) -> Any:
-    """A teacher-to-student map as the config says, or a teacher's adapter to the shared space."""
-    if config.mode == "identity":
-        if source != student:
-            raise ConfigError(
-                f"projection.mode identity: the teacher has {source.num_heads} KV heads of "
-                f"{source.head_dim}, the student {student.num_heads} of {student.head_dim}; they "
-                "must agree, or use student_to_teacher"
-            )
-        return nn.Identity()
-    if config.mode == "shared_space":
-        return SpaceAdapter(num_layers, source, HeadShape(config.space_heads, config.space_dim))
-    if config.method == "bottleneck":
-        return BottleneckProjection(num_layers, source, student, config.mlp_ratio)
-    kind = FullProjection if config.method == "full" else LinearProjection
-    init: ProjectionInit = "orthogonal" if config.init == "orthogonal" else "grouped_mean"
-    return kind(num_layers, source, student, init)
+class LayerTargets:
+    """Targets of one group, by row of its layer map; rows in order share what is placed.
 
+    A band and a layer map act on different axes, so a stored layer is first brought to the
+    student's tokens and then mixed with its neighbour.
+    """
 
-# MERGED-DOC distill.layer_targets
-# A teacher's standardised KV at the student's layers and tokens, one layer at a time.
-#
-# All layers at once would be several float32 copies of everything that a teacher has at a batch
-# (decoded, standardised, placed); one layer's stay in the processor's cache, and their memory is
-# used again for the next. A band and a layer map act on different axes, so a stored layer is
-# brought
-# to the student's tokens once and then mixed with its neighbour.
+    def __init__(self, head: TeacherHead, group_idx: int, parts: Parts, band: Band) -> None:
+        group = head.groups[group_idx]
+        self._parts = parts[group.prefix]
+        self._codec, self._kind = head.codec, head.kind
+        self._standardise: Any = head.standardise[group_idx]
+        self._mapping, self._stored = group.layer_map, group.layer_map.needed
+        _, _, num_heads, num_columns, _ = self._parts[""].shape
+        self._product = BandProduct(band, num_heads, num_columns)
+        self._placed: dict[int, Tensor] = {}
 
+    @torch.no_grad()
+    def __call__(self, row: int) -> Tensor:
+        """The target of one student layer, ``[B, H_t, T_s, D_t]`` float32; do not modify it."""
+        mapping = self._mapping
+        lower, upper, fraction = mapping.lower[row], mapping.upper[row], mapping.fraction[row]
+        wanted = (lower, upper) if fraction else (lower,)
+        self._placed = {
+            layer: self._placed[layer] if layer in self._placed else self._place(layer)
+            for layer in wanted
+        }
+        if not fraction:
+            return self._placed[lower]
+        return torch.lerp(self._placed[lower], self._placed[upper], fraction)
 
-# MERGED-DOC distill.head
-# One teacher, one kind: from stored codes to a target, and the maps between both spaces.
+    def stacked(self) -> Tensor:
+        """All student layers, ``[B, L, H_t, T_s, D_t]``."""
+        return torch.stack([self(row) for row in range(len(self._mapping.lower))], dim=1)
+
+    def _place(self, layer: int) -> Tensor:
+        """A stored layer, decoded and standardised, on the student's tokens."""
+        row = self._stored.index(layer)
+        decoded_BHTD = self._codec.decode({k: x[:, row] for k, x in self._parts.items()}, self._kind)
+        if not isinstance(self._standardise, nn.Identity):
+            decoded_BHTD = self._standardise.layer(decoded_BHTD, row)
+        return self._product(decoded_BHTD)

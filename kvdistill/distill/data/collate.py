@@ -1,18 +1,19 @@
 """Samples to one padded batch of tensors: the student's tokens, the teachers' codes, the bands.
 
-Codes stay codes: they are dequantised on the device (a quarter to a half of the bytes to move).
-Alignment is built here, on the CPU, from offsets alone, so that the number of tokens that the
-loss is divided by is known before the step starts.
+Codes stay codes and are dequantised on the device: a quarter to a half of the bytes to move.
+Alignment is computed here, on the CPU, from offsets alone, so the number of tokens that losses are
+divided by is known before the step starts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvdistill.config.distill import AlignmentConfig, LossConfig
@@ -20,24 +21,23 @@ from kvdistill.corpus.samples import Sample
 from kvdistill.distill.align.band import Band
 from kvdistill.distill.align.character_iou import Spans, align_tokens
 from kvdistill.distill.align.resample import align_global, align_segments
-from kvdistill.distill.data.student_tokens import StudentTokens, tokenize
+from kvdistill.distill.losses.pointwise import IGNORED_LABEL
 from kvdistill.distill.student.injection import following
 from kvdistill.distill.targets import TeacherSpace
-from kvdistill.store import buffers
 from kvdistill.store.codecs import CODECS
 from kvdistill.store.codecs.parts import part_name
 from kvdistill.store.shard import EncodedShard
-from kvdistill.types import KINDS, SEGMENT_IDS, CodecSpec, Kind
+from kvdistill.types import KINDS, SEGMENT_IDS, SEGMENT_SPECIAL, CodecSpec, Kind
 
 Batch = dict[str, Any]
 
-
-IGNORED_LABEL = -100
+TEXTS_PER_CALL: Final = 1000
+"""Texts per call of the tokenizer, which spreads them over the cores."""
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One sample of a batch: its text, and where it lies in each teacher's shard."""
+    """One sample of a batch: its text, and where it is in each teacher's shard."""
 
     sample: Sample
     shards: Mapping[str, tuple[EncodedShard, int]]
@@ -45,8 +45,21 @@ class Item:
 
 
 @dataclass(frozen=True, eq=False)
+class StudentTokens:
+    """One sample tokenised for the student; all arrays are int64 ``[T]``.
+
+    ``segment`` is -1 for tokens that stand for no character (BOS, EOS).
+    """
+
+    input_ids: NDArray[np.int64]
+    char_start: NDArray[np.int64]
+    char_end: NDArray[np.int64]
+    segment: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
 class Collate:
-    """Makes batches. ``tokenizer`` is the student's; ``pad_id`` fills its input_ids."""
+    """Makes batches. ``tokenizer`` is the student's; its ``pad_token_id`` pads input_ids."""
 
     tokenizer: Any
     max_length: int
@@ -61,8 +74,8 @@ class Collate:
 
         ``input_ids``, ``attention_mask``, ``labels``  ``[B, T_s]`` (labels -100 where ignored)
         ``text_mask``   ``[B, T_s]``: True for tokens that stand for characters
-        ``query_mask``  ``[B, T_s]``: what a router looks at, the prompt or else the text
-        ``inject_mask``, ``inject_labels``  ``[B, T_s]``: where a KV is injected, what follows it
+        ``query_mask``  ``[B, T_s]``: what a router pools, the prompt or else the text
+        ``inject_mask``, ``inject_labels``  ``[B, T_s]``: where KV is injected, what follows it
         ``task``        ``[B]``: task ids, 0 where a sample has none
         ``teachers``    per teacher ``key`` and ``value`` parts ``[B, L, H, T_t, D]`` as stored,
                         by group, the band ``start``, ``weight``, ``covered`` of the alignment,
@@ -75,14 +88,13 @@ class Collate:
         spans = Spans(
             padded([t.char_start for t in tokens], 0, length),
             padded([t.char_end for t in tokens], 0, length),
-            padded([t.segment for t in tokens], -1, length),
+            padded([t.segment for t in tokens], SEGMENT_SPECIAL, length),
             batch["text_mask"],
         )
+        prompt = spans.segment == SEGMENT_IDS["prompt"]
         if not self.losses.cross_entropy_prompt:
-            prompt = spans.segment == SEGMENT_IDS["prompt"]
             batch["labels"] = batch["labels"].masked_fill(prompt, IGNORED_LABEL)
         batch |= injection(spans, batch["labels"], self.losses)
-        prompt = spans.segment == SEGMENT_IDS["prompt"]
         batch["query_mask"] = torch.where(prompt.any(1, keepdim=True), prompt, spans.mask)
         batch["task"] = torch.tensor([self.tasks.get(s.task or "", 0) for s in samples])
         batch["teachers"] = {
@@ -92,14 +104,31 @@ class Collate:
         return batch
 
     def without_weight(self, batch: Batch) -> Batch:
-        """The same batch with nothing in it that a loss counts."""
-        return without_weight(batch)
+        """The same batch with nothing in it that a loss counts.
+
+        A rank without a sample in an epoch's last batch still has to take part in the step.
+        """
+        teachers = {
+            name: {**teacher, "covered": torch.zeros_like(teacher["covered"])}
+            for name, teacher in batch["teachers"].items()
+        }
+        ignored = {
+            name: torch.full_like(batch[name], IGNORED_LABEL) for name in ("labels", "inject_labels")
+        }
+        return {**batch, **ignored, "teachers": teachers}
 
     def _teacher(
         self, space: TeacherSpace, rows: list[tuple[EncodedShard, int]], student: Spans
     ) -> Batch:
-        spans = _teacher_spans(rows)
-        band = self._align(student, spans)
+        tables = [(shard.tokens, shard.tokens.span(idx)) for shard, idx in rows]
+        segment = padded([table.segment[span] for table, span in tables], SEGMENT_SPECIAL)
+        teacher = Spans(
+            padded([table.char_start[span] for table, span in tables], 0),
+            padded([table.char_end[span] for table, span in tables], 0),
+            segment,
+            segment >= 0,
+        )
+        band = self._align(student, teacher)
         batch: Batch = {"start": band.start, "weight": band.weight, "covered": band.covered}
         for kind in KINDS:
             batch[kind] = {
@@ -121,13 +150,65 @@ class Collate:
                 return align_tokens(student, teacher, self.alignment.tokens, self.alignment.causal)
 
 
+def tokenize(tokenizer: Any, samples: Sequence[Sample], max_length: int) -> list[StudentTokens]:
+    """Tokenise whole texts as ``BOS text EOS`` (where the tokenizer has them), truncated.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        samples: texts; an empty one gives only the special tokens.
+        max_length: tokens kept per sample, special ones included. A truncated text loses its EOS,
+            since it does not end there.
+    """
+    encoded = tokenizer(
+        [sample.text for sample in samples],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    rows = zip(samples, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [
+        _student_tokens(tokenizer, sample, ids, offsets, max_length)
+        for sample, ids, offsets in rows
+    ]
+
+
+def _student_tokens(
+    tokenizer: Any, sample: Sample, ids: list[int], offsets: list[tuple[int, int]], limit: int
+) -> StudentTokens:
+    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    input_ids = np.array([*before, *ids, *after], np.int64)
+    spans = [(0, 0)] * len(before) + list(offsets) + [(0, 0)] * len(after)
+    char_start, char_end = np.array(spans, np.int64).reshape(-1, 2).T
+    segment = np.full(len(input_ids), SEGMENT_SPECIAL, np.int64)
+    filled = [span for span in sample.spans if span[1] > span[0]]
+    if filled:
+        starts, _, segment_ids = np.array(filled).T
+        text = slice(len(before), len(before) + len(ids))
+        first = np.searchsorted(starts, char_start[text], side="right") - 1
+        segment[text] = segment_ids[first]
+    return StudentTokens(input_ids[:limit], char_start[:limit], char_end[:limit], segment[:limit])
+
+
+def token_counts(tokenizer: Any, samples: Sequence[Sample], max_length: int) -> NDArray[np.int64]:
+    """Tokens of every sample as ``tokenize`` gives them: ``[N]``. Costs a pass over the texts."""
+    special = sum(i is not None for i in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    counts = []
+    for start in range(0, len(samples), TEXTS_PER_CALL):
+        texts = [sample.text for sample in samples[start : start + TEXTS_PER_CALL]]
+        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        counts += [min(len(row) + special, max_length) for row in ids["input_ids"]]
+    return np.array(counts, np.int64)
+
+
 def student_batch(tokens: Sequence[StudentTokens], pad_id: int) -> Batch:
     """Right-padded student tensors of a batch, without teachers."""
     # A row without a single token would leave attention nothing to attend to.
     longest = max((len(t.input_ids) for t in tokens), default=1) or 1
     input_ids = padded([t.input_ids for t in tokens], pad_id, longest)
     present = padded([np.ones_like(t.input_ids) for t in tokens], 0, longest).bool()
-    segment = padded([t.segment for t in tokens], -1, longest)
+    segment = padded([t.segment for t in tokens], SEGMENT_SPECIAL, longest)
     attention_mask = present.clone()
     attention_mask[:, 0] = True
     return {
@@ -138,21 +219,8 @@ def student_batch(tokens: Sequence[StudentTokens], pad_id: int) -> Batch:
     }
 
 
-def without_weight(batch: Batch) -> Batch:
-    """The same batch with nothing in it that a loss counts.
-
-    A rank that gets no sample of an epoch's last batch still has to take part in the step.
-    """
-    teachers = {
-        name: {**teacher, "covered": torch.zeros_like(teacher["covered"])}
-        for name, teacher in batch["teachers"].items()
-    }
-    ignored = torch.full_like(batch["labels"], IGNORED_LABEL)
-    return {**batch, "labels": ignored, "inject_labels": ignored, "teachers": teachers}
-
-
 def injection(student: Spans, labels: Tensor, losses: LossConfig) -> Batch:
-    """Where a fused KV goes in (``inject_mask``), and the labels after it (``inject_labels``).
+    """Where a fused KV is injected (``inject_mask``), and the labels after it (``inject_labels``).
 
     On the configured segments; on the first ``inject_fraction`` of a sample that has none of them.
     """
@@ -163,17 +231,6 @@ def injection(student: Spans, labels: Tensor, losses: LossConfig) -> Batch:
     mask = torch.where(named.any(1, keepdim=True), named, first)
     after = following(mask, labels != IGNORED_LABEL)
     return {"inject_mask": mask, "inject_labels": labels.masked_fill(~after, IGNORED_LABEL)}
-
-
-def _teacher_spans(rows: list[tuple[EncodedShard, int]]) -> Spans:
-    tables = [(shard.tokens, shard.tokens.span(idx)) for shard, idx in rows]
-    segment = padded([table.segment[span] for table, span in tables], -1)
-    return Spans(
-        padded([table.char_start[span] for table, span in tables], 0),
-        padded([table.char_end[span] for table, span in tables], 0),
-        segment,
-        segment >= 0,
-    )
 
 
 def padded(arrays: Sequence[np.ndarray], fill: int, length: int | None = None) -> Tensor:
@@ -191,32 +248,21 @@ def padded_parts(
 ) -> dict[str, Tensor]:
     """Codes and scales of one kind, padded with zeros to ``[B, L, H, T or blocks, width]``.
 
-    Quantisation blocks restart at every sample, so block ``t // 64`` holds in a padded row too.
+    Quantisation blocks restart at every sample, so block ``t // 64`` is valid in a padded row too.
     """
     codec = CODECS[spec.key if kind == "key" else spec.value]
     spans = [
-        (row, {"token": row[0].tokens.span(row[1]), "block": row[0].tokens.block_span(row[1])})
-        for row in rows
+        (shard, {"token": shard.tokens.span(idx), "block": shard.tokens.block_span(idx)})
+        for shard, idx in rows
     ]
     out = {}
     for part in codec.parts(kind):
         name = part_name(f"{prefix}{kind}", part.suffix)
-        out[part.suffix] = _stacked(
-            [shard.arrays[name][:, :, span[part.per]] for (shard, _), span in spans]
-        )
+        pieces = [shard.arrays[name][:, :, span[part.per]] for shard, span in spans]
+        num_layers, num_heads, _, width = pieces[0].shape
+        longest = max(piece.shape[2] for piece in pieces)
+        stacked = np.zeros((len(pieces), num_layers, num_heads, longest, width), pieces[0].dtype)
+        for row, piece in zip(stacked, pieces, strict=True):
+            row[:, :, : piece.shape[2]] = piece
+        out[part.suffix] = torch.from_numpy(stacked)
     return out
-
-
-def _stacked(pieces: Sequence[np.ndarray]) -> Tensor:
-    """Pad ``[L, H, T, width]`` arrays with zeros to one ``[B, L, H, T, width]``.
-
-    In memory that earlier batches left: fresh pages would cost as much as the copies.
-    """
-    num_layers, num_heads, _, width = pieces[0].shape
-    longest = max(piece.shape[2] for piece in pieces)
-    shape = (len(pieces), num_layers, num_heads, longest, width)
-    stacked = buffers.empty(shape, pieces[0].dtype.str)
-    for row, piece in zip(stacked, pieces, strict=True):
-        row[:, :, : piece.shape[2]] = piece
-        row[:, :, piece.shape[2] :] = 0
-    return torch.from_numpy(stacked)

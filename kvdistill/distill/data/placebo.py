@@ -28,7 +28,7 @@ from torch import Tensor
 
 from kvdistill.config.distill import PlaceboConfig
 from kvdistill.distill.data.collate import Item
-from kvdistill.distill.data.source import LoadedShard, Source
+from kvdistill.distill.data.stream import LoadedShard, Source
 from kvdistill.errors import ConfigError
 from kvdistill.store.codecs import CODECS
 from kvdistill.store.codecs.parts import part_name

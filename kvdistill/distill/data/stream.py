@@ -1,34 +1,127 @@
-"""Batches of all teachers, aligned sample by sample; can be stopped and resumed anywhere.
+"""From the store to batches of all teachers, aligned by sample; resumable at any batch.
+
+    order → shards, prefetched → items → batches, collated ahead of the step
 
 The epoch's global order (``order.py``) is cut into global batches, and each rank takes its share
-of every one. State is one number, the global position; a run that stopped on two ranks goes on
-with three at the same sample. A thread collates a few batches ahead of the step; shards of the
-next window are read ahead of that, as stored codes; only the mapped layers are read.
-
-    order → shards → read ahead → items → collate ahead → batch
+of every one. The state is one number, the global position: a run that stopped on two ranks resumes
+on three at the same sample. Shards of the next window are prefetched as stored codes, only the
+mapped layers of them; one thread collates a few batches ahead of the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from torch.utils.data import IterableDataset
 
 from kvdistill.config.training import TrainingConfig
 from kvdistill.corpus.samples import Sample
-from kvdistill.distill.data.collate import Batch, Collate, Item
+from kvdistill.distill.data.collate import Batch, Collate, Item, token_counts
 from kvdistill.distill.data.order import Buckets, Order, mixture_of
-from kvdistill.distill.data.source import LoadedShard, Source
-from kvdistill.distill.data.student_tokens import token_counts
-from kvdistill.errors import StoreMismatch
-from kvdistill.store.prefetch import prefetch_items
+from kvdistill.errors import IncompleteStore, StoreMismatch
+from kvdistill.store.prefetch import ShardRequest, prefetch, prefetch_items
+from kvdistill.store.reader import KVStore
+from kvdistill.store.shard import EncodedShard
 
-PLACE: Final = ("epoch", "position")
-"""What of a stream's state changes while it is read."""
+POSITION: Final = ("epoch", "position")
+"""The part of a stream's state that changes while it is read."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedShard:
+    """A shard of the corpus with every teacher's codes for it."""
+
+    samples: tuple[Sample, ...]
+    teachers: Mapping[str, EncodedShard]
+
+    def item(self, sample_idx: int) -> Item:
+        """One sample and where its KV is."""
+        shards = {name: (shard, sample_idx) for name, shard in self.teachers.items()}
+        return Item(self.samples[sample_idx], shards)
+
+
+class Source(Protocol):
+    """Gives a stream its shards: a store, live teachers, or a placebo."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of samples of every shard of the plan."""
+
+    def load(self, shard_idx: int) -> LoadedShard:
+        """One shard: its samples, and every teacher's codes of the needed layers."""
+
+    def load_all(
+        self, shard_idx: Iterable[int], *, threads: int, num_ahead: int
+    ) -> Generator[LoadedShard, None, None]:
+        """Shards in the order given, at most ``num_ahead`` read and not yet yielded."""
+
+
+@dataclass(frozen=True, eq=False)
+class StoreSource:
+    """Shards of a store, with some layers of some teachers.
+
+    Raises:
+        IncompleteStore: a teacher lacks a shard.
+    """
+
+    store: KVStore
+    layers: Mapping[str, Sequence[int]]
+    """Per teacher, the layers that the student's layer map needs."""
+
+    def __post_init__(self) -> None:
+        for teacher in self.layers:
+            missing = self.store.missing(teacher)
+            if missing:
+                raise IncompleteStore(
+                    f"{self.store.paths.root}: teacher {teacher!r} lacks {len(missing)} of "
+                    f"{len(self.store.shard_ids)} shards (first: {missing[0]}); "
+                    "run `kvdistill extract` with this config to complete it"
+                )
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of samples of every shard of the plan."""
+        return [plan.num_samples for plan in self.store.manifest.shards]
+
+    def load(self, shard_idx: int) -> LoadedShard:
+        """Read one shard, now and in this thread."""
+        shard_id = self.store.shard_ids[shard_idx]
+        read = self.store.read_shard
+        teachers = {name: read(name, shard_id, layers) for name, layers in self.layers.items()}
+        return self._loaded(shard_id, teachers)
+
+    def load_all(
+        self, shard_idx: Iterable[int], *, threads: int, num_ahead: int
+    ) -> Generator[LoadedShard, None, None]:
+        """Shards in order, prefetched by ``threads`` threads."""
+        if not self.layers:
+            yield from (self.load(i) for i in shard_idx)
+            return
+        requests = (
+            ShardRequest(name, self.store.shard_ids[i], layers)
+            for i in shard_idx
+            for name, layers in self.layers.items()
+        )
+        depth = num_ahead * len(self.layers)
+        with closing(prefetch(self.store, requests, threads=threads, ahead=depth)) as reads:
+            for teachers in zip(*[reads] * len(self.layers), strict=True):
+                found = {request.teacher: shard for request, shard in teachers}
+                yield self._loaded(teachers[0][0].shard_id, found)
+
+    def _loaded(self, shard_id: str, teachers: Mapping[str, EncodedShard]) -> LoadedShard:
+        samples = self.store.samples(shard_id)
+        ids = tuple(sample.sample_id for sample in samples)
+        for name, shard in teachers.items():
+            if shard.tokens.sample_ids != ids:
+                raise StoreMismatch(
+                    f"{self.store.paths.root}: shard {shard_id} of teacher {name!r} holds other "
+                    "samples than the corpus; run `kvdistill verify`"
+                )
+        return LoadedShard(samples, teachers)
 
 
 @dataclass(frozen=True)
@@ -41,7 +134,7 @@ class Rank:
 
 @dataclass(frozen=True)
 class _Resumed:
-    """What a restored stream says of the epoch that it goes on with."""
+    """Batches of the epoch in which a stream was restored."""
 
     epoch: int
     batches_done: int
@@ -85,7 +178,7 @@ class KVStream(IterableDataset[Batch]):
         return self.num_batches(self.epoch)
 
     def num_batches(self, epoch: int) -> int:
-        """Batches of an epoch; of the one that was resumed, those that count as done and left."""
+        """Batches of an epoch; of the resumed one, those that count as done and those left."""
         resumed = self._resumed
         if resumed.batches_done and epoch == resumed.epoch:
             return resumed.batches_done + resumed.batches_left
@@ -97,9 +190,9 @@ class KVStream(IterableDataset[Batch]):
         return self._resumed.batches_done if self.epoch == self._resumed.epoch else 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is: the epoch, and the units that all ranks have taken of it.
+        """Where the stream is: the epoch, and the units that all ranks have consumed of it.
 
-        Of batches that were handed out; those that are ready ahead of need do not count.
+        Counts batches that were yielded, not those that are collated ahead.
         """
         return {
             "epoch": self.epoch,
@@ -112,14 +205,14 @@ class KVStream(IterableDataset[Batch]):
     def load_state_dict(self, state: Mapping[str, Any], *, batches_per_step: int = 1) -> None:
         """Continue from a state, on this or another number of ranks.
 
-        The next iteration first yields ``batches_done`` empty batches, because the trainer that
-        resumes discards as many; they cost nothing. On another number of ranks that number is
-        made up: whole steps of ``batches_per_step``, so that accumulation starts afresh.
+        The next iteration first yields ``batches_done`` empty batches, because a trainer that
+        resumes discards as many. On another number of ranks that number is a substitute: whole
+        steps of ``batches_per_step``, so that accumulation starts afresh.
 
         Raises:
             StoreMismatch: the state belongs to another corpus, seed or way of batching.
         """
-        here = {name: value for name, value in self.state_dict().items() if name not in PLACE}
+        here = {name: value for name, value in self.state_dict().items() if name not in POSITION}
         there = {name: state.get(name) for name in here}
         if here != there:
             raise StoreMismatch(
@@ -167,7 +260,7 @@ class KVStream(IterableDataset[Batch]):
         """Every ``world_size``-th unit of a global batch."""
         mine = [item for unit in units[self.rank.rank :: self.rank.world_size] for item in unit]
         batch = self.collate(mine or units[0][:1])
-        batch["sample_ids"] = [item.sample.sample_id for item in mine]  # for errors to name
+        batch["sample_ids"] = [item.sample.sample_id for item in mine]  # named in errors
         return batch if mine else self.collate.without_weight(batch)
 
     def _items(self, epoch: int, start: int) -> Generator[list[Item], None, None]:
@@ -179,37 +272,10 @@ class KVStream(IterableDataset[Batch]):
         shards: dict[int, LoadedShard] = {}
         with closing(reads) as loaded:
             for window in self.order.windows(epoch, start):
-                shards.clear()  # before the next ones come, or three windows would be in memory
+                shards.clear()  # before the next ones arrive, or three windows would be in memory
                 shards.update(zip(window.shards, loaded, strict=False))
                 for unit in window.units:
                     yield [shards[int(shard)].item(int(sample)) for shard, sample in unit]
-
-
-def steps_in(stream: KVStream, epoch: int, batches_per_step: int) -> int:
-    """Optimizer steps of one epoch; the last may have fewer batches."""
-    return max(1, ceil(stream.num_batches(epoch) / batches_per_step))
-
-
-def steps_left(stream: KVStream, epochs: float, batches_per_step: int) -> int:
-    """Optimizer steps from the stream's place to the end of ``epochs`` epochs since the first."""
-    whole = int(epochs)
-    steps = -(stream.batches_done // batches_per_step)
-    for epoch in range(stream.epoch, whole):
-        steps += steps_in(stream, epoch, batches_per_step)
-    if stream.epoch <= whole < epochs:
-        steps += ceil((epochs - whole) * steps_in(stream, whole, batches_per_step))
-    return max(0, steps)
-
-
-def epochs_for(stream: KVStream, steps: int, batches_per_step: int) -> int:
-    """Epochs since the first that ``steps`` more steps need, the last one begun included."""
-    if steps <= 0:
-        return 0
-    epoch, steps = stream.epoch, steps + stream.batches_done // batches_per_step
-    while steps > 0:
-        steps -= steps_in(stream, epoch, batches_per_step)
-        epoch += 1
-    return epoch
 
 
 def open_stream(
@@ -227,19 +293,24 @@ def open_stream(
         source: the shards.
         collate: makes batches; its tokenizer measures lengths.
         samples: the corpus that the shards were cut from, in its order.
-        training: batch size, batching, weights and windows.
+        training: batch size, batching, task weights and windows.
         seed: of the order.
         rank: this process among those that train together.
 
     Raises:
         ConfigError: weights of tasks that the corpus does not have.
     """
+    buckets = None
+    if training.batching == "bucketed":
+        lengths = token_counts(collate.tokenizer, samples, training.max_length)
+        budget = training.tokens_per_batch or training.batch_size * training.max_length
+        buckets = Buckets(lengths, budget)
     order = Order(
         seed,
         tuple(source.sizes),
         training.window_shards,
         mixture_of(samples, training.task_weights),
-        _buckets(collate, samples, training),
+        buckets,
     )
     return KVStream(
         source,
@@ -253,22 +324,33 @@ def open_stream(
     )
 
 
-def _buckets(
-    collate: Collate, samples: Sequence[Sample], training: TrainingConfig
-) -> Buckets | None:
-    if training.batching == "plain":
-        return None
-    lengths = token_counts(collate.tokenizer, samples, training.max_length)
-    budget = training.tokens_per_batch or training.batch_size * training.max_length
-    return Buckets(lengths, budget)
+# Epochs need not have equally many batches: length buckets are cut anew in every epoch, and a run
+# resumed on other ranks did its first steps with batches of another size. Steps are therefore
+# counted epoch by epoch, from the stream's position.
 
 
-# MERGED-DOC distill.data.schedule
-# How many optimizer steps lie ahead: epochs need not have equally many batches.
-#
-# Length buckets cut every epoch anew, and a run that goes on with other ranks has done its first
-# steps with batches of another size. So steps are counted epoch by epoch, from where the stream is.
+def steps_in(stream: KVStream, epoch: int, batches_per_step: int) -> int:
+    """Optimizer steps of one epoch; the last may have fewer batches."""
+    return max(1, ceil(stream.num_batches(epoch) / batches_per_step))
 
 
-# MERGED-DOC distill.data.reading
-# A run's stream, from its settings: in which order, in what batches, how often each text.
+def steps_left(stream: KVStream, epochs: float, batches_per_step: int) -> int:
+    """Optimizer steps from the stream's position to the end of ``epochs`` epochs in all."""
+    whole = int(epochs)
+    steps = -(stream.batches_done // batches_per_step)
+    for epoch in range(stream.epoch, whole):
+        steps += steps_in(stream, epoch, batches_per_step)
+    if stream.epoch <= whole < epochs:
+        steps += ceil((epochs - whole) * steps_in(stream, whole, batches_per_step))
+    return max(0, steps)
+
+
+def epochs_for(stream: KVStream, steps: int, batches_per_step: int) -> int:
+    """Epochs in all that ``steps`` more steps need, the last one started included."""
+    if steps <= 0:
+        return 0
+    epoch, steps = stream.epoch, steps + stream.batches_done // batches_per_step
+    while steps > 0:
+        steps -= steps_in(stream, epoch, batches_per_step)
+        epoch += 1
+    return epoch

@@ -1,8 +1,11 @@
-"""Weights by likeness: a teacher counts as much as the text resembles what it stands for.
+"""Fusion weights of a batch, by the configured method.
 
-    α = softmax_i( max_k sim(query, prototype_ik) / τ )
-
-Nothing is learned. ``sim`` is the cosine, the dot product or the negative Euclidean distance.
+``fixed``       given weights; nothing is learned and nothing looked at
+``similarity``  how close the text, as each teacher represents it in its own hidden space (stored
+                with its shards), is to that teacher's prototypes:
+                α = softmax_i( max_k sim(query_i, prototype_ik) / τ ); nothing is learned
+``mlp``, ``gate``, ``attention``  a router on the student's hidden state, detached: routing must
+                not train the student
 """
 
 from __future__ import annotations
@@ -22,54 +25,6 @@ from kvdistill.errors import ConfigError, GeometryError
 from kvdistill.types import Similarity
 
 
-def similarity_weights(
-    queries_BE: Sequence[Tensor],
-    prototypes_KE: Sequence[Tensor],
-    similarity: Similarity = "cosine",
-    temperature: float = 1.0,
-) -> Tensor:
-    """Fusion weights per sample, ``[N, B, 1, 1]`` float32.
-
-    Args:
-        queries_BE: per teacher, the text in that teacher's space, ``[B, E_i]``. Where all spaces
-            are one (the student's), this is the student's mean hidden state N times.
-        prototypes_KE: per teacher, ``[K_i, E_i]``; of several the nearest counts.
-        similarity: ``cosine``, ``dot`` or ``l2`` (negative distance).
-        temperature: τ; small means one teacher takes all.
-
-    Raises:
-        ConfigError: τ is not positive.
-        GeometryError: a teacher's query and prototypes differ in width, or are not N of each.
-    """
-    if temperature <= 0:
-        raise ConfigError(f"fusion.temperature: expected > 0, got {temperature}")
-    if len(queries_BE) != len(prototypes_KE):
-        raise GeometryError(
-            f"fusion: {len(queries_BE)} queries for {len(prototypes_KE)} teachers' prototypes"
-        )
-    scores = [
-        _likeness(query.float(), prototype.float(), similarity)
-        for query, prototype in zip(queries_BE, prototypes_KE, strict=True)
-    ]
-    return (torch.stack(scores) / temperature).softmax(0)[:, :, None, None]
-
-
-def _likeness(query_BE: Tensor, prototype_KE: Tensor, similarity: Similarity) -> Tensor:
-    if query_BE.shape[1] != prototype_KE.shape[1]:
-        raise GeometryError(
-            f"fusion: a query of width {query_BE.shape[1]} and prototypes of width "
-            f"{prototype_KE.shape[1]}; bring the query into the teacher's space first"
-        )
-    if similarity == "l2":
-        return -torch.cdist(query_BE, prototype_KE).amin(1)
-    if similarity == "cosine":
-        query_BE, prototype_KE = F.normalize(query_BE, dim=1), F.normalize(prototype_KE, dim=1)
-    return (query_BE @ prototype_KE.T).amax(1)
-
-
-ROUTERS = ("mlp", "gate", "attention")
-
-
 class FusionWeights(nn.Module):
     """``alpha [N, B, L, T]`` of a batch, over the teachers that cover each token."""
 
@@ -85,10 +40,10 @@ class FusionWeights(nn.Module):
         self.config = config
         self.names = [teacher.name for teacher in teachers]
         self.routing = True
-        """False while a router warms up: weights are uniform then."""
+        """False while a router warms up: its weights are then uniform."""
         self.router: Router | None = None
         if config.layers is not None:
-            self.register_buffer("serves", _serves(config.layers, self.names, num_layers))
+            self.register_buffer("serves", _layers_served(config.layers, self.names, num_layers))
         if config.method == "fixed":
             given = config.weights or dict.fromkeys(self.names, 1.0)
             self.register_buffer("fixed", fixed_weights([given[name] for name in self.names]))
@@ -107,7 +62,7 @@ class FusionWeights(nn.Module):
 
     @property
     def needs_hidden(self) -> bool:
-        """Whether ``forward`` looks at the student's hidden states."""
+        """Whether ``forward`` reads the student's hidden states."""
         return self.router is not None
 
     def forward(self, batch: Batch, hidden_BTE: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -127,6 +82,7 @@ class FusionWeights(nn.Module):
         return renormalise(raw, covered_NBT), covered_NBT
 
     def _raw(self, batch: Batch, teachers: list[Batch], hidden_BTE: Tensor | None) -> Tensor:
+        """Weights before coverage and layers are taken into account."""
         if self.config.method == "fixed":
             return self.get_buffer("fixed")
         if self.config.method == "similarity":
@@ -145,15 +101,62 @@ class FusionWeights(nn.Module):
         weights: Tensor = self.router(hidden, batch.get("task"))
         if self.routing:
             return weights
-        # Multiplied, not left out: data parallelism waits for a gradient of every parameter.
+        # Multiplied by zero, not left out: DDP waits for a gradient of every parameter.
         return 0.0 * weights + 1 / len(self.names)
 
 
-def _serves(layers: Mapping[str, Sequence[int]], names: Sequence[str], num_layers: int) -> Tensor:
+def similarity_weights(
+    queries_BE: Sequence[Tensor],
+    prototypes_KE: Sequence[Tensor],
+    similarity: Similarity = "cosine",
+    temperature: float = 1.0,
+) -> Tensor:
+    """Fusion weights per sample, ``[N, B, 1, 1]`` float32.
+
+    Args:
+        queries_BE: per teacher, the text in that teacher's space, ``[B, E_i]``.
+        prototypes_KE: per teacher, ``[K_i, E_i]``; the nearest counts.
+        similarity: ``cosine``, ``dot`` or ``l2`` (negative distance).
+        temperature: τ; at a small one, one teacher takes all.
+
+    Raises:
+        ConfigError: τ is not positive.
+        GeometryError: a teacher's query and prototypes differ in width, or are not N of each.
+    """
+    if temperature <= 0:
+        raise ConfigError(f"fusion.temperature: expected > 0, got {temperature}")
+    if len(queries_BE) != len(prototypes_KE):
+        raise GeometryError(
+            f"fusion: {len(queries_BE)} queries for {len(prototypes_KE)} teachers' prototypes"
+        )
+    scores = [
+        _nearest_prototype(query.float(), prototypes.float(), similarity)
+        for query, prototypes in zip(queries_BE, prototypes_KE, strict=True)
+    ]
+    return (torch.stack(scores) / temperature).softmax(0)[:, :, None, None]
+
+
+def _nearest_prototype(query_BE: Tensor, prototypes_KE: Tensor, similarity: Similarity) -> Tensor:
+    """Similarity ``[B]`` to the nearest prototype."""
+    if query_BE.shape[1] != prototypes_KE.shape[1]:
+        raise GeometryError(
+            f"fusion: a query of width {query_BE.shape[1]} and prototypes of width "
+            f"{prototypes_KE.shape[1]}; both must be in the teacher's own space"
+        )
+    if similarity == "l2":
+        return -torch.cdist(query_BE, prototypes_KE).amin(1)
+    if similarity == "cosine":
+        query_BE, prototypes_KE = F.normalize(query_BE, dim=1), F.normalize(prototypes_KE, dim=1)
+    return (query_BE @ prototypes_KE.T).amax(1)
+
+
+def _layers_served(
+    layers: Mapping[str, Sequence[int]], names: Sequence[str], num_layers: int
+) -> Tensor:
     """1 where a teacher teaches a student layer, else 0: ``[N, 1, L, 1]``.
 
     Raises:
-        ConfigError: an unknown teacher, or a layer that the student has not.
+        ConfigError: an unknown teacher, or a layer that the student does not have.
     """
     served = torch.ones(len(names), 1, num_layers, 1)
     for name, wanted in layers.items():
@@ -165,11 +168,3 @@ def _serves(layers: Mapping[str, Sequence[int]], names: Sequence[str], num_layer
         served[names.index(name), 0, :, 0] = 0.0
         served[names.index(name), 0, list(wanted), 0] = 1.0
     return served
-
-
-# MERGED-DOC distill.weighing
-# Fusion weights of a batch: the config's method, and what it looks at.
-#
-# ``fixed`` looks at nothing. ``similarity`` compares what each teacher made of the text, in its
-# own hidden space (kept with its shards), with that teacher's prototypes. The routers (``mlp``,
-# ``gate``, ``attention``) look at the student's hidden state, detached: routing must not train it.

@@ -1,12 +1,12 @@
-"""Learned fusion weights: the student's hidden state decides which teacher counts.
+"""Learned fusion weights: a router on the student's hidden state.
 
 ``mlp``        softmax over teachers of a small network's logits
 ``gate``       an independent sigmoid per teacher, then normalised: several may be fully open
 ``attention``  softmax of a query against one learned key per teacher
 
-A router that is trained on the K/V loss alone picks the teacher that is easiest to imitate, not
-the one that helps; train it through an injected cache (``inject``) if that is what is wanted.
-Every router starts near uniform weights.
+A router trained on the K/V loss alone picks the teacher that is easiest to imitate, not the one
+that helps; the injected cross-entropy (``inject``) trains it for the latter. Every router starts
+near uniform weights.
 """
 
 from __future__ import annotations
@@ -20,12 +20,9 @@ from torch import Tensor, nn
 from kvdistill.errors import ConfigError, GeometryError
 from kvdistill.types import Granularity
 
-NO_TASK = 0
-"""Task id of a sample without a tag; real tags count from 1."""
-
 
 class Router(nn.Module):
-    """Weights ``alpha [N, B, L, T]`` from hidden states; B real, L and T by granularity."""
+    """Weights ``alpha [N, B, L, T]`` from hidden states; L or T is 1 unless it is routed by."""
 
     def __init__(
         self,
@@ -42,14 +39,14 @@ class Router(nn.Module):
         if num_teachers < 1:
             raise ConfigError("fusion: a router needs at least one teacher")
         self.method, self.granularity = method, granularity
-        self.num_teachers, self.hidden_size = num_teachers, hidden_size
+        self.num_teachers = num_teachers
         self.num_outputs = num_layers if granularity == "layer" else 1
         self.norm = nn.LayerNorm(hidden_size)
         self.task = nn.Embedding(num_tasks + 1, hidden_size) if num_tasks else None
         if self.task is not None:
             nn.init.zeros_(self.task.weight)
         self.enter = nn.Linear(hidden_size, width)
-        # Small, not zero: at exactly uniform weights nothing could flow back to ``enter``.
+        # Small, not zero: at exactly uniform weights no gradient would reach ``enter``.
         leave = torch.randn(num_teachers * self.num_outputs, width) * (0.02 / math.sqrt(width))
         self.key_OW = nn.Parameter(leave)
 
@@ -58,8 +55,7 @@ class Router(nn.Module):
 
         Args:
             hidden: the student's hidden state: the prompt's mean ``[B, E]``, or every token's
-                ``[B, T, E]`` for granularity ``token``. Detach it if the student should not
-                learn from routing.
+                ``[B, T, E]`` for granularity ``token``; not detached here.
             task_B: task ids ``[B]``, 0 where a sample has none; for a router with tasks.
 
         Returns:

@@ -1,6 +1,8 @@
-"""Fusion weights ``alpha``: one number per teacher, and per sample, layer and token if need be.
+"""Several teachers as one target, ``KV = Σ_i α_i KV_i``, and what regularises the weights.
 
-``alpha`` is ``[N, B, L, T]``, where B, L and T may be 1 for "the same everywhere".
+``alpha`` is ``[N, B, L, T]``; B, L and T may be 1 for "the same everywhere". A token that a teacher
+does not cover drops out of its sum, and the other weights are renormalised: a teacher that covers
+nothing changes nothing, and one teacher fused is that teacher.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ def fixed_weights(weights: Sequence[float]) -> Tensor:
     """Given weights, scaled to sum to one: ``[N, 1, 1, 1]`` float32.
 
     Raises:
-        ConfigError: no teacher, a negative or infinite weight, or nothing but zeros.
+        ConfigError: no teacher, a negative or infinite weight, or only zeros.
     """
     alpha = torch.tensor(weights, dtype=torch.float32)
     if not len(weights) or not torch.isfinite(alpha).all() or (alpha < 0).any() or not alpha.any():
@@ -28,11 +30,11 @@ def fixed_weights(weights: Sequence[float]) -> Tensor:
 
 
 def renormalise(alpha_NBLT: Tensor, covered_NBT: Tensor) -> Tensor:
-    """Share the weight of teachers that do not cover a token among those that do.
+    """Redistribute the weight of teachers that do not cover a token among those that do.
 
     Args:
         alpha_NBLT: weights ≥ 0; B, L, T may be 1.
-        covered_NBT: True where teacher ``n`` has something to say about a token.
+        covered_NBT: True where teacher ``n`` covers a token.
 
     Returns:
         ``[N, B, L, T]`` (L may be 1): sums to one over teachers, or is all zero where no teacher
@@ -50,18 +52,11 @@ def renormalise(alpha_NBLT: Tensor, covered_NBT: Tensor) -> Tensor:
     return present / torch.where(total > 0, total, 1.0)
 
 
-def mean_weights(alpha_NBLT: Tensor) -> Tensor:
-    """Mean weight of each teacher over tokens that any covers: ``[N]``, without gradient."""
-    alpha = alpha_NBLT.detach()
-    covered = alpha.sum(0) > 0
-    return alpha.sum(dim=(1, 2, 3)) / covered.sum().clamp_min(1)
-
-
 def fuse(alpha_NBLT: Tensor, teachers_BLHTD: Sequence[Tensor]) -> Tensor:
     """Weighted sum of aligned, projected teachers.
 
     Args:
-        alpha_NBLT: renormalised weights (``renormalise``); B, L, T may be 1.
+        alpha_NBLT: weights from ``renormalise``; B, L, T may be 1.
         teachers_BLHTD: N tensors of one shape ``[B, L, H, T, D]``, finite.
 
     Returns:
@@ -84,6 +79,13 @@ def fuse(alpha_NBLT: Tensor, teachers_BLHTD: Sequence[Tensor]) -> Tensor:
     return fused
 
 
+def mean_weights(alpha_NBLT: Tensor) -> Tensor:
+    """Mean weight of each teacher over the tokens that any covers: ``[N]``, detached."""
+    alpha = alpha_NBLT.detach()
+    covered = alpha.sum(0) > 0
+    return alpha.sum(dim=(1, 2, 3)) / covered.sum().clamp_min(1)
+
+
 def entropy(alpha_NBLT: Tensor) -> Tensor:
     """``H(α) = −Σ_i α_i log α_i`` in nats, the mean over layers: ``[B, T]`` float32.
 
@@ -96,26 +98,12 @@ def entropy(alpha_NBLT: Tensor) -> Tensor:
     return -(alpha * log).sum(0).mean(1)
 
 
-def drop_teachers(
-    covered_NBT: Tensor, chance: float, generator: torch.Generator | None = None
-) -> Tensor:
-    """Silence teachers at random, per sample, so that none becomes indispensable: ``[N, B, T]``.
+def drop_teachers(covered_NBT: Tensor, chance: float) -> Tensor:
+    """Teacher dropout: hide each teacher from each sample with ``chance``, ``[N, B, T]`` bool.
 
-    A token that would lose everyone keeps everyone, so that as many tokens are covered as before:
-    losses are divided by a number that is counted ahead of the step.
+    A token that would lose all its teachers keeps all of them, so the number of covered tokens,
+    by which losses are divided and which is counted before the step, does not change.
     """
-    shape = covered_NBT.shape[:2]
-    draw = torch.rand(shape, generator=generator, device=covered_NBT.device)
+    draw = torch.rand(covered_NBT.shape[:2], device=covered_NBT.device)
     kept = covered_NBT & (draw >= chance).unsqueeze(2)
     return torch.where(kept.any(0), kept, covered_NBT)
-
-
-# MERGED-DOC distill.fusion.combine
-# Several teachers as one target: ``KV = Σ_i α_i KV_i``.
-#
-# A token that a teacher does not cover drops out of its sum and the other weights grow to fill the
-# gap, so a teacher that covers nothing changes nothing, and one teacher fused is that teacher.
-
-
-# MERGED-DOC distill.fusion.regularise
-# What keeps a router from deciding too early, or from not deciding at all.

@@ -1,41 +1,41 @@
-"""Is the student learning, or has something else absorbed the loss?
+"""Detects that something other than the student absorbs the K/V loss.
 
-A projector that is trained on the K/V loss can bring the target to the student instead of the
-student to the target: the loss falls to nearly nothing and teaches nothing. The loss itself does
-not show it; these figures do:
+A projector trained on the K/V loss can move the target to the student instead of the student to
+the target: the loss falls to nearly nothing and teaches nothing. The loss itself does not show it;
+these figures do:
 
     target variance      mean over channels of the target's variance over tokens; it falls when a
                          projector shrinks the target to where the student already is
     explained variance   1 − error / target variance; it should grow
     gradient share       ‖∇ KV loss‖ / (‖∇ KV loss‖ + ‖∇ rest‖) on the student's parameters
 
-Only the first is a verdict. On real KV (``docs/projection.md``) it fell to a sixth within 200
+Only the first is conclusive. On real KV (``docs/projection.md``) it fell to a sixth within 200
 steps with a joint projector and stayed within 7 % with every fixed target, while the gradient
-share fell to a quarter with some fixed targets too, so it warns only when nearly nothing is left.
+share fell to a quarter with some fixed targets too. A warning about the share therefore needs it
+to vanish almost completely.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from kvdistill.errors import ConfigError
 
-COLLAPSED = {"target_variance": 0.5, "gradient_share": 0.05}
-"""Warn when a figure falls below this share of where it started."""
+COLLAPSED: Final = {"target_variance": 0.5, "gradient_share": 0.05}
+"""A figure below this share of its start is a warning."""
 
-
-MEANING = {
+MEANING: Final = {
     "target_variance": (
-        "the projector is absorbing the loss, and a small KV loss then means nothing. Use "
+        "the projector is absorbing the loss, so a small KV loss means nothing; use "
         "projection.mode student_to_teacher or frozen, whose target cannot move"
     ),
     "gradient_share": (
         "the KV loss hardly moves the student any more; raise losses.key and losses.value, or "
-        "expect what cross-entropy alone would give"
+        "expect the result of cross-entropy alone"
     ),
 }
 
@@ -51,14 +51,14 @@ def target_variance(target_BLHTD: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def explained_variance(error: Tensor | float, variance: Tensor | float) -> float:
-    """``1 − error / variance`` of a mean squared error: 0 is what a constant guess scores."""
+    """``1 − error / variance`` of a mean squared error; a constant prediction scores 0."""
     return 1 - float(error) / max(float(variance), 1e-12)
 
 
 def gradient_norm(loss: Tensor, parameters: Iterable[Tensor]) -> float:
-    """Norm of ``loss``'s gradient on ``parameters``; the graph stays usable.
+    """Norm of ``loss``'s gradient on ``parameters``; the graph is retained.
 
-    Costs a backward pass, so this is for logging steps. Parameters that the loss does not reach
+    Costs a backward pass, so it is for logging steps. Parameters that the loss does not reach
     count as zero.
     """
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
@@ -70,36 +70,36 @@ def gradient_norm(loss: Tensor, parameters: Iterable[Tensor]) -> float:
 
 
 def gradient_share(kv_loss: Tensor, rest: Tensor, parameters: Sequence[Tensor]) -> float:
-    """Share of the KV loss in what moves the student, in [0, 1]; both losses as weighted."""
+    """Share of the KV loss in the student's gradient, in [0, 1]; both losses as weighted."""
     ours, others = gradient_norm(kv_loss, parameters), gradient_norm(rest, parameters)
     return ours / (ours + others) if ours + others > 0 else 0.0
 
 
-@dataclass
 class AbsorptionMonitor:
-    """Remembers where figures started, and says so once when one of them has collapsed.
+    """Compares figures with where they started and warns once when one of them has collapsed.
 
-    ``update`` takes figures as they are logged; the first ``settle`` of them make the start, and
-    a mean over as many recent ones is compared with it, so that one odd batch warns of nothing.
+    ``update`` takes figures as they are logged. The mean of the first ``settle`` is the start, and
+    the mean of the last ``settle`` is compared with it, so that one odd batch causes no warning.
     """
 
-    settle: int = 5
-    _seen: dict[str, list[float]] = field(default_factory=dict)
-    _warned: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        if self.settle < 1:
-            raise ConfigError(f"absorption monitor: settle must be at least 1, got {self.settle}")
+    def __init__(self, settle: int = 5) -> None:
+        if settle < 1:
+            raise ConfigError(f"absorption monitor: expected settle >= 1, got {settle}")
+        self.settle = settle
+        self._seen: dict[str, list[float]] = {}
+        self._warned: set[str] = set()
 
     def update(self, **figures: float) -> list[str]:
         """Add figures by the names of ``COLLAPSED``; returns new warnings.
 
         Raises:
-            ConfigError: a figure that nothing is known about.
+            ConfigError: an unknown figure.
         """
         unknown = sorted(figures.keys() - COLLAPSED.keys())
         if unknown:
-            raise ConfigError(f"absorption monitor: {unknown}; it knows {sorted(COLLAPSED)}")
+            raise ConfigError(
+                f"absorption monitor: unknown figures {unknown}; expected {sorted(COLLAPSED)}"
+            )
         warnings = []
         for name, value in figures.items():
             seen = self._seen.setdefault(name, [])
@@ -110,9 +110,6 @@ class AbsorptionMonitor:
             now = sum(seen[-self.settle :]) / self.settle
             if now < COLLAPSED[name] * start:
                 self._warned.add(name)
-                warnings.append(_warning(name, start, now))
+                what = f"{name.replace('_', ' ')} fell from {start:.3g} to {now:.3g}"
+                warnings.append(f"{what}: {MEANING[name]}")
         return warnings
-
-
-def _warning(name: str, start: float, now: float) -> str:
-    return f"{name.replace('_', ' ')} fell from {start:.3g} to {now:.3g}: {MEANING[name]}"

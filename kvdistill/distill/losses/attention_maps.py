@@ -1,9 +1,13 @@
-"""KL between what the student attends to and what it would attend to with the target's keys.
+"""KL between rows of ``T × T`` maps: what a token attends to, and how tokens relate to each other.
 
-    KL( softmax(q·k_target/√D) ‖ softmax(q·k_student/√D) )
+    attention   KL( softmax(q·k_target/√D) ‖ softmax(q·k_student/√D) )
+                the student's own queries and causal mask; only the keys differ
+    relation    KL( softmax(X_t X_tᵀ/√d) ‖ softmax(X_s X_sᵀ/√d) )
+                X: a layer's keys (K-K) or values (V-V), all heads joined and split again into
+                relation heads of width d (MiniLMv2, arXiv 2012.15828). Heads and dim need not
+                match, so no projector is needed that could absorb the loss
 
-The student's own queries, its own causal mask; only the keys differ. Gradients reach queries and
-student keys. One layer's ``T × T`` maps exist at a time: the backward pass makes them again.
+The maps of one layer exist at a time: the backward pass recomputes them.
 """
 
 from __future__ import annotations
@@ -16,8 +20,49 @@ from torch.utils.checkpoint import checkpoint
 
 from kvdistill.attention.rotary import rotate_layers, scale_frequencies
 from kvdistill.config.distill import AlignmentConfig
-from kvdistill.distill.student.outputs import StudentView
 from kvdistill.errors import GeometryError, StudentError
+
+
+class AttentionMaps(nn.Module):
+    """``attention_kl`` of unrotated queries and keys, which are rotated as the student does."""
+
+    inv_freq: Tensor | None
+
+    def __init__(self, student: Any, config: AlignmentConfig) -> None:
+        super().__init__()
+        self.config = config
+        base = getattr(student, student.base_model_prefix, student)
+        rotary = getattr(base, "rotary_emb", None)
+        found = getattr(rotary, "inv_freq", None)
+        if rotary is not None and found is None:
+            raise StudentError(
+                f"losses.attention_kl: a student of type {student.config.model_type!r} has one "
+                "rotary embedding per layer type, which this loss does not support; set it to 0"
+            )
+        self.scaling = float(getattr(rotary, "attention_scaling", 1.0))
+        self.trained_length = getattr(student.config, "max_position_embeddings", None)
+        self.register_buffer("inv_freq", None if found is None else found.clone(), persistent=False)
+
+    def forward(
+        self, query_BLQTD: Tensor, own_BLHTD: Tensor, target_BLHTD: Tensor, mask_BT: Tensor
+    ) -> Tensor:
+        """KL per query token ``[B, T]`` float32; arguments as ``attention_kl``, not rotated."""
+        query, own, target = query_BLQTD, own_BLHTD, target_BLHTD
+        if self.inv_freq is not None:
+            length = query.shape[3]
+            position_BT = torch.arange(length, device=query.device)[None]
+            scaled = scale_frequencies(
+                self.inv_freq,
+                self.config.rope,
+                self.config.rope_factor,
+                length,
+                self.trained_length,
+            )
+            query = rotate_layers(query, position_BT, self.inv_freq, attention_scaling=self.scaling)
+            own = rotate_layers(own, position_BT, self.inv_freq, attention_scaling=self.scaling)
+            if self.config.rope != "none":
+                target = rotate_layers(target, position_BT, scaled, attention_scaling=self.scaling)
+        return attention_kl(query, own, target, mask_BT)
 
 
 def attention_kl(
@@ -30,11 +75,11 @@ def attention_kl(
     """KL per query token, the mean over layers and query heads: ``[B, T]`` float32.
 
     Args:
-        query_BLQTD: the student's queries; ``Q`` a multiple of H. All three rotated alike.
+        query_BLQTD: the student's queries, ``Q`` a multiple of H. All three are rotated.
         student_k_BLHTD: the student's keys.
         target_k_BLHTD: the target's keys in the student's space, detached here.
-        mask_BT: tokens whose keys count on both sides; queries elsewhere score 0.
-        causal: a query sees itself and what is before it.
+        mask_BT: tokens whose keys count on both sides; other queries score 0.
+        causal: a query attends to itself and to what precedes it.
 
     Raises:
         GeometryError: the keys differ in shape, or Q is no multiple of H.
@@ -54,36 +99,15 @@ def attention_kl(
         strict=True,
     )
     maps = [
-        checkpoint(_layer_kl, q, own, target, visible, use_reentrant=False)
+        checkpoint(_attention_layer, q, own, target, visible, use_reentrant=False)
         for q, own, target in layers
     ]
     return torch.stack(maps).mean(0)
 
 
-def visible_pairs(mask_BT: Tensor, causal: bool) -> Tensor:
-    """``[B, T, T]`` bool: which key (last axis) a valid query may look at."""
-    num_tokens = mask_BT.shape[1]
-    pairs = mask_BT.unsqueeze(2) & mask_BT.unsqueeze(1)
-    if causal:
-        pairs = pairs & pairs.new_ones(num_tokens, num_tokens).tril()
-    return pairs
-
-
-def masked_kl(target_logits: Tensor, student_logits: Tensor, visible: Tensor) -> Tensor:
-    """``KL(softmax(target) ‖ softmax(student))`` over the last axis, 0 for a row that sees nothing.
-
-    Float32; ``visible`` broadcasts against the logits.
-    """
-    blind = ~visible.any(-1, keepdim=True)
-    # A row that sees nothing looks at everything, and is then multiplied away: no NaN to mask.
-    hidden = ~(visible | blind)
-    log_p = target_logits.float().masked_fill(hidden, -torch.inf).log_softmax(-1)
-    log_q = student_logits.float().masked_fill(hidden, -torch.inf).log_softmax(-1)
-    gap = torch.where(hidden, 0.0, log_p) - torch.where(hidden, 0.0, log_q)
-    return (log_p.exp() * gap).sum(-1) * ~blind.squeeze(-1)
-
-
-def _layer_kl(query_BQTD: Tensor, own_BHTD: Tensor, target_BHTD: Tensor, visible: Tensor) -> Tensor:
+def _attention_layer(
+    query_BQTD: Tensor, own_BHTD: Tensor, target_BHTD: Tensor, visible: Tensor
+) -> Tensor:
     b, num_heads, num_tokens, dim = own_BHTD.shape
     query = query_BQTD.float().reshape(b, num_heads, -1, num_tokens, dim) * dim**-0.5
     student = query @ own_BHTD.float().unsqueeze(2).mT
@@ -109,7 +133,7 @@ def relation_error(
         causal: compare each token with earlier ones only.
 
     Raises:
-        GeometryError: samples, layers or tokens differ, or the widths cannot be cut.
+        GeometryError: samples, layers or tokens differ, or the widths cannot be split.
     """
     ours, theirs = student_BLHTD.shape, teacher_BLHTD.shape
     uneven = (ours[2] * ours[4]) % num_relations or (theirs[2] * theirs[4]) % num_relations
@@ -121,74 +145,45 @@ def relation_error(
     visible = visible_pairs(mask_BT, causal)
     layers = zip(student_BLHTD.unbind(1), teacher_BLHTD.detach().unbind(1), strict=True)
     maps = [
-        checkpoint(_layer, own, teacher, visible, num_relations, use_reentrant=False)
+        checkpoint(_relation_layer, own, teacher, visible, num_relations, use_reentrant=False)
         for own, teacher in layers
     ]
     return torch.stack(maps).mean(0)
 
 
-def _layer(own_BHTD: Tensor, teacher_BHTD: Tensor, visible: Tensor, num_relations: int) -> Tensor:
-    student, teacher = (_relations(x, num_relations) for x in (own_BHTD, teacher_BHTD))
+def _relation_layer(
+    own_BHTD: Tensor, teacher_BHTD: Tensor, visible: Tensor, num_relations: int
+) -> Tensor:
+    student, teacher = (_relation_logits(x, num_relations) for x in (own_BHTD, teacher_BHTD))
     return masked_kl(teacher, student, visible.unsqueeze(1)).mean(1)
 
 
-def _relations(x_BHTD: Tensor, num_relations: int) -> Tensor:
-    """Unnormalised relation logits ``[B, R, T, T]``."""
+def _relation_logits(x_BHTD: Tensor, num_relations: int) -> Tensor:
+    """``[B, R, T, T]`` float32."""
     joined = x_BHTD.float().transpose(1, 2)
     x = joined.reshape(*joined.shape[:2], num_relations, -1).transpose(1, 2)
     logits: Tensor = (x * x.shape[-1] ** -0.5) @ x.mT
     return logits
 
 
-class AttentionMaps(nn.Module):
-    """KL between the student's attention over the target's keys and over its own."""
-
-    inv_freq: Tensor | None
-
-    def __init__(self, student: Any, config: AlignmentConfig) -> None:
-        super().__init__()
-        self.config = config
-        base = getattr(student, student.base_model_prefix, student)
-        rotary = getattr(base, "rotary_emb", None)
-        found = getattr(rotary, "inv_freq", None)
-        if rotary is not None and found is None:
-            raise StudentError(
-                f"losses.attention_kl: a student of type {student.config.model_type!r} has a "
-                "rotary embedding of its own per layer type; set the loss to 0"
-            )
-        self.scaling = float(getattr(rotary, "attention_scaling", 1.0))
-        self.trained_length = getattr(student.config, "max_position_embeddings", None)
-        self.register_buffer("inv_freq", None if found is None else found.clone(), persistent=False)
-
-    def forward(self, view: StudentView, target_k_BLHTD: Tensor, mask_BT: Tensor) -> Tensor:
-        """KL per token ``[B, T]``; see ``losses.attention_kl``."""
-        query, own, target = view.query_BLQTD, view.key_BLHTD, target_k_BLHTD
-        if self.inv_freq is not None:
-            length = query.shape[3]
-            position_BT = torch.arange(length, device=query.device)[None]
-            scaled = scale_frequencies(
-                self.inv_freq,
-                self.config.rope,
-                self.config.rope_factor,
-                length,
-                self.trained_length,
-            )
-            query = rotate_layers(query, position_BT, self.inv_freq, attention_scaling=self.scaling)
-            own = rotate_layers(own, position_BT, self.inv_freq, attention_scaling=self.scaling)
-            if self.config.rope != "none":
-                target = rotate_layers(target, position_BT, scaled, attention_scaling=self.scaling)
-        return attention_kl(query, own, target, mask_BT)
+def visible_pairs(mask_BT: Tensor, causal: bool) -> Tensor:
+    """``[B, T, T]`` bool: which keys (last axis) a valid query may attend to."""
+    num_tokens = mask_BT.shape[1]
+    pairs = mask_BT.unsqueeze(2) & mask_BT.unsqueeze(1)
+    if causal:
+        pairs = pairs & pairs.new_ones(num_tokens, num_tokens).tril()
+    return pairs
 
 
-# MERGED-DOC distill.losses.relation
-# How tokens relate to each other, instead of what they are: no head or dim needs to match.
-#
-#     R = softmax( X Xᵀ / √d ),   KL( R_teacher ‖ R_student ) per token
-#
-# X are a layer's keys (K-K) or values (V-V), all heads joined and cut again into ``num_relations``
-# relation heads of width d (MiniLMv2, arXiv 2012.15828). The teacher must be on the student's
-# tokens (aligned), nothing else: no projector, so nothing that could absorb the loss.
+def masked_kl(target_logits: Tensor, student_logits: Tensor, visible: Tensor) -> Tensor:
+    """``KL(softmax(target) ‖ softmax(student))`` over the last axis, float32.
 
-
-# MERGED-DOC distill.attention_maps
-# The attention-KL loss inside the distiller: both sides' keys rotated as the student rotates.
+    0 for a row without a visible column; ``visible`` broadcasts against the logits.
+    """
+    blind = ~visible.any(-1, keepdim=True)
+    # A row that sees nothing attends to everything and is then multiplied by zero: no NaN arises.
+    hidden = ~(visible | blind)
+    log_p = target_logits.float().masked_fill(hidden, -torch.inf).log_softmax(-1)
+    log_q = student_logits.float().masked_fill(hidden, -torch.inf).log_softmax(-1)
+    gap = torch.where(hidden, 0.0, log_p) - torch.where(hidden, 0.0, log_q)
+    return (log_p.exp() * gap).sum(-1) * ~blind.squeeze(-1)

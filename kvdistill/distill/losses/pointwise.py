@@ -1,13 +1,19 @@
-"""Pointwise errors between the student's KV and its target, per token and in float32."""
+"""Errors token by token in float32: keys and values, hidden states, next-token cross-entropy."""
 
 from __future__ import annotations
+
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvdistill.distill.losses.weighting import reduce_tokens
 from kvdistill.errors import GeometryError
 from kvdistill.types import Distance
+
+IGNORED_LABEL: Final = -100
+"""Label of a token that no cross-entropy counts, as in transformers."""
 
 
 def kv_error(
@@ -20,18 +26,18 @@ def kv_error(
 
     Args:
         student_BLHTD: the student's keys (unrotated) or values, or a regression from them.
-        target_BLHTD: what they should be; no gradient flows into it unless it asks for one.
+        target_BLHTD: what they are compared with; not detached here.
         distance: ``mse``, or ``smooth_l1`` (quadratic below an error of 1, linear above).
         layer_std_L: divide each layer's error by the target's std in that layer, detached
             (KaVa, arXiv 2510.02312), where the target is not standardised.
 
     Raises:
-        GeometryError: the shapes differ (they would broadcast without a word).
+        GeometryError: the shapes differ (they could broadcast silently).
     """
-    _same_shape(student_BLHTD, target_BLHTD)
+    _check_same_shape(student_BLHTD, target_BLHTD)
     student, target = student_BLHTD.float(), target_BLHTD.float()
     if distance == "mse":
-        # As a norm: the squares are summed as they are made, in either direction, never stored.
+        # As a norm: squares are accumulated in both directions and never materialised.
         norm: Tensor = torch.linalg.vector_norm(student - target, dim=(2, 4))
         error = norm.square() / (student.shape[2] * student.shape[4])
     else:
@@ -47,13 +53,13 @@ def cosine_error(student_BLHTD: Tensor, target_BLHTD: Tensor, eps: float = 1e-6)
     Raises:
         GeometryError: the shapes differ.
     """
-    _same_shape(student_BLHTD, target_BLHTD)
+    _check_same_shape(student_BLHTD, target_BLHTD)
     cosine = F.cosine_similarity(student_BLHTD.float(), target_BLHTD.float(), dim=-1, eps=eps)
     return (1 - cosine).mean(dim=(1, 2))
 
 
 def layer_std(target_BLHTD: Tensor, mask_BT: Tensor) -> Tensor:
-    """Std of each layer's target over the elements that count: ``[L]`` float32, detached."""
+    """Std of each layer's target over the valid tokens: ``[L]`` float32, detached."""
     target = target_BLHTD.detach().float()
     mask = mask_BT[:, None, None, :, None].to(target.dtype)
     count = (mask_BT.sum() * target.shape[2] * target.shape[4]).clamp_min(1)
@@ -62,21 +68,16 @@ def layer_std(target_BLHTD: Tensor, mask_BT: Tensor) -> Tensor:
     return torch.sqrt(square / count)
 
 
-def _same_shape(student: Tensor, target: Tensor) -> None:
-    if student.shape != target.shape:
-        raise GeometryError(
-            f"loss: student {tuple(student.shape)} and target {tuple(target.shape)} differ; "
-            "align and project first ([B, L, H, T, D])"
-        )
-
-
 def hidden_error(student_BLE: Tensor, target_BLE: Tensor, std_L: Tensor | None = None) -> Tensor:
-    """Error per sample, the mean over layers and channels: ``[B]`` float32.
+    """CODI: hidden states just before the answer, student against teacher: ``[B]`` float32.
+
+    Smooth-L1, the mean over channels divided by the teacher's std in each layer, the mean over
+    layers (CODI, arXiv 2502.21074; used by KaVa, arXiv 2510.02312).
 
     Args:
-        student_BLE: the student's hidden states at the cue, ``[B, L, E]``.
-        target_BLE: the teacher's, layer-mapped, in the student's width; detached here.
-        std_L: the target's std per layer over the corpus; this batch's if not given.
+        student_BLE: the student's hidden states at the token that predicts the answer.
+        target_BLE: the teacher's (``hidden_at_cue`` of the store), layer-mapped; detached here.
+        std_L: the target's std per layer over the corpus; this batch's if None.
 
     Raises:
         GeometryError: the shapes differ (a teacher of another width needs a map first).
@@ -92,9 +93,33 @@ def hidden_error(student_BLE: Tensor, target_BLE: Tensor, std_L: Tensor | None =
     return (error / std.clamp_min(1e-6)).mean(1)
 
 
-# MERGED-DOC distill.losses.codi
-# CODI's term: the student's hidden state just before the answer, pulled to the teacher's.
-#
-# Smooth-L1 per layer at the one token from which the answer is predicted, divided by the teacher's
-# std in that layer (CODI, arXiv 2502.21074; used by KaVa, arXiv 2510.02312). Offline, the teacher's
-# side is ``hidden_at_cue`` of the store.
+def cross_entropy(logits_BTV: Tensor, labels_BT: Tensor, num_labels: Tensor | None) -> Tensor:
+    """Next-token cross-entropy: a float32 scalar, reduced over the labels that count.
+
+    Args:
+        logits_BTV: what each token predicts.
+        labels_BT: token ids, not shifted; ``IGNORED_LABEL`` where they do not count.
+        num_labels: ``num_predicted`` of all micro-batches and ranks; this batch's if None.
+    """
+    # Labels are shifted, not logits: this copies no [B, T, V], and softmax is contiguous.
+    wanted = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED_LABEL)
+    errors = F.cross_entropy(
+        logits_BTV.flatten(0, 1).float(),
+        wanted.flatten(),
+        ignore_index=IGNORED_LABEL,
+        reduction="none",
+    ).view_as(wanted)
+    return reduce_tokens(errors, wanted != IGNORED_LABEL, num_labels)
+
+
+def num_predicted(labels_BT: Tensor) -> Tensor:
+    """Number of labels that a preceding token predicts."""
+    return (labels_BT[:, 1:] != IGNORED_LABEL).sum()
+
+
+def _check_same_shape(student: Tensor, target: Tensor) -> None:
+    if student.shape != target.shape:
+        raise GeometryError(
+            f"loss: student {tuple(student.shape)} and target {tuple(target.shape)} differ; "
+            "align and project first ([B, L, H, T, D])"
+        )

@@ -1,13 +1,18 @@
-"""The one place where per-token maps become a number.
+"""From errors per token to the loss of a step: reduction over tokens, weights and annealing.
 
-Dividing by the *global* number of valid tokens, over accumulation steps and ranks, makes a loss
-independent of how a batch was cut; a mean of means is not.
+A loss is a sum over valid tokens divided by their *global* number, over accumulation steps and
+ranks. It therefore does not depend on how a step is cut into batches; a mean of means does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from kvdistill.config.distill import OF_TEXT, LossConfig
 
 
 def reduce_tokens(
@@ -17,26 +22,49 @@ def reduce_tokens(
 
     Args:
         map_BT: a loss per token.
-        mask_BT: True where a token counts.
-        num_valid: valid tokens of all micro-batches and ranks; this batch's if not given.
+        mask_BT: True where a token counts; values elsewhere are not read, NaN included.
+        num_valid: valid tokens of all micro-batches and ranks; this batch's if None.
     """
     total = torch.where(mask_BT, map_BT.float(), 0.0).sum()
     count = mask_BT.sum() if num_valid is None else torch.as_tensor(num_valid, device=total.device)
     return total / count.clamp_min(1)
 
 
-def annealed_scale(step: int, num_steps: int, anneal_by: float | None) -> float:
-    """How much of their weights the losses against teachers have at a step, 1 down to 0.
+def num_covered(batch: Mapping[str, Any]) -> Tensor:
+    """Number of tokens that at least one teacher covers: what losses against teachers divide by."""
+    covered = [teacher["covered"] for teacher in batch["teachers"].values()]
+    return torch.stack(covered).any(0).sum() if covered else batch["labels"].new_zeros(())
 
-    Linear from 1 at step 0 to 0 at ``anneal_by · num_steps``, as in teacher annealing (*BAM!
-    Born-Again Multi-Task Networks for Natural Language Understanding*, arXiv 1907.04829, section
-    3.2); always 1 where ``anneal_by`` is None. A student first learns what the teacher sees in a
-    text, and in the end only what the text says.
+
+def weighted_sum(
+    parts: Mapping[str, Tensor], losses: LossConfig, kv_scale: float
+) -> tuple[Tensor, Tensor]:
+    """The loss of a batch, and the share of it that compares the student with teachers.
+
+    Args:
+        parts: each loss by its name in the config, float32 scalars before weighting.
+        losses: the weights.
+        kv_scale: factor on the losses against teachers, all but ``inject``; see
+            ``annealed_scale``.
+
+    Returns:
+        Two float32 scalars: the sum of all weighted parts, and of those that ``kv_scale`` scales.
+    """
+    weight = losses.weights()
+    of_teachers = [name for name in parts if name not in (*OF_TEXT, "inject")]
+    weight |= {name: kv_scale * weight[name] for name in of_teachers}
+    weighted = {name: weight[name] * value for name, value in parts.items()}
+    kv = [weighted[name] for name in of_teachers] or [torch.zeros_like(parts["cross_entropy"])]
+    return torch.stack(list(weighted.values())).sum(), torch.stack(kv).sum()
+
+
+def annealed_scale(step: int, num_steps: int, anneal_by: float | None) -> float:
+    """Factor on the losses against teachers at a step, from 1 down to 0.
+
+    Linear from 1 at step 0 to 0 at ``anneal_by · num_steps``; always 1 where ``anneal_by`` is
+    None. Teacher annealing: *BAM! Born-Again Multi-Task Networks for Natural Language
+    Understanding*, arXiv 1907.04829, section 3.2.
     """
     if anneal_by is None:
         return 1.0
     return max(0.0, 1 - step / (anneal_by * num_steps))
-
-
-# MERGED-DOC distill.losses.fading
-# Losses against teachers that give way to the text as training goes on.

@@ -1,13 +1,16 @@
-"""Second moments of aligned teacher and student KV over a pilot of the store.
+"""Closed-form projections from pilot moments: whitened PCA of the teacher, and ridge regression.
 
-Everything that a closed-form projection needs (whitened PCA of the teacher, ridge regression to
-the student) follows from counts, means and centred products, so a pilot is read once and never
-held in memory. Batches are merged in float64.
+    pca:    W = E_K Λ_K^(−1/2)           (E, Λ: leading eigenpairs of the teacher's covariance)
+    ridge:  W = (C_xx + ρ·tr(C_xx)/I · 1)⁻¹ C_xy,   b = ȳ − x̄ W
+
+Whitened PCA depends on the teacher alone and weighs all kept directions equally. Ridge regresses
+the student's own initial KV on the teacher's, which suits a pretrained student. Both follow from
+counts, means and centred products, so a pilot is read once and never held in memory.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +23,12 @@ from kvdistill.distill.project.projections import (
 )
 from kvdistill.errors import ConfigError
 from kvdistill.store.channel_statistics import merge_moments
+
+RIDGE: Final = 1e-3
+"""Penalty ρ, as a share of the source's mean variance."""
+
+EIGENVALUE_FLOOR: Final = 1e-6
+"""Directions below this share of the largest variance are noise: whitening maps them to zero."""
 
 
 class PilotMoments:
@@ -35,7 +44,7 @@ class PilotMoments:
         self._products = torch.zeros(num_layers, width_x, width_x + width_y, dtype=torch.float64)
 
     def add(self, x_BLHTD: Tensor, y_BLHTD: Tensor, mask_BT: Tensor) -> None:
-        """Count the tokens of a batch where ``mask_BT`` is True; the two KVs must be aligned."""
+        """Add the tokens of a batch where ``mask_BT`` is True; the two KVs must be aligned."""
         joint_LNC = torch.cat([_tokens_float64(kv, mask_BT) for kv in (x_BLHTD, y_BLHTD)], dim=-1)
         if joint_LNC.shape[1] == 0:
             return
@@ -70,28 +79,53 @@ class PilotMoments:
         """Covariance of the source, ``[L, I, I]`` float64.
 
         Raises:
-            ConfigError: no token has been counted.
+            ConfigError: no token has been added.
         """
-        self.check()
+        if self.count == 0:
+            raise ConfigError(
+                "projection.init: no token of the pilot is covered by the teacher; raise "
+                "projection.pilot_batches"
+            )
         return self.xx / self.count
 
-    def check(self) -> None:
-        """Refuse an empty pilot."""
-        if self.count == 0:
-            raise ConfigError("projection.init: the pilot has no aligned token; enlarge the pilot")
 
+@torch.no_grad()
+def initialise(
+    projection: FullProjection | LinearProjection,
+    moments: PilotMoments,
+    init: Literal["pca", "ridge"],
+) -> None:
+    """Set a projection's weights and bias from pilot moments, in place.
 
-def _tokens_float64(x_BLHTD: Tensor, mask_BT: Tensor) -> Tensor:
-    """``[L, N, H·D]`` float64 on the CPU."""
-    flat = x_BLHTD.detach().permute(0, 3, 1, 2, 4).flatten(3)[mask_BT]
-    return flat.transpose(0, 1).double().cpu()
+    A ``LinearProjection`` cannot represent every joint map. For ``ridge`` it takes the nearest one
+    it can (``nearest_two_step``); for ``pca`` its dims whiten the covariance pooled over heads, its
+    heads stay grouped means, and one factor per layer restores unit variance.
 
+    Args:
+        projection: from the source to the target of ``moments``.
+        moments: a pilot.
+        init: ``pca`` or ``ridge``.
 
-RIDGE = 1e-3
-
-
-EIGENVALUE_FLOOR = 1e-6
-"""Directions of less than this share of the largest variance are noise; they are not blown up."""
+    Raises:
+        ConfigError: the pilot is empty.
+    """
+    covariance = moments.covariance()
+    mean_y = moments.mean_y if init == "ridge" else torch.zeros_like(moments.mean_y)
+    if isinstance(projection, FullProjection):
+        width = projection.target.width
+        weight = ridge(moments) if init == "ridge" else whitened_pca(covariance, width)
+        projection.weight_LIO.copy_(weight)
+        projection.bias_LO.copy_(mean_y - torch.einsum("li,lio->lo", moments.mean_x, weight))
+        return
+    if init == "ridge":
+        heads, dims = nearest_two_step(projection, ridge(moments))
+    else:
+        heads, dims = _pooled_pca(projection, covariance)
+    projection.head_LHG.copy_(heads)
+    projection.dim_LDE.copy_(dims)
+    mean_x = moments.mean_x.view(-1, *projection.source)
+    image = torch.einsum("lhd,lhg,lde->lge", mean_x, heads, dims)
+    projection.bias_LGE.copy_(mean_y.view_as(image) - image)
 
 
 def whitened_pca(covariance_LII: Tensor, width: int) -> Tensor:
@@ -126,50 +160,12 @@ def ridge(moments: PilotMoments, penalty: float = RIDGE) -> Tensor:
     return weight
 
 
-@torch.no_grad()
-def initialise(
-    projection: FullProjection | LinearProjection,
-    moments: PilotMoments,
-    init: Literal["pca", "ridge"],
-) -> None:
-    """Set a projection's weights and bias from pilot moments, in place.
-
-    A two-step projection cannot hold every joint map: for ``ridge`` it takes the nearest one it
-    can (``nearest_two_step``); for ``pca`` its dims whiten the covariance pooled over heads, its
-    heads stay grouped means, and one factor per layer restores unit variance.
-
-    Args:
-        projection: from the source to the target that ``moments`` were taken of.
-        moments: a pilot.
-        init: ``pca`` or ``ridge``.
-
-    Raises:
-        ConfigError: the pilot is empty.
-    """
-    covariance = moments.covariance()
-    mean_y = moments.mean_y if init == "ridge" else torch.zeros_like(moments.mean_y)
-    if isinstance(projection, FullProjection):
-        width = projection.target.width
-        weight = ridge(moments) if init == "ridge" else whitened_pca(covariance, width)
-        projection.weight_LIO.copy_(weight)
-        projection.bias_LO.copy_(mean_y - torch.einsum("li,lio->lo", moments.mean_x, weight))
-        return
-    if init == "ridge":
-        heads, dims = nearest_two_step(projection, ridge(moments))
-    else:
-        heads, dims = _pooled_pca(projection, covariance)
-    projection.head_LHG.copy_(heads)
-    projection.dim_LDE.copy_(dims)
-    mean_x = moments.mean_x.view(-1, *projection.source)
-    image = torch.einsum("lhd,lhg,lde->lge", mean_x, heads, dims)
-    projection.bias_LGE.copy_(mean_y.view_as(image) - image)
-
-
 def nearest_two_step(projection: LinearProjection, weight_LIO: Tensor) -> tuple[Tensor, Tensor]:
     """Heads ``[L, H, G]`` and dims ``[L, D, E]`` whose joint map is nearest to ``weight_LIO``.
 
-    The joint map of two steps is a Kronecker product; the nearest one is the leading singular
-    pair of the rearranged weights (Van Loan and Pitsianis, 1993).
+    The joint map of two steps is a Kronecker product; the nearest one is the leading singular pair
+    of the rearranged weights (Van Loan and Pitsianis, *Approximation with Kronecker Products*,
+    1993).
     """
     (h, d), (g, e) = projection.source, projection.target
     blocks = weight_LIO.view(-1, h, d, g, e).permute(0, 1, 3, 2, 4).reshape(-1, h * g, d * e)
@@ -179,6 +175,7 @@ def nearest_two_step(projection: LinearProjection, weight_LIO: Tensor) -> tuple[
 
 
 def _pooled_pca(projection: LinearProjection, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Heads ``[L, H, G]`` (grouped means) and whitening dims ``[L, D, E]``."""
     (h, d), (g, e) = projection.source, projection.target
     blocks = covariance.view(-1, h, d, h, d)
     dims = whitened_pca(torch.einsum("lhdhf->ldf", blocks) / h, e)
@@ -188,11 +185,7 @@ def _pooled_pca(projection: LinearProjection, covariance: Tensor) -> tuple[Tenso
     return heads, dims * scale
 
 
-# MERGED-DOC distill.projection.closed_form
-# Closed-form projections from pilot moments: whitened PCA of the teacher, and ridge regression.
-#
-#     pca:    W = E_K Λ_K^(−1/2)           (E, Λ: leading eigenpairs of the teacher's covariance)
-#     ridge:  W = (C_xx + ρ·tr(C_xx)/I · 1)⁻¹ C_xy,   b = ȳ − x̄ W
-#
-# Whitened PCA looks at the teacher alone and gives every direction that it keeps the same say;
-# ridge points at the student's own initial KV, which is what a pretrained student wants.
+def _tokens_float64(x_BLHTD: Tensor, mask_BT: Tensor) -> Tensor:
+    """``[L, N, H·D]`` float64 on the CPU."""
+    flat = x_BLHTD.detach().permute(0, 3, 1, 2, 4).flatten(3)[mask_BT]
+    return flat.transpose(0, 1).double().cpu()
