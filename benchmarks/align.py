@@ -24,17 +24,22 @@ import torch
 from torch import Tensor
 
 from kvdistill.attention.geometry import HeadShape
-from kvdistill.config.distill import LossConfig, ProjectionConfig
-from kvdistill.distill.align.band import Band, apply_band
+from kvdistill.config.distill import ProjectionConfig
+from kvdistill.distill.align.band import Band
 from kvdistill.distill.align.character_iou import Spans, align_tokens
 from kvdistill.distill.align.layers import layer_map
+from kvdistill.distill.distiller import StudentOutput
 from kvdistill.distill.fuse.weights import fixed_weights, fuse, renormalise
-from kvdistill.distill.kv_losses import regression_sums
 from kvdistill.distill.losses.pointwise import kv_error
+from kvdistill.distill.losses.regression import regression_error
 from kvdistill.distill.losses.weighting import reduce_tokens
-from kvdistill.distill.project.standardise import TargetStatistics
-from kvdistill.distill.student.outputs import StudentView
-from kvdistill.distill.targets import GroupSpace, TeacherHead, TeacherSpace
+from kvdistill.distill.targets import (
+    BandProduct,
+    GroupSpace,
+    TargetStatistics,
+    TeacherHead,
+    TeacherSpace,
+)
 from kvdistill.store.codecs import CODECS
 from kvdistill.types import KINDS, CodecSpec, Kind
 
@@ -119,15 +124,22 @@ def weights(teachers: list[Teacher]) -> Tensor:
     return renormalise(fixed_weights([1.0] * len(teachers)), covered)
 
 
-def regress(teachers: list[Teacher], student: StudentView, mask: Tensor) -> None:
+def regress(teachers: list[Teacher], student: StudentOutput, mask: Tensor) -> None:
     """``student_to_teacher``, forward and backward down to the student's KV."""
-    heads = {kind: [teacher.heads[kind] for teacher in teachers] for kind in KINDS}
-    rows = {kind: [t.heads[kind].layers(t.parts[kind], t.band) for t in teachers] for kind in KINDS}
-    sums = regression_sums(student, heads, rows, weights(teachers), LossConfig())
-    (torch.stack(list(sums.values())).sum() / mask.sum()).backward()
+    total = torch.zeros(())
+    for kind in KINDS:
+        regressions = [
+            one
+            for teacher, alpha in zip(teachers, weights(teachers), strict=True)
+            for one in teacher.heads[kind].regressions(
+                teacher.heads[kind].layers(teacher.parts[kind], teacher.band), alpha
+            )
+        ]
+        total = total + regression_error(student.kind(kind), regressions)
+    (total / mask.sum()).backward()
 
 
-def compare_with_fused(teachers: list[Teacher], student: StudentView, mask: Tensor) -> None:
+def compare_with_fused(teachers: list[Teacher], student: StudentOutput, mask: Tensor) -> None:
     """``frozen``: project and fuse without gradient, then compare with the student's KV."""
     alpha = weights(teachers)
     loss = torch.zeros(())
@@ -140,6 +152,11 @@ def compare_with_fused(teachers: list[Teacher], student: StudentView, mask: Tens
             fused = fuse(alpha, projected)
         loss = loss + reduce_tokens(kv_error(student.kind(kind), fused), mask)
     loss.backward()
+
+
+def banded_product(band: Band, x_BLHTD: Tensor) -> Tensor:
+    product = BandProduct(band, *x_BLHTD.shape[2:4])
+    return torch.stack([product(layer) for layer in x_BLHTD.unbind(1)], dim=1)
 
 
 def dense_product(band: Band, x_BLHTD: Tensor) -> Tensor:
@@ -188,13 +205,13 @@ def main() -> None:
     teachers = make_teachers(batch, tokens, student)
     shape = (batch, STUDENT_LAYERS, STUDENT.num_heads, tokens, STUDENT.head_dim)
     none = torch.empty(0)
-    view = StudentView(none, none, *(torch.randn(shape, requires_grad=True) for _ in KINDS), None)
+    view = StudentOutput(none, none, *(torch.randn(shape, requires_grad=True) for _ in KINDS), None)
     band = teachers[0].band
     big = CODECS[CODEC].decode(teachers[0].parts["key"][""], "key")
-    torch.testing.assert_close(apply_band(band, big), dense_product(band, big))
+    torch.testing.assert_close(banded_product(band, big), dense_product(band, big))
     works: dict[str, Callable[[], object]] = {
         "build_band": lambda: align_tokens(student, student),
-        "banded_product": lambda: apply_band(band, big),
+        "banded_product": lambda: banded_product(band, big),
         "dense_product": lambda: dense_product(band, big),
         "gathered_product": lambda: gathered(band, big),
         "student_to_teacher": lambda: regress(teachers, view, student.mask),

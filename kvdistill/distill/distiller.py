@@ -209,8 +209,8 @@ class Distiller(nn.Module):
         covered = counts.get("num_covered", covered_BT.sum())
         parts = {}
         if self.regresses:
-            rows = layerwise_targets(targets) if targets else self.targets_by_layer(
-                batch["teachers"]
+            rows = (
+                layerwise_targets(targets) if targets else self.targets_by_layer(batch["teachers"])
             )
             sums = self.regression_sums(output, rows, kv_alpha)
             parts = {name: total / covered.clamp_min(1) for name, total in sums.items()}
@@ -279,7 +279,9 @@ class Distiller(nn.Module):
             if self.losses.weights()[kind]:
                 teachers = zip(self.heads_of(kind), rows[kind], alpha_NBLT, strict=True)
                 regressions = [
-                    one for head, targets, alpha in teachers for one in head.regressions(targets, alpha)
+                    one
+                    for head, targets, alpha in teachers
+                    for one in head.regressions(targets, alpha)
                 ]
                 sums[kind] = regression_error(output.kind(kind), regressions, self.losses.distance)
         return sums

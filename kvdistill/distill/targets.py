@@ -332,7 +332,9 @@ class LayerTargets:
     def _place(self, layer: int) -> Tensor:
         """A stored layer, decoded and standardised, on the student's tokens."""
         row = self._stored.index(layer)
-        decoded_BHTD = self._codec.decode({k: x[:, row] for k, x in self._parts.items()}, self._kind)
+        decoded_BHTD = self._codec.decode(
+            {k: x[:, row] for k, x in self._parts.items()}, self._kind
+        )
         if not isinstance(self._standardise, nn.Identity):
             decoded_BHTD = self._standardise.layer(decoded_BHTD, row)
         return self._product(decoded_BHTD)

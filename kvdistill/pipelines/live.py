@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kvdistill.config.experiment import Experiment
-from kvdistill.distill.data.source import LoadedShard
+from kvdistill.distill.data.stream import LoadedShard
 from kvdistill.distill.train.set_up import SourceOf
 from kvdistill.extract.teacher import Teacher, load_teacher
 from kvdistill.pipelines.extract import read_shard

@@ -158,8 +158,7 @@ def build_trainer(
     """
     from transformers import set_seed
 
-    from kvdistill.distill.data.source import StoreSource
-    from kvdistill.distill.data.stream import Rank
+    from kvdistill.distill.data.stream import Rank, StoreSource
     from kvdistill.distill.train.callbacks import HumanLog, JsonLines, ProgressBar
     from kvdistill.distill.train.set_up import assemble, training_arguments
     from kvdistill.distill.train.trainer import KVDistillTrainer

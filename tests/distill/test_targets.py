@@ -1,17 +1,23 @@
-"""Targets made layer by layer are those of decoding, standardising and placing everything."""
+"""Targets made by layer, and the banded product, against dense forms of everything at once."""
 
 import pytest
 import torch
 
 from kvdistill.attention.geometry import HeadShape
 from kvdistill.config.distill import ProjectionConfig
-from kvdistill.distill.align.band import Band, apply_band
+from kvdistill.distill.align.band import Band
 from kvdistill.distill.align.layers import LayerMap, layer_map
 from kvdistill.distill.align.resample import align_global
-from kvdistill.distill.project.standardise import TargetStatistics
-from kvdistill.distill.targets import GroupSpace, TeacherHead, TeacherSpace
+from kvdistill.distill.targets import (
+    BandProduct,
+    GroupSpace,
+    TargetStatistics,
+    TeacherHead,
+    TeacherSpace,
+)
 from kvdistill.store.codecs import CODECS
 from kvdistill.types import CodecSpec
+from tests.distill.dense import place
 
 SAMPLES, COLUMNS, ROWS, HEADS, DIM = 2, 70, 9, 3, 8
 MAPS = {
@@ -19,6 +25,63 @@ MAPS = {
     "more student layers": layer_map("ratio", 7, (0, 1)),
     "backwards": LayerMap((9, 2, 2), (9, 5, 5), (0.0, 0.25, 0.75)),
 }
+
+
+def random_band(b, rows, columns, width, dtype=torch.float32):
+    start = torch.randint(0, max(columns - width + 1, 1), (b, rows))
+    weight = torch.rand(b, rows, width, dtype=dtype)
+    weight[:, ::3] = 0
+    return Band(start, weight, weight.sum(-1) > 0)
+
+
+def product(band, x_BHTD):
+    return BandProduct(band, *x_BHTD.shape[1:3])(x_BHTD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [1, 3])
+def test_the_banded_product_equals_the_dense_one(dtype, width):
+    torch.manual_seed(0)
+    band = random_band(2, 9, 7, width, dtype)
+    x = torch.randn(2, 3, 7, 5, dtype=dtype, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    out, expected = product(band, x), place(band, y[:, None])[:, 0]
+    torch.testing.assert_close(out, expected)
+    upstream = torch.randn_like(expected)
+    out.backward(upstream)
+    expected.backward(upstream)
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_zero_weights_beyond_the_last_column_read_nothing():
+    band = Band(
+        torch.tensor([[0, 2, 2]]),
+        torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]]),
+        torch.tensor([[True, True, False]]),
+    )
+    x = torch.tensor([1.0, 5.0, 2.0]).view(1, 1, 3, 1).requires_grad_()
+    out = product(band, x)
+    assert out.flatten().tolist() == [1.0, 2.0, 0.0]
+    out.sum().backward()
+    assert x.grad.flatten().tolist() == [1.0, 0.0, 1.0]
+
+
+def test_a_kv_that_is_not_contiguous():
+    band = random_band(2, 4, 6, 2)
+    x = torch.randn(2, 6, 5, 2).permute(0, 2, 1, 3)
+    torch.testing.assert_close(product(band, x), product(band, x.contiguous()))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 4), (4, 0), (0, 0), (1, 1)])
+def test_empty_and_single(rows, columns):
+    band = Band(
+        torch.zeros(2, rows, dtype=torch.long),
+        torch.full((2, rows, 1), float(columns > 0)),
+        torch.full((2, rows), columns > 0),
+    )
+    out = product(band, torch.ones(2, 3, columns, 5))
+    assert out.shape == (2, 3, rows, 5)
+    assert bool((out == float(columns > 0)).all())
 
 
 def space(mapping, codec):
@@ -39,7 +102,7 @@ def space(mapping, codec):
 @pytest.mark.parametrize("codec", ["int8", "int4", "bf16"])
 @pytest.mark.parametrize("kind", ["key", "value"])
 @pytest.mark.parametrize("case", MAPS)
-def test_layers_equal_the_whole_placed_at_once(case, kind, codec):
+def test_targets_by_layer_equal_everything_placed_at_once(case, kind, codec):
     torch.manual_seed(0)
     teacher = space(MAPS[case], codec)
     head = TeacherHead(teacher, kind, HeadShape(1, 4), ProjectionConfig(), projects=False)
@@ -52,7 +115,7 @@ def test_layers_equal_the_whole_placed_at_once(case, kind, codec):
     weight[1, 4:] = 0  # not covered
     band = Band(band.start, weight, weight.sum(-1) > 0)
     decoded = head.standardise[0](CODECS[codec].decode(parts[""], kind))
-    expected = apply_band(band, mapping.apply(decoded, mapping.needed))
+    expected = place(band, mapping.apply(decoded, mapping.needed))
     (targets,) = head.targets(parts, band)
     torch.testing.assert_close(targets, expected)
     assert not targets[1, :, :, 4:].any()

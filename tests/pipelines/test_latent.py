@@ -17,9 +17,9 @@ from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import load_experiment
 from kvdistill.corpus.readers import load_corpus, read_jsonl
 from kvdistill.distill.data.stream import Rank
-from kvdistill.distill.project.standardise import Standardise
 from kvdistill.distill.student.latent.latent_distiller import LatentDistiller
 from kvdistill.distill.student.latent.model import LatentStudent
+from kvdistill.distill.targets import Standardise
 from kvdistill.distill.train.set_up import Assembled, assemble
 from kvdistill.errors import ConfigError, StudentError
 from kvdistill.pipelines.evaluate import evaluate_folder
@@ -109,7 +109,7 @@ def test_the_kv_loss_is_the_mean_error_over_kept_tokens(thinking: Path, tmp_path
     run = assembled(variant(thinking, tmp_path, losses__layer_std=False))
     distiller, batch = run.distiller, next(iter(run.stream))
     assert isinstance(distiller, LatentDistiller)
-    view, targets = distiller.eval().view(batch), distiller.targets(batch["teachers"])
+    view, targets = distiller.eval().run_student(batch), distiller.targets(batch["teachers"])
     covered = batch["teachers"]["llama"]["covered"]
     assert view.key_BLHTD.shape == targets["key"][0][0].shape == (3, 3, 2, 5, 16)
     total, count = 0.0, 0

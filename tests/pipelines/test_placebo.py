@@ -15,7 +15,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 from kvdistill.config.distill import PlaceboConfig
 from kvdistill.config.load import load_experiment
 from kvdistill.distill.data.placebo import with_placebo
-from kvdistill.distill.data.source import StoreSource
+from kvdistill.distill.data.stream import StoreSource
 from kvdistill.errors import ConfigError
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.train import train

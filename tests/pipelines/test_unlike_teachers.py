@@ -115,7 +115,7 @@ def test_own_rationales_are_aligned_segment_by_segment(samples: Path, tmp_path: 
 
 
 def run_tokens(run: Any, item: Any) -> Any:
-    from kvdistill.distill.data.student_tokens import tokenize
+    from kvdistill.distill.data.collate import tokenize
 
     return tokenize(run.stream.collate.tokenizer, [item.sample], run.stream.collate.max_length)
 

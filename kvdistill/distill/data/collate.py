@@ -113,7 +113,8 @@ class Collate:
             for name, teacher in batch["teachers"].items()
         }
         ignored = {
-            name: torch.full_like(batch[name], IGNORED_LABEL) for name in ("labels", "inject_labels")
+            name: torch.full_like(batch[name], IGNORED_LABEL)
+            for name in ("labels", "inject_labels")
         }
         return {**batch, **ignored, "teachers": teachers}
 

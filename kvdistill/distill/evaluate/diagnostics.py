@@ -11,10 +11,10 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from kvdistill.distill.data.collate import Batch
+from kvdistill.distill.align.band import band_of
+from kvdistill.distill.data.collate import Batch, tokenize
 from kvdistill.distill.data.stream import KVStream
-from kvdistill.distill.data.student_tokens import tokenize
-from kvdistill.distill.distiller import Distiller, band_of
+from kvdistill.distill.distiller import Distiller
 from kvdistill.types import KINDS
 
 BATCHES = 4
@@ -62,13 +62,15 @@ def _errors_by_layer(distiller: Distiller, batches: list[Batch]) -> dict[str, li
     totals = {kind: torch.zeros(num_layers) for kind in KINDS}
     num_tokens = 0
     for batch in batches:
-        view = distiller.view(batch)
+        view = distiller.run_student(batch)
         alpha, covered_NBT = distiller.weigh(batch, view.hidden)
         covered_BT = covered_NBT.any(0)
         targets = distiller.targets(batch["teachers"])
         num_tokens += int(covered_BT.sum())
         for kind in KINDS:
-            for layers, weight_BLT, ours, target in distiller.pairs(view, kind, targets, alpha):
+            for layers, weight_BLT, ours, target in distiller.comparisons(
+                view, kind, targets, alpha
+            ):
                 error_BLT = (ours.float() - target).square().mean(dim=(2, 4)) * weight_BLT
                 totals[kind][layers] += (error_BLT * covered_BT[:, None]).sum(dim=(0, 2)).cpu()
     return {kind: (totals[kind] / max(num_tokens, 1)).tolist() for kind in KINDS}
@@ -83,7 +85,7 @@ def _fusion_weights(
     by_layer: list[Tensor] = []
     by_task: dict[str, list[Tensor]] = defaultdict(list)
     for batch in batches:
-        alpha, _ = distiller.weigh(batch, distiller.view(batch).hidden)
+        alpha, _ = distiller.weigh(batch, distiller.run_student(batch).hidden)
         alpha = alpha.expand(-1, -1, num_layers, -1).cpu()
         tokens_BL = (alpha.sum(0) > 0).sum(-1).clamp_min(1)
         sample_NBL = alpha.sum(-1) / tokens_BL

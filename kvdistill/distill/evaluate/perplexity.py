@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvdistill.corpus.samples import Sample
-from kvdistill.distill.data.collate import IGNORED_LABEL, student_batch
-from kvdistill.distill.data.student_tokens import StudentTokens, tokenize
+from kvdistill.distill.data.collate import StudentTokens, student_batch, tokenize
+from kvdistill.distill.losses.pointwise import IGNORED_LABEL
 
 CALIBRATION_BINS: Final = 15
 

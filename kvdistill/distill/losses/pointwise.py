@@ -47,14 +47,14 @@ def kv_error(
     return error.mean(1)
 
 
-def cosine_error(student_BLHTD: Tensor, target_BLHTD: Tensor, eps: float = 1e-6) -> Tensor:
+def cosine_error(student_BLHTD: Tensor, target_BLHTD: Tensor) -> Tensor:
     """``1 − cos`` of every head's vector, the mean over layers and heads: ``[B, T]`` float32.
 
     Raises:
         GeometryError: the shapes differ.
     """
     _check_same_shape(student_BLHTD, target_BLHTD)
-    cosine = F.cosine_similarity(student_BLHTD.float(), target_BLHTD.float(), dim=-1, eps=eps)
+    cosine = F.cosine_similarity(student_BLHTD.float(), target_BLHTD.float(), dim=-1, eps=1e-6)
     return (1 - cosine).mean(dim=(1, 2))
 
 
@@ -68,16 +68,15 @@ def layer_std(target_BLHTD: Tensor, mask_BT: Tensor) -> Tensor:
     return torch.sqrt(square / count)
 
 
-def hidden_error(student_BLE: Tensor, target_BLE: Tensor, std_L: Tensor | None = None) -> Tensor:
+def hidden_error(student_BLE: Tensor, target_BLE: Tensor) -> Tensor:
     """CODI: hidden states just before the answer, student against teacher: ``[B]`` float32.
 
-    Smooth-L1, the mean over channels divided by the teacher's std in each layer, the mean over
-    layers (CODI, arXiv 2502.21074; used by KaVa, arXiv 2510.02312).
+    Smooth-L1, the mean over channels divided by the target's std in each layer of
+    this batch, the mean over layers (CODI, arXiv 2502.21074; used by KaVa, arXiv 2510.02312).
 
     Args:
         student_BLE: the student's hidden states at the token that predicts the answer.
         target_BLE: the teacher's (``hidden_at_cue`` of the store), layer-mapped; detached here.
-        std_L: the target's std per layer over the corpus; this batch's if None.
 
     Raises:
         GeometryError: the shapes differ (a teacher of another width needs a map first).
@@ -89,7 +88,7 @@ def hidden_error(student_BLE: Tensor, target_BLE: Tensor, std_L: Tensor | None =
         )
     target = target_BLE.detach().float()
     error = F.smooth_l1_loss(student_BLE.float(), target, reduction="none").mean(2)
-    std = target.std(dim=(0, 2), correction=0) if std_L is None else std_L.detach().float()
+    std = target.std(dim=(0, 2), correction=0)
     return (error / std.clamp_min(1e-6)).mean(1)
 
 

@@ -25,12 +25,12 @@ from kvdistill.attention.kv_capture import KVCapture, verify_student
 from kvdistill.config.distill import FusionConfig, ProjectionConfig
 from kvdistill.config.experiment import Experiment
 from kvdistill.corpus.samples import Sample
+from kvdistill.distill.align.band import band_of
 from kvdistill.distill.align.layers import LayerMap, layer_map, linear_cka, monotone_map
 from kvdistill.distill.data.collate import Batch, Collate
 from kvdistill.distill.data.placebo import with_placebo
-from kvdistill.distill.data.source import Source, StoreSource
-from kvdistill.distill.data.stream import KVStream, Rank, open_stream
-from kvdistill.distill.distiller import Distiller, band_of
+from kvdistill.distill.data.stream import KVStream, Rank, Source, StoreSource, open_stream
+from kvdistill.distill.distiller import Distiller
 from kvdistill.distill.project.closed_form import PilotMoments, initialise
 from kvdistill.distill.student.build import build_student, load_student_tokenizer
 from kvdistill.distill.student.latent.latent_distiller import LatentDistiller, nearest_layers
@@ -195,7 +195,7 @@ def initialise_projectors(distiller: Distiller, batches: Iterable[Batch], init: 
     device = next(distiller.parameters()).device
     for batch in batches:
         moved = send_to_device(batch, device)
-        view = distiller.view(moved)
+        view = distiller.run_student(moved)
         targets = distiller.targets(moved["teachers"])
         for t, teacher in enumerate(distiller.teachers):
             mask = moved["teachers"][teacher.name]["covered"]

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvdistill.distill.align.band import apply_band
 from kvdistill.distill.align.layers import layer_map
 from kvdistill.distill.align.resample import align_global
 from kvdistill.errors import ConfigError, GeometryError
+from tests.distill.dense import place
 
 
 def depths(mapping):
@@ -91,5 +91,5 @@ def test_bands_and_layer_maps_commute(num_student):
     mapping = layer_map("uniform", num_student, range(4))
     x = torch.randn(2, 4, 3, 8, 5)[:, list(mapping.needed)]
     band = align_global(torch.ones(2, 6).bool(), torch.ones(2, 8).bool())
-    expected = apply_band(band, mapping.apply(x, mapping.needed))
-    torch.testing.assert_close(mapping.apply(apply_band(band, x), mapping.needed), expected)
+    expected = place(band, mapping.apply(x, mapping.needed))
+    torch.testing.assert_close(mapping.apply(place(band, x), mapping.needed), expected)

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvdistill.distill.align.band import apply_band
 from kvdistill.distill.align.character_iou import Spans
 from kvdistill.distill.align.resample import align_global, align_segments
+from tests.distill.dense import place
 
 
 def masks(*lengths, total=None):
@@ -38,7 +38,7 @@ def test_first_meets_first_and_last_meets_last(teacher, student):
 
 def test_integrates_by_linear_interpolation():
     x = torch.arange(80.0).square().view(1, 1, 1, 80, 1)
-    out = apply_band(align_global(masks(50), masks(80)), x).flatten()
+    out = place(align_global(masks(50), masks(80)), x).flatten()
     line = torch.nn.functional.interpolate(
         x.view(1, 1, 80), size=50, mode="linear", align_corners=True
     )
@@ -53,7 +53,7 @@ def test_one_token():
 def test_no_token():
     none = align_global(masks(5), masks(0, total=0))
     assert not none.covered.any()
-    assert not apply_band(none, torch.ones(1, 2, 3, 0, 4)).any()
+    assert not place(none, torch.ones(1, 2, 3, 0, 4)).any()
     assert not align_global(masks(5), masks(0, total=3)).covered.any()
     assert align_global(masks(0, total=0), masks(5)).start.shape == (1, 0)
 

@@ -15,8 +15,7 @@ import torch
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.data.collate import Item
 from kvdistill.distill.data.order import Buckets, Mixture, Order
-from kvdistill.distill.data.source import LoadedShard
-from kvdistill.distill.data.stream import KVStream, Rank, epochs_for, steps_left
+from kvdistill.distill.data.stream import KVStream, LoadedShard, Rank, epochs_for, steps_left
 from kvdistill.errors import StoreMismatch
 
 SIZES = (3, 5, 1, 4, 2, 6)

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from kvdistill.corpus.samples import Sample
-from kvdistill.distill.data.collate import student_batch
-from kvdistill.distill.data.student_tokens import tokenize
+from kvdistill.distill.data.collate import student_batch, tokenize
 from kvdistill.distill.student.build import load_student_tokenizer, train_tokenizer
 from kvdistill.errors import StudentError
 

@@ -9,8 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from kvdistill.corpus.samples import Sample
-from kvdistill.distill.data.collate import student_batch
-from kvdistill.distill.data.student_tokens import tokenize
+from kvdistill.distill.data.collate import student_batch, tokenize
 from kvdistill.distill.evaluate.generation import generate_and_grade
 from kvdistill.distill.student.build import train_tokenizer
 from kvdistill.errors import CorpusError, StudentError

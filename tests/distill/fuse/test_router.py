@@ -49,6 +49,15 @@ def test_gradients_reach_every_parameter(method, granularity):
         assert bool((parameter.grad != 0).any()), name
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_are_float32_under_autocast(method):
+    module, x = router(method), hidden("sample")
+    with torch.autocast("cpu", torch.bfloat16):
+        alpha = module(x)
+    assert alpha.dtype == torch.float32
+    assert torch.equal(alpha, module(x))
+
+
 def test_a_task_tag_can_decide():
     module = router("mlp", num_tasks=2)
     x = torch.zeros(2, 8)

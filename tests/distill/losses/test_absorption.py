@@ -51,7 +51,7 @@ def test_one_warning_when_a_figure_stays_low_none_for_one_odd_batch():
     assert [len(warnings) for warnings in told] == [1, 0, 0, 0]
     assert "fell from 1 to 0.45" in told[0][0]
     assert "student_to_teacher or frozen" in told[0][0]
-    with pytest.raises(ConfigError, match=r"\['loss'\]; it knows"):
+    with pytest.raises(ConfigError, match=r"unknown figures \['loss'\]"):
         monitor.update(loss=1.0)
     with pytest.raises(ConfigError, match="settle"):
         AbsorptionMonitor(settle=0)
@@ -66,7 +66,7 @@ def test_a_share_that_halves_is_no_alarm_but_one_that_vanishes_is():
 
 
 def train(joint, steps=200):
-    """A small student against a teacher that it cannot fully follow; warnings, and what it knows.
+    """A small student against a teacher that it cannot fully follow; warnings, explained variance and loss.
 
     Joint: the teacher is projected to the student by a map that learns too. Otherwise the
     student's KV is regressed onto the standardised teacher.

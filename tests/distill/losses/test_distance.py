@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from kvdistill.attention.geometry import HeadShape
 from kvdistill.distill.losses.pointwise import cosine_error, kv_error, layer_std
 from kvdistill.distill.losses.weighting import reduce_tokens
+from kvdistill.distill.project.projections import StudentToTeacher
 from kvdistill.errors import GeometryError
 
 SHAPE = (2, 3, 2, 5, 4)
@@ -117,3 +119,18 @@ def test_reduction_of_nothing_is_zero_and_masked_nan_is_not_read():
     nothing = torch.zeros(2, 3, dtype=torch.bool)
     assert float(reduce_tokens(torch.full((2, 3), float("nan")), nothing)) == 0.0
     assert float(reduce_tokens(torch.ones(2, 3), nothing, num_valid=8)) == 0.0
+
+
+def test_under_autocast_errors_are_float32_and_gradients_finite():
+    torch.manual_seed(0)
+    student, target = torch.randn(2, 2, 2, 7, 4, requires_grad=True), torch.randn(2, 2, 3, 7, 6)
+    head = StudentToTeacher(2, HeadShape(2, 4), HeadShape(3, 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        predicted = head(student)
+        error = kv_error(predicted, target)
+    assert predicted.dtype == torch.bfloat16
+    assert error.dtype == torch.float32
+    torch.testing.assert_close(error, kv_error(head(student), target), atol=0.05, rtol=0.05)
+    reduce_tokens(error, torch.ones(2, 7).bool()).backward()
+    assert bool(student.grad.isfinite().all())
+    assert bool(student.grad.any())

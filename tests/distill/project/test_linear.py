@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from kvdistill.attention.geometry import HeadShape
-from kvdistill.distill.align.band import apply_band
 from kvdistill.distill.align.resample import align_global
-from kvdistill.distill.project.projections import LinearProjection, grouped_mean, identity
+from kvdistill.distill.project.projections import LinearProjection, grouped_mean
 from kvdistill.errors import GeometryError
+from tests.distill.dense import place
 
 PAIRS = [
     ((12, 128), (2, 128)),
@@ -63,11 +63,6 @@ def test_three_heads_into_two():
     torch.testing.assert_close(grouped_mean(3, 2), expected)
 
 
-def test_identity_is_cut_or_padded():
-    assert torch.equal(identity(4, 2), torch.eye(4)[:, :2])
-    assert torch.equal(identity(2, 4), torch.eye(4)[:2])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equals_the_plain_einsum_values_and_gradients(dtype):
     torch.manual_seed(0)
@@ -105,9 +100,9 @@ def test_projection_and_resampling_together():
     mask_s, mask_t = torch.ones(4, 50, dtype=torch.bool), torch.ones(4, 80, dtype=torch.bool)
     projection = LinearProjection(1, HeadShape(12, 128), HeadShape(2, 128))
     band = align_global(mask_s, mask_t)
-    out = projection(apply_band(band, x))
+    out = projection(place(band, x))
     assert out.squeeze(1).shape == (4, 2, 50, 128)
-    torch.testing.assert_close(out, apply_band(band, projection(x)))  # both are linear
+    torch.testing.assert_close(out, place(band, projection(x)))  # both are linear
     torch.testing.assert_close(out[..., 0, :], projection(x)[..., 0, :])
     torch.testing.assert_close(out[..., -1, :], projection(x)[..., -1, :])
 

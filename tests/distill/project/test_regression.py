@@ -5,7 +5,7 @@ import torch
 
 from kvdistill.attention.geometry import HeadShape
 from kvdistill.distill.project.projections import StudentToTeacher
-from kvdistill.distill.project.standardise import Standardise, TargetStatistics
+from kvdistill.distill.targets import Standardise, TargetStatistics
 from kvdistill.errors import GeometryError
 
 

@@ -19,13 +19,22 @@ from kvdistill.attention.kv_capture import KVCapture
 from kvdistill.attention.rotary import rotate
 from kvdistill.config.distill import LatentConfig
 from kvdistill.distill.align.layers import LayerMap
-from kvdistill.distill.data.collate import IGNORED_LABEL, Batch
-from kvdistill.distill.distiller import Counts, Distiller
-from kvdistill.distill.kv_losses import Rows, rows_of
-from kvdistill.distill.losses.cross_entropy import cross_entropy, num_covered, num_predicted
-from kvdistill.distill.losses.pointwise import hidden_error
+from kvdistill.distill.data.collate import Batch
+from kvdistill.distill.distiller import (
+    Counts,
+    Distiller,
+    LayerwiseTargets,
+    StudentOutput,
+    layerwise_targets,
+)
+from kvdistill.distill.losses.pointwise import (
+    IGNORED_LABEL,
+    cross_entropy,
+    hidden_error,
+    num_predicted,
+)
+from kvdistill.distill.losses.weighting import num_covered
 from kvdistill.distill.student.latent.model import LatentStudent
-from kvdistill.distill.student.outputs import StudentView
 from kvdistill.distill.targets import GroupSpace
 from kvdistill.errors import ConfigError
 from kvdistill.store.manifest import RotarySpec, TeacherManifest
@@ -107,7 +116,7 @@ class Rationales:
 
 
 @dataclass(frozen=True, eq=False)
-class LatentView(StudentView):
+class LatentOutput(StudentOutput):
     """Keys and values are the latents', ``T`` is ``M``; logits are those of eot and the answer."""
 
     cue_BLE: Tensor
@@ -152,7 +161,7 @@ class LatentDistiller(Distiller):
         counts["num_samples"] = _answered(batch).sum()
         return counts
 
-    def view(self, batch: Batch) -> LatentView:
+    def run_student(self, batch: Batch) -> LatentOutput:
         """Think and read the answer; what is captured is the last pass, which the answer sees."""
         prefix, x_BME = self.student.think(batch["question_ids"], batch["question_mask"])
         with self.capture() as captured:
@@ -161,11 +170,11 @@ class LatentDistiller(Distiller):
             )
         layers = zip(*captured, strict=True)
         query, key, value = (torch.stack(x, dim=1)[:, :, :, thought.columns] for x in layers)
-        return LatentView(thought.answer_logits, query, key, value, thought.latents, thought.cue)
+        return LatentOutput(thought.answer_logits, query, key, value, thought.latents, thought.cue)
 
-    def text_parts(self, batch: Batch, view: StudentView, counts: Counts) -> dict[str, Tensor]:
+    def text_losses(self, batch: Batch, view: StudentOutput, counts: Counts) -> dict[str, Tensor]:
         """Cross-entropy of the answer after thinking; of rationale and answer in words; CODI."""
-        parts = super().text_parts(batch, view, counts)
+        parts = super().text_losses(batch, view, counts)
         if self.losses.rationale:
             logits = self.student.backbone(
                 input_ids=batch["input_ids"],
@@ -174,12 +183,12 @@ class LatentDistiller(Distiller):
             ).logits
             labels, number = batch["rationale_labels"], counts.get("num_words")
             parts["rationale"] = cross_entropy(logits, labels, number)
-        if self.losses.codi and isinstance(view, LatentView):
+        if self.losses.codi and isinstance(view, LatentOutput):
             parts["codi"] = self._codi(batch, view, counts)
         return parts
 
     @property
-    def needs_whole(self) -> bool:
+    def needs_all_layers(self) -> bool:
         """An eviction ranks tokens by all layers' keys."""
         return True
 
@@ -202,21 +211,21 @@ class LatentDistiller(Distiller):
                 found[kind].append(targets)
         return found
 
-    def rows(self, teachers: Batch) -> Rows:
+    def targets_by_layer(self, teachers: Batch) -> LayerwiseTargets:
         """``targets``, row by row: the latents are few, so all of them may exist at once."""
-        return rows_of(self.targets(teachers))
+        return layerwise_targets(self.targets(teachers))
 
-    def _teacher_parts(
-        self, batch: Batch, view: StudentView, counts: Counts, *, figures: bool
+    def _teacher_losses(
+        self, batch: Batch, view: StudentOutput, counts: Counts, *, figures: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if not self.losses.of_kv:
             return {}, {}
-        parts, shown = super()._teacher_parts(batch, view, counts, figures=figures)
+        parts, shown = super()._teacher_losses(batch, view, counts, figures=figures)
         if figures:
             shown |= eviction_statistics(batch, self.latent.budget)
         return parts, shown
 
-    def _codi(self, batch: Batch, view: LatentView, counts: Counts) -> Tensor:
+    def _codi(self, batch: Batch, view: LatentOutput, counts: Counts) -> Tensor:
         """Smooth-L1 of the layers' outputs before the answer (CODI, arXiv 2502.21074)."""
         mask_B = _answered(batch)
         errors = []

@@ -19,15 +19,15 @@ from kvdistill.attention.padded_generation import pad_left
 from kvdistill.config.distill import LatentConfig
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.data.collate import (
-    IGNORED_LABEL,
     Batch,
     Collate,
     Item,
     padded,
     padded_parts,
     student_batch,
+    tokenize,
 )
-from kvdistill.distill.data.student_tokens import tokenize
+from kvdistill.distill.losses.pointwise import IGNORED_LABEL
 from kvdistill.distill.targets import TeacherSpace
 from kvdistill.errors import CorpusError
 from kvdistill.store.shard import EncodedShard

@@ -12,9 +12,8 @@ from torch import Tensor
 from kvdistill.attention.geometry import HeadShape
 from kvdistill.config.distill import LatentConfig
 from kvdistill.distill.align.layers import LayerMap
-from kvdistill.distill.project.standardise import TargetStatistics
 from kvdistill.distill.student.latent.latent_distiller import Rationales, nearest_layers
-from kvdistill.distill.targets import GroupSpace
+from kvdistill.distill.targets import GroupSpace, TargetStatistics
 from kvdistill.store.manifest import RotarySpec
 from kvdistill.types import KINDS
 
