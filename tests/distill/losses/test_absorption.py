@@ -66,7 +66,7 @@ def test_a_share_that_halves_is_no_alarm_but_one_that_vanishes_is():
 
 
 def train(joint, steps=200):
-    """A small student against a teacher that it cannot fully follow; warnings, explained variance and loss.
+    """A small student against a teacher beyond its capacity: warnings, explained variance, loss.
 
     Joint: the teacher is projected to the student by a map that learns too. Otherwise the
     student's KV is regressed onto the standardised teacher.

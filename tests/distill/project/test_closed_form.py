@@ -129,5 +129,5 @@ def test_a_dead_direction_is_not_blown_up():
 def test_an_empty_pilot_is_refused():
     moments = PilotMoments(1, 2, 2)
     moments.add(torch.zeros(1, 1, 1, 3, 2), torch.zeros(1, 1, 1, 3, 2), torch.zeros(1, 3) > 0)
-    with pytest.raises(ConfigError, match="no aligned token"):
+    with pytest.raises(ConfigError, match="no token of the pilot is covered"):
         initialise(FullProjection(1, HeadShape(1, 2), HeadShape(1, 2)), moments, "ridge")
