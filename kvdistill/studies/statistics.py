@@ -40,6 +40,14 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A value and its 95 % interval; None where it comes from a single unit."""
+
+    value: float
+    interval: Interval | None = None
+
+
+@dataclass(frozen=True)
 class CrossedTest:
     """A mean difference, its standard error over seeds and texts, and the two-sided p-value."""
 

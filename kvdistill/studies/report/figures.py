@@ -1,12 +1,19 @@
-"""Which figures a study gets, each with the words that make it readable without the code."""
+"""Every figure of a report, each with a caption that can be read without the code.
+
+A study gets the figures that its runs have data for; ``kvdistill plot`` draws those of one run.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from matplotlib.figure import Figure
 
 from kvdistill.studies import plots
-from kvdistill.studies.plots import Estimate, Look, look
+from kvdistill.studies.plots import Look, look
 from kvdistill.studies.report.comparison import (
     BITS,
     LOG_PERPLEXITY,
@@ -15,254 +22,360 @@ from kvdistill.studies.report.comparison import (
     paired,
     relative,
 )
-from kvdistill.studies.report.reading import Run, Study
-from kvdistill.studies.report.rows import Row, values
-from kvdistill.studies.report.run_figures import (
-    FigureSection,
-    ReportFigure,
-    inside,
-    maps,
-    named,
-    runs_of,
-)
-from kvdistill.studies.statistics import Interval
+from kvdistill.studies.report.reading import Arm, Run, Study
+from kvdistill.studies.report.results import Row
 
 CURVES: Final = {
     "eval_bits_per_character": (
         "Held-out text",
         "bits per character",
-        "How well the students predict text that they have never seen, while they train. Fewer "
-        "bits per character are better; the scale does not depend on a tokenizer.",
+        "Bits per character on held-out text during training; lower is better, independent of the "
+        "tokenizer.",
     ),
     "loss_cross_entropy": (
         "Training: cross-entropy",
         "nats per token",
-        "The loss of predicting the next token of the training text: what every arm learns from. "
-        "Lower here and not on held-out text would be learning by heart.",
+        "Next-token loss on the training text, which every arm is trained on. A curve that is "
+        "lower here but not on held-out text shows overfitting.",
     ),
     "loss_key": (
         "Training: key loss",
         "error (1 = the mean)",
-        "How far the students' attention keys are from their target, before weighting. 1 is what "
-        "guessing the average would score. A loss that falls to nothing is suspicious: a target "
-        "that can move may have come to the student.",
+        "Error of the students' attention keys against their target, before weighting; predicting "
+        "the mean scores 1. A loss that falls to zero is suspicious: a trainable target may have "
+        "collapsed onto the student.",
     ),
     "loss_value": (
         "Training: value loss",
         "error (1 = the mean)",
-        "The same for the attention's values.",
+        "Error of the students' attention values against their target, before weighting; "
+        "predicting the mean scores 1.",
     ),
 }
-
-
 BEHAVIOUR: Final = {
-    "calibration_error": (
+    "eval_calibration_error": (
         "Calibration",
         "expected calibration error",
-        "Whether the students are right as often as they are sure. A student that gives its next "
-        "token 70 % should be right 7 times in 10; the bar is the mean distance from that, over "
-        "all tokens (Guo et al., arXiv 1706.04599). Shorter is better.",
+        "Expected calibration error: the mean gap between a student's confidence in its next token "
+        "and its accuracy, over all tokens (Guo et al., arXiv 1706.04599). Lower is better.",
     ),
-    "exact_match": (
+    "eval_exact_match": (
         "Exact match",
-        "share of right answers",
-        "The share of held-out problems that a student answers rightly when it writes the answer "
-        "itself. Longer is better; a line reaches from the lowest seed to the highest.",
+        "share of correct answers",
+        "Share of held-out problems whose generated answer is correct. Higher is better; the line "
+        "spans the lowest to the highest seed.",
     ),
 }
-
-
+FOLDED: Final = "Alignments and projectors"
+"""Heading of the section that is collapsed until the reader opens it."""
 CALIBRATION_BINS: Final = 15
-
-
-BAND: Final = (
-    " A line is the mean of an arm's seeds; its band reaches from the lowest to the highest."
-)
-
-
+BAND: Final = " Lines are means over seeds; bands span the lowest to the highest seed."
 INTERVALS: Final = (
-    " The dot is the measured change and the line its 95 % interval, over other seeds and other "
-    "texts; a line that crosses zero may be chance."
+    " Dots are the measured change, lines its 95 % confidence interval over seeds and texts; an "
+    "interval that includes zero is compatible with no effect."
+)
+PLACEBOS: Final = (
+    " Placebos (dashed) have targets unrelated to the text: a gain that they share is "
+    "regularisation."
 )
 
 
-def looks_of(study: Study) -> dict[str, Look]:
-    """One look per arm through the whole report; dashed for placebos."""
+@dataclass(frozen=True)
+class ReportFigure:
+    """A figure, its caption, and the runs whose data it shows."""
+
+    name: str
+    """Unique in a report, and fit for a file name."""
+    caption: str
+    figure: Figure
+    runs: tuple[Run, ...]
+
+
+def sections(study: Study, rows: Sequence[Row]) -> dict[str, list[ReportFigure]]:
+    """All figures that the study's runs have data for, by heading."""
+    looks = _looks(study)
+    found = {
+        "Change against the baseline": _results(study, rows, looks),
+        "What each teacher adds": _left_out(study),
+        "Training curves": _curves(study, looks),
+        "Calibration and exact match": _behaviour(study, looks),
+        "Errors and fusion weights by layer": [
+            *_errors(study, looks), *_routing(study), *_layer_maps(study)
+        ],
+        FOLDED: [*_alignments(study), *_spectra(study)],
+        "Cost": _cost(study, looks),
+    }  # fmt: skip
+    return {heading: figures for heading, figures in found.items() if figures}
+
+
+def run_figures(run: Run) -> dict[str, Figure]:
+    """Every figure of one run, by a name fit for a file; none without teachers."""
+    diagnostics = run.diagnostics
+    if not diagnostics:
+        return {}
+    teachers = diagnostics["teachers"]
+    found = {
+        "layer-map": plots.layer_map_lines({name: t["layer_map"] for name, t in teachers.items()}),
+        "error-by-layer": plots.error_by_layer(diagnostics["error_by_layer"]),
+        "spectra": plots.spectra(diagnostics["spectra"]),
+    }
+    if _has_routing(run):
+        weights = diagnostics["weights"]
+        found["weights"] = _weight_curves([run], run.name)
+        found["weights-by-layer"] = plots.weights_by_layer(weights["by_layer"])
+        found["weights-by-task"] = plots.weights_by_task(weights["by_task"])
+    for name, teacher in teachers.items():
+        found[f"alignment-{name}"] = plots.alignment(teacher["alignment"], name)
+    return found
+
+
+def _looks(study: Study) -> dict[str, Look]:
+    """One look per arm, by label, for the whole report; dashed for placebos."""
     others = [arm for arm in study.arms if arm.name != study.baseline]
-    found = {arm.name: look(idx, placebo=arm.placebo) for idx, arm in enumerate(others)}
-    return found | {study.baseline: look(0, baseline=True)}
+    found = {arm.label: look(idx, placebo=arm.placebo) for idx, arm in enumerate(others)}
+    return found | {study.arm(study.baseline).label: look(0, baseline=True)}
 
 
-def sections(study: Study, table: Sequence[Row]) -> list[FigureSection]:
-    """All figures that the study's runs have data for."""
-    looks = looks_of(study)
-    found = [
-        FigureSection("Does it help?", tuple(_results(study, table, looks))),
-        FigureSection("What each teacher adds", tuple(_left_out(study))),
-        FigureSection("Over training", tuple(_curves(study, looks))),
-        FigureSection("Calibration and answers", tuple(_behaviour(study, looks))),
-        FigureSection("Inside the students", tuple(inside(study, looks))),
-        FigureSection("How targets were made", tuple(maps(study)), folded=True),
-        FigureSection("Cost", tuple(_cost(study, looks))),
-    ]
-    return [section for section in found if section.figures]
+def _by_label(study: Study, figure: Callable[[Run], float | None]) -> dict[str, list[float]]:
+    return {arm.label: found for arm in study.arms if (found := arm.values(figure))}
 
 
-def _results(study: Study, table: Sequence[Row], looks: Mapping[str, Look]) -> list[ReportFigure]:
+def _runs(study: Study, labels: Mapping[str, object] | None = None) -> tuple[Run, ...]:
+    """Runs of the arms labelled, or of all."""
+    return tuple(
+        run for arm in study.arms if labels is None or arm.label in labels for run in arm.runs
+    )
+
+
+def _results(study: Study, rows: Sequence[Row], looks: Mapping[str, Look]) -> list[ReportFigure]:
     found = []
-    changes = {row.arm.name: e for row in table if (e := _perplexity(row)) is not None}
-    in_bits = {row.arm.name: e for row in table if (e := _bits(row)) is not None}
-    if changes or in_bits:
-        figure = plots.forest(
-            named(study, changes or in_bits),
-            named(study, looks),
-            "change of perplexity, %" if changes else "change of bits per character",
-            f"Against {study.baseline}",
-            percent=bool(changes),
+    in_perplexity = {
+        row.arm.label: row.perplexity_change for row in rows if row.perplexity_change is not None
+    }
+    in_bits = {row.arm.label: row.comparison.change for row in rows if row.comparison is not None}
+    if changes := in_perplexity or in_bits:
+        label = "change in perplexity, %" if in_perplexity else "change in bits per character"
+        scale = 100 if in_perplexity else 1
+        figure = plots.forest(changes, looks, label, f"Against {study.baseline}", scale)
+        caption = f"Each arm against {study.baseline}; left of zero is better." + INTERVALS
+        caption += PLACEBOS if any(arm.placebo for arm in study.arms) else ""
+        found.append(ReportFigure("forest", caption, figure, _runs(study)))
+    if bits := _by_label(study, BITS.of_run):
+        figure = plots.dots(bits, looks, "bits per character", "Every run")
+        caption = (
+            "One dot per run, a bar at each arm's mean: the results before any statistics. Lower "
+            "is better. Where two rows overlap, other seeds could reverse the order of the arms."
         )
-        words = f"Each arm against {study.baseline}; left of zero is better." + INTERVALS
-        found.append(ReportFigure("forest", words + _placebos(study), figure, runs_of(study)))
-    bits = _by_arm(study, lambda run: BITS.of_run(run.metrics))
-    if bits:
-        figure = plots.dots(
-            named(study, bits), named(study, looks), "bits per character", "Every run"
-        )
-        words = (
-            "One dot per run, one row per arm, a bar at each mean: the results as they are, before "
-            "any statistics. Further left is better. Where rows overlap, other seeds could turn "
-            "the order of two arms round."
-        )
-        found.append(ReportFigure("runs", words, figure, runs_of(study)))
+        found.append(ReportFigure("runs", caption, figure, _runs(study)))
     return found
 
 
 def _left_out(study: Study) -> list[ReportFigure]:
     found = []
-    for full, pairs in left_out(study).items():
+    for full, without in left_out(study).items():
         estimates = {}
-        for teacher, without in pairs.items():
-            pair = paired(study.arm(full), without, LOG_PERPLEXITY)
-            if pair is not None:
-                change = against(teacher, pair, LOG_PERPLEXITY)
-                estimates[teacher] = _estimate(relative(change.change), _relative(change.interval))
+        for teacher, arm in without.items():
+            pairs = paired(study.arm(full), arm, LOG_PERPLEXITY)
+            if pairs is not None:
+                estimates[teacher] = relative(against(pairs, LOG_PERPLEXITY).change)
         if not estimates:
             continue
         looks = {teacher: look(idx) for idx, teacher in enumerate(estimates)}
-        figure = plots.forest(
-            estimates, looks, "change of perplexity, %", f"Teachers of {full}", percent=True
-        )
-        words = (
+        title = f"Teachers of {full}"
+        figure = plots.forest(estimates, looks, "change in perplexity, %", title, 100)
+        caption = (
             f"The arm {full} against the same arm without one of its teachers. Left of zero, the "
-            "teacher named adds something that the others do not have; at zero, it could be left "
-            "out." + INTERVALS
+            "teacher adds something that the others lack; at zero, it is redundant." + INTERVALS
         )
-        runs = study.arm(full).runs + tuple(run for arm in pairs.values() for run in arm.runs)
-        found.append(ReportFigure(f"left-out-{full}", words, figure, runs))
+        runs = study.arm(full).runs + tuple(run for arm in without.values() for run in arm.runs)
+        found.append(ReportFigure(f"left-out-{full}", caption, figure, runs))
     return found
 
 
 def _curves(study: Study, looks: Mapping[str, Look]) -> list[ReportFigure]:
     found = []
-    for key, (title, y_label, words) in CURVES.items():
+    for key, (title, y_label, caption) in CURVES.items():
         series = {
-            arm.name: curves
+            arm.label: curves
             for arm in study.arms
             if (curves := [run.curve(key) for run in arm.runs if run.curve(key)[0]])
         }
         if series:
-            figure = plots.bands(named(study, series), named(study, looks), y_label, title)
+            figure = plots.bands(series, looks, y_label, title)
             name = key.replace("_", "-")
-            found.append(ReportFigure(name, words + BAND, figure, runs_of(study, series)))
+            found.append(ReportFigure(name, caption + BAND, figure, _runs(study, series)))
     return found
 
 
 def _behaviour(study: Study, looks: Mapping[str, Look]) -> list[ReportFigure]:
-    found = _reliability(study, looks)
-    for name, (title, label, words) in BEHAVIOUR.items():
-        key = f"eval_{name}"
-        figures = {arm.name: v for arm in study.arms if (v := _known(arm.runs, key))}
-        if figures:
-            figure = plots.bars(named(study, figures), named(study, looks), label, title)
-            found.append(
-                ReportFigure(name.replace("_", "-"), words, figure, runs_of(study, figures))
-            )
-    return found
-
-
-def _known(runs: Sequence[Run], key: str) -> list[float]:
-    return [run.metrics[key] for run in runs if key in run.metrics]
-
-
-def _reliability(study: Study, looks: Mapping[str, Look]) -> list[ReportFigure]:
+    found = []
     bins = {
-        arm.name: bins
+        arm.label: _pooled(of_runs)
         for arm in study.arms
-        if (bins := [b for run in arm.runs for b in run.record.get("calibration", ())])
+        if (of_runs := [b for run in arm.runs for b in run.record.get("calibration", ())])
     }
-    if not bins:
-        return []
-    words = (
-        "How often the students' likeliest next token is the right one, by how sure they are of "
-        "it. On the dotted line both are the same; below it a student is too sure of itself, above "
-        "it not sure enough. Tokens of all seeds together, in 15 bins."
-    )
-    curves = {name: _pooled(found) for name, found in bins.items()}
-    figure = plots.reliability(named(study, curves), named(study, looks))
-    return [ReportFigure("reliability", words, figure, runs_of(study, curves))]
+    if bins:
+        caption = (
+            "Accuracy of the students' most likely next token by its confidence, tokens of all "
+            f"seeds pooled, in {CALIBRATION_BINS} bins. The dotted line is perfect calibration: "
+            "below it a student is overconfident, above it underconfident."
+        )
+        figure = plots.reliability(bins, looks)
+        found.append(ReportFigure("reliability", caption, figure, _runs(study, bins)))
+    for key, (title, label, caption) in BEHAVIOUR.items():
+        values = _by_label(study, lambda run, key=key: run.metrics.get(key))  # type: ignore[misc]
+        if values:
+            figure = plots.bars(values, looks, label, title)
+            name = key.removeprefix("eval_").replace("_", "-")
+            found.append(ReportFigure(name, caption, figure, _runs(study, values)))
+    return found
 
 
 def _pooled(bins: Sequence[Mapping[str, float]]) -> tuple[list[float], list[float]]:
     """Confidence and accuracy by bin, tokens of all runs together."""
     totals: dict[int, list[float]] = {}
     for found in bins:
-        place = min(int(found["confidence"] * CALIBRATION_BINS), CALIBRATION_BINS - 1)
-        sums = totals.setdefault(place, [0.0, 0.0, 0.0])
-        for idx, value in enumerate((1.0, found["confidence"], found["accuracy"])):
-            sums[idx] += found["num_tokens"] * value
-    ordered = [totals[place] for place in sorted(totals)]
+        idx = min(int(found["confidence"] * CALIBRATION_BINS), CALIBRATION_BINS - 1)
+        sums = totals.setdefault(idx, [0.0, 0.0, 0.0])
+        for which, value in enumerate((1.0, found["confidence"], found["accuracy"])):
+            sums[which] += found["num_tokens"] * value
+    ordered = [totals[idx] for idx in sorted(totals)]
     return [c / num for num, c, _ in ordered], [a / num for num, _, a in ordered]
 
 
 def _cost(study: Study, looks: Mapping[str, Look]) -> list[ReportFigure]:
-    minutes = _by_arm(study, lambda run: run.record["seconds"] / 60)
-    figure = plots.bars(named(study, minutes), named(study, looks), "minutes", "Time of a run")
-    words = (
-        "How long training one student took, its evaluations included; reading the teachers came "
-        "before and is in the table below. Runs that shared a machine with others are slower."
+    minutes = _by_label(study, lambda run: run.record["seconds"] / 60)
+    caption = (
+        "Wall-clock time of training one student, evaluations included and extraction excluded (it "
+        "is in the table below). Runs that shared a machine with others are slower."
     )
-    return [ReportFigure("time", words, figure, runs_of(study))]
+    figure = plots.bars(minutes, looks, "minutes", "Time of a run")
+    return [ReportFigure("time", caption, figure, _runs(study))]
 
 
-def _perplexity(row: Row) -> Estimate | None:
-    if row.perplexity_change is None:
-        return None
-    return _estimate(row.perplexity_change, row.perplexity_interval)
+def _errors(study: Study, looks: Mapping[str, Look]) -> list[ReportFigure]:
+    found = []
+    for kind in ("key", "value"):
+        series = {
+            arm.label: _mean_rows([run.diagnostics["error_by_layer"][kind] for run in arm.runs])
+            for arm in study.arms
+            if arm.runs[0].diagnostics
+        }
+        if series:
+            figure = plots.over_layers(
+                series, "error (1 = the mean)", f"Error of the {kind}s by layer", looks=looks
+            )
+            caption = (
+                f"Error of each layer of the trained students against its {kind} target, mean over "
+                "seeds: 0 is perfect, predicting the mean scores 1. A layer that stays near 1 "
+                "learned nothing from the teachers."
+            )
+            name = f"error-by-layer-{kind}"
+            found.append(ReportFigure(name, caption, figure, _runs(study, series)))
+    return found
 
 
-def _bits(row: Row) -> Estimate | None:
-    if row.comparison is None:
-        return None
-    return _estimate(row.comparison.change, row.comparison.interval)
+def _has_routing(run: Run) -> bool:
+    """Whether the run's fusion weights could vary."""
+    several = len(run.diagnostics.get("teachers", ())) > 1
+    return several and run.config["fusion"]["method"] != "fixed"
 
 
-def _estimate(value: float, interval: Interval | None) -> Estimate:
-    if interval is None:
-        return Estimate(value)
-    return Estimate(value, interval.low, interval.high)
+def _routing(study: Study) -> list[ReportFigure]:
+    found = []
+    for arm in study.arms:
+        if not _has_routing(arm.runs[0]):
+            continue
+        weights = [run.diagnostics["weights"] for run in arm.runs]
+        teachers = list(arm.runs[0].diagnostics["teachers"])
+        layers = {name: _mean_rows([w["by_layer"][name] for w in weights]) for name in teachers}
+        tasks = {
+            task: {name: float(np.mean([w["by_task"][task][name] for w in weights]))
+                   for name in teachers}
+            for task in weights[0]["by_task"]
+            if all(task in w["by_task"] for w in weights)
+        }  # fmt: skip
+        caption = f"Fusion weight of each teacher in {arm.label}; the weights sum to 1. "
+        drawn: list[tuple[str, str, Figure]] = [
+            (
+                "weights",
+                "During training; constant weights mean that the router learned nothing." + BAND,
+                _weight_curves(arm.runs, arm.label),
+            ),
+            (
+                "weights-by-layer",
+                "By layer of the student, after training.",
+                plots.weights_by_layer(layers),
+            ),
+        ]
+        if len(tasks) > 1:
+            by_task = plots.weights_by_task(tasks)
+            drawn.append(("weights-by-task", "By task of the sample, after training.", by_task))
+        for name, rest, figure in drawn:
+            found.append(ReportFigure(f"{name}-{arm.name}", caption + rest, figure, arm.runs))
+    return found
 
 
-def _relative(interval: Interval | None) -> Interval | None:
-    return interval and Interval(relative(interval.low), relative(interval.high))
+def _weight_curves(runs: Sequence[Run], title: str) -> Figure:
+    teachers = list(runs[0].diagnostics["teachers"])
+    curves = {name: [run.curve(f"weight_{name}") for run in runs] for name in teachers}
+    looks = {name: look(idx) for idx, name in enumerate(teachers)}
+    return plots.bands(curves, looks, "fusion weight", f"Fusion weights: {title}")
 
 
-def _placebos(study: Study) -> str:
-    if not any(arm.placebo for arm in study.arms):
-        return ""
-    return (
-        " Placebos (dashed) give the student a target without knowledge in it: a gain that they "
-        "share is regularisation."
+def _teachers(arm: Arm) -> dict[str, Any]:
+    """Diagnostics of each teacher, from the arm's first run."""
+    found: dict[str, Any] = arm.runs[0].diagnostics.get("teachers", {})
+    return found
+
+
+def _layer_maps(study: Study) -> list[ReportFigure]:
+    """One figure: a line per teacher, and one more for each arm with another map."""
+    depths: dict[str, list[float]] = {}
+    for arm in study.arms:
+        for name, teacher in _teachers(arm).items():
+            if depths.setdefault(name, teacher["layer_map"]) != teacher["layer_map"]:
+                depths[f"{name} in {arm.name}"] = teacher["layer_map"]
+    if not depths:
+        return []
+    caption = (
+        "Teacher layer that each student layer is trained against. A fractional layer interpolates "
+        "between its two neighbours."
     )
+    runs = tuple(run for arm in study.arms if _teachers(arm) for run in arm.runs)
+    return [ReportFigure("layer-map", caption, plots.layer_map_lines(depths), runs)]
 
 
-def _by_arm(study: Study, figure: Callable[[Run], float | None]) -> dict[str, list[float]]:
-    return {arm.name: found for arm in study.arms if (found := values(arm, figure))}
+def _alignments(study: Study) -> list[ReportFigure]:
+    """One figure per teacher, of the first arm that has it."""
+    found: dict[str, ReportFigure] = {}
+    for arm in study.arms:
+        for name, teacher in _teachers(arm).items():
+            if name in found:
+                continue
+            caption = (
+                f"The first training text in tokens of the student (rows) and of {name} (columns). "
+                "Blue marks the teacher tokens that a student token's target is made of; a clean "
+                "diagonal means that the two tokenizations agree."
+            )
+            figure = plots.alignment(teacher["alignment"], name)
+            found[name] = ReportFigure(f"alignment-{name}", caption, figure, arm.runs[:1])
+    return list(found.values())
+
+
+def _spectra(study: Study) -> list[ReportFigure]:
+    caption = (
+        "Singular values of the projectors between teacher and student in {}, largest first. A "
+        "steep fall means that few directions of the teacher are used."
+    )
+    return [
+        ReportFigure(
+            f"spectra-{arm.name}", caption.format(arm.label), plots.spectra(spectra), arm.runs[:1]
+        )
+        for arm in study.arms
+        if (spectra := arm.runs[0].diagnostics.get("spectra"))
+    ]
+
+
+def _mean_rows(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [float(value) for value in np.mean(rows, axis=0)]

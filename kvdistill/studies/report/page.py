@@ -1,10 +1,9 @@
-"""The report as files: one page that needs no other, its tables as Markdown, its figures as CSV."""
+"""The report as files: a self-contained HTML page, its tables as Markdown, its numbers as CSV."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +11,11 @@ import jinja2
 
 from kvdistill.errors import ConfigError
 from kvdistill.studies.plots import svg
-from kvdistill.studies.report import rows as results
 from kvdistill.studies.report import tables
-from kvdistill.studies.report import wording as words
-from kvdistill.studies.report.comparison import unequal
-from kvdistill.studies.report.costs import arm_costs, teacher_costs
-from kvdistill.studies.report.figures import sections
+from kvdistill.studies.report.comparison import unfair_arms
+from kvdistill.studies.report.figures import FOLDED, ReportFigure, run_figures, sections
 from kvdistill.studies.report.reading import Run, Study, read_run, read_study
-from kvdistill.studies.report.run_figures import ReportFigure, run_figures
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A figure as the page shows it."""
-
-    words: str
-    svg: str
-    runs: str
-    """Numbers of its runs in the table of all runs."""
-    made_by: str
-    """Their seeds, commits, versions and configurations."""
+from kvdistill.studies.report.results import Row, csv_line, result_rows, summary
 
 
 def write_report(
@@ -41,18 +25,18 @@ def write_report(
 
     Args:
         paths: run folders, folders of runs, ablation folders.
-        output: the page; no other file is needed to read it.
+        output: the page, self-contained.
         baseline: the arm that the others are compared with.
         title: the page's heading; by default the ablation's name.
 
     Returns:
-        The files written, and what a reader must know (runs left out, and why).
+        The files written, and notes such as runs that were left out, with the reason.
 
     Raises:
         ConfigError: no finished run, or no arm of that name.
     """
     study = read_study(paths, baseline, title)
-    rows = results.rows(study)
+    rows = result_rows(study)
     content = _content(study, rows)
     output.parent.mkdir(parents=True, exist_ok=True)
     environment = jinja2.Environment(
@@ -62,16 +46,13 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    written = []
-    for suffix in (".html", ".md"):
-        template = environment.get_template(f"report{suffix}.j2")
-        written.append(output if suffix == ".html" else output.with_suffix(suffix))
-        written[-1].write_text(template.render(content), encoding="utf-8")
-    written.append(output.with_suffix(".csv"))
-    _write_csv(written[-1], [results.plain(row) for row in rows])
-    written.append(output.with_name(f"{output.stem}-runs.csv"))
-    _write_csv(written[-1], [_run_line(arm.name, run) for arm in study.arms for run in arm.runs])
-    return written, content["notes"]
+    markdown, by_arm = output.with_suffix(".md"), output.with_suffix(".csv")
+    by_run = output.with_name(f"{output.stem}-runs.csv")
+    for path, template in ((output, "report.html.j2"), (markdown, "report.md.j2")):
+        path.write_text(environment.get_template(template).render(content), encoding="utf-8")
+    _write_csv(by_arm, [csv_line(row) for row in rows])
+    _write_csv(by_run, [_run_line(arm.name, run) for arm in study.arms for run in arm.runs])
+    return [output, markdown, by_arm, by_run], content["notes"]
 
 
 def write_plots(path: Path, output: Path) -> list[Path]:
@@ -91,47 +72,47 @@ def write_plots(path: Path, output: Path) -> list[Path]:
     return written
 
 
-def _content(study: Study, rows: Sequence[results.Row]) -> dict[str, Any]:
-    """Everything that the templates show."""
+def _content(study: Study, rows: Sequence[Row]) -> dict[str, Any]:
+    """Variables of the templates."""
     runs = [run for arm in study.arms for run in arm.runs]
     numbers = {id(run): number for number, run in enumerate(runs, 1)}
-    saved, gone = teacher_costs(study)
+    costs, missing_stores = tables.teacher_costs(study)
     return {
         "study": study,
-        "summary": words.summary(study, rows),
-        "notes": (*study.notes, *unequal(study), *gone),
-        "arms": [(arm.name, arm.description, arm.placebo) for arm in study.arms],
-        "results": tables.results(rows, study.baseline),
-        "certainty": tables.certainty(rows),
-        "answers": tables.answers(rows),
+        "summary": summary(study, rows),
+        "notes": (*study.notes, *unfair_arms(study), *missing_stores),
+        "results": tables.result_table(rows, study.baseline),
+        "significance": tables.significance_table(rows),
+        "answers": tables.answer_table(rows),
         "sections": [
-            (section.heading, section.folded, [_page_figure(d, numbers) for d in section.figures])
-            for section in sections(study, rows)
+            (heading, heading == FOLDED, [_page_figure(figure, numbers) for figure in figures])
+            for heading, figures in sections(study, rows).items()
         ],
-        "costs": tables.cost_table(arm_costs(study)),
-        "savings": tables.savings(saved),
-        "settings": tables.settings(study),
-        "provenance": tables.provenance(study, numbers),
+        "costs": tables.cost_table(study),
+        "savings": tables.savings_table(costs),
+        "settings": tables.settings_table(study),
+        "provenance": tables.provenance_table(study, numbers),
     }
 
 
-def _page_figure(drawn: ReportFigure, numbers: Mapping[int, int]) -> Shown:
+def _page_figure(drawn: ReportFigure, numbers: Mapping[int, int]) -> dict[str, str]:
+    """Caption, SVG, the runs' numbers in the table of all runs, and what made them."""
     title = drawn.figure.axes[0].get_title(loc="left") or drawn.figure.axes[0].get_title()
-    label = f"{title}. {drawn.words.partition('.')[0]}."
-    numbered = _ranges([numbers[id(run)] for run in drawn.runs])
-    return Shown(drawn.words, svg(drawn.figure, drawn.name, label), numbered, _made_by(drawn.runs))
-
-
-def _made_by(runs: Sequence[Run]) -> str:
-    seeds = sorted({run.seed for run in runs})
-    commits = sorted({tables.commit(run) for run in runs})
-    configs = sorted({tables.config_hash(run) for run in runs})
-    shown = ", ".join(configs[:3]) + (" …" if len(configs) > 3 else "")
-    versions = sorted({run.record["attempts"][-1]["versions"]["kvdistill"] for run in runs})
-    return (
-        f"seeds {_ranges(seeds)}; commit {', '.join(commits)}; kvdistill {', '.join(versions)}; "
-        f"config {shown}"
+    label = f"{title}. {drawn.caption.partition('.')[0]}."
+    configs = sorted({run.config_hash for run in drawn.runs})
+    versions = sorted({run.record["attempts"][-1]["versions"]["kvdistill"] for run in drawn.runs})
+    made_by = (
+        f"seeds {_ranges([run.seed for run in drawn.runs])}; "
+        f"commit {', '.join(sorted({run.commit for run in drawn.runs}))}; "
+        f"kvdistill {', '.join(versions)}; "
+        f"config {', '.join(configs[:3])}{' …' if len(configs) > 3 else ''}"
     )
+    return {
+        "caption": drawn.caption,
+        "svg": svg(drawn.figure, drawn.name, label),
+        "runs": _ranges([numbers[id(run)] for run in drawn.runs]),
+        "made_by": made_by,
+    }
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -153,7 +134,7 @@ def _run_line(arm: str, run: Run) -> dict[str, Any]:
         "steps": run.record["steps"],
         "seconds": run.record["seconds"],
         "commit": run.record["attempts"][-1]["git_commit"],
-        "config": tables.config_hash(run),
+        "config": run.config_hash,
         **run.metrics,
     }
 

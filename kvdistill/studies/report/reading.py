@@ -1,11 +1,30 @@
-"""What a report is about: arms, each one configuration under several seeds, and a baseline."""
+"""Read finished runs as a study: arms, each one configuration under several seeds, and a baseline.
+
+A study comes from an ablation folder, whose ``ablation.json`` lists the arms::
+
+    {"name": "reference",
+     "baseline": "cross-entropy",
+     "arms": [{"name": "cross-entropy",
+               "description": "no teacher",          optional, one line for the report
+               "placebo": false,                     optional
+               "runs": [{"seed": 0, "path": "cross-entropy-s0"}, …]}, …]}
+
+with paths relative to the folder. Runs that no such file lists are grouped by their configurations:
+those that differ only in seed and name are one arm.
+
+Beside its ``run.json`` a run may hold ``eval_samples.jsonl``, one held-out text a line
+(``sample_id``, ``nll`` in nats, ``num_tokens``, ``num_chars``, optionally ``correct``), which
+pairing by text needs. A run that is missing, unfinished or non-finite is left out, and the study's
+notes name it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -15,30 +34,36 @@ import yaml
 from kvdistill.config.base import current_names
 from kvdistill.errors import ConfigError
 from kvdistill.pipelines.run_folder import RunFolder
+from kvdistill.studies.design import ABLATION_FILE
+
+NOT_OF_AN_ARM: Final = ("name", "seed", "output_dir", "slurm", "store")
+"""Settings that two runs of one arm may differ in."""
 
 
 @dataclass(frozen=True)
 class SampleScore:
-    """How one held-out text was predicted."""
+    """A student's predictions of one held-out text."""
 
     nll: float
     """Negative log-likelihood of its tokens, nats."""
     num_tokens: int
     num_chars: int
     correct: bool | None = None
-    """Whether the right answer was generated; None where none was asked for."""
+    """Whether the generated answer is correct; None if none was generated."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, read back from its folder."""
+    """A finished run, read from its folder."""
 
     path: Path
     name: str
     config: dict[str, Any]
     record: dict[str, Any]
+    """Content of ``run.json``."""
     logs: list[dict[str, Any]]
     diagnostics: dict[str, Any]
+    """Layer maps, errors and weights by layer; empty for a run without teachers."""
     samples: dict[str, SampleScore] = field(default_factory=dict)
 
     @property
@@ -48,28 +73,46 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Its final figures."""
+        """Metrics of its final evaluation."""
         found: dict[str, float] = self.record["metrics"]
         return found
 
+    @property
+    def commit(self) -> str:
+        """Short git commit of the last attempt, marked where tracked files differed from it."""
+        found = str(self.record["attempts"][-1]["git_commit"] or "not a checkout")
+        return found.replace(found[:40], found[:10]) if len(found) >= 40 else found
+
+    @property
+    def config_hash(self) -> str:
+        """Short SHA-256 of the whole configuration, seed and name included."""
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:10]
+
     def curve(self, key: str) -> tuple[list[float], list[float]]:
-        """Steps and values of one logged quantity; the last value of a step that was redone."""
+        """Steps and values of one logged quantity; of a repeated step, the last value."""
         points = {row["step"]: row[key] for row in self.logs if key in row}
         return [float(step) for step in sorted(points)], [points[step] for step in sorted(points)]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One configuration under several seeds; a placebo's gain is not knowledge."""
+    """One configuration under several seeds."""
 
     name: str
     runs: tuple[Run, ...]
     description: str = ""
     placebo: bool = False
+    """Whether its targets are unrelated to the texts, so that its gain is regularisation."""
+
+    @property
+    def label(self) -> str:
+        """Its name in the report, which marks a placebo."""
+        marked = self.placebo and "placebo" not in self.name
+        return f"{self.name} (placebo)" if marked else self.name
 
     @property
     def config(self) -> dict[str, Any]:
-        """The settings of its first run; the others differ in seed and name."""
+        """Settings of its first run; the others differ in seed and name."""
         return self.runs[0].config
 
     @property
@@ -84,6 +127,10 @@ class Arm:
         """Its runs by seed."""
         return {run.seed: run for run in self.runs}
 
+    def values(self, figure: Callable[[Run], float | None]) -> list[float]:
+        """A figure of each run that has it."""
+        return [value for run in self.runs if (value := figure(run)) is not None]
+
 
 @dataclass(frozen=True)
 class Study:
@@ -93,32 +140,71 @@ class Study:
     arms: tuple[Arm, ...]
     baseline: str
     notes: tuple[str, ...] = ()
-    """What a reader must know: runs left out, and why."""
+    """Runs left out, with the reason, and declared differences between arms."""
 
     def arm(self, name: str) -> Arm:
         """The arm of that name."""
         return next(arm for arm in self.arms if arm.name == name)
 
 
-ABLATION: Final = "ablation.json"
+def read_study(
+    paths: Sequence[Path], baseline: str | None = None, title: str | None = None
+) -> Study:
+    """Read ablation folders, folders of runs and run folders, in any mixture.
 
+    Args:
+        paths: the folders; arms of several ablations are put into one study.
+        baseline: the arm that others are compared with; by default the ablation's own, else the
+            only arm without teachers, else the last.
+        title: the study's name; by default its ablations' names.
 
-NOT_OF_AN_ARM: Final = ("name", "seed", "output_dir", "slurm", "store")
-"""Settings that two runs of one arm may differ in."""
+    Raises:
+        ConfigError: no finished run anywhere, or no arm of that name.
+    """
+    notes: list[str] = []
+    arms: list[Arm] = []
+    loose, names = [], []
+    for path in paths:
+        if not (path / ABLATION_FILE).is_file():
+            loose += _run_folders(path)
+            continue
+        body = _read_ablation(path / ABLATION_FILE)
+        names.append(body.get("name", path.name))
+        baseline = baseline or body.get("baseline")
+        if body.get("may_differ"):
+            listed = ", ".join(body["may_differ"])
+            notes.append(f"arms of {names[-1]} differ by design in {listed}")
+        arms += _arms_of_ablation(path, body, notes)
+    arms = _with_unique_names([*arms, *_group_by_settings(loose, notes)])
+    if not arms:
+        raise ConfigError(
+            "; ".join(notes) or "no arm has a finished run; give folders of `kvdistill train`"
+        )
+    if not (name := title or " and ".join(names)):
+        name = " vs. ".join(arm.name for arm in arms) if len(arms) < 4 else f"{len(arms)} arms"
+    return Study(name, tuple(arms), _choose_baseline(arms, baseline), tuple(notes))
 
 
 def read_run(path: Path) -> Run:
-    """Read a run's folder.
+    """Read one run's folder.
 
     Raises:
         ConfigError: not a run, or one that has not finished.
     """
+    run = _read_or_reason(path)
+    if isinstance(run, str):
+        raise ConfigError(f"{path} {run}")
+    return run
+
+
+def _read_or_reason(path: Path) -> Run | str:
+    """A run, or the reason why it cannot be read."""
     folder = RunFolder(path)
     record = folder.read_record()
     if not record:
-        raise ConfigError(f"{path} is not a run's folder (it has no run.json)")
+        return "has no run.json: not a run, or one that has not started"
     if not record["finished"]:
-        raise ConfigError(f"{path} has not finished; run `kvdistill train` with its config again")
+        return "has not finished; run `kvdistill train` or `kvdistill ablate` with its config again"
     return Run(
         path,
         record["name"],
@@ -135,41 +221,12 @@ def read_run(path: Path) -> Run:
     )
 
 
-def read_study(
-    paths: Sequence[Path], baseline: str | None = None, title: str | None = None
-) -> Study:
-    """Read an ablation folder, a folder of runs, or run folders, in any mixture.
-
-    Args:
-        paths: folders; of several ablations the arms stand side by side.
-        baseline: the arm that others are compared with; by default the ablation's own, else the
-            only arm without teachers, else the last.
-        title: what the study is called; by default as its ablations are.
-
-    Raises:
-        ConfigError: no finished run anywhere, or no arm of that name.
-    """
-    notes: list[str] = []
-    arms: list[Arm] = []
-    chosen, loose, names = baseline, [], []
-    for path in paths:
-        if (path / ABLATION).is_file():
-            body = _read_ablation(path / ABLATION)
-            names.append(body.get("name", path.name))
-            chosen = chosen or body.get("baseline")
-            if body.get("may_differ"):
-                listed = ", ".join(body["may_differ"])
-                notes.append(f"arms of {names[-1]} differ on purpose in {listed}")
-            arms += _arms_of_ablation(path, body, notes)
-        else:
-            loose += _run_folders(path)
-    arms = _told_apart([*arms, *_grouped(_finished(loose, notes), notes)])
-    if not arms:
-        raise ConfigError(
-            "; ".join(notes) or "no arm has a finished run; give folders of `kvdistill train`"
-        )
-    name = title or " and ".join(names) or _title(arms)
-    return Study(name, tuple(arms), _baseline(arms, chosen), tuple(notes))
+def _comparable_or_reason(path: Path) -> Run | str:
+    run = _read_or_reason(path)
+    if isinstance(run, str):
+        return run
+    bad = [key for key, value in run.metrics.items() if not math.isfinite(value)]
+    return f"ended with non-finite {', '.join(bad)}" if bad else run
 
 
 def _read_ablation(path: Path) -> dict[str, Any]:
@@ -177,12 +234,14 @@ def _read_ablation(path: Path) -> dict[str, Any]:
     for entry in body.get("arms", [{}]):
         for key in ("name", "runs"):
             if key not in entry:
-                raise ConfigError(f"{path}: an arm has no {key!r}; `kvdistill ablate` writes it")
+                raise ConfigError(
+                    f"{path}: an arm has no {key!r}; run `kvdistill ablate` again to rewrite it"
+                )
     return body
 
 
 def _run_folders(path: Path) -> list[Path]:
-    """The folder itself if it is a run, else the runs up to two levels below it."""
+    """The folder itself if it is a run or holds none, else the runs up to two levels below it."""
     if (path / "run.json").is_file() or not path.is_dir():
         return [path]
     return sorted(p.parent for depth in ("*", "*/*") for p in path.glob(f"{depth}/run.json")) or [
@@ -190,94 +249,67 @@ def _run_folders(path: Path) -> list[Path]:
     ]
 
 
-def _finished(paths: Sequence[Path], notes: list[str]) -> list[Run]:
-    found = []
-    for path in paths:
-        run = _read_or_why_not(path)
-        if isinstance(run, str):
-            notes.append(f"{path} {run}")
-        else:
-            found.append(run)
-    return found
-
-
-def _read_or_why_not(path: Path) -> Run | str:
-    """A run, or in words why it cannot be compared."""
-    record = RunFolder(path).read_record()
-    if not record:
-        return "has not begun (no run.json)"
-    if not record["finished"]:
-        return "has not finished; run `kvdistill train` or `ablate` with its config again"
-    run = read_run(path)
-    bad = [key for key, value in run.metrics.items() if not math.isfinite(value)]
-    return f"ended with {', '.join(bad)} that is no number" if bad else run
-
-
 def _arms_of_ablation(path: Path, body: dict[str, Any], notes: list[str]) -> list[Arm]:
     arms = []
     for entry in body["arms"]:
-        found = {run["seed"]: _read_or_why_not(path / run["path"]) for run in entry["runs"]}
+        found = {run["seed"]: _comparable_or_reason(path / run["path"]) for run in entry["runs"]}
         runs = tuple(run for _, run in sorted(found.items()) if isinstance(run, Run))
         missing: dict[str, list[str]] = {}
         for seed, run in found.items():
             if isinstance(run, str):
                 missing.setdefault(run, []).append(str(seed))
-        notes += [
-            f"arm {entry['name']!r}, seed {', '.join(seeds)}: {why}"
-            for why, seeds in missing.items()
-        ]
+        for reason, seeds in missing.items():
+            notes.append(f"arm {entry['name']!r}, seed {', '.join(seeds)}: {reason}")
         if runs:
             about = (entry.get("description", ""), entry.get("placebo", False))
             arms.append(Arm(entry["name"], runs, *about))
     return arms
 
 
-def _one_per_seed(name: str, runs: Sequence[Run], notes: list[str]) -> tuple[Run, ...]:
-    """In the order of their seeds; a second run of a seed would count its luck twice."""
-    found: dict[int, Run] = {}
-    for run in sorted(runs, key=lambda run: run.seed):
-        if run.seed in found:
-            notes.append(f"arm {name!r} has seed {run.seed} twice; {run.path} is left out")
-        else:
-            found[run.seed] = run
-    return tuple(found.values())
-
-
-def _grouped(runs: Sequence[Run], notes: list[str]) -> list[Arm]:
-    """Runs whose settings differ in nothing but seed and name are one arm."""
+def _group_by_settings(paths: Sequence[Path], notes: list[str]) -> list[Arm]:
+    """Arms of loose runs: runs whose settings differ only in ``NOT_OF_AN_ARM`` are one."""
     groups: dict[str, list[Run]] = {}
-    for run in runs:
+    for path in paths:
+        run = _comparable_or_reason(path)
+        if isinstance(run, str):
+            notes.append(f"{path} {run}")
+            continue
         settings = {key: run.config[key] for key in run.config if key not in NOT_OF_AN_ARM}
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
     arms: list[Arm] = []
     for members in groups.values():
         name = _without_seed(members[0]) if len(members) > 1 else members[0].name
+        by_seed: dict[int, Run] = {}
+        for run in sorted(members, key=lambda run: run.seed):
+            if run.seed in by_seed:  # would count one draw of the seed twice
+                notes.append(f"arm {name!r} has seed {run.seed} twice; {run.path} is left out")
+            by_seed.setdefault(run.seed, run)
         placebo = _is_placebo(members[0].config)
-        arms.append(Arm(name, _one_per_seed(name, members, notes), placebo=placebo))
+        arms.append(Arm(name, tuple(by_seed.values()), placebo=placebo))
     return arms
 
 
-def _told_apart(arms: Sequence[Arm]) -> list[Arm]:
-    """Arms of one name, from different folders, get their folder's name as well."""
-    found: list[Arm] = []
+def _with_unique_names(arms: Sequence[Arm]) -> list[Arm]:
+    """Of arms of one name, from different folders, the later ones get their folder's name too."""
+    found: dict[str, Arm] = {}
     for arm in arms:
         name = arm.name
-        if name in {other.name for other in found}:
+        if name in found:
             name = f"{arm.runs[0].path.parent.name}/{name}"
-        while name in {other.name for other in found}:
+        while name in found:
             name += "+"
-        found.append(replace(arm, name=name))
-    return found
+        found[name] = replace(arm, name=name)
+    return list(found.values())
 
 
 def _is_placebo(config: dict[str, Any]) -> bool:
-    """Whether the targets of every teacher know nothing of their text."""
+    """Whether the targets of every teacher are unrelated to their text."""
     placebo = config.get("placebo") or {}
-    blind = placebo.get("teachers") or list(config["teachers"])
+    replaced = placebo.get("teachers") or list(config["teachers"])
     if placebo.get("method", "none") == "none":
-        blind = []
+        replaced = []
     return bool(config["teachers"]) and all(
-        name in blind or teacher.get("weights") == "random"
+        name in replaced or teacher.get("weights") == "random"
         for name, teacher in config["teachers"].items()
     )
 
@@ -287,49 +319,19 @@ def _without_seed(run: Run) -> str:
     return re.sub(rf"[-_.]?(s|seed)[-_]?{run.seed}$", "", run.name) or run.name
 
 
-def _baseline(arms: Sequence[Arm], asked: str | None) -> str:
+def _choose_baseline(arms: Sequence[Arm], requested: str | None) -> str:
     names = [arm.name for arm in arms]
-    if asked is not None:
-        if asked not in names:
-            raise ConfigError(f"no arm {asked!r} to compare with; there are: {', '.join(names)}")
-        return asked
-    alone = [arm.name for arm in arms if not arm.teachers]
-    return alone[0] if len(alone) == 1 else names[-1]
-
-
-def _title(arms: Sequence[Arm]) -> str:
-    return " against ".join(arm.name for arm in arms) if len(arms) < 4 else f"{len(arms)} arms"
+    if requested is None:
+        without_teachers = [arm.name for arm in arms if not arm.teachers]
+        return without_teachers[0] if len(without_teachers) == 1 else names[-1]
+    if requested not in names:
+        raise ConfigError(
+            f"no arm {requested!r} to use as the baseline; the arms are: {', '.join(names)}"
+        )
+    return requested
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def shown(arm: Arm) -> str:
-    """An arm's name; a placebo is called one wherever it appears."""
-    return f"{arm.name} (placebo)" if arm.placebo and "placebo" not in arm.name else arm.name
-
-
-# MERGED-DOC pipelines.report.reading
-# Reading a study: from an ablation folder, or from any runs.
-#
-# The folder's ``ablation.json`` says what the arms are::
-#
-#     {"name": "reference",
-#      "baseline": "cross-entropy",
-#      "arms": [{"name": "cross-entropy",
-#                "description": "no teacher",          optional, one line for the report
-#                "placebo": false,                     optional
-#                "runs": [{"seed": 0, "path": "cross-entropy-s0"}, …]}, …]}
-#
-# Paths are relative to the folder. Run folders that no such file names are grouped by their
-# configurations: runs that differ in nothing but the seed and the name are one arm.
-#
-# Beside its ``run.json`` a run may hold ``eval_samples.jsonl``, one held-out text a line
-# (``sample_id``, ``nll`` in nats, ``num_tokens``, ``num_chars``, perhaps ``correct``): what pairing
-# by text needs.
-#
-# A run that is missing, has not finished or ended in NaN is left out and named in the notes; a
-# report of what there is beats no report.

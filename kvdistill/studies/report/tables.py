@@ -1,199 +1,253 @@
-"""The report's tables, as words: the page and the Markdown show the same."""
+"""The report's tables, identical on the page and in the Markdown."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kvdistill.config.load import flatten
-from kvdistill.studies.report import wording as words
-from kvdistill.studies.report.comparison import Comparison
-from kvdistill.studies.report.costs import ArmCost, TeacherCost
-from kvdistill.studies.report.reading import Run, Study, shown
-from kvdistill.studies.report.rows import Row
-from kvdistill.text import format_duration
+from kvdistill.errors import StoreError
+from kvdistill.store.reader import KVStore
+from kvdistill.studies.report.comparison import TESTS
+from kvdistill.studies.report.reading import Arm, Run, Study
+from kvdistill.studies.report.results import (
+    NONE,
+    OVER,
+    UNKNOWN,
+    Row,
+    format_interval,
+    format_number,
+    format_p,
+    mean_of,
+    percent,
+)
+from kvdistill.text import format_bytes, format_duration
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are shown; the first column names its row."""
+    """Formatted cells; the first column names the row."""
 
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     anchors: tuple[str, ...] = ()
-    """What a row is linked to by, if anything."""
+    """HTML id of each row, if any."""
 
 
-def results(table: Sequence[Row], baseline: str) -> Table:
-    """What was measured, and the verdict."""
-    columns = {
-        "arm": [shown(row.arm) for row in table],
-        "seeds": [str(len(row.arm.runs)) for row in table],
-        "perplexity": [words.format_number(row.perplexity, 2) for row in table],
-        f"against {baseline}": [words.percent(row.perplexity_change) for row in table],
-        "95 % interval": [words.percent_span(row.perplexity_interval) for row in table],
-        "p, corrected": [words.p_value(row.p) for row in table],
-        "verdict": [row.verdict for row in table],
-        "bits per character": [words.format_number(row.bits, 4) for row in table],
-        "its 95 % interval": [words.span(row.bits_interval, 4) for row in table],
-        "calibration error": [words.format_number(row.calibration) for row in table],
-        "exact match": [words.percent(row.exact_match, signed=False) for row in table],
-    }
-    return _make_table("Arms: means over their seeds", columns)
+def result_table(rows: Sequence[Row], baseline: str) -> Table | None:
+    """Scores of each arm, its change against the baseline and the verdict."""
+    cells = []
+    for row in rows:
+        change, bits = row.perplexity_change or UNKNOWN, row.bits or UNKNOWN
+        line = {
+            "arm": row.arm.label,
+            "seeds": str(len(row.arm.runs)),
+            "perplexity": format_number(row.perplexity, 2),
+            f"vs. {baseline}": percent(change.value),
+            "95 % CI": format_interval(change.interval, scale=100, unit=" %"),
+            "p (Holm)": format_p(row.p),
+            "verdict": row.verdict,
+            "bits per character": format_number(bits.value, 4),
+            "its 95 % CI": format_interval(bits.interval, 4),
+            "calibration error": format_number(row.calibration),
+            "exact match": percent(row.exact_match, signed=False),
+        }
+        cells.append(line)
+    return _table("Arms: mean over seeds", cells)
 
 
-def certainty(table: Sequence[Row]) -> Table | None:
+def significance_table(rows: Sequence[Row]) -> Table | None:
     """Every test and effect size; None where nothing was compared."""
-    compared = [(row, row.comparison) for row in table if row.comparison is not None]
-    if not compared:
-        return None
-    columns = {
-        "arm": [shown(row.arm) for row, _ in compared],
-        "paired seeds": [str(found.num_seeds) for _, found in compared],
-        "texts": [str(found.num_texts or words.NONE) for _, found in compared],
-        "change, bits per character": [
-            words.format_number(found.change, 4) for _, found in compared
-        ],
-        "95 % interval": [words.span(found.interval, 4) for _, found in compared],
-    }
-    for test in words.test_names([found for _, found in compared]):
-        name = "seeds and texts" if test == "both" else test
-        columns[f"p over {name} (corrected)"] = [_p(found, test) for _, found in compared]
-    columns |= {
-        "g over seeds": [words.format_number(found.effect_seeds, 1) for _, found in compared],
-        "g over texts": [words.format_number(found.effect_texts, 2) for _, found in compared],
-        "better on": [words.percent(f.better_texts, 0, signed=False) for _, f in compared],
-    }
-    return _make_table("How sure: differences in bits per character", columns)
+    compared = [(row.arm.label, row.comparison) for row in rows if row.comparison is not None]
+    cells = []
+    for label, found in compared:
+        line = {
+            "arm": label,
+            "paired seeds": str(found.num_seeds),
+            "texts": str(found.num_texts or NONE),
+            "change in bits per character": format_number(found.change.value, 4),
+            "95 % CI": format_interval(found.change.interval, 4),
+        }
+        for test in TESTS:
+            p, corrected = format_p(found.p.get(test)), format_p(found.corrected.get(test))
+            line[f"p {OVER[test]} (Holm)"] = f"{p} ({corrected})" if test in found.p else NONE
+        line |= {
+            "g over seeds": format_number(found.effect_seeds, 1),
+            "g over texts": format_number(found.effect_texts, 2),
+            "better on": percent(found.better_texts, 0, signed=False),
+        }
+        cells.append(line)
+    return _table("Significance: differences in bits per character", cells)
 
 
-def answers(table: Sequence[Row]) -> Table | None:
+def answer_table(rows: Sequence[Row]) -> Table | None:
     """Exact match against the baseline; None where no run answered."""
-    compared = [
-        (row, row.exact_match_comparison)
-        for row in table
-        if row.exact_match_comparison is not None and row.exact_match is not None
+    cells = []
+    for row in rows:
+        found = row.exact_match_comparison
+        if found is None or row.exact_match is None:
+            continue
+        test = found.main_test or "texts"
+        line = {
+            "arm": row.arm.label,
+            "exact match": percent(row.exact_match, signed=False),
+            "change, points": format_number(found.change.value, 1, signed=True, scale=100),
+            "95 % CI": format_interval(found.change.interval, scale=100),
+            "p (Holm)": format_p(found.corrected.get(test)),
+            "test": OVER[test],
+        }
+        cells.append(line)
+    return _table("Exact match, paired by seed and problem", cells)
+
+
+def cost_table(study: Study) -> Table | None:
+    """Time, peak memory and disk of each arm, mean over its runs."""
+    cells = []
+    for arm in study.arms:
+        records = [run.record for run in arm.runs]
+        line = {
+            "arm": arm.label,
+            "time": format_duration(mean_of([float(r["seconds"]) for r in records]) or 0.0),
+            "peak memory": _mean_bytes([r.get("peak_memory_bytes") for r in records]),
+            "peak accelerator memory": _mean_bytes([r.get("peak_device_bytes") for r in records]),
+            "disk": _mean_bytes([_folder_bytes(run.path) for run in arm.runs]),
+        }
+        cells.append(line)
+    return _table("Cost of one run: mean over seeds", cells)
+
+
+def _mean_bytes(sizes: Sequence[float | None]) -> str:
+    mean = mean_of([size for size in sizes if size])
+    return NONE if mean is None else format_bytes(mean)
+
+
+def _folder_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+@dataclass(frozen=True)
+class TeacherCost:
+    """One teacher: read once into the store, used in many epochs of many runs."""
+
+    teacher: str
+    seconds: float
+    """Extraction time of all shards."""
+    disk_bytes: int
+    passes: float
+    """Epochs over the corpus, of all runs of the study that learned from it."""
+
+    @property
+    def saved_seconds(self) -> float:
+        """Time the teacher would take to read the corpus again in every other epoch."""
+        return max(self.passes - 1, 0.0) * self.seconds
+
+
+def teacher_costs(study: Study) -> tuple[list[TeacherCost], list[str]]:
+    """Cost of each teacher in each store that still exists, and notes on stores that do not."""
+    passes: dict[Path, dict[str, float]] = {}
+    for arm in study.arms:
+        for run in arm.runs:
+            of_store = passes.setdefault(_store_path(run), {})
+            epochs = max((row["epoch"] for row in run.logs if row.get("epoch")), default=1.0)
+            for teacher in arm.teachers:
+                of_store[teacher] = of_store.get(teacher, 0.0) + float(epochs)
+    costs, notes = [], []
+    for path, of_store in sorted(passes.items()):
+        try:
+            store = KVStore.open(path)
+        except StoreError:
+            notes.append(f"no store at {path}: the cost of its extraction is unknown")
+            continue
+        for name in store.teachers():
+            if name in of_store:
+                commits = [store.commit(name, shard_id) for shard_id in store.committed(name)]
+                size = sum(file.size_bytes for commit in commits for file in commit.files.values())
+                seconds = sum(commit.seconds for commit in commits)
+                costs.append(TeacherCost(name, seconds, size, of_store[name]))
+    return costs, notes
+
+
+def _store_path(run: Run) -> Path:
+    """The run's store; a relative path starts at the folder that training was started in."""
+    store, own = Path(run.config["store"]), Path(run.config["output_dir"], run.config["name"])
+    parts = run.path.resolve().parts
+    start = Path(*parts[: -len(own.parts)])
+    is_there = parts[-len(own.parts) :] == own.parts and (start / store).is_dir()
+    return start / store if is_there else store
+
+
+def savings_table(costs: Sequence[TeacherCost]) -> Table | None:
+    """Per teacher: what its extraction cost, and the teacher time it saved."""
+    cells = [
+        {
+            "teacher": cost.teacher,
+            "extraction time": format_duration(cost.seconds),
+            "store size": format_bytes(cost.disk_bytes),
+            "epochs trained from it": format_number(cost.passes, 1),
+            "teacher time saved": format_duration(cost.saved_seconds),
+        }
+        for cost in costs
     ]
-    if not compared:
-        return None
-    tests = [found.main_test or "texts" for _, found in compared]
-    columns = {
-        "arm": [shown(row.arm) for row, _ in compared],
-        "right answers": [words.percent(row.exact_match, signed=False) for row, _ in compared],
-        "change, points": [words.points(found.change) for _, found in compared],
-        "95 % interval": [words.points_span(found.interval) for _, found in compared],
-        "p, corrected": [
-            words.p_value(found.corrected.get(test))
-            for (_, found), test in zip(compared, tests, strict=True)
-        ],
-        "p is over": [
-            "seeds and texts" if test == "both" and found.corrected else test
-            for (_, found), test in zip(compared, tests, strict=True)
-        ],
-    }
-    return _make_table("Exact match, paired by seed and problem", columns)
+    return _table("Teachers: cost of extraction and time saved", cells)
 
 
-def cost_table(found: Sequence[ArmCost]) -> Table:
-    """Per arm: time, memory, disk."""
-    columns = {
-        "arm": [cost.arm for cost in found],
-        "time": [format_duration(cost.seconds) for cost in found],
-        "memory": [words.optional_bytes(cost.memory_bytes) for cost in found],
-        "accelerator memory": [words.optional_bytes(cost.device_bytes) for cost in found],
-        "disk": [words.optional_bytes(cost.disk_bytes) for cost in found],
-    }
-    return _make_table("Cost of one run: means over an arm's seeds", columns)
+def settings_table(study: Study) -> Table | None:
+    """Settings in which arms differ.
 
-
-def savings(found: Sequence[TeacherCost]) -> Table | None:
-    """Per teacher: what the store cost, and what it saved."""
-    if not found:
-        return None
-    columns = {
-        "teacher": [cost.teacher for cost in found],
-        "read once in": [format_duration(cost.seconds) for cost in found],
-        "stored": [words.optional_bytes(cost.disk_bytes) for cost in found],
-        "epochs that used it": [words.format_number(cost.passes, 1) for cost in found],
-        "reading saved": [format_duration(cost.saved_seconds) for cost in found],
-    }
-    return _make_table("What the store saved", columns)
-
-
-def settings(study: Study) -> Table | None:
-    """Settings that are not the same in every arm: what the comparison is about.
-
-    A teacher's settings are compared among the arms that have it; who has it is one line.
+    A teacher's settings are compared among the arms that have it; which arms do is one line.
     """
-    flat = {arm.name: flatten(arm.config) for arm in study.arms}
-    for arm in study.arms:
-        flat[arm.name]["teachers"] = ", ".join(arm.config["teachers"]) or words.NONE
+    flat = {arm.label: _flat_settings(arm) for arm in study.arms}
+    cells = []
+    for key in sorted({key for settings in flat.values() for key in settings}):
+        of_teacher = key.startswith("teachers.")
+        compared = [s.get(key) for s in flat.values() if key in s or not of_teacher]
+        if len({json.dumps(value) for value in compared}) > 1:
+            values = {label: settings.get(key) for label, settings in flat.items()}
+            shown = {label: NONE if v is None else str(v) for label, v in values.items()}
+            cells.append({"setting": key, **shown})
+    return _table("Settings that differ between arms", cells)
+
+
+def _flat_settings(arm: Arm) -> dict[str, Any]:
+    flat = flatten(arm.config) | {"teachers": ", ".join(arm.config["teachers"]) or NONE}
     skipped = ("name", "seed", "output_dir", "slurm.")
-    keys = sorted({key for found in flat.values() for key in found if not key.startswith(skipped)})
-    differing = [key for key in keys if _differs(key, list(flat.values()))]
-    if not differing:
-        return None
-    columns: dict[str, list[str]] = {"setting": differing}
+    return {key: value for key, value in flat.items() if not key.startswith(skipped)}
+
+
+def provenance_table(study: Study, numbers: Mapping[int, int]) -> Table | None:
+    """Every run and how it was made; ``numbers`` are the runs' own, by ``id``."""
+    cells = []
     for arm in study.arms:
-        columns[shown(arm)] = [_value(flat[arm.name], key) for key in differing]
-    return _make_table("What differs between the arms", columns)
+        for run in arm.runs:
+            attempt = run.record["attempts"][-1]
+            line = {
+                "run": f"{numbers[id(run)]}: {run.name}",
+                "arm": arm.label,
+                "seed": str(run.seed),
+                "steps": str(run.record["steps"]),
+                "commit": run.commit,
+                "config": run.config_hash,
+                "started": attempt["started"],
+                "versions": ", ".join(f"{k} {v}" for k, v in attempt["versions"].items()),
+                "command": attempt["command"],
+            }
+            cells.append(line)
+    anchors = tuple(f"run-{line['run'].partition(':')[0]}" for line in cells)
+    return _table("Provenance of every run", cells, anchors)
 
 
-def _differs(key: str, flat: Sequence[Mapping[str, Any]]) -> bool:
-    asked = [found for found in flat if key in found] if key.startswith("teachers.") else flat
-    return len({json.dumps(found.get(key)) for found in asked}) > 1
-
-
-def provenance(study: Study, numbers: Mapping[int, int]) -> Table:
-    """Every run: where it came from."""
-    runs = [(arm, run) for arm in study.arms for run in arm.runs]
-    last = [run.record["attempts"][-1] for _, run in runs]
-    columns = {
-        "run": [f"{numbers[id(run)]}: {run.name}" for _, run in runs],
-        "arm": [shown(arm) for arm, _ in runs],
-        "seed": [str(run.seed) for _, run in runs],
-        "steps": [str(run.record["steps"]) for _, run in runs],
-        "commit": [commit(run) for _, run in runs],
-        "config": [config_hash(run) for _, run in runs],
-        "started": [attempt["started"] for attempt in last],
-        "versions": [", ".join(f"{k} {v}" for k, v in a["versions"].items()) for a in last],
-        "command": [attempt["command"] for attempt in last],
-    }
-    anchors = tuple(f"run-{numbers[id(run)]}" for _, run in runs)
-    made = _make_table("Every run, and what made it", columns)
-    return Table(made.caption, made.columns, made.rows, anchors)
-
-
-def commit(run: Run) -> str:
-    """Short commit of the last attempt; it says so where tracked files differed from it."""
-    found = run.record["attempts"][-1]["git_commit"] or "not a checkout"
-    return str(found).replace(found[:40], found[:10]) if len(found) >= 40 else str(found)
-
-
-def config_hash(run: Run) -> str:
-    """Short SHA-256 of a run's whole configuration, seed and name included."""
-    return hashlib.sha256(json.dumps(run.config, sort_keys=True).encode()).hexdigest()[:10]
-
-
-def _p(found: Comparison, test: str) -> str:
-    if test not in found.p:
-        return words.NONE
-    return f"{words.p_value(found.p[test])} ({words.p_value(found.corrected[test])})"
-
-
-def _value(flat: Mapping[str, Any], key: str) -> str:
-    return words.NONE if flat.get(key) is None else str(flat[key])
-
-
-def _make_table(caption: str, columns: Mapping[str, Sequence[str]]) -> Table:
-    """Columns that say nothing in any row are left out."""
-    kept = {
-        name: cells
-        for position, (name, cells) in enumerate(columns.items())
-        if position == 0 or any(cell not in {"", words.NONE} for cell in cells)
-    }
-    return Table(caption, tuple(kept), tuple(zip(*kept.values(), strict=True)))
+def _table(
+    caption: str, lines: Sequence[Mapping[str, str]], anchors: tuple[str, ...] = ()
+) -> Table | None:
+    """A table of lines that share their keys, without columns that are empty in every row."""
+    if not lines:
+        return None
+    first, *others = lines[0]
+    filled = [name for name in others if any(line[name] not in {"", NONE} for line in lines)]
+    columns = (first, *filled)
+    rows = tuple(tuple(line[name] for name in columns) for line in lines)
+    return Table(caption, columns, rows, anchors)

@@ -18,12 +18,11 @@ from kvdistill.commands.report import report_command
 from kvdistill.corpus.samples import Sample, cut_into_shards
 from kvdistill.errors import ConfigError
 from kvdistill.store.writer import create
-from kvdistill.studies.report.comparison import Comparison, unequal
-from kvdistill.studies.report.costs import teacher_costs
+from kvdistill.studies.report.comparison import Comparison, unfair_arms
 from kvdistill.studies.report.page import write_plots, write_report
 from kvdistill.studies.report.reading import read_study
-from kvdistill.studies.report.rows import Row, rows
-from kvdistill.studies.report.wording import summary
+from kvdistill.studies.report.results import Row, result_rows, summary
+from kvdistill.studies.report.tables import teacher_costs
 from tests.studies.report.fabricate import ARMS, MadeUp, rewrite, write_ablation, write_run
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -124,7 +123,7 @@ def test_the_table_holds_means_intervals_tests_and_effects(written: Path) -> Non
     assert float(both["p_both_holm"]) == pytest.approx(2 * float(both["p_both"]))
     assert float(both["hedges_g_seeds"]) > 0.5
     assert float(both["better_texts"]) == 1.0
-    assert placebo["verdict"] == "not told apart"
+    assert placebo["verdict"] == "no significant difference"
     assert float(placebo["placebo"]) == 1
     assert found["cross-entropy"]["verdict"] == "baseline"
     assert len(list(csv.DictReader((written / "report-runs.csv").open()))) == 9
@@ -133,10 +132,10 @@ def test_the_table_holds_means_intervals_tests_and_effects(written: Path) -> Non
 def test_the_page_and_the_markdown_say_it_in_words(written: Path) -> None:
     for name in ("report.html", "report.md"):
         text = (written / name).read_text()
-        assert "The best arm is both: perplexity −" in text
-        assert "The placebo shuffled is not told apart from cross-entropy" in text
+        assert "Against cross-entropy, the best arm is both: perplexity −" in text
+        assert "The placebo shuffled shows no significant difference from cross-entropy" in text
         assert "shuffled (placebo)" in text
-        assert "With 3 seeds the test over seeds alone cannot give less than p = 0.25" in text
+        assert "With 3 seeds the test over seeds alone cannot give p" in text
         assert "losses.key" in text
     assert 'aria-label="Reliability' in (written / "report.html").read_text()
     markdown = (written / "report.md").read_text()
@@ -150,23 +149,23 @@ def test_a_baseline_that_nothing_beats_is_said_to_be_so(written: Path, tmp_path:
     write_report([folder], page, baseline="both", title="Which one?")
     text = page.read_text()
     assert "<h1>Which one?</h1>" in text
-    assert "No arm is better; the next is cross-entropy: perplexity +" in text
-    assert "The best arm is" not in text
+    assert "Against both, no arm is better; the closest is cross-entropy: perplexity +" in text
+    assert "the best arm is" not in text
 
 
 def table(*paths: Path) -> dict[str, Row]:
     """The results table, without drawing anything."""
-    return {row.arm.name: row for row in rows(read_study(paths))}
+    return {row.arm.name: row for row in result_rows(read_study(paths))}
 
 
 def said(path: Path) -> str:
     study = read_study([path])
-    return "\n".join(summary(study, rows(study)))
+    return "\n".join(summary(study, result_rows(study)))
 
 
 def test_a_placebo_that_gains_is_called_regularisation(tmp_path: Path) -> None:
     arms = (ARMS[0], MadeUp("noise", 0.2, placebo=True))
-    assert "gains too" in said(write_ablation(tmp_path / "a", arms))
+    assert "is better too" in said(write_ablation(tmp_path / "a", arms))
 
 
 def test_leaving_one_teacher_out_and_routing_are_shown(tmp_path: Path) -> None:
@@ -211,14 +210,14 @@ def test_what_is_missing_unfinished_or_no_number_is_named_and_left_out(tmp_path:
     metrics = json.loads((folder / "shuffled-s1/run.json").read_text())["metrics"]
     rewrite(folder / "shuffled-s1", metrics=metrics | {"eval_nll": math.nan})
     notes = "\n".join(read_study([folder]).notes)
-    assert "arm 'both', seed 1: has not begun" in notes
+    assert "arm 'both', seed 1: has no run.json" in notes
     assert "arm 'shuffled', seed 0: has not finished" in notes
-    assert "arm 'shuffled', seed 1: ended with eval_nll that is no number" in notes
+    assert "arm 'shuffled', seed 1: ended with non-finite eval_nll" in notes
     found = table(folder)
     assert compared(found["both"]).num_seeds == 2
     assert compared(found["shuffled"]).num_seeds == 1
-    assert found["shuffled"].verdict == "one seed: no verdict"
-    assert "one seed in common" in said(folder)
+    assert found["shuffled"].verdict == "one seed: not tested"
+    assert "shares a single seed" in said(folder)
 
 
 def test_an_arm_without_any_finished_run_is_named(tmp_path: Path) -> None:
@@ -232,7 +231,7 @@ def test_an_arm_without_any_finished_run_is_named(tmp_path: Path) -> None:
 
 def test_one_seed_is_reported_without_a_verdict(tmp_path: Path) -> None:
     both = table(write_ablation(tmp_path / "a", seeds=(7,)))["both"]
-    assert both.verdict == "one seed: no verdict"
+    assert both.verdict == "one seed: not tested"
     assert math.isnan(compared(both).effect_seeds)
     assert set(compared(both).p) == {"texts"}
     assert compared(both).p["texts"] < 0.01
@@ -243,15 +242,15 @@ def test_without_figures_per_text_pairing_is_by_seed(tmp_path: Path) -> None:
     both = table(folder)["both"]
     assert compared(both).num_texts == 0
     assert compared(both).p == {"seeds": 0.25}
-    assert both.verdict == "not told apart"
+    assert both.verdict == "no significant difference"
     assert "compared by seed alone" in said(folder)
 
 
 def test_arms_scored_on_other_texts_are_not_compared(tmp_path: Path) -> None:
     few = write_run(tmp_path / "few-s0", ARMS[1], 0, num_texts=10)
     many = write_run(tmp_path / "many-s0", ARMS[0], 0, num_texts=40)
-    assert table(few, many)["few-s0"].verdict == "cannot be compared"
-    assert table(many, few)["few-s0"].verdict == "cannot be compared"
+    assert table(few, many)["few-s0"].verdict == "not comparable"
+    assert table(many, few)["few-s0"].verdict == "not comparable"
 
 
 def compared(row: Row) -> Comparison:
@@ -271,9 +270,9 @@ def test_unfair_arms_are_noted(tmp_path: Path) -> None:
     rewrite(folder / "cross-entropy-s0", controls={"initial_student": "aa", "steps": 300})
     rewrite(folder / "both-s0", controls={"initial_student": "bb", "steps": 200})
     rewrite(folder / "shuffled-s0", controls={"initial_student": "aa", "steps": 300})
-    (unfair,) = unequal(read_study([folder]))
-    assert "'both' had another initial student, another number of steps" in unfair
-    assert "no fair comparison" in unfair
+    (unfair,) = unfair_arms(read_study([folder]))
+    assert "'both' differs from cross-entropy in the initial student, the number of steps" in unfair
+    assert "not a fair comparison" in unfair
 
 
 def test_a_relative_store_is_looked_for_where_training_began(tmp_path: Path) -> None:
@@ -287,7 +286,7 @@ def test_a_relative_store_is_looked_for_where_training_began(tmp_path: Path) -> 
     costs, notes = teacher_costs(read_study([run]))
     assert (costs, notes) == ([], [])  # found, and it has no teacher yet
     shutil.rmtree(tmp_path / "moved/stores")
-    assert "the store stores/x is not here" in teacher_costs(read_study([run]))[1][0]
+    assert "no store at stores/x" in teacher_costs(read_study([run]))[1][0]
 
 
 def test_a_seed_that_comes_twice_counts_once(tmp_path: Path) -> None:
@@ -313,7 +312,7 @@ def test_user_errors_name_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no run\.json"):
         write_report([tmp_path / "nowhere"], tmp_path / "report.html")
     run = write_run(tmp_path / "run", ARMS[1], 0)
-    with pytest.raises(ConfigError, match="no arm 'x' to compare with; there are: run"):
+    with pytest.raises(ConfigError, match="no arm 'x' to use as the baseline; the arms are: run"):
         write_report([run], tmp_path / "report.html", baseline="x")
     rewrite(run, finished=False)
     with pytest.raises(ConfigError, match="has not finished; run `kvdistill train`"):
@@ -328,7 +327,7 @@ def test_the_command_says_what_it_wrote(tmp_path: Path) -> None:
     output = tmp_path / "out" / "page.html"
     done = CliRunner().invoke(report_command, [str(tmp_path / "a"), "--output", str(output)])
     assert done.exit_code == 0, done.output
-    assert "note: the store" in done.output
+    assert "note: no store at" in done.output
     assert {path.name for path in output.parent.iterdir()} == {
         "page.html", "page.md", "page.csv", "page-runs.csv",
     }  # fmt: skip
