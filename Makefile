@@ -1,4 +1,4 @@
-# `make demo` and `make test` are all a newcomer needs; each builds its own virtual environment.
+# Start with `make demo` and `make test`; each creates the virtual environment first.
 PYTHON ?= python3
 VENV   ?= .venv
 MODELS ?= models
@@ -10,7 +10,7 @@ PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	@# torch first and alone: a range would otherwise pick a build with gigabytes of CUDA
+	@# torch first and by itself: a version range would resolve to a build with gigabytes of CUDA
 	$(PIP) --constraint constraints.txt torch
 	$(PIP) --constraint constraints.txt --editable '.[dev,docs]'
 	@touch $@
@@ -28,19 +28,19 @@ models: $(STAMP)
 test-real: models  ## tests on real weights
 	OMP_NUM_THREADS=1 KVDISTILL_MODELS=$(MODELS) $(BIN)/python -m pytest -q -m real_model -n 2 --dist loadfile
 
-test-slow: $(STAMP)  ## long tests: kills at random moments
+test-slow: $(STAMP)  ## long tests: processes killed at random moments
 	$(BIN)/python -m pytest -q -m slow
 
-test-slurm: $(STAMP)  ## tests on a real Slurm; root, and the packages of .ci/slurm-packages
+test-slurm: $(STAMP)  ## tests on a real Slurm; need root and the packages of .ci/slurm-packages
 	$(BIN)/python -m pytest -q -m slurm tests/slurm
 
-check: $(STAMP)  ## what CI checks besides the tests
+check: $(STAMP)  ## static checks of CI
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: models  ## every benchmark; prints ratios
+bench: models  ## all benchmarks; print ratios
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/codecs.py --model $(MODELS)/smollm2 --corpus examples/data/gsm8k_train.jsonl
 	$(BIN)/python benchmarks/extract.py $(MODELS)/smollm2 examples/data/gsm8k_train.jsonl \

@@ -1,12 +1,12 @@
-"""How much of a training step do alignment, projection and fusion take?
+"""Share of a training step that is spent on alignment, projection and fusion.
 
-Three teachers of the sizes of SmolLM2-135M, Gemma 3 270M and MiniLM feed a student of SmolLM2's
-size (random weights; arithmetic does not care), batch 8 x 512 tokens, in both modes whose target
-cannot move. Counted is all that a step does with keys and values, by the code that training runs:
+Three teachers of the sizes of SmolLM2-135M, Gemma 3 270M and MiniLM supervise a student of the size
+of SmolLM2 (random weights, which do not affect cost), batch 8 x 512 tokens, in both modes with a
+fixed target. The measurement covers all work of a step on keys and values, with the code of training:
 from stored int8 codes (decoding and standardising included) to gradients on the student's KV.
 Also: the banded product against a dense matrix product and against gathers.
 
-Processor seconds, by default of one thread: on a shared machine they are what can be compared.
+Figures are CPU seconds, by default of one thread, which are comparable on a shared machine.
 
     python benchmarks/align.py            # a few minutes
     python benchmarks/align.py --quick    # batch 2 x 256
@@ -55,7 +55,7 @@ CODEC = "int8"
 
 @dataclass
 class Teacher:
-    """One teacher's stored codes, and everything that was made for it before the step."""
+    """Stored codes of one teacher, and everything prepared for it before the step."""
 
     parts: dict[Kind, dict[str, dict[str, Tensor]]]
     band: Band
@@ -64,7 +64,7 @@ class Teacher:
 
 
 def spans(batch: int, tokens: int, chars_per_token: float, seed: int) -> Spans:
-    """Token lengths of a made-up tokenizer over one long text per sample."""
+    """Token spans of a simulated tokenizer over one long text per sample."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.poisson(torch.full((batch, tokens), chars_per_token - 1), generator) + 1
     end = lengths.cumsum(1).long()

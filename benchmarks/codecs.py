@@ -2,14 +2,14 @@
 
     python benchmarks/codecs.py --model models/smollm2 --corpus gsm8k/train.jsonl --samples 16
 
-Rate: bits per stored element, scales included, as the zarr backend writes them (in brackets: as
-the safetensors backend does). Distortion is what the decoded keys and values do inside the model:
+Rate: bits per stored element, scales included, as written by the zarr backend (in brackets: by the
+safetensors backend). Distortion: the effect of the decoded keys and values inside the model:
 
-    tensor     relative error of keys and of values themselves
-    attention  relative error of the attention output (before its projection), each layer fed by
-               the undisturbed model, mean over layers
-    KL, ΔNLL   all layers replaced at once: divergence of the next-token distribution from the
-               undisturbed model's, and change of the text's own negative log-likelihood
+    tensor     relative error of keys and of values
+    attention  relative error of the attention output (before the output projection); the inputs of
+               each layer are those of the unmodified model; mean over layers
+    KL, ΔNLL   all layers replaced at once: divergence of the next-token distribution from that of
+               the unmodified model, and change of the negative log-likelihood of the text
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PAIRS: tuple[tuple[CodecName, CodecName], ...] = (
 
 @dataclass
 class Clean:
-    """What the undisturbed model did on one text."""
+    """Outputs of the unmodified model on one text."""
 
     input_ids: Tensor
     log_probs: Tensor
@@ -58,7 +58,7 @@ class Clean:
 
 @contextmanager
 def hooks(model: torch.nn.Module, change: Callable[[str, int, Tensor], Tensor]) -> Iterator[None]:
-    """Pass every q, k and v projection's output ``[1, T, H·D]`` through ``change``."""
+    """Pass the output ``[1, T, H·D]`` of every q, k and v projection through ``change``."""
     handles = [
         getattr(layer.self_attn, f"{name}_proj").register_forward_hook(
             lambda _module, _inputs, out, name=name, i=i: change(name, i, out)

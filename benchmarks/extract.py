@@ -1,11 +1,11 @@
-"""Wall time of extraction over wall time of the bare teacher forward, in one run.
+"""Cost of extraction relative to the teacher's bare forward pass, measured in one run.
 
     python benchmarks/extract.py MODEL CORPUS.jsonl [--samples 64] [--dtype bfloat16]
 
 Extraction includes tokenising, capture, quantisation, statistics, importance, compression,
-checksums, fsync and publication. The bare forward is the base model over the same padded batches,
-without head or cache, measured before and after each extraction so that drift cancels. CPU time of
-the process is given too: on a shared machine it is the steadier figure. Bar: 1.15 wall, int8, zarr.
+checksums, fsync and publication. The bare forward pass is the base model over the same padded
+batches, without head or cache, measured before and after each extraction so that drift cancels. CPU
+time is reported too, as it is more stable on a shared machine. Target: 1.15 wall (int8, zarr).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def one_round(experiment: Experiment) -> tuple[float, float]:
-    """Bare, extract, bare again; ratios of wall and of CPU time. One teacher in memory."""
+    """Bare forward, extraction, bare forward: ratios of wall and of CPU time."""
     store = prepare(experiment)
     teacher, _ = loaded(experiment)
     first, peak_bare = bare(teacher, store, experiment), peak_gib()
@@ -65,14 +65,14 @@ def one_round(experiment: Experiment) -> tuple[float, float]:
 
 
 def loaded(experiment: Experiment) -> tuple[Teacher, float]:
-    """The teacher, and the CPU seconds of loading and verifying it, which ``extract`` does too."""
+    """The teacher, and the CPU seconds of loading and verifying it, which ``extract`` includes."""
     began = time.process_time()
     teacher = load_teacher("teacher", experiment)
     return teacher, time.process_time() - began
 
 
 def bare(teacher: Teacher, store: KVStore, experiment: Experiment) -> tuple[float, float]:
-    """Wall and CPU seconds of forward passes alone, over the batches that extraction makes."""
+    """Wall and CPU seconds of the forward passes alone, over the batches of the extraction."""
     batches: list[TeacherBatch] = []
     for shard_id in store.shard_ids:
         encoded = teacher.read(store.samples(shard_id))
@@ -88,7 +88,7 @@ def bare(teacher: Teacher, store: KVStore, experiment: Experiment) -> tuple[floa
 
 
 def peak_gib() -> float:
-    """Peak memory so far: of the device where there is one, else of the process."""
+    """Peak memory so far, GiB: of the device if there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -125,7 +125,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--backend", default="zarr")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tmp", help="Where the stores are written.")
+    parser.add_argument("--tmp", help="folder for the stores")
     return parser.parse_args()
 
 

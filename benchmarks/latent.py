@@ -1,14 +1,14 @@
-"""Do latents reason? Multi-step arithmetic, a teacher that writes, students that think.
+"""Latent reasoning on multi-step arithmetic: students with latents against a teacher that writes.
 
-    python benchmarks/latent.py --folder /tmp/latent             # everything; again: continues
-    python benchmarks/latent.py --folder /tmp/latent --table     # what is there so far
+    python benchmarks/latent.py --folder /tmp/latent             # everything; run again to resume
+    python benchmarks/latent.py --folder /tmp/latent --table     # results so far
 
-A teacher is trained to write out every step but the last of ``7+3*4`` (read from left to right,
-modulo 10) before the answer, and read once into a store. Every arm then starts from the teacher's
-weights and takes the same number of steps over the same texts in the same order; arms differ in
-the settings that ``ARMS`` names and in nothing else. Students of one seed share their order and
-their first latents. One JSON per arm and seed: once the teacher is there, several processes can
-share the work (``--seeds``, ``--arms``), and a second start goes on where the first stopped.
+A teacher is trained to write out every step but the last of ``7+3*4`` (evaluated from left to
+right, modulo 10) before the answer, and extracted once. Every arm then starts from the teacher's
+weights and takes the same number of steps over the same texts in the same order; arms differ only
+in the settings listed in ``ARMS``. Students of one seed share data order and initial latents. There
+is one JSON file per arm and seed: once the teacher exists, several processes can share the work
+(``--seeds``, ``--arms``), and a restart continues where the last one stopped.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ CONTRASTS = [
 
 @dataclass(frozen=True)
 class Size:
-    """How large the question is."""
+    """Size of the experiment."""
 
     steps: int = 2
     modulus: int = 10
@@ -90,8 +90,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--quick", action="store_true", help="whether it runs, in a minute")
-    parser.add_argument("--table", action="store_true", help="only print what is there")
+    parser.add_argument("--quick", action="store_true", help="smoke test of one minute")
+    parser.add_argument("--table", action="store_true", help="only print results so far")
     for name, default in asdict(Size()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default {default}")
     options = parser.parse_args()
@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def make_teacher(folder: Path, size: Size) -> None:
-    """Corpus, tokenizer, teacher and store; each once."""
+    """Create corpus, tokenizer, teacher and store, each once."""
     texts = folder / "corpus.jsonl"
     if not texts.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def make_teacher(folder: Path, size: Size) -> None:
 
 
 def teacher_experiment(folder: Path, size: Size) -> Experiment:
-    """Cross-entropy on rationales and answers: the same trainer, no teacher."""
+    """Cross-entropy on rationales and answers, with the same trainer and no teacher."""
     hidden = size.hidden
     architecture = {
         "model_type": "llama", "hidden_size": hidden, "intermediate_size": 3 * hidden,
@@ -143,7 +143,7 @@ def teacher_experiment(folder: Path, size: Size) -> Experiment:
 
 
 def student_experiment(folder: Path, size: Size, arm: str, seed: int) -> Experiment:
-    """One arm: the common settings under the arm's own."""
+    """The experiment of one arm: its own settings over the common ones."""
     teacher = str(folder / "runs/teacher/student")
     own = ARMS[arm]
     body = {
@@ -165,7 +165,7 @@ def student_experiment(folder: Path, size: Size, arm: str, seed: int) -> Experim
 
 
 def run_arm(folder: Path, size: Size, arm: str, seed: int) -> None:
-    """Train, let it answer the held-out questions, tamper with its latents; skip what is there."""
+    """Train, evaluate on held-out questions, ablate the latents; skipped if the result exists."""
     result = folder / f"results/{_slug(arm)}-{seed}.json"
     if result.is_file():
         return
@@ -184,7 +184,7 @@ def run_arm(folder: Path, size: Size, arm: str, seed: int) -> None:
 
 
 def answer(folder: Path, samples: Sequence[Sample], *, thinks: bool) -> dict[str, Any]:
-    """Figures of one student's answers."""
+    """Metrics of one student's answers."""
     tokenizer = load_student_tokenizer(str(folder))
     if not thinks:
         from transformers import AutoModelForCausalLM
@@ -202,9 +202,9 @@ def answer(folder: Path, samples: Sequence[Sample], *, thinks: bool) -> dict[str
 
 
 def table(folder: Path) -> str:
-    """All results so far as Markdown: means over seeds, 95 % intervals of Student's t.
+    """All results so far as Markdown: means over seeds with 95 % t intervals.
 
-    Six contrasts of few seeds: read the intervals, not which of them leaves out zero.
+    With six contrasts over few seeds, read the widths of the intervals, not which exclude zero.
     """
     records = [json.loads(p.read_text()) for p in sorted(folder.glob("results/*.json"))]
     lines = [
@@ -230,7 +230,7 @@ def table(folder: Path) -> str:
 
 
 def contrasts(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Differences in points of exact match, paired by seed."""
+    """Differences of exact match in percentage points, paired by seed."""
     shares = {(row["arm"], row["seed"]): 100 * row["exact_match"] for row in records}
     lines = ["| difference | seeds | points | 95 % |", "|---|---|---|---|"]
     for arm, other in CONTRASTS:
@@ -244,7 +244,7 @@ def contrasts(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def half_width(values: Sequence[float]) -> float:
-    """Half of the 95 % interval of a mean, by Student's t."""
+    """Half-width of the 95 % t interval of a mean."""
     if len(values) < 2:
         return float("nan")
     quantile = float(stats.t.ppf(0.975, len(values) - 1))

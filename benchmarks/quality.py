@@ -1,17 +1,18 @@
-"""The reference experiment: does a teacher's key/value cache teach, and do several teach more?
+"""The reference experiment: do the key/value caches of one or several teachers improve a student?
 
-A student of 4 layers learns GSM8K text from scratch, equal steps for every arm: cross-entropy
-alone, one teacher at a time, several teachers fused in four ways, and three placebos. Settings
-are searched first, on validation texts and one seed (``search``, ``search-longer``); the chosen
-ones are then run under five seeds and scored on texts that the search never saw, after 150 steps
-(``final``) and, fewer arms with what a longer run likes, after 600 (``longer``).
+A student of 4 layers is trained on GSM8K text from scratch, with equal steps in every arm:
+cross-entropy alone, one teacher at a time, several teachers fused in four ways, and three placebos.
+Settings are searched first, on validation texts under one seed (``search``, ``search-longer``); the
+selected ones are then run under five seeds and scored on test texts unseen by the search, after 150
+steps (``final``) and, with fewer arms and the settings selected for longer runs, after 600
+(``longer``).
 
     make models
     python benchmarks/quality.py quality-output            # everything, and two reports
     python benchmarks/quality.py quality-output --only longer --workers 2
 
-Every run is a folder, finished ones are never computed again, and the same command continues.
-Results, and what did not work: ``docs/quality.md``.
+Every run is a folder; finished runs are not repeated, and the same command resumes.
+Results, negative ones included: ``docs/quality.md``.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ STEPS: Final = {
     "final": (150, 30),
     "longer": (600, 100),
 }
-"""Optimizer steps of each study (1.2 or 4.8 passes over the texts), and from figure to figure."""
+"""Per study: optimizer steps (1.2 or 4.8 passes over the texts), and steps between log entries."""
 TRAINING: Final = {
     "batching": "bucketed",
     "tokens_per_batch": 768,
@@ -70,20 +71,20 @@ TRAINING: Final = {
     "device": "cpu",
 }
 WEIGHT: Final = {"smollm2": 5, "gemma3": 10, "minilm": 10}
-"""Weight of the key and of the value loss where there is one teacher; the search chose it."""
+"""Weight of the key and of the value loss with a single teacher, as selected by the search."""
 MULTI: Final = 10
-"""The same for several teachers, whose weights sum to one."""
-FADING: Final = 15
-"""The same where the teachers give way to the text."""
-FADE_BY: Final = 0.6
-"""When they have: at this share of the steps."""
+"""The same with several teachers, whose fusion weights sum to one."""
+ANNEALED: Final = 15
+"""The same at step 0 where the teacher losses are annealed."""
+ANNEAL_BY: Final = 0.6
+"""Fraction of the steps over which they are annealed to zero."""
 SHARES: Final = {"smollm2": 0.5, "gemma3": 0.25, "minilm": 0.25}
 RIDGE: Final = {"mode": "frozen", "method": "full", "init": "ridge"}
 
 
-SAID: Final = {
-    "cross-entropy": "the text alone, at the learning rate of the other arms",
-    "cross-entropy-slower": "the text alone, at half of that rate, which it likes better",
+DESCRIPTIONS: Final = {
+    "cross-entropy": "text only, at the learning rate of the other arms",
+    "cross-entropy-slower": "text only, at half of that rate, its best",
     "single-smollm2": "SmolLM2 135M",
     "placebo-shuffled": "SmolLM2's keys and values of another text",
     "placebo-noise": "noise with the means and variances of SmolLM2's keys and values",
@@ -91,23 +92,23 @@ SAID: Final = {
     "single-gemma3": "Gemma 3 270M",
     "multi-fixed": "SmolLM2, Gemma and MiniLM: a half, a quarter, a quarter",
     "single-minilm": "MiniLM, an encoder",
-    "multi-similarity": "all three, weighed by similarity",
-    "multi-learnable": "all three, weighed by a router",
+    "multi-similarity": "all three, weighted by similarity",
+    "multi-learnable": "all three, weighted by a router",
     "multi-decoders": "SmolLM2 and Gemma, a half each",
-    "multi-inject": "all three, their mixture also injected into the student",
-    "fading-smollm2": "SmolLM2, at three times the weight, falling to zero by 60 % of the run",
-    "fading-gemma3": "Gemma 3 270M, fading",
-    "fading-decoders": "SmolLM2 and Gemma, a half each, fading",
-    "fading-three": "SmolLM2, Gemma and MiniLM: a half, a quarter, a quarter, fading",
-    "fading-shuffled": "SmolLM2's keys and values of another text, fading",
-    "fading-noise": "noise with the means and variances of SmolLM2's, fading",
-    "fading-untrained": "SmolLM2's architecture with random weights, fading",
+    "multi-inject": "all three, their fused KV also injected into the student",
+    "fading-smollm2": "SmolLM2, at three times the weight, annealed to zero at 60 % of the run",
+    "fading-gemma3": "Gemma 3 270M, annealed",
+    "fading-decoders": "SmolLM2 and Gemma, a half each, annealed",
+    "fading-three": "SmolLM2, Gemma and MiniLM: a half, a quarter, a quarter, annealed",
+    "fading-shuffled": "SmolLM2's keys and values of another text, annealed",
+    "fading-noise": "noise with the means and variances of SmolLM2's, annealed",
+    "fading-untrained": "SmolLM2's architecture with random weights, annealed",
 }
-"""The arms of the runs under five seeds, in a line each."""
+"""One line for the report per arm of the final studies."""
 
 
 def experiment(folder: Path, name: str) -> dict[str, Any]:
-    """What all arms of a study share."""
+    """The experiment that all arms of a study share."""
     evaluation = "validation" if name.startswith("search") else "test"
     steps = dict(zip(("max_steps", "log_steps"), STEPS[name], strict=True))
     return {
@@ -134,29 +135,29 @@ def experiment(folder: Path, name: str) -> dict[str, Any]:
 
 
 def arm(*teachers: str, weight: float, placebo: bool = False, **settings: Any) -> dict[str, Any]:
-    """An arm that learns from some teachers; ``fusion__method`` stands for ``fusion.method``."""
+    """An arm with teachers; ``fusion__method`` stands for ``fusion.method``."""
     stated = {"losses.key": weight, "losses.value": weight}
     stated |= {name.replace("__", "."): value for name, value in settings.items()}
     return {"teachers": list(teachers), "settings": stated, "placebo": placebo}
 
 
 def text_alone(rate: float | None = None) -> dict[str, Any]:
-    """An arm without a teacher, perhaps at a learning rate of its own."""
+    """An arm without a teacher, optionally at another learning rate."""
     settings: dict[str, Any] = {"losses.key": 0, "losses.value": 0}
     if rate is not None:
         settings["training.learning_rate"] = rate
     return {"teachers": [], "settings": settings}
 
 
-def fading(
-    *teachers: str, weight: float = FADING, by: float = FADE_BY, **settings: Any
+def annealed(
+    *teachers: str, weight: float = ANNEALED, by: float = ANNEAL_BY, **settings: Any
 ) -> dict[str, Any]:
-    """An arm whose teachers give way to the text."""
+    """An arm whose teacher losses are annealed to zero."""
     return arm(*teachers, weight=weight, losses__anneal_by=by, **settings)
 
 
 def search_arms() -> dict[str, Any]:
-    """What was searched: direction and mode of the projection, weights, teachers together."""
+    """Search space: loss weights, projection modes, combinations of teachers."""
     one, two = ("smollm2",), ("smollm2", "gemma3")
     return {
         "cross-entropy": text_alone(),
@@ -174,7 +175,7 @@ def search_arms() -> dict[str, Any]:
 
 
 def longer_search_arms() -> dict[str, Any]:
-    """The same question after four times the steps, asked of fewer settings."""
+    """A smaller search space for runs of four times the steps."""
     return {
         "cross-entropy": text_alone(),
         **{f"cross-entropy-{rate:g}": text_alone(rate) for rate in (1e-3, 2e-3)},
@@ -197,12 +198,12 @@ def longer_search_arms() -> dict[str, Any]:
             for weight in (10, 30)
         },
         **{
-            f"fading-smollm2-{weight}-{by}": fading("smollm2", weight=weight, by=by)
+            f"fading-smollm2-{weight}-{by}": annealed("smollm2", weight=weight, by=by)
             for weight, by in ((5, 1.0), (15, 1.0), (30, 1.0), (15, 0.6), (30, 0.6), (15, 0.4))
         },
-        "fading-gemma3-15-1.0": fading("gemma3", weight=15, by=1.0),
+        "fading-gemma3-15-1.0": annealed("gemma3", weight=15, by=1.0),
         **{
-            f"fading-smollm2-gemma3-{weight}-{by}": fading(
+            f"fading-smollm2-gemma3-{weight}-{by}": annealed(
                 "smollm2", "gemma3", weight=weight, by=by
             )
             for weight, by in ((15, 1.0), (30, 1.0), (15, 0.6))
@@ -211,11 +212,11 @@ def longer_search_arms() -> dict[str, Any]:
 
 
 def final_arms() -> dict[str, Any]:
-    """What the search chose, and the placebos of the best single teacher."""
+    """The settings selected by the search, and placebos of the best single teacher."""
     every, single = tuple(SHARES), WEIGHT["smollm2"]
     arms = {
         "cross-entropy": text_alone(),
-        # Text alone likes smaller steps than text with a teacher: both get the rate they like.
+        # The best learning rate without a teacher is lower than with one; each gets its own.
         "cross-entropy-slower": text_alone(2e-3),
         "single-smollm2": arm("smollm2", weight=single),
         "placebo-shuffled": arm("smollm2", weight=single, placebo=True, placebo__method="shuffled"),
@@ -226,7 +227,7 @@ def final_arms() -> dict[str, Any]:
         "single-minilm": arm("minilm", weight=WEIGHT["minilm"]),
         "multi-similarity": arm(*every, weight=MULTI, fusion__method="similarity"),
         "multi-learnable": arm(*every, weight=MULTI, fusion__method="mlp"),
-        # Without the weakest teacher: the best of several on validation texts.
+        # Without the weakest teacher: the best combination on validation texts.
         "multi-decoders": arm("smollm2", "gemma3", weight=MULTI),
         "multi-inject": arm(*every, weight=MULTI, fusion__weights=SHARES, losses__inject=1.0),
     }
@@ -234,28 +235,28 @@ def final_arms() -> dict[str, Any]:
 
 
 def longer_arms() -> dict[str, Any]:
-    """What the longer search chose: weights that fade, and the placebos of the best teacher."""
+    """The settings selected by the longer search: annealed losses, placebos of the best teacher."""
     every = final_arms()
     kept = ("cross-entropy", "cross-entropy-slower", "single-smollm2")
     arms = {
-        "fading-smollm2": fading("smollm2"),
-        "fading-gemma3": fading("gemma3"),
-        "fading-decoders": fading("smollm2", "gemma3"),
-        "fading-three": fading(*SHARES, fusion__weights=SHARES),
-        "fading-shuffled": fading("smollm2", placebo=True, placebo__method="shuffled"),
-        "fading-noise": fading("smollm2", placebo=True, placebo__method="noise"),
-        "fading-untrained": fading("untrained", placebo=True),
+        "fading-smollm2": annealed("smollm2"),
+        "fading-gemma3": annealed("gemma3"),
+        "fading-decoders": annealed("smollm2", "gemma3"),
+        "fading-three": annealed(*SHARES, fusion__weights=SHARES),
+        "fading-shuffled": annealed("smollm2", placebo=True, placebo__method="shuffled"),
+        "fading-noise": annealed("smollm2", placebo=True, placebo__method="noise"),
+        "fading-untrained": annealed("untrained", placebo=True),
     }
     return {name: every[name] for name in kept} | described(arms)
 
 
 def described(arms: dict[str, Any]) -> dict[str, Any]:
-    """The same arms, each with its line for the report."""
-    return {name: {**found, "description": SAID[name]} for name, found in arms.items()}
+    """The arms with their descriptions."""
+    return {name: {**found, "description": DESCRIPTIONS[name]} for name, found in arms.items()}
 
 
 def study(folder: Path, name: str, seeds: Sequence[int], arms: dict[str, Any]) -> Path:
-    """Write a study file; returns its path."""
+    """Write a study file and return its path."""
     body = {
         "name": name,
         "experiment": experiment(folder, name),
@@ -271,7 +272,7 @@ def study(folder: Path, name: str, seeds: Sequence[int], arms: dict[str, Any]) -
 
 
 def prepare(folder: Path) -> None:
-    """Texts and the student's tokenizer, which sees the training texts alone."""
+    """Write the texts and the student's tokenizer, trained on the training texts only."""
     folder.mkdir(parents=True, exist_ok=True)
     train_lines, test_lines = (
         [line for file in files for line in (DATA / file).read_text("utf-8").splitlines()]
@@ -293,13 +294,13 @@ def prepare(folder: Path) -> None:
 
 
 def ablate(path: Path, workers: int) -> None:
-    """Run a study as a user would; finished runs are kept, and the teachers are read once."""
+    """Run a study through the command line; finished runs and extracted teachers are reused."""
     command = [sys.executable, "-m", "kvdistill.cli", "ablate", str(path), "--extract"]
     subprocess.run([*command, "--workers", str(workers)], check=True)
 
 
 def report(runs: Path) -> None:
-    """One page beside the runs, against the better of the two arms without a teacher."""
+    """Write the report; the baseline is the better of the two arms without a teacher."""
     command = [sys.executable, "-m", "kvdistill.cli", "report", str(runs)]
     command += ["--output", f"{runs}.html", "--baseline", "cross-entropy-slower"]
     command += ["--title", f"The reference experiment: {STEPS[runs.name][0]} steps"]
@@ -307,11 +308,11 @@ def report(runs: Path) -> None:
 
 
 def main() -> None:
-    """Search, final runs and report."""
+    """Search, final runs, reports."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder", type=Path, help="where everything goes")
+    parser.add_argument("folder", type=Path, help="output folder")
     parser.add_argument("--only", choices=("files", *STEPS, "report"))
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
+    parser.add_argument("--workers", type=int, default=1, help="parallel runs")
     parser.add_argument("--seeds", type=int, default=5, help="seeds of the final runs")
     asked = parser.parse_args()
     prepare(asked.folder)

