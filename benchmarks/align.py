@@ -2,9 +2,9 @@
 
 Three teachers of the sizes of SmolLM2-135M, Gemma 3 270M and MiniLM supervise a student of the size
 of SmolLM2 (random weights, which do not affect cost), batch 8 x 512 tokens, in both modes with a
-fixed target. The measurement covers all work of a step on keys and values, with the code of training:
-from stored int8 codes (decoding and standardising included) to gradients on the student's KV.
-Also: the banded product against a dense matrix product and against gathers.
+fixed target. The measurement covers all work of a step on keys and values, with the code of
+training: from stored int8 codes (decoding and standardising included) to gradients on the student's
+KV. Also: the banded product against a dense matrix product and against gathers.
 
 Figures are CPU seconds, by default of one thread, which are comparable on a shared machine.
 
