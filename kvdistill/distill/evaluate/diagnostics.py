@@ -1,11 +1,11 @@
-"""What a finished run can tell about itself: layer maps, one alignment, KV error by layer."""
+"""Diagnostics of a trained distiller, for the report: layer maps, an alignment, errors by layer."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
 import torch
 from accelerate.utils import send_to_device
@@ -17,20 +17,19 @@ from kvdistill.distill.data.stream import KVStream
 from kvdistill.distill.distiller import Distiller
 from kvdistill.types import KINDS
 
-BATCHES = 4
-"""Batches of training text that the errors are taken over."""
+NUM_BATCHES: Final = 4
+"""Training batches that errors and weights are averaged over."""
 
-
-MATRIX_TOKENS = 32
-"""How much of the example alignment is kept: enough to see, little enough to draw."""
+MAX_EXAMPLE_TOKENS: Final = 32
+"""Tokens of the example alignment, so that it can be drawn."""
 
 
 @torch.inference_mode()
 def diagnose(distiller: Distiller, stream: KVStream) -> dict[str, Any]:
-    """JSON-ready figures of a trained distiller, for the report; empty without teachers.
+    """JSON-ready diagnostics; empty without teachers.
 
     ``error_by_layer``       per kind and student layer, mean squared error against the target;
-                             of a standardised one, 1.0 is what predicting the mean would score
+                             of a standardised one, 1.0 is the score of predicting the mean
     ``weights``              fusion weights by layer and by task
     ``spectra``              singular values of the projectors
     ``teachers.layer_map``   student layer → real-valued teacher layer
@@ -41,11 +40,11 @@ def diagnose(distiller: Distiller, stream: KVStream) -> dict[str, Any]:
     was_training = distiller.training
     distiller.eval()
     device = next(distiller.parameters()).device
-    real = (batch for batch in stream if batch)  # a restored stream begins with empty ones
-    batches = [send_to_device(batch, device) for batch in islice(real, BATCHES)]
+    real = (batch for batch in stream if batch)  # a restored stream begins with empty batches
+    batches = [send_to_device(batch, device) for batch in islice(real, NUM_BATCHES)]
     figures = {
         "error_by_layer": _errors_by_layer(distiller, batches),
-        "weights": _fusion_weights(distiller, batches, stream.collate.tasks),
+        "weights": _mean_fusion_weights(distiller, batches, stream.collate.tasks),
         "spectra": _singular_values(distiller),
         "teachers": {
             space.name: {"layer_map": space.depths, "alignment": _example(stream, space.name)}
@@ -76,10 +75,10 @@ def _errors_by_layer(distiller: Distiller, batches: list[Batch]) -> dict[str, li
     return {kind: (totals[kind] / max(num_tokens, 1)).tolist() for kind in KINDS}
 
 
-def _fusion_weights(
+def _mean_fusion_weights(
     distiller: Distiller, batches: list[Batch], tasks: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Mean fusion weights by teacher: by student layer, and by task."""
+    """Mean fusion weights of every teacher, by student layer and by task."""
     num_layers = distiller.capture.geometry.num_layers
     names = {number: name for name, number in tasks.items()}
     by_layer: list[Tensor] = []
@@ -104,7 +103,7 @@ def _fusion_weights(
 
 
 def _singular_values(distiller: Distiller) -> dict[str, list[float]]:
-    """Singular values of each teacher's maps, the mean over layers, largest first."""
+    """Singular values of every projector's maps, the mean over layers, largest first."""
     found = {}
     for space in distiller.teachers:
         for kind in KINDS:
@@ -113,13 +112,13 @@ def _singular_values(distiller: Distiller) -> dict[str, list[float]]:
                 for name, weight in maps.named_parameters():
                     if weight.ndim == 3:
                         values = torch.linalg.svdvals(weight.detach().float().cpu()).mean(0)
-                        label = name.rsplit(".", maxsplit=1)[-1].partition("_")[0]
+                        label = name.rpartition(".")[2].partition("_")[0]
                         found[f"{space.name} {kind} {label}"] = values.tolist()
     return found
 
 
 def _example(stream: KVStream, name: str) -> dict[str, Any]:
-    """The alignment of the corpus's first text, cut to its first tokens."""
+    """The alignment of the corpus's first text with one teacher, truncated."""
     item = stream.source.load(0).item(0)
     collate = stream.collate
     band = band_of(collate([item])["teachers"][name])
@@ -133,9 +132,9 @@ def _example(stream: KVStream, name: str) -> dict[str, Any]:
     columns = band.start[0, :, None] + torch.arange(band.weight.shape[-1])
     matrix.scatter_add_(1, columns, band.weight[0])
     return {
-        "student_tokens": student[:MATRIX_TOKENS],
-        "teacher_tokens": teacher[:MATRIX_TOKENS],
-        "weights": matrix[:MATRIX_TOKENS, : min(len(teacher), MATRIX_TOKENS)].tolist(),
+        "student_tokens": student[:MAX_EXAMPLE_TOKENS],
+        "teacher_tokens": teacher[:MAX_EXAMPLE_TOKENS],
+        "weights": matrix[:MAX_EXAMPLE_TOKENS, : min(len(teacher), MAX_EXAMPLE_TOKENS)].tolist(),
     }
 
 

@@ -1,11 +1,10 @@
-"""Exact match by generation: the student reads the prompt, writes, and its answer is graded.
+"""Exact match by greedy generation.
 
-Decoding is greedy and batched with padding on the left, in the order of the prompts' lengths.
-What a sample gets does not depend on the batch it is in (up to rounding): the room to write is
-the same for all, and a prompt that would leave too little of the model's positions loses its
-beginning. Forward passes are counted as if a sample ran alone: one for the prompt, which gives
-the first token, and one for each further token. That is what latent reasoning saves (KaVa,
-arXiv 2510.02312, counts the same).
+Prompts are batched by length and left-padded. A sample's answer does not depend on its batch (up to
+rounding): all samples have the same token budget, and a prompt that does not fit into the model's
+positions beside it is left-truncated. Forward passes are counted for the sample alone: one over
+the prompt, which gives the first token, and one for each further token, as in KaVa
+(arXiv 2510.02312); they are what latent reasoning saves.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from transformers import GenerationConfig
 from kvdistill.attention.padded_generation import generate_padded
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.evaluate.answers import Answer, ExactMatch, grade, target
+from kvdistill.distill.student.build import prompt_ids
 from kvdistill.errors import StudentError
 
 
@@ -31,13 +31,13 @@ def generate_and_grade(
     max_new_tokens: int = 256,
     batch_size: int = 8,
 ) -> ExactMatch:
-    """Let a student answer every sample, on the device it is on.
+    """Generate and grade an answer to every sample, on the student's device.
 
     Args:
         student: a transformers causal LM.
-        tokenizer: its tokenizer; a BOS token is put before the prompt, as in training.
+        tokenizer: its tokenizer; a BOS token precedes the prompt, as in training.
         samples: with prompt and answer segments.
-        max_new_tokens: room for the rationale and the answer together.
+        max_new_tokens: token budget of the rationale and the answer together.
         batch_size: prompts per batch.
 
     Raises:
@@ -51,42 +51,40 @@ def generate_and_grade(
     prompts = _prompts(student, tokenizer, samples, max_new_tokens)
     settings = _greedy_settings(student, tokenizer, max_new_tokens)
     order = sorted(range(len(samples)), key=lambda i: len(prompts[i]))
-    answers: list[Answer | None] = [None] * len(samples)
+    answers: dict[int, Answer] = {}
     was_training = student.training
     student.eval()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        written = generate_padded(student, [prompts[i] for i in chosen], settings)
-        for i, ids in zip(chosen, written, strict=True):
+        generated = generate_padded(student, [prompts[i] for i in chosen], settings)
+        for i, ids in zip(chosen, generated, strict=True):
             text = tokenizer.decode(ids, skip_special_tokens=True)
             answers[i] = grade(samples[i], text, num_new_tokens=len(ids), num_forwards=len(ids))
     student.train(was_training)
-    return ExactMatch(tuple(answer for answer in answers if answer is not None))
+    return ExactMatch(tuple(answers[i] for i in range(len(samples))))
 
 
 def _prompts(
     student: Any, tokenizer: Any, samples: Sequence[Sample], max_new_tokens: int
 ) -> list[list[int]]:
-    """Token ids of every prompt, cut on the left where the model has too few positions."""
+    """Token ids of every prompt, left-truncated after BOS to the model's positions."""
+    prompts = prompt_ids(tokenizer, [dict(sample.segments)["prompt"] for sample in samples])
     positions = getattr(student.config.get_text_config(), "max_position_embeddings", None)
-    room = None if positions is None else positions - max_new_tokens
-    if room is not None and room < 1:
+    if positions is None:
+        return prompts
+    budget = positions - max_new_tokens
+    if budget < 1:
         raise StudentError(
-            f"the student has {positions} positions, which leaves none for a prompt before "
-            f"{max_new_tokens} new tokens; generate fewer"
+            f"max_new_tokens: expected fewer than the student's {positions} positions, got "
+            f"{max_new_tokens}, which leaves none for a prompt; generate fewer"
         )
-    texts = [dict(sample.segments)["prompt"] for sample in samples]
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    kept = None if room is None else max(room - len(before), 0)
-    return [
-        before + (ids if kept is None else ids[max(len(ids) - kept, 0) :])
-        for ids in encoded["input_ids"]
-    ]
+    num_bos = int(tokenizer.bos_token_id is not None)
+    kept = max(budget - num_bos, 0)
+    return [ids[:num_bos] + ids[max(len(ids) - kept, num_bos) :] for ids in prompts]
 
 
 def _greedy_settings(student: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
-    """Greedy, whatever the model's own generation settings ask for."""
+    """Greedy decoding; of the model's own generation config only its EOS tokens are used."""
     own = student.generation_config.eos_token_id if student.can_generate() else None
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     pad_id = tokenizer.pad_token_id

@@ -1,8 +1,7 @@
-"""A student on the tasks of lm-evaluation-harness, so that figures compare with what others print.
+"""Benchmarks of lm-evaluation-harness, for figures that are comparable with published ones.
 
-The harness brings its tasks; this hands it a loaded student. Tasks are its own names, which fetch
-their data from the Hugging Face hub, or YAML files, which may name local data. With the harness
-come many packages, so it is an extra.
+Tasks are the harness's own, which fetch their data from the Hugging Face hub, or YAML files, which
+may use local data. The harness is an extra because of its many dependencies.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class TaskFigure:
     metric: str
     value: float
     standard_error: float | None
-    """None where the harness gives none."""
+    """None where the harness computes none."""
 
 
 def run_harness(
@@ -42,15 +41,15 @@ def run_harness(
 
     Args:
         student: a Hugging Face folder.
-        tasks: the harness's names, or paths of task files (``.yaml``).
-        limit: only the first so many problems of each task.
+        tasks: names of the harness, or paths of task files (``.yaml``).
+        limit: only the first ``limit`` problems of each task.
         batch_size: problems per forward pass.
         max_length: tokens of a problem; the model's own limit if not given.
 
     Raises:
         MissingExtra: lm-evaluation-harness is not installed.
-        StudentError: the folder is not there, or holds a latent student.
-        ConfigError: there is no such task.
+        StudentError: no such folder, or a latent student.
+        ConfigError: no such task.
     """
     try:
         from lm_eval import simple_evaluate
@@ -67,9 +66,9 @@ def run_harness(
         raise StudentError(
             f"{student} holds a latent student, which the harness cannot run; use --generate"
         )
-    # The harness's own tasks are thousands of files: they are only looked through where needed.
-    manager = TaskManager(include_defaults=any(not _is_file(task) for task in tasks))
-    chosen = [_task(task, manager) for task in tasks]
+    # Indexing the harness's own tasks reads thousands of files; task files need no index.
+    manager = TaskManager(include_defaults=any(not _is_task_file(task) for task in tasks))
+    chosen = [_resolve_task(task, manager) for task in tasks]
     tokenizer = load_student_tokenizer(str(student))
     model = build_student(StudentConfig(model=str(student)), tokenizer, seed=0).eval()
     found = simple_evaluate(
@@ -83,13 +82,13 @@ def run_harness(
     return _task_figures(found["results"])
 
 
-def _is_file(task: str) -> bool:
+def _is_task_file(task: str) -> bool:
     return task.endswith((".yaml", ".yml"))
 
 
-def _task(task: str, manager: Any) -> str:
-    """What the harness takes for a task: its name, or the absolute path of a file."""
-    if _is_file(task):
+def _resolve_task(task: str, manager: Any) -> str:
+    """A task's name, or the absolute path of its file."""
+    if _is_task_file(task):
         if not Path(task).is_file():
             raise ConfigError(f"no task file at {task}; give a path, or a name of the harness")
         return str(Path(task).absolute())
@@ -101,7 +100,7 @@ def _task(task: str, manager: Any) -> str:
 
 
 def _task_figures(results: dict[str, dict[str, Any]]) -> list[TaskFigure]:
-    """``{"task": {"acc,none": 0.5, "acc_stderr,none": 0.1, …}}`` as rows."""
+    """Rows of ``{"task": {"acc,none": 0.5, "acc_stderr,none": 0.1, …}}``."""
     found = []
     for task, figures in results.items():
         for key, value in figures.items():

@@ -1,9 +1,9 @@
-"""How well a student predicts text: perplexity, bits per character, calibration.
+"""Likelihood of held-out text under a student: perplexity, bits per character, calibration.
 
-Perplexity depends on the tokenizer, so it compares students that share one. Bits per character
-do not: the same text has the same characters whatever cuts it. Every sample keeps its own
-figures, since two students are best compared text by text. The expected calibration error says
-whether a student is right as often as it is sure (Guo et al., arXiv 1706.04599).
+Perplexity depends on the tokenizer, so it compares students that share one. Bits per character do
+not: a text has the same characters whatever its tokens are. Every sample keeps its own figures,
+since students are best compared sample by sample. The expected calibration error is the mean gap
+between confidence and accuracy of the next token (Guo et al., arXiv 1706.04599).
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ CALIBRATION_BINS: Final = 15
 
 @dataclass(frozen=True)
 class TextScore:
-    """One text."""
+    """Score of one text."""
 
     sample_id: str
     nll: float
     """Negative log-likelihood of the predicted tokens, nats."""
     num_tokens: int
     num_chars: int
-    """Characters that the predicted tokens stand for."""
+    """Characters that the predicted tokens span."""
 
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """Tokens that a student predicted with like confidence."""
+    """Predicted tokens of similar confidence."""
 
     num_tokens: int
     confidence: float
     """Mean probability of the likeliest token."""
     accuracy: float
-    """How often that was the right one."""
+    """Share of tokens for which the likeliest one is right."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Metrics:
     calibration_error: float
     """Expected calibration error of the next token, over 15 bins of confidence."""
     calibration: tuple[CalibrationBin, ...] = ()
-    """The bins that hold tokens, by ascending confidence."""
+    """The non-empty bins, by ascending confidence."""
 
     @property
     def nll(self) -> float:
@@ -69,7 +69,7 @@ class Metrics:
 
     @property
     def num_chars(self) -> int:
-        """Characters that these stand for."""
+        """Characters that these tokens span."""
         return sum(sample.num_chars for sample in self.samples)
 
     @property
@@ -79,11 +79,11 @@ class Metrics:
 
     @property
     def bits_per_character(self) -> float:
-        """Bits of negative log-likelihood, per character of text."""
+        """Negative log-likelihood in bits, per character of text."""
         return self.nll / math.log(2) / max(self.num_chars, 1)
 
     def to_dict(self) -> dict[str, float]:
-        """The figures and what they were taken over, for logs and JSON."""
+        """All figures and the counts behind them, for logs and JSON."""
         return {
             "perplexity": self.perplexity,
             "bits_per_character": self.bits_per_character,
@@ -103,24 +103,24 @@ class Metrics:
 def score_texts(
     student: Any, tokenizer: Any, samples: Sequence[Sample], *, max_length: int, batch_size: int
 ) -> Metrics:
-    """Score texts with a student, on the device it is on.
+    """Score texts on the student's device.
 
     Args:
         student: a transformers causal LM.
         tokenizer: its tokenizer.
         samples: held-out texts.
-        max_length: tokens per text, special ones included; the rest is cut off and not counted.
+        max_length: tokens per text, special ones included; the rest is truncated, not counted.
         batch_size: texts per forward pass.
     """
     was_training = student.training
     student.eval()
     device = student.get_input_embeddings().weight.device
-    scores: list[TextScore | None] = [None] * len(samples)
-    calibration = _Calibration(device)
-    # Texts of like length together waste less padding; totals do not depend on the order.
-    ordered = sorted(range(len(samples)), key=lambda i: len(samples[i].text))
-    for start in range(0, len(ordered), batch_size):
-        chosen = ordered[start : start + batch_size]
+    scores: dict[int, TextScore] = {}
+    calibration = Calibration(device)
+    # Texts of similar length share a batch, to save padding; totals do not depend on the order.
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i].text))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
         tokens = tokenize(tokenizer, [samples[i] for i in chosen], max_length)
         batch = student_batch(tokens, tokenizer.pad_token_id or 0)
         labels = batch["labels"].masked_fill(~batch["text_mask"], IGNORED_LABEL)[:, 1:].to(device)
@@ -133,38 +133,38 @@ def score_texts(
         calibration.add(logits, labels)
         counts = (labels != IGNORED_LABEL).sum(1).tolist()
         for row, i in enumerate(chosen):
-            chars = _num_chars(tokens[row])
-            scores[i] = TextScore(samples[i].sample_id, nll[row], counts[row], chars)
+            num_chars = _num_chars(tokens[row])
+            scores[i] = TextScore(samples[i].sample_id, nll[row], counts[row], num_chars)
     student.train(was_training)
-    found = tuple(score for score in scores if score is not None)
-    return Metrics(found, calibration.error, calibration.bins)
+    ordered = tuple(scores[i] for i in range(len(samples)))
+    return Metrics(ordered, calibration.error, calibration.bins)
 
 
-class _Calibration:
+class Calibration:
     """Confidence and accuracy of next-token predictions, summed per bin of confidence."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64, device=device)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: ``[B, T, V]`` against ``[B, T]``."""
-        wanted = labels != IGNORED_LABEL
-        log_probability, guess = logits[wanted].float().log_softmax(-1).max(-1)
+        """Add a batch: logits ``[B, T, V]``, labels ``[B, T]``."""
+        mask = labels != IGNORED_LABEL
+        log_probability, guess = logits[mask].float().log_softmax(-1).max(-1)
         confidence = log_probability.exp().double()
-        right = (guess == labels[wanted]).double()
-        place = (confidence * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
+        right = (guess == labels[mask]).double()
+        bin_idx = (confidence * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
         for row, value in enumerate((torch.ones_like(confidence), confidence, right)):
-            self._sums[row].index_add_(0, place, value)
+            self._sums[row].index_add_(0, bin_idx, value)
 
     @property
     def error(self) -> float:
-        """Mean over tokens of |confidence - accuracy| of their bin."""
+        """Mean over tokens of |confidence − accuracy| of their bin."""
         num, confidence, right = self._sums
         return float((confidence - right).abs().sum() / num.sum().clamp_min(1))
 
     @property
     def bins(self) -> tuple[CalibrationBin, ...]:
-        """Bins that hold tokens."""
+        """The non-empty bins."""
         return tuple(
             CalibrationBin(int(num), confidence / num, right / num)
             for num, confidence, right in self._sums.T.tolist()

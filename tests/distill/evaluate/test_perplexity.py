@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.evaluate.held_out import score_held_out
-from kvdistill.distill.evaluate.perplexity import CALIBRATION_BINS, _Calibration, score_texts
+from kvdistill.distill.evaluate.perplexity import CALIBRATION_BINS, Calibration, score_texts
 from kvdistill.distill.student.build import train_tokenizer
 
 TEXTS = ["How many?", "two and two make four, and four and four make eight", "", "x", "ééé 🙂 ok"]
@@ -82,7 +82,7 @@ def test_calibration_equals_its_definition_over_several_batches() -> None:
     torch.manual_seed(0)
     logits, labels = 3 * torch.randn(4, 50, 7), torch.randint(0, 7, (4, 50))
     labels[:, 40:] = -100
-    calibration = _Calibration(torch.device("cpu"))
+    calibration = Calibration(torch.device("cpu"))
     for half in (slice(0, 1), slice(1, 4)):
         calibration.add(logits[half], labels[half])
     assert calibration.error == pytest.approx(calibration_by_hand(logits, labels), abs=1e-6)
@@ -97,10 +97,10 @@ def test_calibration_equals_its_definition_over_several_batches() -> None:
 def test_certainty_is_calibrated_only_where_it_is_right(right: bool, error: float) -> None:
     logits = torch.zeros(1, 6, 5)
     logits[..., 2] = 100.0
-    calibration = _Calibration(torch.device("cpu"))
+    calibration = Calibration(torch.device("cpu"))
     calibration.add(logits, torch.full((1, 6), 2 if right else 3))
     assert calibration.error == pytest.approx(error, abs=1e-6)
-    assert _Calibration(torch.device("cpu")).error == 0
+    assert Calibration(torch.device("cpu")).error == 0
 
 
 def test_answers_are_asked_of_the_first_samples_that_have_one(student: Any, tokenizer: Any) -> None:

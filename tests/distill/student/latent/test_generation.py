@@ -118,7 +118,7 @@ def test_a_folder_without_latents_is_refused(tmp_path: Path) -> None:
     (tmp_path / "latent.json").write_text(
         student.config.model_copy(update={"method": "codi"}).model_dump_json()
     )
-    with pytest.raises(StudentError, match="lacks"):
+    with pytest.raises(StudentError, match="missing"):
         LatentStudent.from_pretrained(tmp_path)
 
 
