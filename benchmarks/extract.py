@@ -26,7 +26,7 @@ from kvdistill.config.load import parse_experiment
 from kvdistill.extract.batches import TeacherBatch, batch_by_tokens, collate_teacher_batch
 from kvdistill.extract.teacher import Teacher, load_teacher
 from kvdistill.pipelines.extract import extract
-from kvdistill.pipelines.stored import prepare
+from kvdistill.pipelines.extract_tasks import prepare_store
 from kvdistill.store.reader import KVStore
 
 
@@ -41,7 +41,7 @@ def main() -> None:
 
 def one_round(experiment: Experiment) -> tuple[float, float]:
     """Bare forward, extraction, bare forward: ratios of wall and of CPU time."""
-    store = prepare(experiment)
+    store = prepare_store(experiment)
     teacher, _ = loaded(experiment)
     first, peak_bare = bare(teacher, store, experiment), peak_gib()
     del teacher

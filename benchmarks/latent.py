@@ -35,7 +35,7 @@ from kvdistill.distill.student.build import character_tokenizer, load_student_to
 from kvdistill.distill.student.latent.model import LatentStudent
 from kvdistill.distill.student.latent.probes import tamper_with
 from kvdistill.pipelines.extract import extract
-from kvdistill.pipelines.stored import prepare
+from kvdistill.pipelines.extract_tasks import prepare_store
 from kvdistill.pipelines.train import train
 
 THINK = {"losses": {"codi": 10.0}}
@@ -119,7 +119,7 @@ def make_teacher(folder: Path, size: Size) -> None:
         (folder / "held-out.jsonl").write_text(_lines(chains[size.samples :]), encoding="utf-8")
         texts.write_text(_lines(chains[: size.samples]), encoding="utf-8")
     experiment = teacher_experiment(folder, size)
-    prepare(experiment)
+    prepare_store(experiment)
     train(experiment)
     extract(student_experiment(folder, size, "KaVa, R-KV", 0))
 

@@ -1,7 +1,7 @@
-"""The command line: a table of commands, each loaded when it is called.
+"""The command line: a table of commands, each imported when it is called.
 
-Loading lazily keeps ``kvdistill --help`` free of torch and transformers. Every error that
-kvdistill raises on purpose becomes one line and an exit code here, and nowhere else.
+So ``kvdistill --help`` imports neither torch nor transformers. Every ``KVDistillError`` becomes
+one line and an exit code here, and nowhere else.
 
 Exit codes: 0 done, 1 user error, 2 wrong usage, 3 incomplete store, 75 interrupted (try again).
 """
@@ -20,37 +20,46 @@ from kvdistill import __version__
 from kvdistill.errors import KVDistillError
 
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
-    "init": ("config:init_command", "Write a commented experiment file."),
-    "config": ("config:config_command", "Show an experiment with its defaults, or the schema."),
-    "data": ("data:data", "Make corpora and tokenizers."),
-    "fetch": ("plan:fetch_command", "Download every model and data set ahead of time."),
-    "plan": ("plan:plan_command", "Say what extraction will cost: disk, hours, lengths."),
-    "extract": ("extract:extract_command", "Stage 1: read every teacher once into the store."),
-    "status": ("cluster:status_command", "Say what of a store is done and what is missing."),
-    "logs": ("cluster:logs_command", "Show tracebacks and logs of shards that failed."),
-    "retry": ("cluster:retry_command", "Let quarantined shards be tried again."),
-    "cancel": ("cluster:cancel_command", "Cancel a run's Slurm jobs."),
-    "dask": ("cluster:dask_command", "Start Dask workers on Slurm, for inspect and verify."),
-    "inspect": ("store:inspect_command", "Look into a store: tables, plots, JSON."),
-    "verify": (
-        "store:verify_command",
-        "Check every file of a store; --repair moves bad shards aside.",
+    "init": ("prepare:init_command", "Write a commented experiment file."),
+    "config": (
+        "prepare:config_command",
+        "Show an experiment with its defaults, or the JSON schema.",
     ),
+    "data": ("prepare:data_command", "Make corpora and tokenizers."),
+    "fetch": ("prepare:fetch_command", "Download every model and data set of an experiment."),
+    "plan": ("prepare:plan_command", "Estimate disk space, time and lengths of an extraction."),
+    "extract": (
+        "extract:extract_command",
+        "Stage 1: read the corpus once with every teacher, into a store.",
+    ),
+    "status": ("cluster:status_command", "Show what of a store is done and what is missing."),
+    "logs": ("cluster:logs_command", "Show tracebacks and logs of failed shards."),
+    "retry": ("cluster:retry_command", "Retry quarantined shards."),
+    "cancel": ("cluster:cancel_command", "Cancel the Slurm jobs of an experiment."),
+    "dask": ("cluster:dask_command", "Start Dask workers on Slurm, for inspect and verify."),
+    "inspect": ("store:inspect_command", "Summarise a store: tables, plots, JSON."),
+    "verify": ("store:verify_command", "Check a store's files; --repair moves bad shards aside."),
     "convert": ("store:convert_command", "Copy a store into the other backend."),
-    "merge": ("store:merge_command", "Bring shards of other stores over the same corpus together."),
+    "merge": ("store:merge_command", "Merge shards of other stores over the same corpus."),
     "rm": ("store:rm_command", "Remove a teacher from a store."),
     "train": ("train:train_command", "Stage 2: distil the store into a student."),
     "run": ("train:run_command", "Extract, then train."),
-    "ablate": ("ablate:ablate_command", "Arms times seeds from one store, compared fairly."),
-    "evaluate": ("train:evaluate_command", "Perplexity and bits per character of a student."),
-    "export": ("report:export_command", "Write a student as ONNX, checked against torch."),
-    "plot": ("report:plot_command", "Draw a run: layer map, alignment, errors, weights, spectra."),
-    "report": ("report:report_command", "One page with curves and figures from finished runs."),
+    "ablate": (
+        "ablate:ablate_command",
+        "Train the arms of a study under several seeds, from one store.",
+    ),
+    "evaluate": (
+        "train:evaluate_command",
+        "Perplexity, bits per character and exact match of a student.",
+    ),
+    "export": ("report:export_command", "Export a student to ONNX, verified against torch."),
+    "plot": ("report:plot_command", "Plot a run: layer map, alignment, errors, weights, spectra."),
+    "report": ("report:report_command", "Compare finished runs on one HTML page."),
 }
 
 
 class _LazyGroup(click.Group):
-    """A click group whose commands are imported when first needed."""
+    """A click group that imports a command when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -70,7 +79,7 @@ class _LazyGroup(click.Group):
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="kvdistill")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
 @click.pass_context
 def cli(ctx: click.Context, debug: bool) -> None:
     """Distil several teachers into one student through their key/value caches.
@@ -98,7 +107,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        # The reader of a pipe left (`kvdistill config schema | head`); that is no error.
+        # The reader of a pipe has closed it (`kvdistill config schema | head`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
 

@@ -1,1 +1,1 @@
-"""The click commands, one file per theme: parse, call a pipeline, print."""
+"""The click commands, one file per family: parse, call one pipeline, print."""

@@ -1,46 +1,44 @@
-"""``kvdistill status``, ``logs``, ``cancel`` and ``retry``: looking after many tasks."""
+"""``kvdistill status``, ``logs``, ``retry``, ``cancel`` and ``dask``: looking after many tasks."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
 
-from kvdistill.commands.options import Decorator, config_argument, json_option, overrides_option
-from kvdistill.errors import ConfigError, IncompleteStore
+from kvdistill.commands.options import (
+    Decorator,
+    config_argument,
+    json_option,
+    overrides_option,
+    teachers_option,
+)
+from kvdistill.errors import IncompleteStore
 from kvdistill.text import format_bytes, format_duration
 
 if TYPE_CHECKING:
-    from kvdistill.pipelines.overview import Overview, TeacherOverview
-    from kvdistill.slurm.ledger import Failure, Ledger
-
+    from kvdistill.pipelines.cluster import Overview, TeacherOverview
+    from kvdistill.slurm.ledger import Failure
 
 WATCH_SECONDS: Final = 5.0
-
-
 SHOWN: Final = 8
-"""How many shards are told one by one, so that a bad day still fits a screen."""
-
+"""Shards that are listed individually, so that many failures still fit a screen."""
 
 target_argument: Decorator = click.argument("target", type=click.Path(path_type=Path))
-
-
-teacher_option: Decorator = click.option(
-    "--teacher", "teachers", multiple=True, help="Only this teacher; repeat for more."
-)
 
 
 @click.command("status")
 @target_argument
 @overrides_option
-@teacher_option
+@teachers_option
 @json_option
-@click.option("--watch", is_flag=True, help="Look again every few seconds until all is done.")
+@click.option("--watch", is_flag=True, help="Refresh every few seconds until all shards are done.")
 @click.option("--check", is_flag=True, help="Exit with 3 if any shard is missing.")
 def status_command(
     target: Path,
@@ -50,12 +48,14 @@ def status_command(
     watch: bool,
     check: bool,
 ) -> None:
-    """Say what is done and what is missing in TARGET: an experiment file or a store.
+    """Show what is done and what is missing in TARGET: an experiment file or a store.
 
-    It reads the store's folder; Slurm, where there is one, is asked only why jobs wait.
+    The store's folder is read; Slurm, where there is one, only adds why jobs are pending.
     """
+    from kvdistill.pipelines.cluster import overview
+
     while True:
-        seen = _overview(target, overrides, teachers)
+        seen = overview(target, overrides, teachers)
         if watch and sys.stdout.isatty():
             click.clear()
         click.echo(json.dumps(seen.as_dict()) if as_json else "\n".join(_lines(seen, target)))
@@ -69,9 +69,9 @@ def status_command(
 
 @click.command("logs")
 @target_argument
-@click.argument("units", nargs=-1)
+@click.argument("units", metavar="[SHARDS]...", nargs=-1)
 @overrides_option
-@teacher_option
+@teachers_option
 @click.option("--lines", default=20, show_default=True, help="Lines of each log.")
 def logs_command(
     target: Path,
@@ -80,78 +80,77 @@ def logs_command(
     teachers: tuple[str, ...],
     lines: int,
 ) -> None:
-    """Show tracebacks and the last log lines of failed shards (or of UNITS) in TARGET."""
-    seen = _overview(target, overrides, teachers)
-    for each, ledger in _ledgers(seen):
+    """Show tracebacks and the last log lines of failed shards (or of SHARDS) in TARGET."""
+    from kvdistill.pipelines.cluster import overview
+
+    seen = overview(target, overrides, teachers)
+    for each in seen.teachers:
         for attempt in each.status.broken:
             click.echo(f"{each.teacher}: task {attempt.task} {attempt.message}")
             click.echo(attempt.traceback or _tail(attempt.log, lines))
-        wanted = units or tuple(each.status.failures)[:SHOWN]
-        for failure in [failures[-1] for unit in wanted if (failures := ledger.failures(unit))]:
-            click.echo(f"{each.teacher} {_failure_line(failure)}")
-            click.echo(failure.traceback or _tail(failure.log, lines))
-        if not units and len(each.status.failures) > SHOWN:
-            rest = tuple(each.status.failures)[SHOWN:]
-            click.echo(f"{each.teacher}: {len(rest)} more; name them to see them: {_some(rest)}")
+        failed = tuple(each.status.failures)
+        for unit in units or failed[:SHOWN]:
+            for failure in each.ledger.failures(unit)[-1:]:
+                click.echo(f"{each.teacher} {_failure_line(failure)}")
+                click.echo(failure.traceback or _tail(failure.log, lines))
+        if rest := () if units else failed[SHOWN:]:
+            names = " ".join(rest[:SHOWN]) + (" …" if len(rest) > SHOWN else "")
+            click.echo(f"{each.teacher}: {len(rest)} more; name them to see them: {names}")
     if seen.training_log is not None and not (units or teachers):
         click.echo(f"training: {seen.training}\n{_tail(str(seen.training_log), lines)}")
+
+
+@click.command("retry")
+@target_argument
+@click.argument("units", metavar="[SHARDS]...", nargs=-1)
+@overrides_option
+@teachers_option
+def retry_command(
+    target: Path, units: tuple[str, ...], overrides: tuple[str, ...], teachers: tuple[str, ...]
+) -> None:
+    """Clear the failures of quarantined shards (or of SHARDS), so that they are retried."""
+    from kvdistill.pipelines.cluster import clear_failures, overview
+
+    cleared = clear_failures(overview(target, overrides, teachers), units)
+    for teacher, unit, count in cleared:
+        click.echo(f"{teacher} {unit}: {count} failures cleared")
+    click.echo(f"{len(cleared)} shards will be retried; next: the same `kvdistill extract` command")
 
 
 @click.command("cancel")
 @target_argument
 @overrides_option
-@teacher_option
+@teachers_option
 def cancel_command(target: Path, overrides: tuple[str, ...], teachers: tuple[str, ...]) -> None:
-    """Cancel all jobs of TARGET that are still in Slurm's queue. Published shards stay."""
-    from kvdistill.config.load import load_experiment
-    from kvdistill.pipelines.distribute import training_ledger
-    from kvdistill.slurm import client
+    """Cancel the queued and running jobs of TARGET. Committed shards stay."""
+    from kvdistill.pipelines.cluster import cancel_jobs
 
-    client.require()
-    ledgers = [ledger for _, ledger in _ledgers(_overview(target, overrides, teachers))]
-    if not target.is_dir() and not teachers:
-        ledgers.append(training_ledger(load_experiment(target, overrides)))
-    ids = {job.job_id for ledger in ledgers for job in ledger.submissions()}
-    living = {job.partition("_")[0] for job in client.queue(ids)}
-    client.cancel(living)
-    click.echo(f"cancelled {', '.join(sorted(living))}" if living else "nothing is queued")
+    cancelled = cancel_jobs(target, overrides, teachers)
+    click.echo(f"cancelled {', '.join(cancelled)}" if cancelled else "nothing is queued")
 
 
-@click.command("retry")
-@target_argument
-@click.argument("units", nargs=-1)
+@click.command("dask")
+@config_argument
 @overrides_option
-@teacher_option
-def retry_command(
-    target: Path, units: tuple[str, ...], overrides: tuple[str, ...], teachers: tuple[str, ...]
-) -> None:
-    """Forget the failures of quarantined shards (or of UNITS), so that they are tried again."""
-    total = 0
-    for each, ledger in _ledgers(_overview(target, overrides, teachers)):
-        for unit in units or each.status.of("quarantined"):
-            count = ledger.forgive(unit)
-            total += bool(count)
-            if count:
-                click.echo(f"{each.teacher} {unit}: {count} failures forgotten")
-    click.echo(f"{total} shards will be tried again; next: the same `kvdistill extract` command")
+@click.option("--profile", help="A profile of the config's slurm.profiles.")
+@click.option("--jobs", default=4, show_default=True, type=click.IntRange(min=1), help="Workers.")
+def dask_command(config: Path, overrides: tuple[str, ...], profile: str | None, jobs: int) -> None:
+    """Start Dask workers on Slurm and keep them until interrupted.
 
+    Give the printed address to `kvdistill inspect --scheduler` or `kvdistill verify --scheduler`.
+    """
+    from kvdistill.config.load import load_experiment
+    from kvdistill.pipelines.run import choose_profile
+    from kvdistill.slurm.signals import stop_flag
+    from kvdistill.slurm.submit import dask_cluster
 
-def _overview(target: Path, overrides: tuple[str, ...], only: tuple[str, ...]) -> Overview:
-    from kvdistill.pipelines.overview import overview
-
-    seen = overview(target, overrides, only)
-    strangers = set(only) - {each.teacher for each in seen.teachers}
-    if strangers:
-        raise ConfigError(f"{target} has no teacher {sorted(strangers)}")
-    return seen
-
-
-def _ledgers(seen: Overview) -> Iterator[tuple[TeacherOverview, Ledger]]:
-    from kvdistill.slurm.ledger import Ledger
-    from kvdistill.store.format import StorePaths
-
-    paths = StorePaths(seen.store.absolute())
-    return ((each, Ledger(paths.teacher(each.teacher))) for each in seen.teachers)
+    experiment = load_experiment(config, overrides)
+    chosen = choose_profile(experiment, profile, "extract")
+    logs = experiment.output_dir.absolute() / "dask"
+    with dask_cluster(chosen, jobs, logs) as address, stop_flag(0.0) as stop:
+        click.echo(f"{address}\nnext: kvdistill verify {experiment.store} --scheduler {address}")
+        while not stop.requested:
+            time.sleep(0.5)
 
 
 def _lines(seen: Overview, target: Path) -> Iterator[str]:
@@ -177,16 +176,13 @@ def _teacher_lines(each: TeacherOverview) -> Iterator[str]:
     if status.eta_seconds:
         parts.append(f"about {format_duration(status.eta_seconds)} to go")
     yield f"{each.teacher}: {' · '.join(parts)}"
-    if each.is_another:
-        yield "  its shards in the store were extracted by other settings than the config's"
+    if each.has_other_settings:
+        yield "  its stored shards were extracted with settings other than the config's"
     if status.slurm_error is not None:
-        yield f"  why jobs wait is unknown: {status.slurm_error}"
-    reasons: dict[str, int] = {}
-    for job in status.waiting:
-        reasons[job.reason] = reasons.get(job.reason, 0) + 1
-    for reason, count in reasons.items():
+        yield f"  reasons of pending jobs unknown: {status.slurm_error}"
+    for reason, count in Counter(job.reason for job in status.waiting).items():
         held = "held" in reason.lower()
-        hint = " (let go with `scontrol release`, or `kvdistill cancel` them)" if held else ""
+        hint = " (release with `scontrol release`, or run `kvdistill cancel`)" if held else ""
         yield f"  {count} queued: {reason}{hint}"
     for attempt in status.broken:
         yield f"  task {attempt.task} on {attempt.host}: {attempt.message}"
@@ -197,10 +193,14 @@ def _teacher_lines(each: TeacherOverview) -> Iterator[str]:
     ]
     yield from (f"  {line}" for line in (stale + failed)[:SHOWN])
     if len(stale + failed) > SHOWN:
-        yield f"  and {len(stale + failed) - SHOWN} more; `--json` has them all"
-    # An exception is told above; of a worker that was killed only its log knows more.
-    mute = [f[-1] for f in status.failures.values() if f[-1].traceback is None]
-    for log in list(dict.fromkeys(failure.log for failure in mute))[:SHOWN]:
+        yield f"  and {len(stale + failed) - SHOWN} more; `--json` lists all"
+    yield from _log_lines([failures[-1] for failures in status.failures.values()])
+
+
+def _log_lines(failures: Sequence[Failure]) -> Iterator[str]:
+    """The end of the log of every worker that was killed: it left no traceback."""
+    logs = dict.fromkeys(failure.log for failure in failures if failure.traceback is None)
+    for log in list(logs)[:SHOWN]:
         yield from (f"    {line}" for line in _tail(log, 3).splitlines())
 
 
@@ -209,42 +209,8 @@ def _failure_line(failure: Failure) -> str:
     return f"{failure.unit} {failure.kind.replace('_', ' ')}{where}: {failure.message}"
 
 
-def _some(units: tuple[str, ...]) -> str:
-    more = " …" if len(units) > SHOWN else ""
-    return " ".join(units[:SHOWN]) + more
-
-
 def _tail(log: str | None, lines: int) -> str:
     if log is None or not Path(log).exists():
         return ""
     text = Path(log).read_bytes()[-200_000:].decode(errors="replace")
     return "\n".join(text.splitlines()[-lines:])
-
-
-@click.command("dask")
-@config_argument
-@overrides_option
-@click.option("--profile", help="A profile of the config's slurm.profiles.")
-@click.option("--jobs", default=4, show_default=True, type=click.IntRange(min=1), help="Workers.")
-def dask_command(config: Path, overrides: tuple[str, ...], profile: str | None, jobs: int) -> None:
-    """Start Dask workers on Slurm and keep them until interrupted.
-
-    Give the printed address to `kvdistill inspect --scheduler` or `kvdistill verify --scheduler`.
-    """
-    from kvdistill.config.load import load_experiment
-    from kvdistill.pipelines.distribute import choose_profile
-    from kvdistill.slurm.dask_cluster import dask_cluster
-    from kvdistill.slurm.signals import stop_flag
-
-    experiment = load_experiment(config, overrides)
-    chosen = choose_profile(experiment, profile, "extract")
-    logs = experiment.output_dir.absolute() / "dask"
-    with dask_cluster(chosen, jobs, logs) as address:
-        click.echo(f"{address}\nnext: kvdistill verify {experiment.store} --scheduler {address}")
-        with stop_flag(0.0) as stop:
-            while not stop.requested:
-                time.sleep(0.5)
-
-
-# MERGED-DOC commands.dask
-# ``kvdistill dask``: workers on Slurm for ``inspect`` and ``verify``.

@@ -1,28 +1,42 @@
-"""``kvdistill extract``: stage 1."""
+"""``kvdistill extract``, and the distribution of extraction that ``run`` shares."""
 
 from __future__ import annotations
 
 import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvdistill.commands.options import config_argument, json_option, overrides_option
-from kvdistill.commands.spread import Spread, extract_task, spread_extraction, spread_options
+from kvdistill.commands.options import (
+    Execution,
+    config_argument,
+    execution_options,
+    json_option,
+    overrides_option,
+    teachers_option,
+)
+from kvdistill.errors import ConfigError, IncompleteStore
 
 if TYPE_CHECKING:
-    from kvdistill.pipelines.extract import ExtractionReport
+    from kvdistill.config.experiment import Experiment
+    from kvdistill.pipelines.extract import ExtractionReport, TeacherReport
+    from kvdistill.pipelines.extract_tasks import SubmittedArrays
 
 
 @click.command("extract")
 @config_argument
 @overrides_option
 @json_option
-@click.option("--teacher", "teachers", multiple=True, help="Only this teacher; repeat for more.")
-@click.option("--task", type=int, help="Do only this share of the shards, counted from 0.")
-@click.option("--num-tasks", default=1, show_default=True, help="How many shares there are.")
-@spread_options
+@teachers_option
+@click.option("--task", type=int, help="Extract only this share of the shards, counted from 0.")
+@click.option("--num-tasks", default=1, show_default=True, help="Number of shares.")
+@execution_options
 def extract_command(
     *,
     config: Path,
@@ -31,38 +45,37 @@ def extract_command(
     teachers: tuple[str, ...],
     task: int | None,
     num_tasks: int,
-    spread: Spread,
+    execution: Execution,
 ) -> None:
-    """Stage 1: read every teacher once into the store.
+    """Stage 1: read the corpus once with every teacher, into the store.
 
     Committed shards are skipped, so running again continues, or does nothing.
     """
-    from kvdistill.commands.options import extraction_bars
     from kvdistill.config.load import load_experiment
 
     experiment = load_experiment(config, overrides)
     if task is not None:
-        share = {"task": task, "num_tasks": num_tasks, "workers": spread.workers or 1}
-        extract_task(experiment, teachers, **share)
+        _extract_share(experiment, teachers, task, num_tasks, execution.workers or 1)
         return
-    if spread.wanted:
-        spread_extraction(experiment, config, teachers, spread)
+    if not execution.in_this_process:
+        distribute(experiment, config, teachers, execution)
         return
-    # Not above: it brings torch, and submitting needs none.
-    from kvdistill.pipelines.extract import extract as run
+    # Not above: it imports torch, which a submission does without.
+    from kvdistill.pipelines.extract import extract
 
-    with extraction_bars(quiet=as_json) as progress:
-        report = run(experiment, teachers or None, progress=progress)
+    with extraction_progress(quiet=as_json) as progress:
+        report = extract(experiment, teachers or None, progress=progress)
     if as_json:
-        click.echo(json.dumps(_as_dict(report)))
+        body = asdict(report) | {"store": str(report.store), "complete": report.complete}
+        click.echo(json.dumps(body))
         return
-    print_report(report)
+    print_extraction(report)
     if report.complete:
         click.echo(f"next: kvdistill train {config}")
 
 
-def print_report(report: ExtractionReport) -> None:
-    """Say what an extraction did, and what is still missing."""
+def print_extraction(report: ExtractionReport) -> None:
+    """Print what an extraction did, and what is still missing."""
     for teacher in report.teachers:
         click.echo(_report_line(teacher))
     if report.complete:
@@ -72,24 +85,189 @@ def print_report(report: ExtractionReport) -> None:
         click.echo(f"{report.store}: shards still missing: {left}")
 
 
-def _as_dict(report: Any) -> dict[str, Any]:
-    return {
-        "store": str(report.store),
-        "complete": report.complete,
-        "missing": report.missing,
-        "teachers": [vars(teacher) for teacher in report.teachers],
-    }
-
-
-def _report_line(teacher: Any) -> str:
+def _report_line(teacher: TeacherReport) -> str:
     if not teacher.shards:
-        return f"{teacher.teacher}: nothing to do, {teacher.already_done} shards are there"
+        return f"{teacher.teacher}: nothing to do, all {teacher.already_done} shards are committed"
     rate = teacher.tokens / max(teacher.seconds, 1e-9)
-    notes = [f"{teacher.already_done} were there"] if teacher.already_done else []
-    notes += [f"{teacher.truncated} texts truncated"] if teacher.truncated else []
-    notes += [f"{teacher.skipped} texts skipped"] if teacher.skipped else []
+    notes = [f"{teacher.already_done} were committed before"] if teacher.already_done else []
+    notes += [f"{teacher.truncated} samples truncated"] if teacher.truncated else []
+    notes += [f"{teacher.skipped} samples skipped"] if teacher.skipped else []
     extra = f" ({', '.join(notes)})" if notes else ""
     return (
         f"{teacher.teacher}: {teacher.shards} shards, {teacher.tokens:,} tokens in "
         f"{teacher.seconds:.1f} s, {rate:,.0f} tokens/s{extra}"
     )
+
+
+def _extract_share(
+    experiment: Experiment, teachers: Sequence[str], task: int, num_tasks: int, workers: int
+) -> None:
+    """One task's share, as written scripts run it; exits with the worker's code."""
+    from kvdistill.pipelines.extract_tasks import extract_share
+    from kvdistill.pipelines.run import choose_profile
+    from kvdistill.slurm.retry import exit_task
+
+    profiles = experiment.slurm.profiles
+    restarts = choose_profile(experiment, None, "extract").max_restarts if profiles else 0
+    endings = []
+    for name in teachers or experiment.teachers:
+        endings.append(extract_share(experiment, name, task, num_tasks, workers))
+        click.echo(f"{name}: {endings[-1].message}")
+        if endings[-1].outcome == "interrupted":
+            break
+    exit_task(max(endings, key=lambda ending: (ending.again, ending.exit_code)), restarts)
+
+
+def distribute(
+    experiment: Experiment,
+    config: Path,
+    teachers: Sequence[str],
+    execution: Execution,
+    *,
+    train: bool = False,
+) -> None:
+    """Extract (on Slurm also train, if ``train``) outside this process, as ``execution`` has it.
+
+    Raises:
+        ConfigError: no such profile or teacher.
+        SlurmError: no Slurm here, or it refused.
+        IncompleteStore: local workers left shards undone.
+        Interrupted: a signal stopped the local workers.
+    """
+    names = list(teachers or experiment.teachers)
+    if unknown := set(names) - set(experiment.teachers):
+        raise ConfigError(f"no teacher {sorted(unknown)}; the config has {[*experiment.teachers]}")
+    if execution.on_this_machine:
+        _extract_in_pool(experiment, names, execution.workers or 1)
+    elif execution.dry_run or execution.write_sbatch is not None:
+        _batch_scripts(experiment, config, names, execution, train)
+    else:
+        _submit(experiment, config, names, execution.profile, train)
+
+
+def _batch_scripts(
+    experiment: Experiment, config: Path, names: Sequence[str], execution: Execution, train: bool
+) -> None:
+    from kvdistill.pipelines.run import batch_scripts, write_scripts
+
+    scripts = batch_scripts(experiment, config, names, execution.profile, train=train)
+    folder = execution.write_sbatch
+    if folder is None:
+        click.echo("\n".join(f"# {name}\n{text}" for name, text in scripts.items()))
+        return
+    write_scripts(experiment, scripts, names, folder)
+    click.echo(f"wrote {', '.join(scripts)} to {folder}")
+    click.echo(f"next: sbatch {folder / next(iter(scripts))}")
+
+
+def _submit(
+    experiment: Experiment, config: Path, names: Sequence[str], profile: str | None, train: bool
+) -> None:
+    from kvdistill.pipelines.extract_tasks import submit_extraction
+    from kvdistill.pipelines.run import choose_profile, ensure_training
+
+    chosen = choose_profile(experiment, profile, "extract")
+    submitted = submit_extraction(experiment, names, chosen)
+    for arrays in submitted:
+        click.echo(_submitted_line(arrays))
+    if train:
+        ids = [job_id for arrays in submitted for job_id in arrays.job_ids]
+        click.echo(f"training: {ensure_training(experiment, names, profile, ids)}")
+    click.echo(f"next: kvdistill status {config} --watch")
+
+
+def _submitted_line(arrays: SubmittedArrays) -> str:
+    pending = arrays.pending
+    jobs = f"job {', '.join(arrays.job_ids)}" if arrays.job_ids else "nothing to submit"
+    parts = [f"{len(pending.units)} shards in {arrays.elements} tasks"] if arrays.job_ids else []
+    parts += [f"{len(pending.queued)} already queued"] if pending.queued else []
+    parts += [f"{len(pending.quarantined)} quarantined (see status)"] if pending.quarantined else []
+    return f"{pending.teacher}: {jobs}" + (f": {'; '.join(parts)}" if parts else "")
+
+
+def _extract_in_pool(experiment: Experiment, names: Sequence[str], workers: int) -> None:
+    from kvdistill.pipelines.extract_tasks import extract_pool
+
+    missing: dict[str, int] = {}
+    for name in names:
+        report = extract_pool(experiment, name, workers, _pool_progress(name))
+        click.echo(
+            f"{name}: {f'{report.missing} shards missing' if report.missing else 'complete'}"
+        )
+        if report.missing:
+            missing[name] = report.missing
+            for message in report.messages:
+                click.echo(f"  {message}", err=True)
+    if missing:
+        raise IncompleteStore(
+            f"{experiment.store}: shards missing: {missing}; see `kvdistill status`"
+        )
+
+
+def _pool_progress(teacher: str) -> Callable[[int, int], None]:
+    """A callback that prints the number of committed shards whenever it changes."""
+    shown = -1
+    terminal = sys.stderr.isatty()
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        if done != shown:
+            shown = done
+            start, end = ("\r" if terminal else ""), ("" if terminal and done < total else "\n")
+            print(f"{start}{teacher} {done}/{total} shards", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+@contextmanager
+def extraction_progress(quiet: bool = False) -> Iterator[Callable[[Any], None]]:
+    """Yield the ``progress`` of ``pipelines.extract.extract``.
+
+    On a terminal, one bar per teacher with tokens/s and ETA; otherwise one line per committed
+    shard. The rate is the teacher's so far: a shard is written while the next one is read, so none
+    has a time of its own.
+    """
+    if quiet:
+        yield lambda news: None
+        return
+    tokens: dict[str, int] = {}
+    began: dict[str, float] = {}
+
+    def rate(news: Any) -> float:
+        seconds = time.monotonic() - began.setdefault(news.teacher, time.monotonic())
+        tokens[news.teacher] = tokens.get(news.teacher, 0) + news.tokens
+        return tokens[news.teacher] / max(seconds, 1e-9)
+
+    def print_line(news: Any) -> None:
+        speed = rate(news)
+        if news.committed:
+            print(
+                f"{news.teacher} {news.shards_done}/{news.shards_total} shard {news.shard_id} "
+                f"committed, {speed:,.0f} tokens/s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    if not sys.stderr.isatty():
+        yield print_line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("shards  {task.fields[rate]:>9,.0f} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        rows: dict[str, Any] = {}
+
+        def move_bar(news: Any) -> None:
+            if news.teacher not in rows:
+                rows[news.teacher] = bars.add_task(news.teacher, total=news.shards_total, rate=0.0)
+            bars.update(rows[news.teacher], completed=news.shards_done, rate=rate(news))
+
+        yield move_bar

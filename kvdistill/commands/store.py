@@ -1,35 +1,42 @@
-"""Commands on a store: look into it, check it, convert, merge, remove a teacher."""
+"""``kvdistill inspect``, ``verify``, ``convert``, ``merge`` and ``rm``."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 
-from kvdistill.commands.options import json_option
+from kvdistill.commands.options import Decorator, json_option
 from kvdistill.errors import ConfigError, ShardCorrupt, StoreMismatch
 from kvdistill.store.reader import KVStore
+from kvdistill.text import format_bytes, format_duration
+from kvdistill.types import KINDS
 
 if TYPE_CHECKING:
-    from kvdistill.store.maintenance import Finding
-    from kvdistill.store.summary import TeacherSummary
+    from rich.table import Table
+
+SHOWN_OUTLIERS: Final = 5
+
+store_argument: Decorator = click.argument("store", type=click.Path(path_type=Path))
+only_option: Decorator = click.option(
+    "--teacher", "only", multiple=True, help="Only this teacher; repeatable."
+)
 
 
-store_argument = click.argument("store", type=click.Path(path_type=Path))
+def _progress(done: str) -> Callable[[str, str], None]:
+    return lambda teacher, shard_id: click.echo(f"{done} {teacher} {shard_id}", err=True)
 
 
 @click.command("inspect")
 @store_argument
-@click.option("--teacher", "only", multiple=True, help="Only this teacher; repeat for more.")
-@click.option("--plots", type=click.Path(path_type=Path), help="Write a PNG per teacher here.")
+@only_option
+@click.option("--plots", type=click.Path(path_type=Path), help="Write one PNG per teacher here.")
 @click.option("--shards", default=4, show_default=True, help="Shards read for largest norms.")
-@click.option("--scheduler", help="Address of a dask scheduler; threads of this process if none.")
+@click.option("--scheduler", help="Address of a Dask scheduler; by default, this process.")
 @json_option
 def inspect_command(
     store: Path,
@@ -39,79 +46,173 @@ def inspect_command(
     scheduler: str | None,
     as_json: bool,
 ) -> None:
-    """Look into a STORE: teachers, sizes, norms, outlier channels, importance."""
+    """Summarise a STORE: teachers, sizes, norms, outlier channels, importance."""
+    from kvdistill.pipelines.inspect import dask_scheduler, inspect_teacher
+
     opened = KVStore.open(store)
     names = [name for name in opened.teachers() if not only or name in only]
     for name in set(only) - set(names):
-        opened.teacher(name)
-    with _dask(scheduler):
-        reports = [_report(opened, name, shards, plots) for name in names if opened.committed(name)]
-    empty = sorted(name for name in names if not opened.committed(name))
+        opened.teacher(name)  # raises for an unknown teacher
+    stored = [name for name in names if opened.committed(name)]
+    with dask_scheduler(scheduler):
+        reports = [inspect_teacher(opened, name, shards, plots) for name in stored]
+    for name in stored if plots is not None else ():
+        click.echo(f"wrote {plots}/{name}.png", err=True)
+    empty = sorted(set(names) - set(stored))
     if as_json:
-        print(json.dumps({"store": str(store), "teachers": reports, "empty": empty}, indent=1))
-        return
-    from kvdistill.commands.store_tables import print_reports
+        click.echo(json.dumps({"store": str(store), "teachers": reports, "empty": empty}, indent=1))
+    else:
+        _print_reports(opened, reports, empty)
 
-    print_reports(opened, reports, empty)
+
+def _print_reports(store: KVStore, reports: Sequence[dict[str, Any]], empty: Sequence[str]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    plan = store.manifest.shards
+    console.print(
+        f"[bold]{store.paths.root}[/]: corpus {store.manifest.corpus_fingerprint[:12]}, "
+        f"{sum(shard.num_samples for shard in plan):,} samples in {len(plan):,} shards"
+    )
+    if reports:
+        console.print(_teacher_table(reports))
+    for report in reports:
+        console.print(_norm_table(report))
+        console.print("\n".join(_outlier_lines(report)))
+        if (histogram := report["importance"]) is not None:
+            counts, edges = histogram["counts"], histogram["edges"]
+            largest = max(counts) or 1
+            bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * count / largest)] for count in counts)
+            console.print(f"importance, {edges[0]:.0e} to {edges[-1]:.0e}, logarithmic: |{bars}|")
+    if empty:
+        console.print(f"no shard yet: {', '.join(empty)}")
+    console.print("next: --plots FOLDER for plots, --json for a script; or kvdistill verify")
+
+
+def _teacher_table(reports: Sequence[dict[str, Any]]) -> Table:
+    """One column per teacher, which stays readable on a narrow terminal."""
+    from rich.table import Table
+
+    table = Table("", *(report["teacher"] for report in reports))
+    columns = [_teacher_figures(report) for report in reports]
+    for name in columns[0]:
+        table.add_row(name, *(column[name] for column in columns))
+    return table
+
+
+def _teacher_figures(report: dict[str, Any]) -> dict[str, str]:
+    heads = "/".join(str(n) for n in report["key_value_heads"])
+    return {
+        "model": report["model"],
+        "backend": report["backend"],
+        "codec of K / V": f"{report['codec']['key']} / {report['codec']['value']}",
+        "layers × KV heads": f"{report['layers']} × {heads}",
+        "shards": f"{report['shards']:,} of {report['planned_shards']:,}",
+        "samples": f"{report['samples']:,}",
+        "tokens": f"{report['tokens']:,}",
+        "stored": format_bytes(report["stored_bytes"]),
+        "bytes, of bf16 K and V": f"{report['ratio']:.3f}",
+        "extraction": format_duration(report["extraction_seconds"]),
+    }
+
+
+def _norm_table(report: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"{report['teacher']}: token norms, RMS (largest) by head")
+    table.add_column("layer", justify="right")
+    for kind in KINDS:
+        table.add_column(kind)
+    for layer in report["rms"]["key"]:
+        cells = []
+        for kind in KINDS:
+            largest = report["largest_norms"][kind][layer]
+            pairs = zip(report["rms"][kind][layer], largest, strict=True)
+            cells.append("  ".join(f"{rms:.1f} ({top:.0f})" for rms, top in pairs))
+        table.add_row(str(layer), *cells)
+    return table
+
+
+def _outlier_lines(report: dict[str, Any]) -> Iterator[str]:
+    outliers = report["outliers"]
+    yield f"outlier channels, at least 5 × their head's median: {len(outliers)}"
+    for outlier in outliers[:SHOWN_OUTLIERS]:
+        yield (
+            f"  {outlier['kind']}: layer {outlier['layer']}, head {outlier['head']}, "
+            f"channel {outlier['channel']}: {outlier['ratio']:.1f} ×"
+        )
 
 
 @click.command("verify")
 @store_argument
-@click.option("--teacher", "only", multiple=True, help="Only this teacher; repeat for more.")
-@click.option("--repair", "mend", is_flag=True, help="Move bad shards aside, to be made again.")
+@only_option
+@click.option("--repair", is_flag=True, help="Move bad shards aside, to be extracted again.")
 @click.option(
     "--against-teacher",
     "count",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Also read N samples through each teacher of --config again and compare.",
+    help="Also read N samples again with each teacher of --config, and compare.",
 )
-@click.option("--config", type=click.Path(path_type=Path), help="The experiment, to load teachers.")
-@click.option("--scheduler", help="Address of a dask scheduler; this process if none.")
+@click.option("--config", type=click.Path(path_type=Path), help="The experiment of the teachers.")
+@click.option("--scheduler", help="Address of a Dask scheduler; by default, this process.")
 @json_option
 def verify_command(
     store: Path,
     only: tuple[str, ...],
-    mend: bool,
+    repair: bool,
     count: int | None,
     config: Path | None,
     scheduler: str | None,
     as_json: bool,
 ) -> None:
     """Check every file of a STORE: presence, checksums, shapes, finiteness, offsets."""
+    from kvdistill.pipelines.inspect import check_store
     from kvdistill.store.maintenance import repair_store
-    from kvdistill.store.maintenance import verify_store as check
 
     opened = KVStore.open(store)
     names = list(only) or opened.teachers()
-    if scheduler is None:
-        findings = check(opened, names, progress=_say("checked"))
-    else:
-        findings = _verify_on(scheduler, opened, names)
-    moved = repair_store(opened, findings) if mend else []
+    findings = check_store(opened, names, scheduler, _progress("checked"))
+    moved = repair_store(opened, findings) if repair else []
     compared = [] if count is None or findings else _against_teachers(opened, names, count, config)
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "findings": [asdict(finding) for finding in findings],
-                    "moved": [str(path) for path in moved],
-                    "against_teacher": compared,
-                },
-                indent=1,
-            )
-        )
+        body = {
+            "findings": [asdict(finding) for finding in findings],
+            "moved": [str(path) for path in moved],
+            "against_teacher": compared,
+        }
+        click.echo(json.dumps(body, indent=1))
     else:
         for finding in findings:
-            print(f"{finding.teacher or 'corpus'} {finding.shard_id}: {finding.problem}")
+            click.echo(f"{finding.teacher or 'corpus'} {finding.shard_id}: {finding.problem}")
         for path in moved:
-            print(f"moved to {path}")
+            click.echo(f"moved to {path}")
         for line in compared:
-            print(
+            click.echo(
                 f"{line['teacher']}: {line['samples']} samples read again, relative error of keys "
                 f"{line['key_error']:.1e}, of values {line['value_error']:.1e}"
             )
-    _conclude(opened, names, len(findings), bool(moved), compared)
+    differing = [line["teacher"] for line in compared if not line["agrees"]]
+    if differing:
+        raise StoreMismatch(f"{store}: keys and values differ from those of teachers {differing}")
+    if findings:
+        remedy = "extract again" if moved else "run with --repair, then extract again"
+        raise ShardCorrupt(f"{store}: {len(findings)} findings; {remedy}")
+    shards = sum(len(opened.committed(name)) for name in names)
+    click.echo(f"{store}: {shards} shards, no errors found", err=True)
+
+
+def _against_teachers(
+    store: KVStore, names: Sequence[str], count: int, config: Path | None
+) -> list[dict[str, Any]]:
+    if config is None:
+        raise ConfigError("--against-teacher needs the teachers: add --config EXPERIMENT.yaml")
+    from kvdistill.config.load import load_experiment
+    from kvdistill.pipelines.reextract import reextract
+
+    experiment = load_experiment(config)
+    results = [reextract(store, experiment, name, count) for name in names]
+    return [{**asdict(result), "agrees": result.agrees} for result in results]
 
 
 @click.command("convert")
@@ -119,12 +220,12 @@ def verify_command(
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--to", "backend", type=click.Choice(["zarr", "safetensors"]), required=True)
 def convert_command(store: Path, target: Path, backend: Literal["zarr", "safetensors"]) -> None:
-    """Copy a STORE to TARGET in the other backend; needs no teacher. Run again to continue."""
-    from kvdistill.store.maintenance import convert_store as copy
+    """Copy a STORE to TARGET in the other backend. Needs no teacher; run again to continue."""
+    from kvdistill.store.maintenance import convert_store
 
-    made = copy(KVStore.open(store), target, backend, progress=_say("converted"))
-    print(f"{made.paths.root}: {len(made.teachers())} teachers in {backend}")
-    print(f"next: kvdistill verify {made.paths.root}")
+    made = convert_store(KVStore.open(store), target, backend, progress=_progress("converted"))
+    click.echo(f"{made.paths.root}: {len(made.teachers())} teachers in {backend}")
+    click.echo(f"next: kvdistill verify {made.paths.root}")
 
 
 @click.command("merge")
@@ -135,16 +236,17 @@ def convert_command(store: Path, target: Path, backend: Literal["zarr", "safeten
     type=click.IntRange(min=1),
     default=8,
     show_default=True,
-    help="extraction.prototypes of the experiment, for teachers that only now are complete.",
+    help="The experiment's extraction.prototypes, for teachers that the merge completes.",
 )
 def merge_command(target: Path, sources: tuple[Path, ...], prototypes: int) -> None:
-    """Copy into TARGET the shards of other stores over the same corpus that it lacks."""
-    from kvdistill.store.maintenance import merge_stores as bring
+    """Copy into TARGET the shards that it lacks from other stores over the same corpus."""
+    from kvdistill.store.maintenance import merge_stores
     from kvdistill.store.prototypes import lacks_prototypes, make_prototypes
 
     opened = KVStore.open(target)
-    copied = bring(opened, [KVStore.open(source) for source in sources], progress=_say("copied"))
-    print(f"{target}: {copied} shards copied")
+    others = [KVStore.open(source) for source in sources]
+    copied = merge_stores(opened, others, progress=_progress("copied"))
+    click.echo(f"{target}: {copied} shards copied")
     for name in opened.teachers():
         missing = opened.missing(name)
         state = f"{len(missing)} shards missing" if missing else "complete"
@@ -153,125 +255,22 @@ def merge_command(target: Path, sources: tuple[Path, ...], prototypes: int) -> N
             state += ", prototypes made"
         elif missing and opened.teacher(name).has_summaries:
             state += "; its prototypes need all of them"
-        print(f"  {name}: {state}")
+        click.echo(f"  {name}: {state}")
 
 
 @click.command("rm")
 @store_argument
-@click.option("--teacher", required=True, help="Which teacher to remove.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--teacher", required=True, help="The teacher to remove.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 def rm_command(store: Path, teacher: str, yes: bool) -> None:
     """Remove one teacher and all its shards from a STORE."""
     from kvdistill.store.maintenance import remove_teacher
 
     opened = KVStore.open(store)
-    opened.teacher(teacher)
+    opened.teacher(teacher)  # raises for an unknown teacher
     count = len(opened.committed(teacher))
     if not yes:
         click.confirm(f"Remove {teacher} with {count} shards from {store}?", abort=True)
     remove_teacher(opened, teacher)
-    print(f"{store}: removed {teacher}, {count} shards; left: {opened.teachers() or 'no teacher'}")
-
-
-def _report(store: KVStore, teacher: str, shards: int, plots: Path | None) -> dict[str, Any]:
-    """Everything of one teacher as JSON-ready data; writes its plot where asked."""
-    from kvdistill.store.lazy_arrays import committed_in_order
-    from kvdistill.store.summary import importance_histogram, largest_norms, summarise_teacher
-    from kvdistill.types import KINDS
-
-    summary = summarise_teacher(store, teacher)
-    read = committed_in_order(store, teacher)[:shards]
-    histogram = importance_histogram(store, teacher, read)
-    if plots is not None:
-        _plot(summary, histogram, plots)
-    return {
-        **asdict(summary),
-        "ratio": summary.ratio,
-        "largest_norms": {kind: largest_norms(store, teacher, kind, read) for kind in KINDS},
-        "shards_read": len(read),
-        "importance": None
-        if histogram is None
-        else {"counts": histogram[0].tolist(), "edges": histogram[1].tolist()},
-    }
-
-
-def _plot(summary: TeacherSummary, histogram: Any, folder: Path) -> None:
-    from kvdistill.store.summary import plot_teacher
-
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{summary.teacher}.png"
-    plot_teacher(summary, histogram, path)
-    print(f"wrote {path}", file=sys.stderr)
-
-
-def _say(done: str) -> Any:
-    def progress(teacher: str, shard_id: str) -> None:
-        print(f"{done} {teacher} {shard_id}", file=sys.stderr)
-
-    return progress
-
-
-@contextmanager
-def _dask(scheduler: str | None) -> Iterator[None]:
-    """Compute on a distributed scheduler, or on threads of this process."""
-    if scheduler is None:
-        yield
-        return
-    from kvdistill.errors import MissingExtra
-
-    try:
-        from distributed import Client
-    except ImportError as error:
-        raise MissingExtra("--scheduler needs distributed: pip install distributed") from error
-    with Client(scheduler):
-        yield
-
-
-def _verify_on(scheduler: str, store: KVStore, names: Sequence[str]) -> list[Finding]:
-    """Check every committed shard as a task of its own, on a distributed scheduler."""
-    with _dask(scheduler):
-        from distributed import get_client
-
-        client = get_client()
-        root = str(store.paths.root.absolute())
-        tasks = [
-            client.submit(_verify_shard, root, name, shard_id, pure=False)
-            for name in names
-            for shard_id in sorted(store.committed(name))
-        ]
-        found = client.gather(tasks)
-    # The corpus is checked with every teacher's shard; one finding of it is enough.
-    return list(dict.fromkeys(finding for findings in found for finding in findings))
-
-
-def _verify_shard(root: str, teacher: str, shard_id: str) -> list[Finding]:
-    from kvdistill.store.maintenance import verify_store as check
-
-    return check(KVStore.open(root), [teacher], [shard_id])
-
-
-def _against_teachers(
-    store: KVStore, names: Sequence[str], count: int, config: Path | None
-) -> list[dict[str, Any]]:
-    from kvdistill.config.load import load_experiment
-    from kvdistill.pipelines.reextract import reextract
-
-    if config is None:
-        raise ConfigError("--against-teacher loads teachers: add --config EXPERIMENT.yaml")
-    experiment = load_experiment(config)
-    results = [reextract(store, experiment, name, count) for name in names]
-    return [{**asdict(result), "agrees": result.agrees} for result in results]
-
-
-def _conclude(
-    store: KVStore, names: Sequence[str], findings: int, moved: bool, compared: list[dict[str, Any]]
-) -> None:
-    """Say what to do next; a store with findings ends with exit code 1."""
-    differing = [line["teacher"] for line in compared if not line["agrees"]]
-    if differing:
-        raise StoreMismatch(f"{store.paths.root}: stored numbers differ from {differing}'s own")
-    if findings:
-        remedy = "extract again" if moved else "run it with --repair, then extract again"
-        raise ShardCorrupt(f"{store.paths.root}: {findings} findings; {remedy}")
-    shards = sum(len(store.committed(name)) for name in names)
-    print(f"{store.paths.root}: {shards} shards, nothing wrong", file=sys.stderr)
+    left = opened.teachers() or "no teacher"
+    click.echo(f"{store}: removed {teacher}, {count} shards; left: {left}")

@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kvdistill.commands.options import config_argument, json_option, overrides_option
-from kvdistill.commands.spread import Spread, spread_extraction, spread_options
+from kvdistill.commands.extract import distribute, extraction_progress, print_extraction
+from kvdistill.commands.options import (
+    Execution,
+    config_argument,
+    execution_options,
+    json_option,
+    overrides_option,
+)
 
 if TYPE_CHECKING:
     from kvdistill.pipelines.train import TrainingReport
@@ -23,76 +29,62 @@ if TYPE_CHECKING:
 def train_command(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Stage 2: distil the store that CONFIG names into its student.
 
-    A run that was interrupted goes on from its last checkpoint; a finished one is left alone.
+    An interrupted run resumes from its last checkpoint; a finished one is left as it is.
     """
     from kvdistill.config.load import load_experiment
-    from kvdistill.pipelines.train import train as run_training
+    from kvdistill.pipelines.train import train
 
-    report = run_training(load_experiment(config, overrides))
+    report = train(load_experiment(config, overrides))
     if as_json:
         click.echo(json.dumps({"folder": str(report.folder), "metrics": report.metrics}))
     else:
-        _print(report)
+        _print_training(report)
 
 
 @click.command("run")
 @config_argument
 @overrides_option
-@spread_options
-def run_command(*, config: Path, overrides: tuple[str, ...], spread: Spread) -> None:
+@execution_options
+def run_command(*, config: Path, overrides: tuple[str, ...], execution: Execution) -> None:
     """Extract with every teacher, then train: `extract` and `train` in one.
 
-    Both stages skip what is done, so the same command continues what was interrupted.
-    With --slurm, arrays extract and a job trains once they have ended.
+    Both stages skip what is done, so the same command resumes what was interrupted. With --slurm,
+    arrays extract, and a job trains once they have ended.
     """
     from kvdistill.config.load import load_experiment
+    from kvdistill.pipelines.run import run
 
     experiment = load_experiment(config, overrides)
-    if spread.wanted:
-        spread_extraction(experiment, config, (), spread, train=True)
-        if not spread.local:
+    if not execution.in_this_process:
+        distribute(experiment, config, (), execution, train=True)
+        if not execution.on_this_machine:
             return
-    # Not above: these bring torch, and submitting needs none.
-    from kvdistill.commands.extract import print_report
-    from kvdistill.commands.options import extraction_bars
-    from kvdistill.pipelines.extract import extract
-    from kvdistill.pipelines.stored import prepare
-    from kvdistill.pipelines.train import require_trainable_student
-    from kvdistill.pipelines.train import train as run_training
-
-    require_trainable_student(experiment)
-    if experiment.teachers:
-        with extraction_bars() as progress:
-            extraction = extract(experiment, progress=progress)
-        print_report(extraction)
-    else:
-        prepare(experiment)  # the texts alone: cross-entropy needs no teacher
-    _print(run_training(experiment))
+    _print_training(run(experiment, extraction_progress(), print_extraction))
 
 
 @click.command("evaluate")
 @click.argument("student", type=click.Path(path_type=Path))
 @click.argument("corpus", type=click.Path(path_type=Path), required=False)
-@click.option("--max-samples", type=click.IntRange(min=1), help="Only the first texts.")
-@click.option("--max-length", default=512, show_default=True, help="Tokens per text.")
-@click.option("--batch-size", default=8, show_default=True, help="Texts per forward pass.")
-@click.option("--generate", is_flag=True, help="Let it answer every prompt; count exact matches.")
+@click.option("--max-samples", type=click.IntRange(min=1), help="Only the first samples.")
+@click.option("--max-length", default=512, show_default=True, help="Tokens per sample.")
+@click.option("--batch-size", default=8, show_default=True, help="Samples per forward pass.")
+@click.option("--generate", is_flag=True, help="Also answer every prompt, scored by exact match.")
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(min=1),
-    help="Room for rationale and answer: 256, or what a latent student was trained with.",
+    help="Token budget of rationale and answer; by default 256, or a latent student's own.",
 )
-@click.option("--diagnose", is_flag=True, help="Look into a latent student's latents.")
+@click.option("--diagnose", is_flag=True, help="Probe a latent student's latents.")
 @click.option(
     "--samples",
     "rows",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the figures of every sample to this JSONL file.",
+    help="Write the metrics of every sample to this JSONL file.",
 )
 @click.option(
     "--harness",
     metavar="TASKS",
-    help="Instead of CORPUS: tasks of lm-evaluation-harness, or task files (.yaml), by commas.",
+    help="Instead of CORPUS: lm-evaluation-harness tasks or task files (.yaml), comma-separated.",
 )
 @json_option
 def evaluate_command(
@@ -111,7 +103,7 @@ def evaluate_command(
 ) -> None:
     """Perplexity, bits per character and exact match of STUDENT (a folder) on CORPUS (JSONL)."""
     if (corpus is None) == (harness is None):
-        raise click.UsageError("give a CORPUS, or --harness with tasks, and not both")
+        raise click.UsageError("give either a CORPUS or --harness with tasks")
     if corpus is None:
         tasks = [task.strip() for task in str(harness).split(",")]
         _harness(student, tasks, max_samples, batch_size, max_length, as_json=as_json)
@@ -158,8 +150,8 @@ def _harness(
         click.echo(f"{figure.task} {figure.metric}: {figure.value:.6g}{spread}")
 
 
-def _print(report: TrainingReport) -> None:
-    state = "was finished already" if report.already_finished else "finished"
+def _print_training(report: TrainingReport) -> None:
+    state = "was already finished" if report.already_finished else "finished"
     click.echo(f"training {state}: {report.folder}")
     for name in ("eval_perplexity", "eval_bits_per_character", "eval_exact_match"):
         if name in report.metrics:

@@ -1,15 +1,13 @@
-"""Evaluating a saved student on a file of texts."""
+"""Evaluation of a saved student on a JSONL corpus."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from kvdistill.config.training import StudentConfig
 from kvdistill.corpus.readers import read_jsonl
-from kvdistill.corpus.samples import Sample
 from kvdistill.distill.evaluate.answers import is_gradable
 from kvdistill.distill.evaluate.held_out import HeldOut, score_held_out, score_latent
 from kvdistill.distill.student.build import build_student, load_student_tokenizer
@@ -18,7 +16,7 @@ from kvdistill.distill.student.latent.probes import diagnose_latents
 from kvdistill.errors import CorpusError, StudentError
 
 MAX_NEW_TOKENS: Final = 256
-"""Room for a rationale and an answer in words."""
+"""Default of ``max_new_tokens``: rationale and answer together."""
 
 
 def evaluate_folder(
@@ -32,43 +30,35 @@ def evaluate_folder(
     max_new_tokens: int | None = None,
     diagnose: bool = False,
 ) -> HeldOut:
-    """Score a Hugging Face folder on a JSONL corpus; with ``generate`` also let it answer.
+    """Score a Hugging Face folder on a JSONL corpus; with ``generate`` also by exact match.
 
-    A latent student can only answer; with ``diagnose`` its latents are looked into and tampered
-    with. Room for new tokens, if not given, is 256 or what a latent student was trained with.
+    A latent student is scored by exact match alone; ``diagnose`` adds probes and interventions on
+    its latents. ``max_new_tokens`` is 256 if not given, or a latent student's own setting.
 
     Raises:
-        StudentError: the folder is not there, or is not a causal LM with a fast tokenizer.
-        CorpusError: no such corpus, an unusable one, or nothing in it to answer.
+        StudentError: the folder is missing, or is not a causal LM with a fast tokenizer.
+        CorpusError: the corpus is missing, malformed, or has no sample to answer.
     """
     samples = read_jsonl(corpus, limit=max_samples)
     if generate and not any(is_gradable(sample) for sample in samples):
         raise CorpusError(
-            f"{corpus}: --generate puts prompts and compares answers, but no sample has both "
-            "(rows of prompt/rationale/answer, or GSM8K's form)"
+            f"{corpus}: --generate needs samples with a prompt and an answer, but none has both; "
+            "use rows of prompt/rationale/answer, or GSM8K's format"
         )
-    if not (student / "config.json").is_file():
-        raise StudentError(
-            f"{student} is not a model folder (it has no config.json); give the `student` folder "
-            "of a run, or one of its checkpoints"
-        )
+    require_student_folder(student)
     tokenizer = load_student_tokenizer(str(student))
     if is_latent(student):
         if not generate:
             raise StudentError(
-                f"{student} holds a latent student, which is judged by its answers; add --generate"
+                f"{student} is a latent student, which is scored by its answers; add --generate"
             )
-        thinking = LatentStudent.from_pretrained(student)
-        return _evaluate_latent(
-            thinking,
-            tokenizer,
-            samples,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens or thinking.config.max_new_tokens,
-            diagnose=diagnose,
-        )
+        latent = LatentStudent.from_pretrained(student)
+        new_tokens = max_new_tokens or latent.config.max_new_tokens
+        limits = {"batch_size": batch_size, "max_new_tokens": new_tokens}
+        found = score_latent(latent, tokenizer, samples, **limits)
+        return diagnose_latents(latent, tokenizer, samples, found, **limits) if diagnose else found
     if diagnose:
-        raise StudentError(f"{student} is no latent student: --diagnose looks into latents")
+        raise StudentError(f"{student} is not a latent student; leave out --diagnose")
     model = build_student(StudentConfig(model=str(student)), tokenizer, seed=0)
     return score_held_out(
         model,
@@ -81,21 +71,16 @@ def evaluate_folder(
     )
 
 
-def _evaluate_latent(
-    student: LatentStudent,
-    tokenizer: Any,
-    samples: Sequence[Sample],
-    *,
-    batch_size: int,
-    max_new_tokens: int,
-    diagnose: bool,
-) -> HeldOut:
-    room = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    found = score_latent(student, tokenizer, samples, **room)
-    return diagnose_latents(student, tokenizer, samples, found, **room) if diagnose else found
+def require_student_folder(student: Path) -> None:
+    """Raise StudentError where ``student`` is not a Hugging Face folder."""
+    if not (student / "config.json").is_file():
+        raise StudentError(
+            f"{student} is not a model folder (it has no config.json); give the `student` folder "
+            "of a run, or one of its checkpoints"
+        )
 
 
 def write_rows(found: HeldOut, path: Path) -> None:
-    """One JSON object per sample, as a run's ``eval_samples.jsonl``."""
+    """Write one JSON object per sample, in the format of a run's ``eval_samples.jsonl``."""
     rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows)
     path.write_text("".join(rows), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A student as ONNX: exported, run by onnxruntime, and compared with torch before it is kept."""
+"""Export of a student to ONNX, kept only if onnxruntime reproduces torch's logits."""
 
 from __future__ import annotations
 
@@ -15,21 +15,18 @@ from torch import Tensor, nn
 from kvdistill.config.training import StudentConfig
 from kvdistill.distill.student.build import build_student, load_student_tokenizer
 from kvdistill.errors import MissingExtra, StudentError
+from kvdistill.pipelines.evaluate import require_student_folder
 
 MODEL: Final = "model.onnx"
-
-
 SHAPES: Final = ((2, 9), (1, 16), (3, 5))
-"""Batches and lengths that are compared; the first one is what is traced."""
-
-
+"""``[B, T]`` that are compared; the first one is traced."""
 TOLERANCE: Final = 1e-3
 """Largest difference of a logit, relative to the largest logit."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A model that was written and checked."""
+    """An exported and verified model."""
 
     path: Path
     error: float
@@ -39,25 +36,21 @@ class Exported:
 def export_onnx(student: Path, output: Path) -> Exported:
     """Write ``output/model.onnx``: ``input_ids``, ``attention_mask [B, T]`` → ``logits [B, T, V]``.
 
-    Without a cache: it scores texts and answers one token per call. Batch and length are free.
-    The tokenizer and the config are copied beside it.
+    Without a cache: it scores samples, and generates one token per call. Batch and length are
+    dynamic. The tokenizer and the config are copied beside it.
 
     Args:
         student: a Hugging Face folder of a causal LM.
-        output: a folder that is not there yet.
+        output: a folder that does not exist yet.
 
     Raises:
         MissingExtra: onnx, onnxscript or onnxruntime is not installed.
-        StudentError: no student, ``output`` exists, or onnxruntime disagrees with torch.
+        StudentError: no student, ``output`` exists, or onnxruntime's logits differ from torch's.
     """
     _need_extra()
     if output.exists():
-        raise StudentError(f"{output} is already there; give another name, or remove it first")
-    if not (student / "config.json").is_file():
-        raise StudentError(
-            f"{student} is not a model folder (it has no config.json); give the `student` folder "
-            "of a run, or one of its checkpoints"
-        )
+        raise StudentError(f"{output} already exists; choose another name, or remove it first")
+    require_student_folder(student)
     tokenizer = load_student_tokenizer(str(student))
     model = _LogitsOnly(build_student(StudentConfig(model=str(student)), tokenizer, seed=0).eval())
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +62,7 @@ def export_onnx(student: Path, output: Path) -> Exported:
         if not error <= TOLERANCE:
             raise StudentError(
                 f"{student}: onnxruntime's logits differ from torch's by {error:.2g} of the "
-                f"largest one (at most {TOLERANCE} is accepted); nothing was written"
+                f"largest one (expected at most {TOLERANCE}); nothing was written"
             )
         tokenizer.save_pretrained(folder)
         model.student.config.save_pretrained(folder)
@@ -78,7 +71,7 @@ def export_onnx(student: Path, output: Path) -> Exported:
 
 
 class _LogitsOnly(nn.Module):
-    """Tensors in, one tensor out: what the exporter can trace."""
+    """The student with tensors in and one tensor out, as the exporter requires."""
 
     def __init__(self, student: Any) -> None:
         super().__init__()
@@ -102,7 +95,7 @@ def _need_extra() -> None:
 
 
 def _inputs(vocab_size: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Tokens, the first text two tokens shorter than the others."""
+    """Random token ids and a mask, both ``[B, T]``; the first sample has two tokens of padding."""
     generator = torch.Generator().manual_seed(shape[1])
     mask = torch.ones(shape, dtype=torch.long)
     if shape[0] > 1:
@@ -113,7 +106,7 @@ def _inputs(vocab_size: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
 def _write_onnx(model: _LogitsOnly, path: Path) -> None:
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter about itself
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
         program: Any = torch.onnx.export(
             model,
             _inputs(model.student.config.get_text_config().vocab_size, SHAPES[0]),
@@ -128,7 +121,7 @@ def _write_onnx(model: _LogitsOnly, path: Path) -> None:
 
 @torch.inference_mode()
 def _largest_difference(model: _LogitsOnly, path: Path) -> float:
-    """Largest difference over all shapes, on positions that are no padding."""
+    """Largest relative difference over all shapes, padding excluded."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

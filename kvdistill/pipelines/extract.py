@@ -1,25 +1,31 @@
-"""Stage 1: every teacher reads every shard once, and the store remembers.
+"""Stage 1: every teacher reads every shard once, and the store keeps the result.
 
-The truth is the store's folders: a shard is done when it is committed. So running again does
-nothing, a killed run is completed by running it again, and any number of processes may work at
-once: task ``i`` of ``n`` owns shards ``u % n == i``, and of two copies the first wins.
+A shard is done when it is committed in the store. So running again does nothing, a killed run is
+completed by running it again, and any number of processes may work at once (``extract_tasks``):
+of two copies the first wins.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kvdistill.config.experiment import Experiment
+from kvdistill.config.load import load_experiment
 from kvdistill.errors import ConfigError, Interrupted
 from kvdistill.extract.extract_shard import ExtractedShard, extract_samples
 from kvdistill.extract.teacher import Teacher, load_teacher
-from kvdistill.pipelines.stored import is_done, prepare
+from kvdistill.pipelines.extract_tasks import is_extracted, prepare_store
+from kvdistill.slurm.heartbeat import job_element
 from kvdistill.store.prototypes import make_prototypes
 from kvdistill.store.reader import KVStore
 from kvdistill.store.writer import add_teacher, publish_shard
@@ -27,17 +33,19 @@ from kvdistill.store.writer import add_teacher, publish_shard
 
 @dataclass(frozen=True)
 class Progress:
-    """Told after every batch and every shard."""
+    """Reported after every batch and every committed shard."""
 
     teacher: str
     shard_id: str
     shards_done: int
     shards_total: int
-    """Shards this task owns for this teacher, committed ones included."""
     tokens: int
-    """Tokens read since the last word."""
+    """Tokens read since the last report."""
     committed: bool
-    """True when this is word of a shard that was just published."""
+    """Whether ``shard_id`` was just committed."""
+
+
+OnProgress = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class TeacherReport:
 
     @property
     def done(self) -> int:
-        """Shards of this task's share that are there."""
+        """Committed shards."""
         return self.shards + self.duplicates + self.already_done
 
 
@@ -69,7 +77,7 @@ class ExtractionReport:
     store: Path
     teachers: tuple[TeacherReport, ...] = ()
     missing: dict[str, int] = field(default_factory=dict)
-    """Shards still missing per teacher, other tasks' shares included."""
+    """Shards still missing, per teacher."""
 
     @property
     def complete(self) -> bool:
@@ -77,37 +85,77 @@ class ExtractionReport:
         return not any(self.missing.values())
 
 
-OnProgress = Callable[[Progress], None]
-
-
-ShouldStop = Callable[[], bool]
-
-
 def extract(
     experiment: Experiment,
     teachers: Sequence[str] | None = None,
-    task: int = 0,
-    num_tasks: int = 1,
     *,
-    progress: OnProgress | None = None,
-    should_stop: ShouldStop | None = None,
+    progress: OnProgress = lambda news: None,
 ) -> ExtractionReport:
-    """Extract all missing shards that this task owns, teacher by teacher.
+    """Extract all missing shards in this process, teacher by teacher.
 
     Raises:
-        ConfigError: an unknown teacher, or a task outside ``0 <= task < num_tasks``.
-        TeacherError, CorpusError, StoreError: see ``load_teacher``, ``prepare``, ``publish_shard``.
-        Interrupted: ``should_stop`` said so; everything published so far stays.
+        ConfigError: the config has no such teacher.
+        TeacherError, CorpusError, StoreError: see ``load_teacher``, ``prepare_store`` and
+            ``publish_shard``. Shards published earlier stay.
     """
-    if not 0 <= task < num_tasks:
-        raise ConfigError(f"task {task} of {num_tasks}: expected 0 <= task < num_tasks")
-    names = _names(experiment, teachers)
-    store = prepare(experiment)
-    run = _Run(store, experiment, progress, should_stop)
-    owned = store.shard_ids[task::num_tasks]
-    reports = tuple(_extract_teacher(run, name, owned) for name in names)
+    names = list(experiment.teachers if teachers is None else dict.fromkeys(teachers))
+    unknown = [name for name in names if name not in experiment.teachers]
+    if unknown or not names:
+        raise ConfigError(
+            f"no teacher {unknown or ''}; the config has {sorted(experiment.teachers)}"
+        )
+    store = prepare_store(experiment)
+    reports = tuple(_extract_teacher(store, experiment, name, progress) for name in names)
     missing = {name: len(store.missing(name)) for name in names}
     return ExtractionReport(store.paths.root, reports, missing)
+
+
+def _extract_teacher(
+    store: KVStore, experiment: Experiment, name: str, progress: OnProgress
+) -> TeacherReport:
+    total = len(store.shard_ids)
+    pending = [i for i in store.shard_ids if not is_extracted(store, experiment, name, i)]
+    report = TeacherReport(name, already_done=total - len(pending))
+    if not pending:
+        return report
+    teacher = open_teacher(store, experiment, name)
+    started = time.monotonic()
+    writing: deque[tuple[str, ExtractedShard, Future[bool]]] = deque()
+
+    def finish_oldest() -> None:
+        nonlocal report
+        shard_id, extracted, task = writing.popleft()
+        report = _count(report, extracted, task.result())
+        progress(Progress(name, shard_id, report.done, total, 0, committed=True))
+
+    # Shards are compressed and written while the next one is read; a waiting shard holds its
+    # codes in memory, so few may wait.
+    writers = experiment.extraction.writers
+    with ThreadPoolExecutor(writers) as pool:
+        for shard_id in pending:
+
+            def on_batch(tokens: int, shard_id: str = shard_id, done: int = report.done) -> None:
+                progress(Progress(name, shard_id, done, total, tokens, committed=False))
+
+            extracted = read_shard(store, experiment, teacher, shard_id, on_batch=on_batch)
+            task = pool.submit(publish, store, experiment, teacher, shard_id, extracted)
+            writing.append((shard_id, extracted, task))
+            while len(writing) > writers or (writing and writing[0][2].done()):
+                finish_oldest()
+        while writing:
+            finish_oldest()
+    return replace(report, seconds=time.monotonic() - started)
+
+
+def _count(report: TeacherReport, extracted: ExtractedShard, published: bool) -> TeacherReport:
+    return replace(
+        report,
+        shards=report.shards + published,
+        duplicates=report.duplicates + (not published),
+        tokens=report.tokens + extracted.num_read,
+        truncated=report.truncated + len(extracted.truncated),
+        skipped=report.skipped + len(extracted.skipped),
+    )
 
 
 def open_teacher(store: KVStore, experiment: Experiment, name: str) -> Teacher:
@@ -122,26 +170,6 @@ def open_teacher(store: KVStore, experiment: Experiment, name: str) -> Teacher:
     return teacher
 
 
-def extract_shard(
-    store: KVStore,
-    experiment: Experiment,
-    teacher: Teacher,
-    shard_id: str,
-    *,
-    on_batch: Callable[[int], None] | None = None,
-    attempt: dict[str, Any] | None = None,
-) -> tuple[ExtractedShard, bool]:
-    """Read one shard with one teacher and publish it; False if another copy was first.
-
-    Raises:
-        TeacherError: a sample cannot be read by this teacher.
-        NonFiniteError: NaN or infinity; names layer, head and sample.
-        StoreError: nothing could be written; nothing was published.
-    """
-    extracted = read_shard(store, experiment, teacher, shard_id, on_batch=on_batch)
-    return extracted, publish(store, experiment, teacher, shard_id, extracted, attempt=attempt)
-
-
 def read_shard(
     store: KVStore,
     experiment: Experiment,
@@ -150,7 +178,12 @@ def read_shard(
     *,
     on_batch: Callable[[int], None] | None = None,
 ) -> ExtractedShard:
-    """Read one shard with one teacher, and publish nothing."""
+    """Read one shard with one teacher, without publishing it.
+
+    Raises:
+        TeacherError: this teacher cannot read a sample.
+        NonFiniteError: NaN or infinity; names layer, head and sample.
+    """
     return extract_samples(
         teacher,
         store.samples(shard_id),
@@ -169,7 +202,14 @@ def publish(
     *,
     attempt: dict[str, Any] | None = None,
 ) -> bool:
-    """Publish a shard that was read; the last one of a teacher also makes its prototypes."""
+    """Publish a shard; the last one of a teacher also gives its prototypes.
+
+    Returns:
+        False if another process published the shard first.
+
+    Raises:
+        StoreError: the shard could not be written; nothing was published.
+    """
     name = teacher.manifest.name
     published = publish_shard(
         store,
@@ -189,83 +229,61 @@ def publish(
     return published
 
 
-@dataclass(frozen=True)
-class _Run:
-    store: KVStore
-    experiment: Experiment
-    progress: OnProgress | None
-    should_stop: ShouldStop | None
+class ExtractionWork:
+    """The workload: one teacher reading shards. ``prepare`` loads the teacher."""
 
-    def check_stop(self) -> None:
-        if self.should_stop is not None and self.should_stop():
-            raise Interrupted(
-                f"asked to stop; finished shards stay in {self.store.paths.root}: run the same "
-                "command again to continue"
-            )
+    def __init__(self, experiment: Experiment, teacher: str) -> None:
+        self._experiment = experiment
+        self._name = teacher
+        # Opened, not created: compute nodes may reach neither the corpus nor the hub.
+        self._store = KVStore.open(experiment.store)
 
-    def tell(self, teacher: str, shard_id: str, done: int, total: int) -> Callable[..., None]:
-        def tell(tokens: int, committed: bool = False) -> None:
-            if self.progress is not None:
-                now = done + committed
-                self.progress(Progress(teacher, shard_id, now, total, tokens, committed))
+    @cached_property
+    def _teacher(self) -> Teacher:
+        return open_teacher(self._store, self._experiment, self._name)
 
-        return tell
+    def is_done(self, unit: str) -> bool:
+        """Whether the shard is committed, by the extraction that the config describes."""
+        return is_extracted(self._store, self._experiment, self._name, unit)
 
+    def prepare(self) -> None:
+        """Load and verify the teacher."""
+        _ = self._teacher
 
-def _extract_teacher(run: _Run, name: str, owned: Sequence[str]) -> TeacherReport:
-    store, experiment = run.store, run.experiment
-    pending = [shard_id for shard_id in owned if not is_done(store, experiment, name, shard_id)]
-    report = TeacherReport(name, already_done=len(owned) - len(pending))
-    if not pending:
-        return report
-    teacher = open_teacher(store, experiment, name)
-    started = time.monotonic()
-    waiting: deque[tuple[str, ExtractedShard, Future[bool]]] = deque()
-    # Compressing and writing run beside the next shard's forward passes; a shard that waits
-    # holds its codes in memory, so few may wait.
-    with ThreadPoolExecutor(experiment.extraction.writers) as pool:
-        for shard_id in pending:
-            run.check_stop()
-            tell = run.tell(name, shard_id, report.done, len(owned))
-            extracted = read_shard(store, experiment, teacher, shard_id, on_batch=tell)
-            task = pool.submit(publish, store, experiment, teacher, shard_id, extracted)
-            waiting.append((shard_id, extracted, task))
-            while waiting and (len(waiting) > experiment.extraction.writers or _is_over(waiting)):
-                report = _settle(run, report, waiting, len(owned))
-        while waiting:
-            report = _settle(run, report, waiting, len(owned))
-    return replace(report, seconds=time.monotonic() - started)
+    def run(self, unit: str, should_stop: Callable[[], bool]) -> int:
+        """Read and publish one shard; returns its tokens. Stops between two batches."""
+
+        def check_stop(_tokens: int) -> None:
+            if should_stop():
+                raise Interrupted(f"shard {unit} of {self._name} abandoned")
+
+        check_stop(0)
+        job = job_element(os.environ)
+        read = (self._store, self._experiment, self._teacher, unit)
+        extracted = read_shard(*read, on_batch=check_stop)
+        publish(*read, extracted, attempt={} if job is None else {"job": job})
+        return extracted.num_read
+
+    def clear(self, unit: str) -> None:
+        """Remove staging folders of a committed shard; their writers can publish no more."""
+        for folder in self._store.paths.temporary(self._name).glob(f"{unit}.*"):
+            discard(folder)
 
 
-def _is_over(waiting: deque[tuple[str, ExtractedShard, Future[bool]]]) -> bool:
-    return waiting[0][2].done()
+def discard(folder: Path) -> None:
+    """Delete a staging folder, unless its writer is alive after all and publishes it first.
+
+    Renamed before it is emptied: rmtree follows an open folder wherever it is renamed to, and
+    would delete the files of a shard that its writer publishes meanwhile.
+    """
+    doomed = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        folder.rename(doomed)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _settle(
-    run: _Run,
-    report: TeacherReport,
-    waiting: deque[tuple[str, ExtractedShard, Future[bool]]],
-    total: int,
-) -> TeacherReport:
-    """Wait for the shard that was handed over first, and count it."""
-    shard_id, extracted, task = waiting.popleft()
-    published = task.result()
-    run.tell(report.teacher, shard_id, report.done, total)(0, committed=True)
-    return replace(
-        report,
-        shards=report.shards + published,
-        duplicates=report.duplicates + (not published),
-        tokens=report.tokens + extracted.num_read,
-        truncated=report.truncated + len(extracted.truncated),
-        skipped=report.skipped + len(extracted.skipped),
-    )
-
-
-def _names(experiment: Experiment, teachers: Sequence[str] | None) -> list[str]:
-    names = list(experiment.teachers) if teachers is None else list(dict.fromkeys(teachers))
-    unknown = [name for name in names if name not in experiment.teachers]
-    if unknown or not names:
-        raise ConfigError(
-            f"no teacher {unknown or ''}; the config has {sorted(experiment.teachers)}"
-        )
-    return names
+def extraction_work(config: str, teacher: str) -> ExtractionWork:
+    """The target of extraction tasks; ``config`` is a frozen experiment file."""
+    return ExtractionWork(load_experiment(Path(config)), teacher)

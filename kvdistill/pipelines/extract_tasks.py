@@ -1,118 +1,102 @@
-"""Extraction as work for ``kvdistill.slurm``: a shard is a unit, the store says what is done."""
+"""Extraction as tasks: one shard of one teacher is a unit, and the store decides what is done.
+
+A pool on this machine, Slurm arrays and written scripts run the same workload over the same folder,
+so they may be mixed: a shard that a pool has extracted is not submitted, and the next command
+extracts what an array left. Nothing here imports torch; the workload is ``extract.ExtractionWork``.
+"""
 
 from __future__ import annotations
 
-import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cached_property
+import dataclasses
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TextIO
+from typing import Final
 
 from kvdistill.config.experiment import Experiment
-from kvdistill.config.load import dump_experiment, load_experiment
-from kvdistill.errors import Interrupted
-from kvdistill.pipelines.stored import is_done, prepare
-from kvdistill.slurm.attempts import job_element
+from kvdistill.config.load import dump_experiment
+from kvdistill.config.slurm import SlurmProfile
+from kvdistill.corpus.readers import load_corpus
+from kvdistill.corpus.samples import cut_into_shards
+from kvdistill.errors import Interrupted, StoreMismatch, StoreNotFound
+from kvdistill.slurm import client
 from kvdistill.slurm.ledger import Ledger
-from kvdistill.slurm.task import Task, partition_round_robin, write_once
+from kvdistill.slurm.local_pool import run_pool
+from kvdistill.slurm.retry import is_quarantined
+from kvdistill.slurm.submit import batch_script, element_id, python_command, submit_array
+from kvdistill.slurm.task import Ending, Task, owned_units, partition_round_robin, write_once
+from kvdistill.slurm.worker import work
 from kvdistill.store.format import StorePaths
 from kvdistill.store.reader import KVStore
+from kvdistill.store.writer import create
 
-if TYPE_CHECKING:
-    from kvdistill.extract.teacher import Teacher
-
-
-TARGET: Final = "kvdistill.pipelines.extract_tasks:extraction_work"
+TARGET: Final = "kvdistill.pipelines.extract:extraction_work"
+MODULE: Final = ("-m", "kvdistill.cli")
 
 
-class ExtractionWork:
-    """One teacher reading shards. The teacher is loaded by ``prepare``, not before."""
+def prepare_store(experiment: Experiment) -> KVStore:
+    """Create the store of an experiment's corpus, or open the one that is there.
 
-    def __init__(self, experiment: Experiment, teacher: str) -> None:
-        self._experiment = experiment
-        self._name = teacher
-        # Opened, not prepared: the plan was made where it was submitted, and a compute node may
-        # reach neither the corpus nor the hub.
-        self._store = KVStore.open(experiment.store)
+    No teacher is loaded: each registers itself when its first shard is extracted.
 
-    @cached_property
-    def _teacher(self) -> Teacher:
-        from kvdistill.pipelines.extract import open_teacher
-
-        return open_teacher(self._store, self._experiment, self._name)
-
-    def is_done(self, unit: str) -> bool:
-        """Committed, by the extraction that the config asks for."""
-        return is_done(self._store, self._experiment, self._name, unit)
-
-    def prepare(self) -> None:
-        """Load and verify the teacher."""
-        _ = self._teacher
-
-    def run(self, unit: str, should_stop: Callable[[], bool]) -> int:
-        """Read and publish one shard; returns its tokens. Stops between two batches."""
-        from kvdistill.pipelines.extract import extract_shard
-
-        def look_up(_tokens: int) -> None:
-            if should_stop():
-                raise Interrupted(f"shard {unit} of {self._name} abandoned")
-
-        look_up(0)
-        job = job_element(os.environ)
-        extracted, _ = extract_shard(
-            self._store,
-            self._experiment,
-            self._teacher,
-            unit,
-            on_batch=look_up,
-            attempt={} if job is None else {"job": job},
-        )
-        return extracted.num_read
-
-    def clear(self, unit: str) -> None:
-        """Remove staging folders of a committed shard; their writers can publish no more."""
-        for folder in self._store.paths.temporary(self._name).glob(f"{unit}.*"):
-            discard(folder)
-
-
-def discard(folder: Path) -> None:
-    """Delete a staging folder, unless its writer lives after all and publishes it first.
-
-    Moved away before it is emptied: deleting follows an open folder wherever it is renamed to,
-    so a writer that publishes meanwhile would have its committed shard deleted file by file.
+    Raises:
+        CorpusError: the corpus is missing, empty or malformed.
+        StoreMismatch: the store was made from another corpus, or cut differently.
     """
-    doomed = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
+    samples = load_corpus(experiment.corpus).train
+    return create(experiment.store, list(cut_into_shards(samples, experiment.corpus.shard_chars)))
+
+
+def open_store(experiment: Experiment) -> KVStore:
+    """Open the store without reading the corpus again; create it if there is none."""
     try:
-        folder.rename(doomed)
-    except FileNotFoundError:
-        return
-    shutil.rmtree(doomed, ignore_errors=True)
+        return KVStore.open(experiment.store)
+    except StoreNotFound:
+        return prepare_store(experiment)
 
 
-def extraction_work(config: str, teacher: str) -> ExtractionWork:
-    """The target of extraction tasks; ``config`` is a frozen experiment file."""
-    return ExtractionWork(load_experiment(Path(config)), teacher)
+def is_extracted(store: KVStore, experiment: Experiment, teacher: str, shard_id: str) -> bool:
+    """Whether a shard is committed, by the extraction that the config describes.
+
+    Anything doubtful counts as pending: the teacher is then loaded, and the comparison of
+    manifests names the setting that differs.
+    """
+    if not store.paths.teacher_manifest(teacher).is_file():
+        return False
+    manifest = store.teacher(teacher)
+    same = (
+        manifest.extraction_fingerprint == experiment.extraction_fingerprint(teacher)
+        and manifest.model == experiment.teachers[teacher].model
+        and manifest.backend == experiment.extraction.backend
+    )
+    return same and store.is_committed(teacher, shard_id)
 
 
-def ledger_of(experiment: Experiment, teacher: str) -> Ledger:
-    """Where a teacher's tasks leave word."""
+def has_other_settings(store: KVStore, experiment: Experiment, teacher: str) -> bool:
+    """Whether the stored shards of a teacher were extracted with settings other than the config's.
+
+    A teacher's name holds one extraction, so one shard stands for all.
+    """
+    first = sorted(store.committed(teacher))[:1]
+    return not all(is_extracted(store, experiment, teacher, shard_id) for shard_id in first)
+
+
+def extracted_shards(store: KVStore, experiment: Experiment, teacher: str) -> frozenset[str]:
+    """Shards that are committed by the extraction that the config describes."""
+    other = has_other_settings(store, experiment, teacher)
+    return frozenset() if other else store.committed(teacher)
+
+
+def extraction_ledger(experiment: Experiment, teacher: str) -> Ledger:
+    """The ledger of a teacher's tasks, inside the store."""
     return Ledger(StorePaths(experiment.store.absolute()).teacher(teacher))
 
 
-def done_units(store: KVStore, experiment: Experiment, teacher: str) -> frozenset[str]:
-    """Shards that are committed by the extraction that the config asks for."""
-    return frozenset() if is_another(store, experiment, teacher) else store.committed(teacher)
-
-
-def is_another(store: KVStore, experiment: Experiment, teacher: str) -> bool:
-    """Whether what is stored under a teacher's name was extracted by other settings."""
-    # One extraction per name, so that one shard speaks for all.
-    return not all(
-        is_done(store, experiment, teacher, unit) for unit in sorted(store.committed(teacher))[:1]
-    )
+def freeze(experiment: Experiment, folder: Path) -> Path:
+    """Write the experiment as it is now, so that later edits change no queued job."""
+    return write_once(dump_experiment(experiment), folder, "experiment")
 
 
 def extraction_tasks(
@@ -122,36 +106,168 @@ def extraction_tasks(
     num_tasks: int,
     warning_seconds: float = 120.0,
 ) -> list[Task]:
-    """Share units of one teacher out among ``num_tasks`` tasks (fewer if there are fewer units)."""
-    ledger = ledger_of(experiment, teacher)
-    frozen = freeze(experiment, ledger.jobs)
-    arguments = {"config": str(frozen), "teacher": teacher}
+    """Partition shards of one teacher among ``num_tasks`` tasks, or as many as there are shards."""
+    ledger = extraction_ledger(experiment, teacher)
+    arguments = {"config": str(freeze(experiment, ledger.jobs)), "teacher": teacher}
     task = Task(TARGET, arguments, ledger.folder, units, warning_seconds=warning_seconds)
-    return partition_round_robin(task, units, num_tasks)
+    return partition_round_robin(task, num_tasks)
 
 
-def freeze(experiment: Experiment, folder: Path) -> Path:
-    """Write an experiment down as it is now, so that a later edit changes no queued job."""
-    return write_once(dump_experiment(experiment), folder, "experiment")
+@dataclass(frozen=True)
+class PendingShards:
+    """What one teacher lacks."""
+
+    teacher: str
+    units: tuple[str, ...]
+    """Missing shards that are neither queued nor quarantined."""
+    queued: tuple[str, ...]
+    """Missing shards that a queued or running array element owns."""
+    quarantined: tuple[str, ...]
 
 
-@contextmanager
-def pool_progress(
-    experiment: Experiment, teacher: str, stream: TextIO
-) -> Iterator[Callable[[], None]]:
-    """Yields what a pool calls a few times a second; says how many shards are there."""
-    store = prepare(experiment)
-    total = len(store.shard_ids)
-    shown = -1
+def pending_shards(experiment: Experiment, teacher: str, ask_slurm: bool) -> PendingShards:
+    """Determine what one teacher lacks. Creates the store if there is none.
 
-    def tell() -> None:
-        nonlocal shown
-        count = len(store.committed(teacher))
-        if count != shown:
-            shown = count
-            end = "" if stream.isatty() and count < total else "\n"
-            start = "\r" if stream.isatty() else ""
-            print(f"{start}{teacher} {count}/{total} shards", end=end, file=stream, flush=True)
+    Raises:
+        StoreMismatch: the teacher's shards were extracted with other settings; raised here once
+            rather than by every task.
+    """
+    store = prepare_store(experiment)
+    if has_other_settings(store, experiment, teacher):
+        raise StoreMismatch(
+            f"{experiment.store}: teacher {teacher!r} was extracted with other settings than the "
+            "config's (model, layers, template, dtype, codec, backend, …); give the new extraction "
+            "another name, restore the settings, or remove the old one with `kvdistill rm`"
+        )
+    done = extracted_shards(store, experiment, teacher)
+    missing = [unit for unit in store.shard_ids if unit not in done]
+    ledger = extraction_ledger(experiment, teacher)
+    in_queue = units_in_queue(ledger) if ask_slurm else set()
+    failed = {unit for unit in ledger.failed_units() if is_quarantined(ledger, unit)}
+    return PendingShards(
+        teacher,
+        units=tuple(u for u in missing if u not in in_queue and u not in failed),
+        queued=tuple(u for u in missing if u in in_queue),
+        quarantined=tuple(u for u in missing if u in failed and u not in in_queue),
+    )
 
-    yield tell
-    tell()
+
+def units_in_queue(ledger: Ledger) -> set[str]:
+    """Units that a queued or running array element owns."""
+    submissions = ledger.submissions()
+    if not submissions or not client.is_available():
+        return set()
+    queued = client.queue(submission.job_id for submission in submissions)
+    return {
+        unit
+        for job in submissions
+        for index, units in enumerate(job.elements)
+        if element_id(job.job_id, index, len(job.elements)) in queued
+        for unit in units
+    }
+
+
+@dataclass(frozen=True)
+class PoolReport:
+    """How a pool of workers left one teacher."""
+
+    missing: int
+    """Shards, quarantined ones included."""
+    messages: tuple[str, ...]
+    """Of workers that could not start and of failed shards, each once."""
+
+
+def extract_pool(
+    experiment: Experiment,
+    teacher: str,
+    workers: int,
+    on_poll: Callable[[int, int], None] = lambda done, total: None,
+) -> PoolReport:
+    """Extract what one teacher lacks with several worker processes on this machine.
+
+    ``on_poll`` is called a few times a second with the number of committed and of all shards.
+
+    Raises:
+        Interrupted: a signal stopped the workers; committed shards stay.
+    """
+    began = time.time()
+    pending = pending_shards(experiment, teacher, ask_slurm=False)
+    store = KVStore.open(experiment.store)
+
+    def poll() -> None:
+        on_poll(len(store.committed(teacher)), len(store.shard_ids))
+
+    ending = Ending("complete", "nothing to do")
+    if pending.units:
+        tasks = extraction_tasks(experiment, teacher, pending.units, workers)
+        ending = run_pool(tasks, on_poll=poll)
+    poll()
+    if ending.outcome == "interrupted":
+        raise Interrupted(f"{ending.message}; run the same command again to continue")
+    ledger = extraction_ledger(experiment, teacher)
+    failed = [a for a in ledger.attempts() if a.started >= began and a.outcome == "failed"]
+    failures = [f for found in ledger.failed_units().values() for f in found if f.time >= began]
+    messages = dict.fromkeys([*(str(a.message) for a in failed), *(f.message for f in failures)])
+    return PoolReport(len(store.missing(teacher)), tuple(messages))
+
+
+def extract_share(
+    experiment: Experiment, teacher: str, task: int, num_tasks: int, workers: int
+) -> Ending:
+    """Extract one task's share of all shards on this machine, as written scripts do."""
+    shard_ids = open_store(experiment).shard_ids
+    whole = extraction_tasks(experiment, teacher, shard_ids, 1)[0]
+    owned = owned_units(shard_ids, task, num_tasks)
+    share = dataclasses.replace(whole, units=owned, task=task, num_tasks=num_tasks)
+    return work(share) if workers == 1 else run_pool(partition_round_robin(share, workers))
+
+
+@dataclass(frozen=True)
+class SubmittedArrays:
+    """Arrays that were submitted for one teacher."""
+
+    pending: PendingShards
+    job_ids: tuple[str, ...]
+    elements: int
+
+
+def submit_extraction(
+    experiment: Experiment, teachers: Sequence[str], profile: SlurmProfile
+) -> list[SubmittedArrays]:
+    """Submit one array per teacher over its missing shards.
+
+    Raises:
+        SlurmError: no Slurm here, or it refused.
+        CorpusError, StoreError: the store cannot be created or opened.
+    """
+    client.require()
+    submitted = []
+    for teacher in teachers:
+        pending = pending_shards(experiment, teacher, ask_slurm=True)
+        warning = float(profile.signal_delay_s)
+        count = num_array_tasks(profile)
+        tasks = extraction_tasks(experiment, teacher, pending.units, count, warning)
+        ids = submit_array(tasks, profile, f"kv-{teacher}") if pending.units else []
+        submitted.append(SubmittedArrays(pending, tuple(ids), len(tasks) if ids else 0))
+    return submitted
+
+
+def num_array_tasks(profile: SlurmProfile) -> int:
+    """Array elements per teacher (or per study)."""
+    return profile.tasks or profile.array_parallelism
+
+
+def extraction_script(
+    experiment: Experiment, teacher: str, profile: SlurmProfile, config: Path
+) -> str:
+    """A batch script of one teacher's array, to be submitted by hand."""
+    profile = profile.model_copy(update={"nodes": 1})
+    count = num_array_tasks(profile)
+    arguments = ["-u", *MODULE, "extract", str(config.absolute()), "--teacher", teacher]
+    workers = f" --workers={profile.workers}" if profile.workers > 1 else ""
+    command = (
+        f"{python_command(profile)} {shlex.join(arguments)} "
+        f"--task=$SLURM_ARRAY_TASK_ID --num-tasks={count}{workers}"
+    )
+    ledger = extraction_ledger(experiment, teacher)
+    return batch_script(profile, f"kv-{teacher}", command, ledger, elements=count)

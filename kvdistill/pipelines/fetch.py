@@ -1,4 +1,4 @@
-"""Everything that an experiment needs from a hub, downloaded ahead of offline compute nodes."""
+"""Download of everything that an experiment needs from a hub, for offline compute nodes."""
 
 from __future__ import annotations
 
@@ -10,30 +10,23 @@ from typing import Final, Literal
 from kvdistill.config.experiment import Experiment
 from kvdistill.errors import TeacherError
 
-Kind = Literal["model", "tokenizer", "dataset"]
-
-
 TOKENIZER_FILES: Final = ("*.json", "*.txt", "*.model", "*.jinja")
-
-
-MODEL_FILES: Final = (*TOKENIZER_FILES, "*.safetensors")
-
-
+MODEL_FILES: Final = (*TOKENIZER_FILES, "*.safetensors")  # no pickles
 CODE_FILES: Final = ("*.py",)
 
 
 @dataclass(frozen=True)
 class Need:
-    """One thing of the config that has to be on the machine."""
+    """A model, tokenizer or data set that the config names."""
 
-    kind: Kind
+    kind: Literal["model", "tokenizer", "dataset"]
     source: str
     revision: str | None = None
     files: tuple[str, ...] = ()
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a folder that is already here."""
+        """Whether it is a local folder."""
         return Path(self.source).exists()
 
 
@@ -43,12 +36,12 @@ def needs(experiment: Experiment) -> list[Need]:
 
 
 def fetch(
-    experiment: Experiment, tell: Callable[[Need, str], None] = lambda need, word: None
+    experiment: Experiment, report: Callable[[Need, str], None] = lambda need, state: None
 ) -> list[Need]:
-    """Download what is not here; ``tell`` hears of each before and after. Pickles are left out.
+    """Download what is not local; ``report`` is called before and after each.
 
     Raises:
-        TeacherError: a model or tokenizer is missing, gated or out of reach.
+        TeacherError: a model or tokenizer is missing, gated or unreachable.
         CorpusError, MissingExtra: the data set cannot be loaded.
     """
     wanted = needs(experiment)
@@ -56,12 +49,12 @@ def fetch(
         if need.kind == "dataset":
             from kvdistill.corpus.readers import load_corpus
 
-            tell(need, "fetching")
+            report(need, "fetching")
             load_corpus(experiment.corpus)
         elif not need.is_local:
-            tell(need, "fetching")
+            report(need, "fetching")
             _download(need)
-        tell(need, "here")
+        report(need, "on this machine")
     return wanted
 
 
@@ -93,5 +86,5 @@ def _download(need: Need) -> None:
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise TeacherError(
             f"cannot fetch {need.kind} {need.source!r}: {' '.join(str(error).split())[:200]} "
-            "(is the name right, and is there a network? Gated models need `hf auth login`)"
+            "(check the name and the network; gated models need `hf auth login`)"
         ) from error

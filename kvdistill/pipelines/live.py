@@ -1,11 +1,10 @@
-"""Teachers in memory behind the interface of a store: online distillation, for comparison.
+"""Online distillation, for comparison: live teachers behind the interface of a store.
 
-Tests use it to show that cached and live keys and values give equal losses, benchmarks to measure
-what caching saves. Training proper never does: stage 2 loads no teacher.
+Tests show with it that cached and live keys and values give equal losses, benchmarks measure what
+caching saves. ``kvdistill train`` never uses it: stage 2 loads no teacher.
 
-The store is still opened, for its corpus, its plan and its manifests (geometry and statistics);
-of its shards nothing is read. Every shard is read by every teacher each time it comes up, as
-online distillation would, and encoded as the store's would be, so that the same items come out.
+The store gives the corpus, the plan and the manifests (geometry and statistics), and no shard.
+Every teacher reads every shard each time it is due, and encodes it as it would be stored.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from kvdistill.store.shard import EncodedShard
 
 @dataclass(frozen=True, eq=False)
 class LiveSource:
-    """Gives the shards of a plan by running the teachers over its samples."""
+    """Shards of a plan, made by running the teachers over its samples."""
 
     experiment: Experiment
     teachers: Mapping[str, Teacher]
@@ -40,7 +39,7 @@ class LiveSource:
         return [plan.num_samples for plan in self.store.manifest.shards]
 
     def load(self, shard_idx: int) -> LoadedShard:
-        """Run every teacher over one shard, here and now."""
+        """Run every teacher over one shard."""
         shard_id = self.store.shard_ids[shard_idx]
         found = {}
         for name, layers in self.layers.items():
@@ -52,14 +51,14 @@ class LiveSource:
     def load_all(
         self, shard_idx: Iterable[int], *, threads: int, num_ahead: int
     ) -> Generator[LoadedShard, None, None]:
-        """Shards in order, each when it is asked for: a teacher's pass fills the machine."""
+        """Shards in order, without prefetching: a teacher's forward pass fills the machine."""
         del threads, num_ahead
         for i in shard_idx:
             yield self.load(i)
 
 
 def live_source(experiment: Experiment) -> SourceOf:
-    """Load every teacher of an experiment; what ``build_trainer`` wants as its ``source_of``.
+    """Load every teacher of an experiment; returns ``build_trainer``'s ``source_of``.
 
     Raises:
         TeacherError: one of them cannot be loaded or verified.
@@ -75,7 +74,7 @@ def live_source(experiment: Experiment) -> SourceOf:
 def only_layers(
     shard: EncodedShard, manifest: TeacherManifest, layers: Sequence[int]
 ) -> EncodedShard:
-    """What ``KVStore.read_shard`` returns for some layers, of a shard that has all of them."""
+    """Select layers of a shard that has all of them, as ``KVStore.read_shard`` would."""
     tokens = shard.tokens
     counts = Counts(tokens.num_samples, tokens.num_tokens, tokens.num_blocks)
     arrays = dict(shard.arrays)

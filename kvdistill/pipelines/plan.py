@@ -1,8 +1,8 @@
-"""What extraction will cost, before it is started: a few hundred samples tell.
+"""Cost estimate of an extraction, from a pilot of a few hundred samples.
 
-Lengths come from tokenising the pilot, which is cheap. Sizes come from really extracting a few
-samples into a scratch store, once per codec, so compression and scales are in the figure.
-Everything is projected by characters, which are known for the whole corpus.
+Lengths come from tokenising the pilot. Sizes come from extracting a few samples into a scratch
+store, once per codec, so they include compression and scales. Both are extrapolated by
+characters, which are known for the whole corpus.
 """
 
 from __future__ import annotations
@@ -32,46 +32,42 @@ from kvdistill.store.writer import add_teacher, create, publish_shard
 from kvdistill.types import SEGMENT_IDS, CodecSpec
 
 BUDGETS: Final = (8, 16, 24, 32, 64, 128, 256)
-"""Tokens that an eviction might keep; 24 is KaVa's (arXiv 2510.02312)."""
-
-
+"""Eviction budgets in tokens; 24 is KaVa's (arXiv 2510.02312)."""
 QUANTILES: Final = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
-
-
 DISK_MARGIN: Final = 1.1
-"""A store needs this much more than projected: shards being written, and luck of the pilot."""
+"""Factor for shards being written and for the pilot's error."""
 
 
 @dataclass(frozen=True)
 class TeacherEstimate:
-    """Projection for one teacher over the whole corpus."""
+    """Estimate for one teacher over the whole corpus."""
 
     teacher: str
     tokens: int
     """Tokens of the whole corpus."""
     tokens_per_second: float
     hours: float
-    """Of one process; divide by how many run at once."""
+    """With one process; divide by the number of processes."""
     codec: str
     gigabytes: dict[str, float]
-    """On disk, per codec for keys and values, as ``int8`` or ``key/value``."""
+    """On disk, by codec, named ``int8`` or ``key/value``."""
     kept: float
-    """Share of keys and values that is stored: 1, unless heads are chosen or tokens evicted."""
+    """Share of keys and values that is stored: below 1 with selected heads or eviction."""
     lengths: dict[float, int]
     """Quantiles of tokens per sample."""
     rationale_lengths: dict[float, int]
     """Quantiles over samples that have a rationale; empty without any."""
     too_long: float
-    """Share of samples that this teacher cannot read whole."""
+    """Share of samples longer than the teacher's context."""
     touched: dict[int, float]
     """Per eviction budget, the share of samples whose rationale (or text) is longer."""
     alignment: AlignmentQuality | None
-    """Against the student's tokenizer, where the config names one that can be loaded."""
+    """With the student's tokenizer, where the config names one that can be loaded."""
 
 
 @dataclass(frozen=True)
 class ExtractionEstimate:
-    """Projection for an experiment."""
+    """Estimate for an experiment."""
 
     samples: int
     characters: int
@@ -86,18 +82,18 @@ class ExtractionEstimate:
 
     @property
     def fits(self) -> bool:
-        """Whether the store fits on the disk it is to lie on."""
+        """Whether the store fits on its disk."""
         return self.needed_gigabytes <= self.free_gigabytes
 
 
 def estimate_extraction(
     experiment: Experiment, num_samples: int = 256, num_sized: int = 12
 ) -> ExtractionEstimate:
-    """Pilot every teacher: ``num_samples`` are tokenised, ``num_sized`` extracted per codec.
+    """Tokenise ``num_samples`` with every teacher, and extract ``num_sized`` per codec.
 
     Raises:
         CorpusError: the corpus is missing, empty or malformed.
-        TeacherError: a teacher cannot be loaded, verified, or read a sample.
+        TeacherError: a teacher cannot be loaded or verified, or cannot read a sample.
     """
     samples = load_corpus(experiment.corpus).train
     characters = sum(len(sample.text) for sample in samples)
@@ -119,7 +115,7 @@ def estimate_extraction(
 
 
 def array_size(plan: ExtractionEstimate, parallelism: int) -> int:
-    """Tasks per teacher that can be busy at once."""
+    """Tasks per teacher that can run at once: no more than shards."""
     return max(1, min(parallelism, plan.shards))
 
 
@@ -144,7 +140,7 @@ def _estimate_teacher(pilot: _PilotSetup, teacher: Teacher) -> TeacherEstimate:
         if length and (teacher.max_length is None or length <= teacher.max_length)
     ]
     bytes_per_token, rate = _sizes(pilot.experiment, teacher, _spread(sized, pilot.num_sized))
-    rationale = np.array([_rationale_length(sample) for sample in encoded])
+    rationale = np.array([int((s.segment == SEGMENT_IDS["rationale"]).sum()) for s in encoded])
     budgeted = np.where(rationale > 0, rationale, lengths)
     limit = teacher.max_length or math.inf
     return TeacherEstimate(
@@ -185,7 +181,7 @@ def _sizes(
 def _measure_size(
     experiment: Experiment, teacher: Teacher, samples: Sequence[Sample]
 ) -> tuple[int, float, int]:
-    """Extract into a scratch store: bytes of the shard, seconds, tokens."""
+    """Extract into a scratch store; returns bytes on disk, seconds and tokens."""
     extracted = extract_samples(
         teacher, samples, batch_tokens=experiment.extraction.batch_tokens, long_text="error"
     )
@@ -209,7 +205,7 @@ def _student_spans(experiment: Experiment, pilot: Sequence[Sample]) -> list[Enco
     try:
         tokenizer = load_student_tokenizer(source, experiment.student.trust_remote_code)
     except StudentError:
-        # A plan is often made before the student's tokenizer is trained; it is then left out.
+        # The estimate may precede the training of the student's tokenizer.
         return None
     return Reader(tokenizer).read(pilot)
 
@@ -233,7 +229,7 @@ def _spans(encoded: Encoded) -> Spans:
 
 
 def _kept(teacher: Teacher, encoded: Sequence[Encoded]) -> float:
-    """Share of the pilot's keys and values, of the kept layers, that the config stores."""
+    """Share of the pilot's keys and values, over the kept layers, that the config stores."""
     manifest = teacher.manifest
     read = sum(sample.num_tokens for sample in encoded)
     stored = read
@@ -244,16 +240,12 @@ def _kept(teacher: Teacher, encoded: Sequence[Encoded]) -> float:
     return stored * stored_heads / max(read * heads, 1)
 
 
-def _rationale_length(encoded: Encoded) -> int:
-    return int((encoded.segment == SEGMENT_IDS["rationale"]).sum())
-
-
 def _length_quantiles(lengths: NDArray[np.int64]) -> dict[float, int]:
     return {q: round(float(np.quantile(lengths, q))) for q in QUANTILES} if lengths.size else {}
 
 
 def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """At most ``count`` samples, evenly over the corpus: files are often sorted by something."""
+    """At most ``count`` samples, evenly spaced: corpus files are often sorted."""
     step = max(1, math.ceil(len(samples) / max(count, 1)))
     return list(samples[::step])
 

@@ -1,4 +1,4 @@
-"""Is a store still what its teacher says? Read some samples again and compare."""
+"""Verification of a store against its teachers: read some samples again and compare."""
 
 from __future__ import annotations
 
@@ -22,17 +22,15 @@ from kvdistill.store.writer import add_teacher
 from kvdistill.types import KINDS, Kind
 
 TOLERANCE: Final = {"float32": 0.01, "float16": 0.03, "bfloat16": 0.05}
-"""Largest relative error by the teacher's dtype: another batch size rounds differently, and a
-value on the edge between two codes may fall either way."""
-
-
+"""Largest relative error by the teacher's dtype: another batch size rounds differently, and may
+change a value's code."""
 MOVED: Final = 0.05
-"""Where two tokens rank nearly alike, rounding decides which of them an eviction keeps."""
+"""Largest share of slots that may hold another token: rounding decides between equal ranks."""
 
 
 @dataclass(frozen=True)
 class Reextraction:
-    """Stored against read again, over some samples of one teacher."""
+    """Stored against re-extracted keys and values, over some samples of one teacher."""
 
     teacher: str
     samples: int
@@ -42,23 +40,23 @@ class Reextraction:
     value_error: float
     tolerance: float
     moved: float = 0.0
-    """Share of an evicted teacher's slots that now hold another token, the worst sample; the
-    errors are over the others."""
+    """Share of an evicted teacher's slots that now hold another token, the worst sample. The errors
+    exclude them."""
 
     @property
     def agrees(self) -> bool:
-        """Whether both errors are within the tolerance, and nearly all slots hold what they did."""
+        """Whether the errors are within ``tolerance``, and at most ``MOVED`` slots changed."""
         return max(self.key_error, self.value_error) <= self.tolerance and self.moved <= MOVED
 
 
 def reextract(store: KVStore, experiment: Experiment, name: str, count: int) -> Reextraction:
-    """Read ``count`` samples, spread over the committed shards, through the teacher again.
+    """Read ``count`` samples, spread over the committed shards, with the teacher again.
 
     Raises:
         ShardNotFound: nothing is committed.
         TeacherError: the teacher cannot be loaded or verified.
-        StoreMismatch: its fingerprints are not the stored ones, or it now cuts a sample into
-            other tokens.
+        StoreMismatch: its fingerprints differ from the stored ones, or it tokenises a sample
+            differently.
     """
     chosen = _spread_samples(store, name, count)
     teacher = load_teacher(name, experiment)
@@ -77,9 +75,9 @@ def reextract(store: KVStore, experiment: Experiment, name: str, count: int) -> 
         stored_ids = table.token_ids[table.span(sample_idx)]
         if not np.array_equal(stored_ids, again.tokens.token_ids):
             raise StoreMismatch(
-                f"{store.paths.root}: teacher {name!r} now reads sample {sample.sample_id!r} as "
-                f"{again.tokens.num_tokens} tokens that differ from the {stored_ids.size} stored; "
-                "its tokenizer or template changed"
+                f"{store.paths.root}: teacher {name!r} tokenises sample {sample.sample_id!r} "
+                f"differently ({again.tokens.num_tokens} tokens, stored {stored_ids.size}); its "
+                "tokenizer or template changed"
             )
         num_tokens += stored_ids.size
         same = _same_slots(store, teacher, shard_id, sample_idx, again.arrays)
@@ -137,7 +135,7 @@ def _same_slots(
     sample_idx: int,
     fresh: Mapping[str, np.ndarray],
 ) -> dict[int, NDArray[np.bool]]:
-    """Per layer of an evicted teacher ``[H, T]``: slots that hold the same token as before."""
+    """Per layer of an evicted teacher, ``[H, T]``: slots that hold the stored token."""
     manifest = teacher.manifest
     if manifest.eviction is None:
         return {}

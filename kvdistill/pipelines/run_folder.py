@@ -1,9 +1,9 @@
-"""A run's folder: what was asked, by which software, how it went, and whether it is finished.
+"""What a run leaves behind: its folder, its record, and the model card of its student.
 
 RUN/config.yaml           the whole experiment, defaults included
 RUN/run.json              provenance; ``finished`` and the final metrics once it is
 RUN/training_log.jsonl    one object per log
-RUN/training.log          the same for people, warnings included
+RUN/training.log          the same as text, warnings included
 RUN/tensorboard/          the same for TensorBoard
 RUN/checkpoint-*/         to resume from
 RUN/best/                 the best student so far, while the run goes on
@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
@@ -27,6 +28,7 @@ from kvdistill.config.base import current_names
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import dump_experiment, flatten, parse_experiment
 from kvdistill.errors import ConfigError
+from kvdistill.store.manifest import TeacherManifest
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """The experiment that the run was made from."""
+        """The whole experiment, as YAML."""
         return self.path / "config.yaml"
 
     @property
@@ -52,7 +54,7 @@ class RunFolder:
 
     @property
     def human_log(self) -> Path:
-        """The same for people, with warnings."""
+        """The same as text, with warnings."""
         return self.path / "training.log"
 
     @property
@@ -72,11 +74,11 @@ class RunFolder:
 
     @property
     def diagnostics(self) -> Path:
-        """What the report draws."""
+        """Data for the report's figures."""
         return self.path / "diagnostics.json"
 
     def read_record(self) -> dict[str, Any]:
-        """``run.json``, or nothing if the run has not begun."""
+        """``run.json``; empty if the run has not begun."""
         if not self.record.is_file():
             return {}
         record: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
@@ -102,7 +104,7 @@ def begin(experiment: Experiment) -> RunFolder:
     """
     folder = RunFolder(experiment.output_dir / experiment.name)
     if os.environ.get("RANK", "0") != "0":
-        return folder  # torchrun's other ranks start at the same moment; the first keeps the books
+        return folder  # torchrun starts all ranks at once; rank 0 alone writes the record
     if folder.config.is_file():
         refuse_other_config(folder, experiment)
     else:
@@ -123,17 +125,17 @@ def begin(experiment: Experiment) -> RunFolder:
 
 
 def refuse_other_config(folder: RunFolder, experiment: Experiment) -> None:
-    """See to it that a folder's run is of this configuration; Slurm's settings do not count.
+    """Refuse a folder whose run has another configuration; ``slurm`` settings do not count.
 
     Raises:
         ConfigError: names the folder, the setting and both values.
     """
-    # Read as a config, so that settings which a later version added have their defaults.
+    # Parsed as a config, so that settings of a later version have their defaults.
     written = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     earlier = parse_experiment(current_names(written, warn=False))
     stored = flatten(earlier.model_dump(mode="json"))
     asked = flatten(experiment.model_dump(mode="json"))
-    # What is asked of Slurm changes no number, and may change between two tries.
+    # Slurm's resources change no number, and may change between two attempts.
     keys = {key for key in stored | asked if not key.startswith("slurm.")}
     different = sorted(key for key in keys if stored.get(key) != asked.get(key))
     if different:
@@ -143,3 +145,117 @@ def refuse_other_config(folder: RunFolder, experiment: Experiment) -> None:
             f"{folder.path} holds a run with {key}={stored.get(key)!r}, this config has "
             f"{asked.get(key)!r}{more}; choose another name (--set name=…) or remove the folder"
         )
+
+
+_HOW_TO_LOAD: Final = """\
+## How to load it
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+student = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```"""
+_HOW_TO_LOAD_LATENT: Final = """
+
+Its latent reasoning needs `kvdistill.LatentStudent.from_pretrained`."""
+
+
+def model_card(
+    experiment: Experiment,
+    teachers: Mapping[str, TeacherManifest],
+    corpus_fingerprint: str,
+    record: Mapping[str, Any],
+) -> str:
+    """README.md of a student's folder, with the hub's front matter.
+
+    Args:
+        experiment: configuration of the run.
+        teachers: manifests of the teachers whose keys and values were used.
+        corpus_fingerprint: SHA-256 of the training samples.
+        record: ``run.json`` of the finished run.
+    """
+    student = experiment.student
+    head: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["kvdistill", "knowledge-distillation", "kv-cache"],
+    }
+    if student.model is not None:
+        head["base_model"] = student.model
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {experiment.name}",
+        _summary(experiment, teachers),
+        _HOW_TO_LOAD + (_HOW_TO_LOAD_LATENT if experiment.latent is not None else ""),
+        _teacher_section(teachers),
+        _training_section(experiment, record),
+        _evaluation_section(record),
+        _provenance_section(corpus_fingerprint, record),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _summary(experiment: Experiment, teachers: Mapping[str, TeacherManifest]) -> str:
+    student = experiment.student
+    start = "from scratch" if student.model is None else f"from `{student.model}`"
+    if student.lora is not None:
+        start += f", with LoRA of rank {student.lora.rank} merged into its weights"
+    source = "on text alone, without teachers"
+    if teachers:
+        source = f"through the key/value caches of {', '.join(teachers)}"
+    return f"A language model trained with kvdistill {start}, {source}."
+
+
+def _teacher_section(teachers: Mapping[str, TeacherManifest]) -> str:
+    if not teachers:
+        return ""
+    rows = [
+        f"| {name} | `{t.model}` | {t.revision or '–'} | {len(t.layers)} | "
+        f"{t.codec.key}/{t.codec.value} | `{t.weights_fingerprint[:12]}` |"
+        for name, t in teachers.items()
+    ]
+    columns = ("name", "model", "revision", "layers", "codec (keys/values)", "weights")
+    head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
+    return "\n".join(["## Teachers", "", head, *rows])
+
+
+def _training_section(experiment: Experiment, record: Mapping[str, Any]) -> str:
+    training = experiment.training
+    weights = {name: weight for name, weight in experiment.losses.weights().items() if weight}
+    rows = {
+        "losses": ", ".join(f"{weight:g} · {name}" for name, weight in weights.items()),
+        "projection": experiment.projection.mode,
+        "fusion": experiment.fusion.method,
+        "steps": record["steps"],
+        "batch": f"{training.batch_size} × {training.gradient_accumulation_steps}",
+        "learning rate": f"{training.learning_rate:g}, {training.schedule}",
+        "precision": training.precision,
+        "seed": experiment.seed,
+        "seconds": f"{record['seconds']:.0f}",
+    }
+    if record.get("best"):
+        rows["best step"] = record["best"]["step"]
+    return _markdown_table("Training", rows)
+
+
+def _evaluation_section(record: Mapping[str, Any]) -> str:
+    metrics = record["metrics"]
+    if not metrics:
+        return ""
+    rows = {name.removeprefix("eval_").replace("_", " "): f"{v:.6g}" for name, v in metrics.items()}
+    return _markdown_table("Held-out samples", rows)
+
+
+def _provenance_section(corpus_fingerprint: str, record: Mapping[str, Any]) -> str:
+    last = record["attempts"][-1]
+    rows = {
+        "corpus": f"`{corpus_fingerprint[:12]}` (SHA-256 of its samples)",
+        "commit": last["git_commit"] or "–",
+        "started": last["started"],
+        **last["versions"],
+    }
+    return _markdown_table("Provenance", rows)
+
+
+def _markdown_table(title: str, rows: Mapping[str, Any]) -> str:
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join([f"## {title}", "", "| | |", "|---|---|", *lines])

@@ -1,4 +1,4 @@
-"""Stage 2, whole: open the store, check it against the config, train, evaluate, save.
+"""Stage 2: open the store, check it against the config, train, evaluate, save.
 
 No teacher is loaded and no code that could load one is imported.
 """
@@ -23,8 +23,7 @@ from kvdistill.corpus.readers import Splits, load_corpus
 from kvdistill.corpus.samples import Sample, corpus_fingerprint
 from kvdistill.distill.evaluate.answers import is_gradable
 from kvdistill.errors import ConfigError, IncompleteStore, Interrupted, StoreMismatch
-from kvdistill.pipelines.model_card import model_card
-from kvdistill.pipelines.run_folder import RunFolder, begin
+from kvdistill.pipelines.run_folder import RunFolder, begin, model_card
 from kvdistill.store.reader import KVStore
 
 if TYPE_CHECKING:
@@ -42,15 +41,15 @@ class TrainingReport:
 
 
 def train(experiment: Experiment) -> TrainingReport:
-    """Distil the store into a student; a run that was interrupted goes on where it stopped.
+    """Distil the store into a student; an interrupted run resumes from its last checkpoint.
 
     Raises:
         StoreNotFound: there is no store yet.
         IncompleteStore: shards are missing (exit code 3).
         StoreMismatch: the store was made from another corpus, or by other teachers.
         StudentError: the student or its tokenizer cannot be used.
-        ConfigError: exact match is asked for, but no held-out sample has an answer.
-        Interrupted: a signal came; a checkpoint was saved (exit code 75).
+        ConfigError: exact match is configured, but no held-out sample has an answer.
+        Interrupted: a signal stopped training after a checkpoint was saved (exit code 75).
     """
     splits = load_corpus(experiment.corpus)
     _check_answers(experiment, splits)
@@ -71,8 +70,9 @@ def train(experiment: Experiment) -> TrainingReport:
         raise
     if trainer.stop.name is not None and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
-            f"{folder.path}: {trainer.stop.name} came; saved at step {trainer.state.global_step} "
-            f"of {trainer.state.max_steps}. Run the same command again to go on"
+            f"{folder.path}: stopped by {trainer.stop.name}, saved at step "
+            f"{trainer.state.global_step} of {trainer.state.max_steps}; run the same command again "
+            "to resume"
         )
     metrics = trainer.evaluate() if splits.evaluation else {}
     best = trainer.best
@@ -82,17 +82,20 @@ def train(experiment: Experiment) -> TrainingReport:
     diagnostics = _diagnose(trainer)
     if trainer.is_world_process_zero():
         folder.diagnostics.write_text(json.dumps(diagnostics), encoding="utf-8")
-        shutil.rmtree(folder.best, ignore_errors=True)  # it is the student now
-        _finish(folder, trainer, splits, metrics, time.monotonic() - began)
-        _write_card(folder, experiment, store)
+        shutil.rmtree(folder.best, ignore_errors=True)  # saved as the student
+        _write_outcome(folder, trainer, splits, metrics, time.monotonic() - began)
+        names = experiment.teachers if experiment.losses.uses_teachers else ()
+        teachers = {name: store.teacher(name) for name in names}
+        corpus = store.manifest.corpus_fingerprint
+        card = model_card(experiment, teachers, corpus, folder.read_record())
+        (folder.student / "README.md").write_text(card, encoding="utf-8")
     return TrainingReport(folder.path, metrics, checkpoint is not None)
 
 
 def require_trainable_student(experiment: Experiment) -> None:
-    """Find out that a student cannot be trained before a teacher has read the whole corpus.
+    """Raise StudentError where the student's tokenizer or architecture cannot be used.
 
-    Raises:
-        StudentError: its tokenizer or its architecture cannot be used.
+    Called before extraction, which may take hours.
     """
     from kvdistill.distill.student.build import check_student, load_student_tokenizer
 
@@ -102,17 +105,17 @@ def require_trainable_student(experiment: Experiment) -> None:
 
 
 def require_matching_store(store: KVStore, experiment: Experiment, splits: Splits) -> None:
-    """Refuse a store that is not what the config asks for; names both sides.
+    """Refuse a store that does not match the config; names the setting on both sides.
 
     Raises:
         IncompleteStore: a teacher has not been extracted at all.
         StoreMismatch: another corpus, model, revision or codec.
     """
-    asked, found = corpus_fingerprint(splits.train), store.manifest.corpus_fingerprint
-    if found != asked:
+    expected, found = corpus_fingerprint(splits.train), store.manifest.corpus_fingerprint
+    if found != expected:
         raise StoreMismatch(
-            f"{store.paths.root} was made from the corpus {found[:12]}, "
-            f"the config names the corpus {asked[:12]}; use another store path, or that corpus"
+            f"{store.paths.root} holds the corpus {found[:12]}, the config names the corpus "
+            f"{expected[:12]}; use another store path, or that corpus"
         )
     present = store.teachers()
     for name, teacher in experiment.teachers.items():
@@ -131,7 +134,7 @@ def require_matching_store(store: KVStore, experiment: Experiment, splits: Split
             if there != here:
                 raise StoreMismatch(
                     f"{store.paths.root}: teacher {name!r} was extracted with {what} {there}, "
-                    f"the config says {here}; give it another name, or match the config"
+                    f"the config has {here}; give it another name, or match the store"
                 )
 
 
@@ -154,7 +157,7 @@ def build_trainer(
 ) -> Any:
     """Student, distiller, stream and trainer of a run, ready to train.
 
-    ``source_of`` says where shards come from; from the store if not given.
+    ``source_of`` makes the source of shards; the store if not given.
     """
     from transformers import set_seed
 
@@ -164,7 +167,7 @@ def build_trainer(
     from kvdistill.distill.train.trainer import KVDistillTrainer
 
     arguments = training_arguments(experiment, folder.path, bool(splits.evaluation))
-    set_seed(experiment.seed)  # projectors start from the seed; the student has a fork of its own
+    set_seed(experiment.seed)  # for the projectors; the student has its own generator
     run = assemble(
         experiment,
         store,
@@ -195,28 +198,20 @@ def build_trainer(
     return trainer
 
 
-def _write_card(folder: RunFolder, experiment: Experiment, store: KVStore) -> None:
-    names = experiment.teachers if experiment.losses.uses_teachers else ()
-    teachers = {name: store.teacher(name) for name in names}
-    corpus = store.manifest.corpus_fingerprint
-    card = model_card(experiment, teachers, corpus, folder.read_record())
-    (folder.student / "README.md").write_text(card, encoding="utf-8")
-
-
 def _diagnose(trainer: Any) -> dict[str, Any]:
-    """The report's figures; ranks that share one sharded model run it together."""
+    """Data for the report's figures; under FSDP all ranks take part."""
     from kvdistill.distill.evaluate.diagnostics import diagnose
     from kvdistill.distill.train.checkpoint import gathered
 
     alone = trainer.is_world_process_zero() or trainer.is_fsdp_enabled
-    if not alone or trainer.experiment.latent is not None:  # alignments are token by token
+    if not alone or trainer.experiment.latent is not None:  # no alignment by token
         return {}
     distiller = trainer.accelerator.unwrap_model(trainer.model)
     with gathered(distiller):
         return diagnose(distiller, trainer.stream)
 
 
-def _finish(
+def _write_outcome(
     folder: RunFolder, trainer: Any, splits: Splits, metrics: dict[str, float], seconds: float
 ) -> None:
     rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in trainer.evaluated_samples]
@@ -238,13 +233,11 @@ def _finish(
 
 
 CLEAR_PEAK: Final = Path("/proc/self/clear_refs")
-
-
 STATUS: Final = Path("/proc/self/status")
 
 
 def forget_peak() -> None:
-    """Begin a new peak of memory, where the system can: many runs may share one process."""
+    """Reset the peak of memory, where the system can: many runs may share one process."""
     import torch
 
     if torch.cuda.is_available():
@@ -252,11 +245,11 @@ def forget_peak() -> None:
     try:
         CLEAR_PEAK.write_text("5", encoding="ascii")
     except OSError:
-        return  # not Linux, or not allowed; the peak is then the process's
+        return  # not Linux, or not permitted: the peak is then that of the whole process
 
 
 def resource_usage() -> dict[str, float]:
-    """``peak_memory_bytes`` of this process and ``peak_device_bytes``, where there is a device."""
+    """``peak_memory_bytes`` of this process and ``peak_device_bytes`` of its GPU, if any."""
     import torch
 
     found = {"peak_memory_bytes": float(_peak_memory_bytes())}
@@ -266,7 +259,7 @@ def resource_usage() -> dict[str, float]:
 
 
 def weights_hash(model: Any) -> str:
-    """xxh3 over every parameter's name, shape and bytes, in order of names."""
+    """xxh3 over the names, shapes and float32 bytes of all parameters, sorted by name."""
     digest = xxhash.xxh3_128()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
@@ -277,10 +270,9 @@ def weights_hash(model: Any) -> str:
 def recorded_controls(
     trainer: Any, train: Sequence[Sample], evaluation: Sequence[Sample]
 ) -> dict[str, Any]:
-    """What runs of one seed must share to be compared, read off the run and not off its settings.
+    """What runs of one seed must have in common to be comparable, read off the run itself.
 
-    The student's tokens follow from corpus, tokenizer, order, steps and length, all of which are
-    among them.
+    Corpus, tokenizer, order and number of steps determine the student's tokens.
     """
     tokenizer = trainer.processing_class.backend_tokenizer.to_str()
     return {
@@ -301,7 +293,3 @@ def _peak_memory_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
     return int(peak) * 1024
-
-
-# MERGED-DOC pipelines.measured
-# What a run writes down of itself besides its metrics: what it cost, and what it held equal.

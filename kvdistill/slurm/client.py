@@ -1,6 +1,6 @@
-"""Slurm's own commands, behind functions that say in one line what is wrong.
+"""Slurm's own commands, with errors of one line.
 
-Every call has a time limit: a client without its controller hangs for minutes.
+Every call has a time limit: a client whose controller is down hangs for minutes.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ from typing import Final
 from kvdistill.errors import SlurmError
 
 TIMEOUT_SECONDS: Final = 60
-
-
 DEFAULT_MAX_ARRAY_SIZE: Final = 1001
-"""Slurm's own default, for scripts that are written where no Slurm can be asked."""
+"""Slurm's own default."""
 
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """What ``squeue`` says of one job or array element."""
+    """One job or array element in ``squeue``."""
 
     job: str
     state: str
@@ -32,28 +30,24 @@ class QueuedJob:
 
 
 def is_available() -> bool:
-    """Whether this machine can talk to a Slurm."""
+    """Whether this machine has Slurm's commands."""
     return shutil.which("sbatch") is not None
 
 
 def require() -> None:
-    """Refuse, in one line, to do what needs Slurm where there is none.
-
-    Raises:
-        SlurmError: no ``sbatch`` on the PATH.
-    """
+    """Raise SlurmError where there is no ``sbatch`` on the PATH."""
     if not is_available():
         raise SlurmError(
-            "Slurm is not here (no sbatch on the PATH): run this on a login node, write scripts "
-            "with --write-sbatch DIR, or leave --slurm away to work on this machine"
+            "no Slurm on this machine (no sbatch on the PATH); run this on a login node, write "
+            "scripts with --write-sbatch DIR, or omit --slurm to run on this machine"
         )
 
 
 def call(command: Sequence[str]) -> str:
-    """Run a Slurm client and return what it prints.
+    """Run a Slurm command and return its output.
 
     Raises:
-        SlurmError: it is missing, refused, or did not answer in a minute.
+        SlurmError: it is missing, failed, or did not answer within a minute.
     """
     shown = " ".join(command)
     try:
@@ -61,24 +55,24 @@ def call(command: Sequence[str]) -> str:
             command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
         )
     except FileNotFoundError:
-        raise SlurmError(f"{command[0]} is not on the PATH; is this a Slurm machine?") from None
+        raise SlurmError(f"{command[0]} is not on the PATH; run this on a Slurm node") from None
     except subprocess.TimeoutExpired:
         raise SlurmError(f"`{shown}` did not answer within {TIMEOUT_SECONDS} s") from None
     if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split())[-200:]
-        raise SlurmError(f"`{shown}` failed: {said}")
+        reason = " ".join((done.stderr or done.stdout).split())[-200:]
+        raise SlurmError(f"`{shown}` failed: {reason}")
     return done.stdout
 
 
 def queue(job_ids: Iterable[str]) -> dict[str, QueuedJob]:
-    """Living jobs and array elements of these ids, by element; finished ones are not listed."""
+    """Pending and running jobs and array elements of these ids, by element."""
     wanted = ",".join(sorted(set(job_ids)))
     if not wanted:
         return {}
     try:
         text = call(["squeue", "-h", "-r", "-j", wanted, "-o", "%i|%T|%r|%N"])
     except SlurmError as error:
-        if "Invalid job id" in str(error):  # all of them are gone from the controller's memory
+        if "Invalid job id" in str(error):  # all are purged from the controller's memory
             return {}
         raise
     rows = (line.strip().split("|") for line in text.splitlines() if line.count("|") == 3)
@@ -86,7 +80,7 @@ def queue(job_ids: Iterable[str]) -> dict[str, QueuedJob]:
 
 
 def max_array_size() -> int:
-    """Longest array this Slurm takes, plus one."""
+    """``MaxArraySize``: one more than the longest array."""
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", call(["scontrol", "show", "config"]), re.M)
     return int(found.group(1)) if found else DEFAULT_MAX_ARRAY_SIZE
 
@@ -96,7 +90,7 @@ def seconds_left(job: str) -> int | None:
     try:
         text = call(["squeue", "-h", "-j", job, "-o", "%L"]).strip()
     except SlurmError:
-        return None  # asked only to name a cause; not knowing it must not stop a worker
+        return None  # it only helps to name a cause, and must not stop a worker
     return parse_duration(text)
 
 
@@ -110,10 +104,10 @@ def parse_duration(text: str) -> int | None:
 
 
 def requeue(job: str) -> bool:
-    """Put this running element back into the queue; False if Slurm is ending it for good.
+    """Requeue a running job or array element; False if Slurm is ending it for good.
 
-    A job that was cancelled is still shown for a while and could be requeued; doing so would make
-    ``scancel`` useless, so only a job that Slurm calls RUNNING asks to come again.
+    A cancelled job is listed for a while and could be requeued, which would defeat ``scancel``;
+    so only a job in state RUNNING is.
     """
     state = call(["squeue", "-h", "-j", job, "-o", "%T"]).strip()
     if state != "RUNNING":
@@ -130,14 +124,14 @@ def cancel(job_ids: Iterable[str]) -> None:
 
 
 def afterany(job_ids: Iterable[str]) -> str:
-    """A dependency on the end of jobs, however they end.
+    """A dependency on the end of jobs, whatever their exit codes.
 
-    Not ``afterok``: one failed element of an array would block the dependent for ever, even once
-    that element was requeued and completed.
+    Not ``afterok``: one failed element of an array would block the dependent job for ever, even
+    after it was requeued and completed.
     """
     return f"afterany:{':'.join(job_ids)}"
 
 
 def depend(job: str, job_ids: Iterable[str]) -> None:
-    """Make a queued job wait for the end of these jobs instead of what it waited for."""
+    """Replace the dependency of a queued job by the end of these jobs."""
     call(["scontrol", "update", f"jobid={job}", f"dependency={afterany(job_ids)}"])

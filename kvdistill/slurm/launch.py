@@ -1,8 +1,8 @@
 """One command as a Slurm job: on one process, or through torchrun over all GPUs of all nodes.
 
-The command must be able to go on where it stopped: when Slurm warns or ends the job, the command
-is asked to stop, and the job puts itself back into the queue. Exit codes pass through, so that a
-command which finds something missing (3) is not run again and again.
+The command must be resumable: when Slurm warns or ends the job, the command gets SIGTERM and the
+job requeues itself. Other exit codes pass through, so that a command which finds an incomplete
+store (3) is not run again and again.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from kvdistill.slurm.retry import exit_task
 from kvdistill.slurm.signals import stop_flag
-from kvdistill.slurm.submit import leave
 from kvdistill.slurm.task import TRY_AGAIN, Ending
 
 FIRST_PORT: Final = 20_000
-
-
 POLL_SECONDS: Final = 0.5
 
 
@@ -35,8 +34,8 @@ class Launch:
     command: tuple[str, ...]
     """Arguments after ``python``, beginning with ``-m module``."""
     gate: tuple[str, ...] = ()
-    """Arguments of a quick check before it; its exit code, if not 0, is the job's.
-    torchrun turns every failure into 1, so what must keep its code is checked outside it."""
+    """Arguments of a quick check before it; if its exit code is not 0, the job exits with it.
+    torchrun turns every failure into 1, so a check whose code matters runs outside it."""
     nodes: int = 1
     processes_per_node: int = 1
     max_restarts: int = 20
@@ -44,25 +43,22 @@ class Launch:
     """How long the command may take to stop before it is killed."""
 
     def __call__(self) -> None:
-        """Run, and leave with the command's exit code."""
+        """Run the command and exit with its code."""
         if self.gate:
             code = subprocess.run([sys.executable, *self.gate], check=False).returncode
             if code:
                 sys.exit(code)
-        code, reason = self._run(launch_command(self, dict(os.environ)))
+        code, reason = self._run()
         if code == 0 or (code != TRY_AGAIN and reason is None):
             sys.exit(code)
         if os.environ.get("SLURM_NODEID", "0") != "0":
-            sys.exit(TRY_AGAIN)  # one node asks for all, or the job would be requeued once per node
-        leave(Ending("interrupted", f"stopped by {reason}", again=True), self.max_restarts)
+            sys.exit(TRY_AGAIN)  # node 0 requeues the job; every node would requeue it again
+        exit_task(Ending("interrupted", f"stopped by {reason}", again=True), self.max_restarts)
 
-    def to_shell(self) -> str:
-        """Quoted argument of ``python -m kvdistill.slurm.launch``."""
-        return shlex.quote(json.dumps(dataclasses.asdict(self)))
-
-    def _run(self, command: list[str]) -> tuple[int, str | None]:
+    def _run(self) -> tuple[int, str | None]:
+        """The command's exit code, and the signal that stopped it, if any."""
         with stop_flag(0.0) as stop:
-            process = subprocess.Popen(command)
+            process = subprocess.Popen(launch_command(self, os.environ))
             while process.poll() is None and not stop.requested:
                 time.sleep(POLL_SECONDS)
             if process.poll() is None:
@@ -73,9 +69,13 @@ class Launch:
                     process.kill()
             return process.wait(), stop.reason
 
+    def to_shell(self) -> str:
+        """Quoted argument of ``python -m kvdistill.slurm.launch``."""
+        return shlex.quote(json.dumps(dataclasses.asdict(self)))
 
-def launch_command(launch: Launch, environment: dict[str, str]) -> list[str]:
-    """The command line of this node, torchrun around it where there are several processes."""
+
+def launch_command(launch: Launch, environment: Mapping[str, str]) -> list[str]:
+    """The command line of this node, under torchrun where there are several processes."""
     if launch.nodes * launch.processes_per_node == 1:
         return [sys.executable, *launch.command]
     job = int(environment.get("SLURM_JOB_ID", "0"))
@@ -86,7 +86,7 @@ def launch_command(launch: Launch, environment: dict[str, str]) -> list[str]:
         f"--nnodes={launch.nodes}",
         f"--nproc-per-node={launch.processes_per_node}",
         f"--node-rank={environment.get('SLURM_NODEID', '0')}",
-        # The node that the batch script runs on is the job's first node, rank 0.
+        # The batch script runs on the job's first node, which is rank 0.
         f"--master-addr={environment.get('SLURM_LAUNCH_NODE_IPADDR', '127.0.0.1')}",
         f"--master-port={FIRST_PORT + job % 20_000}",
         *launch.command,

@@ -1,13 +1,13 @@
-"""The folder in which tasks leave word of themselves: attempts, claims, failures, jobs.
+"""Every file that tasks write about themselves, below one folder.
 
-    attempts/<attempt>.json           who works, on what, and when it last said so
-    claims/<unit>                     the attempt that has a unit in hand
-    failures/<unit>/<attempt>.json    one file per failure, so that nobody loses another's count
-    jobs/                             what was submitted, and the logs
+    attempts/<attempt>.json           host, pid, unit in progress, latest heartbeat
+    claims/<unit>.json                the attempt that works on a unit
+    failures/<unit>/<attempt>.json    one file per failure, so that no two writers share a count
+    jobs/                             submitted jobs, frozen settings, logs
 
-None of it decides what is true: a unit is done when its result is published, and two workers on
-one unit are harmless. It saves work and tells people what happened. Every file appears whole or
-not at all (temporary file, then rename or link), and none is ever appended to.
+None of it decides whether a unit is done: its published result does, and two workers on one unit
+are harmless. Claims save work; attempts and failures explain what happened. Every file appears
+whole or not at all (temporary file, then rename or link), and none is ever appended to.
 """
 
 from __future__ import annotations
@@ -17,16 +17,10 @@ import json
 import uuid
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 Outcome = Literal["complete", "incomplete", "interrupted", "failed"]
-
-
 FailureKind = Literal["error", "out_of_memory", "time_limit", "killed"]
-
-
-QUARANTINE_AFTER: Final = 3
-"""Failures after which a unit is left alone until someone looks at it (``kvdistill retry``)."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +33,9 @@ class Attempt:
     host: str
     pid: int
     machine: str
-    """Kernel and pid namespace; only within the same one does a pid mean anything."""
+    """Kernel and pid namespace; pids are comparable only within the same one."""
     process_start: int
-    """Start time of the pid in clock ticks, which tells a recycled pid from ours."""
+    """Start time of the pid in clock ticks, which exposes a recycled pid."""
     job: str | None
     """``<array>_<element>`` or a plain job id; None outside Slurm."""
     restart: int
@@ -56,7 +50,7 @@ class Attempt:
     """In the workload's own measure: tokens, for extraction."""
     work_seconds: float = 0.0
     stop: str | None = None
-    """The signal that asked it to stop."""
+    """The signal that requested a stop."""
     ended: float | None = None
     outcome: Outcome | None = None
     message: str | None = None
@@ -65,7 +59,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why one attempt at one unit came to nothing."""
+    """Why one attempt at one unit failed."""
 
     unit: str
     attempt_id: str
@@ -79,7 +73,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Submission:
-    """One job that was handed to Slurm: which units each of its array elements owns."""
+    """One submitted Slurm job, and the units that each of its array elements owns."""
 
     job_id: str
     name: str
@@ -98,53 +92,57 @@ class Ledger:
 
     @property
     def jobs(self) -> Path:
-        """Scripts, logs and submissions."""
+        """Batch scripts, logs and submissions."""
         return self.folder / "jobs"
 
+    def log(self, job: str) -> Path:
+        """Standard error of a job or array element (of its first node), as submitit names it."""
+        return self.jobs / f"{job}_0_log.err"
+
     def write_attempt(self, attempt: Attempt) -> None:
-        """Publish the newest word of an attempt, replacing the one before."""
+        """Publish the newest state of an attempt, replacing the one before."""
         _replace(self._attempt_path(attempt.attempt_id), asdict(attempt))
 
     def attempt(self, attempt_id: str) -> Attempt | None:
-        """An attempt by its id; None if it never left word."""
-        return _read_text(Attempt, self._attempt_path(attempt_id))
+        """An attempt by its id; None if it was never published."""
+        return _read(Attempt, self._attempt_path(attempt_id))
 
     def attempts(self) -> list[Attempt]:
         """All attempts, oldest first."""
-        found = (_read_text(Attempt, path) for path in _files(self.folder / "attempts"))
+        found = (_read(Attempt, path) for path in _files(self.folder / "attempts"))
         return sorted((a for a in found if a is not None), key=lambda a: a.started)
 
     def claim(self, unit: str, attempt_id: str) -> bool:
-        """Take a unit that nobody has in hand; False if someone does."""
+        """Claim a unit; False if another attempt holds it."""
         return _create(self._claim_path(unit), attempt_id)
 
-    def take_over(self, unit: str, attempt_id: str) -> None:
-        """Take a unit from an attempt that is known to be dead."""
+    def reassign(self, unit: str, attempt_id: str) -> None:
+        """Give a unit's claim to another attempt; the holder must have crashed."""
         _replace(self._claim_path(unit), attempt_id)
 
     def holder(self, unit: str) -> str | None:
-        """Id of the attempt that has a unit in hand; empty if a crash left the claim unreadable."""
+        """Id of the attempt that holds a unit; empty if a crash left the claim unreadable."""
         body = _load(self._claim_path(unit))
         return body if body is None or isinstance(body, str) else ""
 
     def claims(self) -> dict[str, str]:
-        """Attempt id by unit, for every unit in hand."""
+        """Attempt id by unit, for every claimed unit."""
         units = [path.stem for path in _files(self.folder / "claims")]
         held = ((unit, self.holder(unit)) for unit in units)
         return {unit: holder for unit, holder in held if holder is not None}
 
     def release(self, unit: str, attempt_id: str) -> None:
-        """Let go of a unit, unless another attempt has taken it over meanwhile."""
+        """Drop the claim on a unit, unless another attempt has taken it over meanwhile."""
         if self.holder(unit) == attempt_id:
             self._claim_path(unit).unlink(missing_ok=True)
 
     def record_failure(self, failure: Failure) -> None:
-        """Count a failure once, however many workers come to know of it."""
+        """Record a failure once, however many workers report it."""
         _create(self._failures_of(failure.unit) / f"{failure.attempt_id}.json", asdict(failure))
 
     def failures(self, unit: str) -> list[Failure]:
         """Failures of one unit, oldest first."""
-        found = (_read_text(Failure, path) for path in _files(self._failures_of(unit)))
+        found = (_read(Failure, path) for path in _files(self._failures_of(unit)))
         return sorted((f for f in found if f is not None), key=lambda f: f.time)
 
     def failed_units(self) -> dict[str, list[Failure]]:
@@ -154,25 +152,21 @@ class Ledger:
         found = {unit: self.failures(unit) for unit in units}
         return {unit: failures for unit, failures in found.items() if failures}
 
-    def is_quarantined(self, unit: str) -> bool:
-        """Whether a unit has failed too often to be tried again by itself."""
-        return len(self.failures(unit)) >= QUARANTINE_AFTER
-
-    def forgive(self, unit: str) -> int:
-        """Forget a unit's failures, so that it is tried again; how many there were."""
+    def clear_failures(self, unit: str) -> int:
+        """Delete a unit's failures, so that it is retried; how many there were."""
         paths = _files(self._failures_of(unit))
         for path in paths:
             path.unlink(missing_ok=True)
         return len(paths)
 
     def record_submission(self, submission: Submission) -> None:
-        """Remember a job, so that ``status`` and ``cancel`` find it again."""
+        """Record a submitted job for ``status`` and ``cancel``."""
         _create(self.jobs / f"submission-{submission.job_id}.json", asdict(submission))
 
     def submissions(self) -> list[Submission]:
-        """All jobs that were handed to Slurm, oldest first."""
+        """All submitted jobs, oldest first."""
         paths = [p for p in _files(self.jobs) if p.name.startswith("submission-")]
-        found = (_read_text(Submission, path) for path in paths)
+        found = (_read(Submission, path) for path in paths)
         return sorted((s for s in found if s is not None), key=lambda s: s.submitted)
 
     def _attempt_path(self, attempt_id: str) -> Path:
@@ -192,10 +186,10 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _load(path: Path) -> Any:
-    """A file's JSON; None if there is no file, ``{}`` if it holds none.
+    """A file's JSON; None if there is no file, ``{}`` if it is not JSON.
 
-    A machine that loses power may leave an empty file. Nothing here is worth stopping for: an
-    attempt without a word is dead, and a claim without a holder is free.
+    A power failure may leave an empty file. None is worth stopping for: an attempt without a
+    record counts as crashed, and a claim without a holder as free.
     """
     try:
         return json.loads(path.read_bytes())
@@ -204,13 +198,13 @@ def _load(path: Path) -> Any:
     except ValueError:
         return {}
     except OSError as error:
-        # NFS: the file was replaced between our open and read; the next look finds the new one.
+        # NFS: the file was replaced between open and read; the next read finds the new one.
         if error.errno == errno.ESTALE:
             return None
         raise
 
 
-def _read_text(kind: type[Record], path: Path) -> Record | None:
+def _read(kind: type[Record], path: Path) -> Record | None:
     body = _load(path)
     if not isinstance(body, dict) or not body:
         return None
@@ -232,7 +226,7 @@ def _replace(path: Path, body: Any) -> None:
 
 
 def _create(path: Path, body: Any) -> bool:
-    """Create a file whole, or leave the one that is there; link() is exclusive on NFS too."""
+    """Create a file whole; False if there is one. link() is exclusive on NFS too."""
     temporary = _temporary(path, body)
     try:
         path.hardlink_to(temporary)

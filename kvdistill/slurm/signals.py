@@ -1,9 +1,9 @@
-"""Being asked to stop, as a flag that work looks at between two steps.
+"""A request to stop, as a flag that work checks between two steps.
 
-SIGTERM and SIGINT mean now: Slurm kills what is still there ``KillWait`` (30 s) later.
-SIGUSR2 is the early warning before a time limit or a preemption (``--signal=USR2@120``): the
-unit in hand may be finished if half of the warning time is enough, but none is begun.
-A flag, not an exception: an exception out of a signal handler can strike inside any ``finally``.
+SIGTERM and SIGINT are urgent: Slurm kills what still runs ``KillWait`` (30 s) later. SIGUSR2 is
+the early warning before a time limit or a preemption (``--signal=USR2@120``): the unit in progress
+may use half of the warning time, and none is started.
+A flag rather than an exception, which out of a signal handler can strike inside any ``finally``.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from types import FrameType
 from typing import Final
 
 URGENT: Final = (signal.SIGTERM, signal.SIGINT)
-
-
 WARNING: Final = signal.SIGUSR2
 
 
 class StopFlag:
-    """Set by a signal; ``requested`` at once, ``urgent`` when the work in hand must be left."""
+    """Set by a signal: ``requested`` at once, ``urgent`` when the unit must be abandoned.
+
+    ``reason`` is the signal's name.
+    """
 
     def __init__(self, warning_seconds: float) -> None:
         self._patience = warning_seconds / 2
@@ -31,29 +32,24 @@ class StopFlag:
 
     @property
     def requested(self) -> bool:
-        """Begin nothing new."""
+        """Whether to start nothing new."""
         return self._urgent_at is not None
 
     def urgent(self) -> bool:
-        """Leave what is in hand. Workloads get this as ``should_stop``."""
+        """Whether to abandon the unit in progress; workloads get this as ``should_stop``."""
         return self._urgent_at is not None and time.monotonic() >= self._urgent_at
 
-    def set(self, reason: str, patience: float = 0.0) -> None:
-        """Ask to stop; an earlier deadline is never moved back."""
-        deadline = time.monotonic() + patience
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        """The signal handler; an earlier deadline is never moved back."""
+        deadline = time.monotonic() + (self._patience if number == WARNING else 0.0)
         if self._urgent_at is None or deadline < self._urgent_at:
             self._urgent_at = deadline
-            self.reason = reason
-
-    def handle(self, number: int, _frame: FrameType | None) -> None:
-        """The signal handler."""
-        patience = self._patience if number == WARNING else 0.0
-        self.set(signal.Signals(number).name, patience)
+            self.reason = signal.Signals(number).name
 
 
 @contextmanager
 def stop_flag(warning_seconds: float) -> Iterator[StopFlag]:
-    """A flag that this process's signals set, replacing any handlers for the time being."""
+    """A flag that this process's signals set; the earlier handlers are restored afterwards."""
     flag = StopFlag(warning_seconds)
     before = {number: signal.signal(number, flag.handle) for number in (*URGENT, WARNING)}
     try:

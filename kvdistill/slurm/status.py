@@ -1,13 +1,11 @@
-"""What became of the work: read from the folder alone, with Slurm asked only for its reasons.
+"""The state of every unit, from the folder alone; ``squeue`` adds why jobs are pending.
 
-Every unit is in exactly one state:
-
-    done          its result is published
-    running       a living worker has it in hand
-    stale         a worker has it in hand that fell silent
-    quarantined   failed too often to be tried again without a person
-    failed        failed, and will be tried again
-    pending       nobody has touched it yet, or it was put back
+done          its result is published
+running       a live worker holds it
+stale         its worker crashed or stopped sending heartbeats
+quarantined   failed too often to be retried automatically
+failed        failed, and will be retried
+pending       nobody has started it, or it was put back
 """
 
 from __future__ import annotations
@@ -15,25 +13,17 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from kvdistill.errors import SlurmError
 from kvdistill.slurm import client
-from kvdistill.slurm.attempts import HEARTBEAT_SECONDS, condition, crash_cause
-from kvdistill.slurm.ledger import QUARANTINE_AFTER, Attempt, Failure, Ledger, Submission
+from kvdistill.slurm.heartbeat import HEARTBEAT_SECONDS, is_alive
+from kvdistill.slurm.ledger import Attempt, Failure, Ledger, Submission
+from kvdistill.slurm.retry import QUARANTINE_AFTER, crash_cause
 from kvdistill.text import format_duration
 
 UnitState = Literal["done", "running", "stale", "quarantined", "failed", "pending"]
-
-
-UNIT_STATES: Final[tuple[UnitState, ...]] = (
-    "done",
-    "running",
-    "stale",
-    "quarantined",
-    "failed",
-    "pending",
-)
+UNIT_STATES: Final[tuple[UnitState, ...]] = get_args(UnitState)
 
 
 @dataclass(frozen=True)
@@ -44,22 +34,22 @@ class Status:
     failures: Mapping[str, Sequence[Failure]]
     """Of units that are not done."""
     stale: Mapping[str, str]
-    """Why a silent worker probably died, by unit."""
+    """Why the worker of a stale unit probably died, by unit."""
     workers: Sequence[Attempt]
-    """Living attempts."""
+    """Live attempts."""
     broken: Sequence[Attempt]
     """Attempts that could not even start, where their task was not tried again since."""
     waiting: Sequence[client.QueuedJob]
     """Array elements that Slurm has not started, with its reason."""
     slurm_error: str | None
-    """Why Slurm could not be asked; everything else here is known without it."""
+    """Why ``squeue`` failed; everything else here is independent of it."""
     work_per_second: float
-    """All living workers together, in the workload's measure."""
+    """All live workers together, in the workload's measure."""
     eta_seconds: float | None
 
     def count(self, state: UnitState) -> int:
         """How many units are in a state."""
-        return sum(found == state for found in self.units.values())
+        return len(self.of(state))
 
     def of(self, state: UnitState) -> list[str]:
         """The units in a state."""
@@ -84,60 +74,55 @@ def read_status(
     Args:
         ledger: The folder.
         units: All units, in order.
-        done: Those whose result is published; the caller's truth, never guessed from here.
-        ask_slurm: Ask ``squeue`` for reasons, where there is one and jobs were submitted.
-        heartbeat_seconds: How often workers say that they live.
+        done: Units whose result is published, as the caller's workload defines it.
+        ask_slurm: Run ``squeue`` for reasons, where there is one and jobs were submitted.
+        heartbeat_seconds: The workers' heartbeat interval.
     """
     attempts = {attempt.attempt_id: attempt for attempt in ledger.attempts()}
-    living = {a for a, seen in attempts.items() if condition(seen, heartbeat_seconds) == "running"}
+    live = {a: seen for a, seen in attempts.items() if is_alive(seen, heartbeat_seconds)}
     claims, jobs = ledger.claims(), ledger.submissions()
     failures = {u: f for u, f in ledger.failed_units().items() if u not in done}
     states = {
-        unit: _state(unit in done, claims.get(unit), living, len(failures.get(unit, ())))
+        unit: _state(unit in done, claims.get(unit), live, len(failures.get(unit, ())))
         for unit in units
     }
-    silent = [unit for unit, found in states.items() if found == "stale"]
-    workers = [attempts[attempt_id] for attempt_id in attempts if attempt_id in living]
+    stale = [unit for unit, found in states.items() if found == "stale"]
+    workers = list(live.values())
     waiting, slurm_error = _waiting(jobs) if ask_slurm and client.is_available() else ([], None)
-    speed = sum(_speed(attempt) for attempt in workers)
     return Status(
         units=states,
         failures=failures,
-        stale={unit: _silence(attempts.get(claims[unit])) for unit in silent},
+        stale={unit: _stale_reason(attempts.get(claims[unit])) for unit in stale},
         workers=workers,
         broken=_broken(attempts.values(), max((j.submitted for j in jobs), default=0.0)),
         waiting=waiting,
         slurm_error=slurm_error,
-        work_per_second=speed,
+        work_per_second=sum(a.work_done / a.work_seconds for a in workers if a.work_seconds),
         eta_seconds=_eta(states, workers),
     )
 
 
-def _state(done: bool, holder: str | None, living: Collection[str], failures: int) -> UnitState:
+def _state(done: bool, holder: str | None, live: Collection[str], failures: int) -> UnitState:
     if done:
         return "done"
     if holder is not None:
-        return "running" if holder in living else "stale"
+        return "running" if holder in live else "stale"
     if failures >= QUARANTINE_AFTER:
         return "quarantined"
     return "failed" if failures else "pending"
 
 
-def _silence(attempt: Attempt | None) -> str:
+def _stale_reason(attempt: Attempt | None) -> str:
     if attempt is None:
-        return "its worker left no word"
+        return "its worker left no record"
     age = time.time() - attempt.heartbeat
     cause = crash_cause(attempt)
     named = cause.replace("_", " ") if cause else "interrupted"
-    return f"{named}; last word {format_duration(age)} ago from {attempt.host}"
-
-
-def _speed(attempt: Attempt) -> float:
-    return attempt.work_done / attempt.work_seconds if attempt.work_seconds else 0.0
+    return f"{named}; last heartbeat {format_duration(age)} ago on {attempt.host}"
 
 
 def _eta(states: Mapping[str, UnitState], workers: Sequence[Attempt]) -> float | None:
-    """Seconds until the open units are done, at the pace of the workers that live now."""
+    """Seconds until the open units are done, at the pace of the live workers."""
     pace = sum(a.units_done / a.work_seconds for a in workers if a.work_seconds and a.units_done)
     left = sum(state not in ("done", "quarantined") for state in states.values())
     if not left:
@@ -146,7 +131,7 @@ def _eta(states: Mapping[str, UnitState], workers: Sequence[Attempt]) -> float |
 
 
 def _broken(attempts: Iterable[Attempt], since: float) -> list[Attempt]:
-    """Tasks whose latest attempt failed outside any unit, as far as the newest submission goes."""
+    """Tasks whose latest attempt since the newest submission failed outside any unit."""
     latest = {(a.task, a.num_tasks): a for a in attempts if a.started >= since}
     return [attempt for attempt in latest.values() if attempt.outcome == "failed"]
 

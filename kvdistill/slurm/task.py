@@ -1,7 +1,7 @@
-"""What a worker is given: units by name, and a callable that knows what to do with one.
+"""What a worker gets: units by name, and a callable that makes the workload for them.
 
-A task is plain data that fits a line of JSON, so that it is frozen when it is submitted and can be
-read by a person. Task ``i`` of ``n`` owns the units ``u % n == i``.
+A task is plain data that fits a line of JSON, so that it is frozen at submission and readable by a
+person. Tasks partition units round-robin: task ``i`` of ``n`` owns the units ``u % n == i``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from kvdistill.errors import SlurmError
-from kvdistill.slurm.attempts import HEARTBEAT_SECONDS
+from kvdistill.slurm.heartbeat import HEARTBEAT_SECONDS
 from kvdistill.slurm.ledger import Outcome
 
 TRY_AGAIN: Final = 75
@@ -24,25 +24,25 @@ TRY_AGAIN: Final = 75
 
 
 class Workload(Protocol):
-    """What a task does. Made by the task's callable; cheap until ``prepare``."""
+    """What a task does. Created by the task's callable; cheap until ``prepare``."""
 
     def is_done(self, unit: str) -> bool:
-        """Whether the unit's result is published. The only truth there is."""
+        """Whether the unit's result is published, which alone makes a unit done."""
 
     def prepare(self) -> None:
-        """Load what every unit needs; called once, and only if there is something to do."""
+        """Load what every unit needs; called once, and only if a unit is to be run."""
 
     def run(self, unit: str, should_stop: Callable[[], bool]) -> int:
-        """Do and publish one unit; returns how much work it was.
+        """Do and publish one unit; returns the amount of work, in the workload's own measure.
 
         Raises:
-            Interrupted: ``should_stop`` said so and the unit was abandoned.
+            Interrupted: ``should_stop`` returned True and the unit was abandoned.
         """
 
     def clear(self, unit: str) -> None:
-        """Remove what killed workers left half-made of a unit that is done by now.
+        """Remove what crashed workers left unfinished of a unit that is done.
 
-        Never called before: one that only seemed dead might go on in what is left and publish it.
+        Never called earlier: a worker that only seemed to have crashed might still publish it.
         """
 
 
@@ -54,6 +54,7 @@ class Task:
     """``package.module:function`` that returns a ``Workload``."""
     arguments: Mapping[str, Any]
     folder: Path
+    """The ledger's folder."""
     units: tuple[str, ...]
     task: int = 0
     num_tasks: int = 1
@@ -67,7 +68,7 @@ class Task:
 
     @staticmethod
     def from_json(line: str) -> Task:
-        """Read what ``to_json`` wrote."""
+        """The inverse of ``to_json``."""
         body = json.loads(line)
         return Task(**{**body, "folder": Path(body["folder"]), "units": tuple(body["units"])})
 
@@ -75,7 +76,7 @@ class Task:
         """Import the target and call it.
 
         Raises:
-            SlurmError: there is no such callable.
+            SlurmError: the target cannot be imported.
         """
         module, _, name = self.target.partition(":")
         try:
@@ -87,23 +88,32 @@ class Task:
 
 
 def owned_units(units: Sequence[str], task: int, num_tasks: int) -> tuple[str, ...]:
-    """The units that task ``task`` of ``num_tasks`` owns."""
+    """The units that task ``task`` of ``num_tasks`` owns.
+
+    Raises:
+        SlurmError: ``task`` is outside ``0 <= task < num_tasks``.
+    """
     if not 0 <= task < num_tasks:
         raise SlurmError(f"task {task} of {num_tasks}: tasks count from 0 to {num_tasks - 1}")
     return tuple(units[task::num_tasks])
 
 
-def partition_round_robin(task: Task, units: Sequence[str], num_tasks: int) -> list[Task]:
-    """Share units out among ``num_tasks`` tasks like ``task`` (fewer if there are fewer units)."""
-    num = max(1, min(num_tasks, len(units)))
+def partition_round_robin(task: Task, num_parts: int) -> list[Task]:
+    """Partition a task's units among ``num_parts`` tasks (fewer if there are fewer units)."""
+    num = max(1, min(num_parts, len(task.units)))
     return [
-        dataclasses.replace(task, units=owned_units(units, idx, num), task=idx, num_tasks=num)
-        for idx in range(num)
+        dataclasses.replace(
+            task,
+            units=owned_units(task.units, part, num),
+            task=task.task * num + part,
+            num_tasks=task.num_tasks * num,
+        )
+        for part in range(num)
     ]
 
 
 def write_once(text: str, folder: Path, stem: str) -> Path:
-    """Write settings down as they are now, so that a later edit changes no queued job."""
+    """Freeze settings in a file named by their hash, so that later edits change no queued job."""
     path = folder / f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +125,7 @@ def write_once(text: str, folder: Path, stem: str) -> Path:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a task ended. ``again``: a fresh process should go on with it."""
+    """How a task ended. ``again``: a fresh process should resume it."""
 
     outcome: Outcome
     message: str
@@ -123,7 +133,7 @@ class Ending:
 
     @property
     def exit_code(self) -> int:
-        """0 complete, 75 come again, 1 something needs a person."""
+        """0 complete, 75 try again, 1 needs a person."""
         if self.outcome == "complete":
             return 0
         return TRY_AGAIN if self.again else 1

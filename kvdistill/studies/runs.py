@@ -14,7 +14,8 @@ from typing import Final
 import yaml
 
 from kvdistill.errors import ConfigError, IncompleteStore, Interrupted, StoreNotFound
-from kvdistill.pipelines.distribute import choose_profile, num_tasks, units_in_queue
+from kvdistill.pipelines.extract_tasks import num_array_tasks, units_in_queue
+from kvdistill.pipelines.run import choose_profile
 from kvdistill.slurm import client
 from kvdistill.slurm.ledger import Ledger
 from kvdistill.slurm.local_pool import run_pool
@@ -118,7 +119,7 @@ def submit_runs(
     runs = [run for run in todo if run.name not in queued]
     if not runs:
         return SubmittedRuns((), 0, 0, len(queued))
-    tasks = ablation_tasks(design, runs, num_tasks(profile), float(profile.signal_delay_s))
+    tasks = ablation_tasks(design, runs, num_array_tasks(profile), float(profile.signal_delay_s))
     job_ids = submit_array(tasks, profile, f"kv-{design.config.name}")
     return SubmittedRuns(tuple(job_ids), len(runs), len(tasks), len(queued))
 
@@ -134,7 +135,7 @@ def ablation_tasks(
     units = tuple(run.name for run in runs)
     arguments = {"config": str(write_once(text, ledger.jobs, "study"))}
     task = Task(TARGET, arguments, ledger.folder, units, warning_seconds=warning_seconds)
-    return partition_round_robin(task, units, num_tasks)
+    return partition_round_robin(task, num_tasks)
 
 
 def ablation_work(config: str) -> AblationWork:

@@ -48,7 +48,7 @@ def test_init_writes_a_config_that_show_accepts(tmp_path: Path) -> None:
     assert "seed: 7" in shown.stdout
     again = kvdistill("init", "new.yaml", cwd=tmp_path)
     assert again.returncode == 1
-    assert "already there" in again.stderr
+    assert "already exists" in again.stderr
 
 
 def test_schema_is_json() -> None:

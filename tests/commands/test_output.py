@@ -86,15 +86,15 @@ def test_onnx_gives_the_logits_of_torch(finished: Path, tmp_path: Path) -> None:
         wanted = student(**{name: text[name] for name in inputs}).logits
     (logits,) = session.run(None, inputs)
     torch.testing.assert_close(torch.from_numpy(logits), wanted, atol=1e-4, rtol=1e-4)
-    with pytest.raises(StudentError, match="already there"):
+    with pytest.raises(StudentError, match="already exists"):
         export_onnx(finished / "student", tmp_path / "onnx")
 
 
 def test_onnx_that_differs_is_not_kept(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting, "_write", lambda *_: None)
-    monkeypatch.setattr(exporting, "_compare", lambda *_: float("nan"))
+    monkeypatch.setattr(exporting, "_write_onnx", lambda *_: None)
+    monkeypatch.setattr(exporting, "_largest_difference", lambda *_: float("nan"))
     with pytest.raises(StudentError, match="nothing was written"):
         export_onnx(finished / "student", tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []

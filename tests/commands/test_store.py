@@ -39,7 +39,7 @@ def test_verify_repair_and_what_to_do_next(tmp_path: Path, build: Any) -> None:
     store, _ = build.store(tmp_path / "store", build.teacher())
     good = run("verify", tmp_path / "store")
     assert good.exit_code == 0
-    assert "2 shards, nothing wrong" in good.stderr
+    assert "2 shards, no errors found" in good.stderr
     (store.paths.shard("tiny", "00001") / "token_ids" / "zarr.json").unlink()
     bad = run("verify", tmp_path / "store", "--json")
     assert isinstance(bad.exception, ShardCorrupt)
@@ -102,7 +102,7 @@ def test_inspect_and_verify_run_on_a_distributed_scheduler(tmp_path: Path, build
         there = run("inspect", tmp_path / "store", "--json", "--scheduler", address)
         assert json.loads(there.stdout) == alone
         good = run("verify", tmp_path / "store", "--scheduler", address)
-        assert "2 shards, nothing wrong" in good.stderr
+        assert "2 shards, no errors found" in good.stderr
         path = store.paths.shard("tiny", "00001") / "key/c/0/0/0/0"
         path.write_bytes(path.read_bytes()[::-1])
         bad = run("verify", tmp_path / "store", "--json", "--scheduler", address)

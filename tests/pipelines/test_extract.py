@@ -21,14 +21,15 @@ from kvdistill.errors import (
     ConfigError,
     Interrupted,
     NonFiniteError,
+    SlurmError,
     StoreError,
     StoreMismatch,
     TeacherError,
 )
 from kvdistill.extract.batches import TeacherBatch
 from kvdistill.extract.teacher import Teacher, load_teacher
-from kvdistill.pipelines.extract import Progress, extract
-from kvdistill.pipelines.stored import prepare
+from kvdistill.pipelines.extract import ExtractionWork, Progress, extract
+from kvdistill.pipelines.extract_tasks import extract_share, prepare_store
 from kvdistill.store.reader import KVStore
 from kvdistill.store.writer import publish_shard
 from tests.extract.models import save_teacher
@@ -161,11 +162,9 @@ def test_special_tokens_are_not_counted(experiment: Experiment) -> None:
 def test_shares_make_the_same_store(experiment: Experiment, tmp_path: Path) -> None:
     extract(experiment)
     shared = make(tmp_path, store=str(tmp_path / "shared"))
-    reports = [extract(shared, task=task, num_tasks=3) for task in range(3)]
-    assert [report.complete for report in reports] == [False, False, True]
-    assert sum(t.shards for r in reports for t in r.teachers) == 2 * len(
-        KVStore.open(shared.store).shard_ids
-    )
+    for teacher in shared.teachers:
+        endings = [extract_share(shared, teacher, task, 3, workers=1) for task in range(3)]
+        assert {ending.outcome for ending in endings} == {"complete"}
     assert_same(contents(KVStore.open(shared.store)), contents(KVStore.open(experiment.store)))
 
 
@@ -188,11 +187,14 @@ def test_codes_do_not_depend_on_the_batch(
             np.testing.assert_allclose(array, theirs[name], rtol=2e-3, atol=1e-6, err_msg=name)
 
 
-def test_asked_to_stop(experiment: Experiment) -> None:
-    calls = iter([False, False, True])
-    with pytest.raises(Interrupted, match="run the same command again"):
-        extract(experiment, ["llama"], should_stop=lambda: next(calls))
-    assert len(KVStore.open(experiment.store).committed("llama")) == 2
+def test_a_stopped_shard_is_abandoned_between_two_batches(experiment: Experiment) -> None:
+    store = prepare_store(experiment)
+    work = ExtractionWork(experiment, "llama")
+    work.run(store.shard_ids[0], lambda: False)
+    calls = iter([False, True])
+    with pytest.raises(Interrupted, match="00001 of llama abandoned"):
+        work.run(store.shard_ids[1], lambda: next(calls))
+    assert store.committed("llama") == {"00000"}
     assert extract(experiment).complete
 
 
@@ -242,7 +244,8 @@ def test_long_texts(
     (report,) = extract(long, ["llama"]).teachers
     assert (report.truncated, report.skipped) == (truncated, skipped)
     table = [
-        KVStore.open(long.store).read_shard("llama", s).tokens for s in prepare(long).shard_ids
+        KVStore.open(long.store).read_shard("llama", s).tokens
+        for s in prepare_store(long).shard_ids
     ]
     lengths = np.concatenate([np.diff(t.sample_ptr) for t in table])
     assert lengths.max() <= 48
@@ -312,8 +315,8 @@ def test_a_failed_write_stops_the_run_and_leaves_what_was_written(
 def test_unknown_teacher_and_task(experiment: Experiment) -> None:
     with pytest.raises(ConfigError, match="no teacher"):
         extract(experiment, ["nobody"])
-    with pytest.raises(ConfigError, match="task 3 of 3"):
-        extract(experiment, task=3, num_tasks=3)
+    with pytest.raises(SlurmError, match="task 3 of 3"):
+        extract_share(experiment, "llama", 3, 3, workers=1)
 
 
 def test_a_missing_model_is_one_clear_line(experiment: Experiment, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from kvdistill.commands.plan import fetch_command, plan_command
+from kvdistill.commands.prepare import fetch_command, plan_command
 from kvdistill.config.load import dump_experiment, parse_experiment
 from kvdistill.errors import TeacherError
 from kvdistill.pipelines.extract import extract
@@ -115,7 +115,7 @@ def test_fetch_knows_every_need_once_and_no_pickles(
     assert calls[0][1] == "abc"
     assert "q4.gguf" in calls[1][2]
     assert not any("*.bin" in files or "*.py" in files for _, _, files in calls)
-    assert (str(tmp_path), "here") in words
+    assert (str(tmp_path), "on this machine") in words
     assert (str(tmp_path), "fetching") not in words
     assert len(needs(experiment)) == 5
     assert Need("model", str(tmp_path)).is_local
@@ -138,4 +138,4 @@ def test_fetching_what_is_not_there_is_one_line(
         encoding="utf-8",
     )
     result = CliRunner().invoke(fetch_command, [str(config)])
-    assert "all of 1 are here" in result.output
+    assert "all 1 are on this machine" in result.output

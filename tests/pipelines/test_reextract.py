@@ -9,8 +9,8 @@ import pytest
 
 from kvdistill.errors import ShardNotFound, StoreMismatch
 from kvdistill.pipelines.extract import extract
+from kvdistill.pipelines.extract_tasks import prepare_store
 from kvdistill.pipelines.reextract import reextract
-from kvdistill.pipelines.stored import prepare
 from kvdistill.store.reader import KVStore
 from tests.extract.models import save_teacher
 from tests.pipelines.test_teachers import CORPUS, make
@@ -56,4 +56,4 @@ def test_nothing_to_compare(tmp_path: Path) -> None:
     save_teacher(tmp_path / "t")
     experiment = make(tmp_path, {}, CORPUS)
     with pytest.raises(ShardNotFound, match=r"no teacher 't'|no shard yet"):
-        reextract(prepare(experiment), experiment, "t", 1)
+        reextract(prepare_store(experiment), experiment, "t", 1)

@@ -17,7 +17,7 @@ from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import load_experiment
 from kvdistill.corpus.readers import read_jsonl
 from kvdistill.errors import Interrupted
-from kvdistill.pipelines.extract_tasks import ExtractionWork, extraction_work
+from kvdistill.pipelines.extract import ExtractionWork, extraction_work
 
 ROOT = Path(__file__).parents[2]
 CORPUS = ROOT / "examples/data/gsm8k_train.jsonl"

@@ -18,14 +18,14 @@ from click.testing import CliRunner
 from kvdistill.cli import cli
 from kvdistill.config.slurm import SlurmConfig, SlurmProfile
 from kvdistill.errors import ConfigError, SlurmError
-from kvdistill.slurm import batch_script as script
 from kvdistill.slurm import client
-from kvdistill.slurm.attempts import crash_cause, job_element, new_attempt
-from kvdistill.slurm.dask_cluster import cluster_options
+from kvdistill.slurm.heartbeat import job_element, new_attempt
 from kvdistill.slurm.launch import Launch, launch_command
 from kvdistill.slurm.ledger import Failure, Submission
+from kvdistill.slurm.retry import crash_cause, requeue_this_job
 from kvdistill.slurm.status import read_status
-from kvdistill.slurm.submit import Element, come_again, split
+from kvdistill.slurm.submit import ArrayElement, batch_script, dask_options, submit_array
+from kvdistill.slurm.task import partition_round_robin
 from tests.slurm.experiment import ROOT, write_experiment
 from tests.slurm.toy import ledger, toy_task
 
@@ -95,7 +95,7 @@ def test_only_the_element_itself_is_requeued(fake: Fake, monkeypatch: pytest.Mon
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    assert come_again(max_restarts=2)
+    assert requeue_this_job(max_restarts=2)
     assert calls.read_text() == "requeue 7_3\n"
 
 
@@ -103,7 +103,7 @@ def test_restarts_are_capped(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Non
     calls = fake("scontrol", "")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    assert not come_again(max_restarts=2)
+    assert not requeue_this_job(max_restarts=2)
     assert not calls.exists()
 
 
@@ -122,7 +122,7 @@ def test_a_site_that_forbids_requeueing_is_no_crash(
     fake("scontrol", 'echo "Requested operation is presently disabled" >&2; exit 1')
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    assert not come_again(max_restarts=2)
+    assert not requeue_this_job(max_restarts=2)
     assert "presently disabled" in capfd.readouterr().err
 
 
@@ -143,22 +143,25 @@ def test_elements_are_named_outside_and_inside_arrays() -> None:
      ("bus error", "killed")],
 )  # fmt: skip
 def test_a_death_is_named_by_its_own_lines(tmp_path: Path, line: str, cause: str | None) -> None:
-    log = tmp_path / "7_0_log.err"
+    log = ledger(tmp_path).log("7")
+    log.parent.mkdir()
     log.write_text("Out Of Memory, said an earlier attempt\n")
-    attempt = new_attempt(0, 1, tmp_path, {"SLURM_JOB_ID": "7"})
+    attempt = new_attempt(0, 1, ledger(tmp_path), {"SLURM_JOB_ID": "7"})
     end_of_ours = log.stat().st_size + len(line) + 1
     log.write_text(f"{log.read_text()}{line}\nDUE TO TIME LIMIT, says a later one\n")
     assert crash_cause(attempt, end_of_ours) == cause
 
 
+PROFILE = SlurmProfile(
+    partition="gpu", account="lab", qos="long", constraint="h100", gpus_per_node=8,
+    cpus_per_task=64, memory_gb=900, time_min=1440, signal_delay_s=300, array_parallelism=16,
+    setup=("module load cuda", "export HF_HUB_OFFLINE=1"), container="kv.sqsh",
+    container_mounts=("/data:/data",), extra={"exclusive": "", "mail-type": "FAIL"},
+)  # fmt: skip
+
+
 def test_a_profile_becomes_a_script(tmp_path: Path) -> None:
-    profile = SlurmProfile(
-        partition="gpu", account="lab", qos="long", constraint="h100", gpus_per_node=8,
-        cpus_per_task=64, memory_gb=900, time_min=1440, signal_delay_s=300, array_parallelism=16,
-        setup=("module load cuda", "export HF_HUB_OFFLINE=1"), container="kv.sqsh",
-        container_mounts=("/data:/data",), extra={"exclusive": "", "mail-type": "FAIL"},
-    )  # fmt: skip
-    text = script.render(profile, "kv", "python x", tmp_path, elements=40)
+    text = batch_script(PROFILE, "kv", "python x", ledger(tmp_path), elements=40)
     lines = set(text.splitlines())
     assert lines >= {
         "#SBATCH --partition=gpu", "#SBATCH --account=lab", "#SBATCH --qos=long",
@@ -173,12 +176,34 @@ def test_a_profile_becomes_a_script(tmp_path: Path) -> None:
     assert "wckey" not in text
 
 
+@pytest.mark.parametrize("elements", [None, 3])
+def test_a_written_script_requests_what_a_submission_requests(
+    fake: Fake, tmp_path: Path, elements: int | None
+) -> None:
+    fake("srun", "")
+    fake("sbatch", 'echo "Submitted batch job 7"')
+    fake("scontrol", 'echo "MaxArraySize = 1001"')
+    tasks = [toy_task(tmp_path, name) for name in "abc"[: elements or 1]]
+    assert submit_array(tasks, PROFILE, "kv") == ["7"]
+    (path,) = ledger(tmp_path).jobs.glob("7*_submission.sh")
+    submitted = path.read_text().splitlines()
+    written = batch_script(PROFILE, "kv", "x", ledger(tmp_path), elements=elements).splitlines()
+    directives = [{x for x in text if x.startswith("#SBATCH")} for text in (submitted, written)]
+    assert directives[0] == directives[1]
+    log = ledger(tmp_path).log("%j" if elements is None else "%A_%a")
+    assert f"#SBATCH --error={log}" in directives[0], "logs are found by this name"
+    assert set(PROFILE.setup) <= set(submitted) & set(written)
+    srun = [next(x for x in text if x.startswith("srun ")) for text in (submitted, written)]
+    asked = [" ".join(shlex.split(line)).replace("=", " ") for line in srun]
+    assert asked[0].startswith(asked[1].removesuffix(" x"))
+
+
 def test_a_profile_becomes_dask_workers(tmp_path: Path) -> None:
     profile = SlurmProfile(
         partition="cpu", qos="long", time_min=90, cpus_per_task=8, memory_gb=16,
         setup=("module load x",), extra={"exclusive": "", "mail-type": "FAIL"},
     )  # fmt: skip
-    options = cluster_options(profile, tmp_path)
+    options = dask_options(profile, tmp_path)
     assert options["walltime"] == "01:30:00"
     assert options["job_extra_directives"] == ["--qos=long", "--exclusive", "--mail-type=FAIL"]
     assert (options["cores"], options["memory"]) == (8, "16GB")
@@ -191,7 +216,7 @@ def test_a_warning_longer_than_the_limit_is_refused() -> None:
 
 
 def test_an_elements_pickle_says_nothing_but_names(tmp_path: Path) -> None:
-    element = Element(toy_task(tmp_path, "a").to_json(), workers=1, max_restarts=3)
+    element = ArrayElement(toy_task(tmp_path, "a").to_json(), workers=1, max_restarts=3)
     assert pickle.loads(pickle.dumps(element)) == element
     assert b"tests.slurm.toy:toy" in pickle.dumps(element)
     assert len(pickle.dumps(element)) < 1000
@@ -199,9 +224,9 @@ def test_an_elements_pickle_says_nothing_but_names(tmp_path: Path) -> None:
 
 def test_a_node_of_several_workers_splits_its_share(tmp_path: Path) -> None:
     task = toy_task(tmp_path, "a", "b", "c")
-    parts = split(task, 2)
+    parts = partition_round_robin(task, 2)
     assert [part.units for part in parts] == [("a", "c"), ("b",)]
-    assert [part.units for part in split(task, 8)] == [("a",), ("b",), ("c",)]
+    assert [part.units for part in partition_round_robin(task, 8)] == [("a",), ("b",), ("c",)]
 
 
 def test_one_process_needs_no_torchrun() -> None:
@@ -240,7 +265,7 @@ def test_without_slurm_it_is_said_in_one_line(
     config = write_experiment(tmp_path, tmp_path)
     result = CliRunner().invoke(cli, [part.format(config) for part in command])
     assert isinstance(result.exception, SlurmError)
-    assert str(result.exception).startswith("Slurm is not here")
+    assert str(result.exception).startswith("no Slurm on this machine")
     assert "\n" not in str(result.exception)
     assert not (tmp_path / "store").exists()
 
@@ -318,7 +343,7 @@ def test_a_bad_day_fits_a_screen(no_slurm: None, tmp_path: Path) -> None:
     shown = CliRunner().invoke(cli, ["logs", str(config), "00009"], catch_exceptions=False).output
     assert "Traceback of 00009" in shown
     shown = CliRunner().invoke(cli, ["retry", str(config), "00009"], catch_exceptions=False).output
-    assert "llama 00009: 3 failures forgotten" in shown
+    assert "llama 00009: 3 failures cleared" in shown
     assert len(book.failed_units()) == 11
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from kvdistill.config.slurm import SlurmProfile
 from kvdistill.slurm import client
-from kvdistill.slurm.attempts import process_start
+from kvdistill.slurm.heartbeat import process_start
 from kvdistill.slurm.ledger import Attempt
 from kvdistill.slurm.status import Status, read_status
 from kvdistill.slurm.submit import submit_array

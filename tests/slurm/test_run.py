@@ -20,14 +20,14 @@ import pytest
 
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.slurm import SlurmProfile
-from kvdistill.pipelines import distribute
 from kvdistill.pipelines import extract_tasks as work
+from kvdistill.pipelines import run as runs
+from kvdistill.pipelines.cluster import overview
 from kvdistill.pipelines.extract import extract
-from kvdistill.pipelines.overview import overview
 from kvdistill.slurm import client
-from kvdistill.slurm.dask_cluster import dask_cluster
 from kvdistill.slurm.ledger import Attempt
 from kvdistill.slurm.status import UNIT_STATES
+from kvdistill.slurm.submit import dask_cluster
 from kvdistill.store.maintenance import verify_store
 from kvdistill.store.reader import KVStore
 from kvdistill.types import KINDS
@@ -77,11 +77,11 @@ def states(config: Path) -> dict[str, dict[str, int]]:
 
 
 def holder(experiment: Experiment, teacher: str, unit: str) -> Attempt | None:
-    ledger = work.ledger_of(experiment, teacher)
+    ledger = work.extraction_ledger(experiment, teacher)
     return ledger.attempt(ledger.holder(unit) or "")
 
 
-def runs(experiment: Experiment, teacher: str, unit: str, restart: int = 0) -> bool:
+def is_running(experiment: Experiment, teacher: str, unit: str, restart: int = 0) -> bool:
     attempt = holder(experiment, teacher, unit)
     return attempt is not None and attempt.unit == unit and attempt.restart == restart
 
@@ -116,11 +116,11 @@ def test_two_teachers_survive_the_cluster(
     # Task i of 3 owns shards i, i+3, …: each stops at its first one; one bert task at its first.
     hold_file(experiment, "llama").write_text("00000 00001 00002")
     hold_file(experiment, "bert").write_text("00000")
-    profile = distribute.choose_profile(experiment, None, "extract")
-    submitted = distribute.submit_extraction(experiment, ["llama", "bert"], profile)
+    profile = runs.choose_profile(experiment, None, "extract")
+    submitted = work.submit_extraction(experiment, ["llama", "bert"], profile)
     (llama_job,), (bert_job,) = (each.job_ids for each in submitted)
     for unit in ("00000", "00001", "00002"):
-        wait_for(f"llama {unit}", lambda unit=unit: runs(experiment, "llama", unit), 120)
+        wait_for(f"llama {unit}", lambda unit=unit: is_running(experiment, "llama", unit), 120)
     wait_for("bert", lambda: states(config)["bert"] == {"done": 8, "running": 1, "pending": 3}, 120)
     assert states(config)["llama"] == {"running": 3, "pending": 9}
 
@@ -140,7 +140,7 @@ def test_two_teachers_survive_the_cluster(
         login.set_node(copy.host, "down")
         time.sleep(CREDENTIAL_SECONDS)
         login.start_now(f"{bert_job}_0")
-        wait_for("the second copy", lambda: runs(experiment, "bert", "00000", restart=1), 120)
+        wait_for("the second copy", lambda: is_running(experiment, "bert", "00000", restart=1), 120)
         assert states(config)["bert"] == {"done": 8, "running": 1, "pending": 3}
         # Both copies hold the shard; both now write it.
         hold_file(experiment, "bert").unlink()
@@ -156,7 +156,7 @@ def test_two_teachers_survive_the_cluster(
     said = cli("extract", config, "--slurm")
     assert "8 shards in 3 tasks" in said
     assert "bert: nothing to submit" in said
-    newest = work.ledger_of(experiment, "llama").submissions()[-1].job_id
+    newest = work.extraction_ledger(experiment, "llama").submissions()[-1].job_id
     run_until_idle(login, newest, 150)
     cli("status", config, "--check")
     store = KVStore.open(experiment.store)
@@ -164,7 +164,7 @@ def test_two_teachers_survive_the_cluster(
     for teacher in ("llama", "bert"):
         assert_equal_stores(store, reference, teacher)
         assert_tidy(experiment, teacher)
-    kinds = [f.kind for f in work.ledger_of(experiment, "llama").failures("00002")]
+    kinds = [f.kind for f in work.extraction_ledger(experiment, "llama").failures("00002")]
     assert kinds == ["killed"]
 
 
@@ -176,22 +176,22 @@ def test_training_refuses_then_trains_and_resumes(
     shutil.rmtree(tmp_path / "store/teachers/bert")
     overrides = ("training.max_steps=40", "training.save_steps=5")
     experiment = load(config, *overrides)
-    profile = distribute.choose_profile(experiment, None, "train")
-    refused = distribute.submit_training(experiment, profile)
+    profile = runs.choose_profile(experiment, None, "train")
+    refused = runs.submit_training(experiment, profile)
     run_until_idle(login, refused)
     shown = login.client("scontrol", "show", "job", refused)
     assert "ExitCode=3:0" in shown
-    log = distribute.training_ledger(experiment).jobs / f"{refused}_0_log.err"
+    log = runs.training_ledger(experiment).jobs / f"{refused}_0_log.err"
     assert "no teacher 'bert'" in log.read_text()
     assert "has ended, and the run is not finished" in cli("status", config)
     assert "no teacher 'bert'" in cli("logs", config)
 
     options: list[Any] = [part for each in overrides for part in ("--set", each)]
     assert "training: job" in cli("run", config, "--slurm", *options)
-    training = distribute.training_ledger(experiment).submissions()[-1].job_id
+    training = runs.training_ledger(experiment).submissions()[-1].job_id
     assert f"job {training} is pending (Dependency)" in cli("status", config)
     again = cli("run", config, "--slurm", *options)
-    assert f"training: job {training} is queued already" in again, "one run, one training job"
+    assert f"training: job {training} is already queued" in again, "one run, one training job"
     run = experiment.output_dir / "tiny"
     wait_for("a checkpoint", (run / "checkpoint-5/trainer_state.json").exists, 120)
     login.client("scontrol", "requeue", training)
@@ -212,7 +212,7 @@ def test_written_scripts_do_the_same(
     run_until_idle(login, job_id, 150)
     experiment = load(config)
     assert_equal_stores(KVStore.open(experiment.store), reference, "bert")
-    attempts = work.ledger_of(experiment, "bert").attempts()
+    attempts = work.extraction_ledger(experiment, "bert").attempts()
     assert {attempt.job for attempt in attempts} == {f"{job_id}_0", f"{job_id}_1"}
     assert_tidy(experiment, "bert")
 
@@ -223,12 +223,12 @@ def test_training_on_two_nodes(
     config = write_experiment(tmp_path, models, nodes=2, extra={"mem": "2G"})
     shutil.copytree(reference.paths.root, tmp_path / "store")
     experiment = load(config)
-    profile = distribute.choose_profile(experiment, None, "train")
-    job_id = distribute.submit_training(experiment, profile)
+    profile = runs.choose_profile(experiment, None, "train")
+    job_id = runs.submit_training(experiment, profile)
     run_until_idle(login, job_id, 150)
     record = json.loads((experiment.output_dir / "tiny/run.json").read_text())
     assert record["finished"]
-    log = distribute.training_ledger(experiment).jobs / f"{job_id}_1_log.out"
+    log = runs.training_ledger(experiment).jobs / f"{job_id}_1_log.out"
     assert log.exists(), "the second node took part"
 
 
@@ -240,7 +240,7 @@ def test_a_store_is_verified_by_dask_workers(
     shutil.copytree(reference.paths.root, store)
     profile = SlurmProfile(partition="low", cpus_per_task=1, memory_gb=2, time_min=10)
     with dask_cluster(profile, 2, tmp_path / "logs") as address:
-        assert "24 shards, nothing wrong" in cli("verify", store, "--scheduler", address)
+        assert "24 shards, no errors found" in cli("verify", store, "--scheduler", address)
         victim = max(
             (store / "teachers/bert/shards/00003").rglob("*"), key=lambda p: p.stat().st_size
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from kvdistill.pipelines.extract_tasks import discard
+from kvdistill.pipelines.extract import discard
 
 FILES = 60
 ROUNDS = 150

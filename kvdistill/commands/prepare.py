@@ -1,0 +1,270 @@
+"""What precedes extraction: ``kvdistill init``, ``config``, ``data``, ``fetch`` and ``plan``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+import kvdistill.config
+from kvdistill.commands.options import config_argument, json_option, overrides_option
+from kvdistill.errors import ConfigError, CorpusError
+from kvdistill.text import format_bytes, format_duration
+
+if TYPE_CHECKING:
+    from kvdistill.corpus.recipes import ChainForm, RationaleForm
+    from kvdistill.corpus.samples import Sample
+    from kvdistill.pipelines.plan import TeacherEstimate
+
+
+@click.command("init")
+@click.argument("path", type=click.Path(path_type=Path), default=Path("experiment.yaml"))
+def init_command(path: Path) -> None:
+    """Write a commented experiment file to PATH (default: experiment.yaml)."""
+    if path.exists():
+        raise ConfigError(f"{path} already exists; choose another name, or remove it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(Path(kvdistill.config.__file__).with_name("experiment.yaml"), path)
+    click.echo(f"wrote {path}\nnext: edit it, then `kvdistill run {path}`")
+
+
+@click.group("config")
+def config_command() -> None:
+    """Show an experiment with its defaults, or the JSON schema."""
+
+
+@config_command.command("show")
+@config_argument
+@overrides_option
+def show_command(config: Path, overrides: tuple[str, ...]) -> None:
+    """Check CONFIG and print it with every default."""
+    from kvdistill.config.load import dump_experiment, load_experiment
+
+    click.echo(dump_experiment(load_experiment(config, overrides)), nl=False)
+
+
+@config_command.command("schema")
+def schema_command() -> None:
+    """Print the JSON schema of an experiment file, for editors."""
+    from kvdistill.config.experiment import Experiment
+
+    click.echo(json.dumps(Experiment.model_json_schema(), indent=2))
+
+
+drop_last_option = click.option(
+    "--drop-last-step",
+    "drop_last",
+    is_flag=True,
+    help="Omit the rationale's last step, which states the answer.",
+)
+
+
+@click.group("data")
+def data_command() -> None:
+    """Make corpora and tokenizers."""
+
+
+@data_command.command("gsm8k")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(path_type=Path),
+    help="A local copy of GSM8K's train.jsonl or test.jsonl; downloaded if not given.",
+)
+@click.option("--split", default="train", show_default=True, help="Split, if downloaded.")
+@click.option("--max-samples", type=click.IntRange(min=1), help="Only the first samples.")
+@click.option(
+    "--rationale",
+    type=click.Choice(["annotated", "words", "equations"]),
+    default="annotated",
+    show_default=True,
+    help="GSM8K's text, the text without its <<48/2=24>>, or the equations alone.",
+)
+@drop_last_option
+def gsm8k_command(
+    *,
+    output: Path,
+    source: Path | None,
+    split: str,
+    max_samples: int | None,
+    rationale: RationaleForm,
+    drop_last: bool,
+) -> None:
+    """Export GSM8K to OUTPUT as JSONL of prompt, rationale and answer."""
+    from kvdistill.corpus.readers import read_dataset, read_jsonl
+    from kvdistill.corpus.recipes import with_rationale
+
+    if source is not None:
+        samples = read_jsonl(source, "gsm8k", max_samples)
+    else:
+        samples = read_dataset("openai/gsm8k", "main", split, "gsm8k", max_samples)
+    _write_jsonl([with_rationale(s, rationale, drop_last=drop_last) for s in samples], output)
+
+
+@data_command.command("arithmetic")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--samples", default=10_000, show_default=True, type=click.IntRange(min=1))
+@click.option("--steps", default=4, show_default=True, help="Operations per chain.")
+@click.option("--modulus", default=10, show_default=True, help="Modulus of all values.")
+@click.option("--seed", default=0, show_default=True, help="Selects the sequence of chains.")
+@click.option(
+    "--skip", default=0, show_default=True, help="Skip the first chains of that sequence."
+)
+@click.option(
+    "--rationale",
+    "form",
+    type=click.Choice(["equations", "results"]),
+    default="equations",
+    show_default=True,
+    help="7+3=0 0*4=0, or the results alone: 0 0.",
+)
+@drop_last_option
+def arithmetic_command(
+    *,
+    output: Path,
+    samples: int,
+    steps: int,
+    modulus: int,
+    seed: int,
+    skip: int,
+    form: ChainForm,
+    drop_last: bool,
+) -> None:
+    """Write chains such as 7+3*4-6, evaluated from left to right modulo 10, to OUTPUT as JSONL.
+
+    One seed is one endless sequence without repetition: --skip the training chains for others.
+    """
+    from kvdistill.corpus import recipes
+
+    chains = recipes.arithmetic_samples(
+        samples,
+        steps=steps,
+        modulus=modulus,
+        seed=seed,
+        skip=skip,
+        form=form,
+        drop_last=drop_last,
+    )
+    _write_jsonl(chains, output)
+
+
+@data_command.command("tokenizer")
+@click.argument("corpus", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--vocab-size", default=4096, show_default=True, type=click.IntRange(min=300))
+@click.option(
+    "--characters", is_flag=True, help="One token per character of CORPUS, instead of BPE."
+)
+def tokenizer_command(corpus: Path, output: Path, vocab_size: int, characters: bool) -> None:
+    """Train a byte-level BPE tokenizer on CORPUS (JSONL) and save it to the folder OUTPUT."""
+    from kvdistill.corpus.readers import read_jsonl
+    from kvdistill.distill.student.build import character_tokenizer, train_tokenizer
+
+    if output.exists():
+        raise CorpusError(f"{output} already exists; choose another name, or remove it first")
+    texts = (sample.text for sample in read_jsonl(corpus))
+    trained = character_tokenizer(texts) if characters else train_tokenizer(texts, vocab_size)
+    trained.save_pretrained(str(output))
+    click.echo(f"wrote a tokenizer of {len(trained)} tokens to {output}")
+
+
+def _write_jsonl(samples: Sequence[Sample], output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("w", encoding="utf-8") as lines:
+        for sample in samples:
+            row: dict[str, str] = {"sample_id": sample.sample_id}
+            row.update(sample.segments)
+            if sample.task is not None:
+                row["task"] = sample.task
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    click.echo(f"wrote {len(samples)} samples to {output}")
+
+
+@click.command("fetch")
+@config_argument
+@overrides_option
+def fetch_command(*, config: Path, overrides: tuple[str, ...]) -> None:
+    """Download every model and data set of CONFIG, for compute nodes without a network."""
+    from kvdistill.config.load import load_experiment
+    from kvdistill.pipelines.fetch import fetch
+
+    fetched = fetch(
+        load_experiment(config, overrides),
+        lambda need, state: click.echo(f"{need.kind} {need.source}: {state}", err=True),
+    )
+    click.echo(f"all {len(fetched)} are on this machine; next: kvdistill plan {config}")
+
+
+@click.command("plan")
+@config_argument
+@overrides_option
+@json_option
+@click.option("--parallel", default=1, show_default=True, help="Processes that run at once.")
+@click.option("--samples", default=256, show_default=True, help="Samples to tokenise.")
+@click.option("--sized", default=12, show_default=True, help="Samples to extract per codec.")
+def plan_command(
+    *,
+    config: Path,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    parallel: int,
+    samples: int,
+    sized: int,
+) -> None:
+    """Estimate disk space, time and lengths per teacher before anything is extracted."""
+    from kvdistill.config.load import load_experiment
+    from kvdistill.pipelines.plan import array_size, estimate_extraction
+
+    estimate = estimate_extraction(load_experiment(config, overrides), samples, sized)
+    tasks = array_size(estimate, parallel)
+    needed, free = estimate.needed_gigabytes, estimate.free_gigabytes
+    if as_json:
+        totals = {"needed_gigabytes": needed, "fits": estimate.fits, "array_size": tasks}
+        click.echo(json.dumps(asdict(estimate) | totals))
+        return
+    click.echo(
+        f"{estimate.samples:,} samples, {estimate.characters:,} characters, "
+        f"{estimate.shards:,} shards"
+    )
+    for teacher in estimate.teachers:
+        click.echo("\n" + "\n".join(_estimate_lines(teacher, tasks)))
+    remedy = "" if estimate.fits else "; does not fit: choose a smaller codec or fewer layers"
+    click.echo(f"\nneeded: {format_bytes(needed * 1e9)}, free: {format_bytes(free * 1e9)}{remedy}")
+    click.echo(f"next: kvdistill extract {config}")
+
+
+def _estimate_lines(teacher: TeacherEstimate, tasks: int) -> Iterator[str]:
+    seconds = teacher.hours * 3600
+    yield (
+        f"{teacher.teacher}: {teacher.tokens:,} tokens at {teacher.tokens_per_second:,.0f}/s: "
+        f"{format_duration(seconds)} in one task, {format_duration(seconds / tasks)} in {tasks}"
+    )
+    sizes = sorted(teacher.gigabytes.items(), key=lambda item: -item[1])
+    yield "  on disk: " + ", ".join(f"{name} {format_bytes(size * 1e9)}" for name, size in sizes)
+    if 0 < teacher.kept < 1:
+        yield (
+            f"  selected heads and eviction keep {teacher.kept:.1%} of keys and values; keeping "
+            f"all takes about {1 / teacher.kept:,.0f} times the disk space"
+        )
+    yield f"  tokens per sample: {_quantiles(teacher.lengths)}"
+    if teacher.rationale_lengths:
+        yield f"  tokens per rationale: {_quantiles(teacher.rationale_lengths)}"
+    touched = ", ".join(f"{budget}: {share:.0%}" for budget, share in teacher.touched.items())
+    yield f"  samples that exceed an eviction budget: {touched}"
+    if teacher.too_long:
+        yield f"  {teacher.too_long:.1%} of samples are too long: see extraction.long_text"
+    if (found := teacher.alignment) is not None:
+        yield (
+            f"  student tokens covered {found.coverage:.1%}, one to one "
+            f"{found.one_to_one_rate:.1%}, teacher tokens lost {found.orphan_rate:.1%}"
+        )
+
+
+def _quantiles(values: dict[float, int]) -> str:
+    return ", ".join(f"{q:.0%} {value:,}" for q, value in values.items())
