@@ -13,7 +13,6 @@ import contextlib
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -47,28 +46,25 @@ def merge_moments(*parts: tuple[int, Array, Array]) -> tuple[int, Array, Array]:
     Raises:
         GeometryError: the shapes differ.
     """
-    return reduce(_merge_two, parts)
-
-
-def _merge_two(
-    a: tuple[int, Array, Array], b: tuple[int, Array, Array]
-) -> tuple[int, Array, Array]:
-    (count_a, mean_a, m2_a), (count_b, mean_b, m2_b) = a, b
-    if mean_a.shape != mean_b.shape or m2_a.shape != m2_b.shape:
-        raise GeometryError(
-            f"cannot merge moments of shapes {tuple(mean_a.shape)}, {tuple(m2_a.shape)} with those "
-            f"of shapes {tuple(mean_b.shape)}, {tuple(m2_b.shape)}"
-        )
-    count = count_a + count_b
-    if count == 0:
-        return a
-    delta = mean_b - mean_a
-    if m2_a.ndim == delta.ndim:
-        products = delta**2
-    else:
-        products = delta[..., : m2_a.shape[-2], None] * delta[..., None, :]
-    mean = mean_a + delta * (count_b / count)
-    return count, mean, m2_a + m2_b + products * (count_a * count_b / count)
+    count, mean, m2 = parts[0]
+    for other_count, other_mean, other_m2 in parts[1:]:
+        if mean.shape != other_mean.shape or m2.shape != other_m2.shape:
+            raise GeometryError(
+                f"cannot merge moments of shapes {tuple(mean.shape)}, {tuple(m2.shape)} with those "
+                f"of shapes {tuple(other_mean.shape)}, {tuple(other_m2.shape)}"
+            )
+        total = count + other_count
+        if total == 0:
+            continue
+        delta = other_mean - mean
+        if m2.ndim == mean.ndim:
+            products = delta**2
+        else:
+            products = delta[..., : m2.shape[-2], None] * delta[..., None, :]
+        mean = mean + delta * (other_count / total)
+        m2 = m2 + other_m2 + products * (count * other_count / total)
+        count = total
+    return count, mean, m2
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,7 +46,7 @@ def verify_store(
     store: KVStore,
     teachers: Iterable[str] | None = None,
     shard_ids: Collection[str] | None = None,
-    progress: OnShard | None = None,
+    progress: OnShard = lambda *_: None,
 ) -> list[Finding]:
     """Check the corpus and the committed shards, or those of these teachers and ids.
 
@@ -66,7 +66,7 @@ def verify_store(
 
 
 def _teacher_findings(
-    store: KVStore, teacher: str, shard_ids: list[str], progress: OnShard | None
+    store: KVStore, teacher: str, shard_ids: list[str], progress: OnShard
 ) -> Iterator[Finding]:
     try:
         store.teacher(teacher)
@@ -79,8 +79,7 @@ def _teacher_findings(
         yield Finding(teacher, name, f"{folder / name}: the plan has no such shard")
     committed = store.committed(teacher)
     for shard_id in (name for name in shard_ids if name in committed):
-        if progress is not None:
-            progress(teacher, shard_id)
+        progress(teacher, shard_id)
         try:
             for problem in _shard_problems(store, teacher, shard_id):
                 yield Finding(teacher, shard_id, problem)
@@ -124,7 +123,7 @@ def _token_problems(
     tokens: TokenTable, texts: tuple[Sample, ...], *, own_text: bool
 ) -> Iterator[str]:
     planned = tuple(sample.sample_id for sample in texts)
-    if not own_text and tokens.sample_ids != planned:
+    if len(planned) != tokens.num_samples or (not own_text and tokens.sample_ids != planned):
         yield f"its samples are {tokens.sample_ids[:3]} …, but the plan's are {planned[:3]} …"
         return
     lengths = np.array([len(sample.text) for sample in texts], np.int64)
@@ -171,7 +170,7 @@ def _move_aside(folder: Path, aside: Path) -> Path:
 
 
 def merge_stores(
-    target: KVStore, sources: Sequence[KVStore], progress: OnShard | None = None
+    target: KVStore, sources: Sequence[KVStore], progress: OnShard = lambda *_: None
 ) -> int:
     """Copy every shard of the sources that ``target`` lacks; returns how many.
 
@@ -194,8 +193,7 @@ def merge_stores(
     for source in sources:
         for teacher in source.teachers():
             for shard_id in sorted(source.committed(teacher) - target.committed(teacher)):
-                if progress is not None:
-                    progress(teacher, shard_id)
+                progress(teacher, shard_id)
                 copied += _copy_files(source, target, teacher, shard_id)
             copy_prototypes(source, target, teacher)
     return copied
@@ -226,7 +224,7 @@ def _copy_files(source: KVStore, target: KVStore, teacher: str, shard_id: str) -
 
 
 def convert_store(
-    source: KVStore, path: Path | str, backend: Backend, progress: OnShard | None = None
+    source: KVStore, path: Path | str, backend: Backend, progress: OnShard = lambda *_: None
 ) -> KVStore:
     """Copy a store with every teacher's shards in another backend; returns the new store.
 
@@ -246,8 +244,7 @@ def convert_store(
         add_teacher(target, manifest)
         lacking = source.committed(teacher) - target.committed(teacher)
         for shard_id in (shard_id for shard_id in source.shard_ids if shard_id in lacking):
-            if progress is not None:
-                progress(teacher, shard_id)
+            progress(teacher, shard_id)
             commit = source.commit(teacher, shard_id)
             publish_shard(
                 target,

@@ -10,7 +10,6 @@ were merged, they are computed anew.
 from __future__ import annotations
 
 import warnings
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +18,6 @@ from safetensors.numpy import load_file, save
 from kvdistill.errors import ShardNotFound
 from kvdistill.store.commit import flush, staging_folder
 from kvdistill.store.reader import KVStore
-
-_KMEANS_ROUNDS: Final = 100
 
 
 def hidden_summaries(
@@ -76,9 +73,7 @@ def kmeans(
     distinct = len(np.unique(points_NE, axis=0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # empty clusters, which are dropped below
-        centres, owner = kmeans2(
-            points_NE, min(num_centres, distinct), iter=_KMEANS_ROUNDS, minit="++", rng=0
-        )
+        centres, owner = kmeans2(points_NE, min(num_centres, distinct), iter=100, minit="++", rng=0)
     count = np.bincount(owner, minlength=len(centres))
     order = np.argsort(-count, kind="stable")[: np.count_nonzero(count)]
     return centres[order], count[order] / len(points_NE)

@@ -57,7 +57,19 @@ def create(path: Path | str, shards: Sequence[Shard]) -> KVStore:
     if not paths.manifest.is_file():
         _publish_plan(paths, plan, shards)
     store = KVStore.open(paths.root)
-    _refuse_other_plan(store, plan)
+    found = store.manifest
+    if found.corpus_fingerprint != plan.corpus_fingerprint:
+        raise StoreMismatch(
+            f"{paths.root} was made from another corpus: fingerprint "
+            f"{found.corpus_fingerprint[:12]}, the config's is {plan.corpus_fingerprint[:12]}; "
+            "use another store path, or the corpus it was made from"
+        )
+    if found.shards != plan.shards:
+        raise StoreMismatch(
+            f"{paths.root} divides this corpus into {len(found.shards)} shards, the config into "
+            f"{len(plan.shards)}; the plan of a store is fixed: restore the shard size it was made "
+            "with, or use another store path"
+        )
     return store
 
 
@@ -92,22 +104,6 @@ def _publish_plan(paths: StorePaths, plan: StoreManifest, shards: Sequence[Shard
             staged.samples(shard.shard_id).write_text(shard.to_jsonl(), encoding="utf-8")
         staged.manifest.write_text(plan.to_json(), encoding="utf-8")
         publish_folder(folder, root)
-
-
-def _refuse_other_plan(store: KVStore, plan: StoreManifest) -> None:
-    found = store.manifest
-    if found.corpus_fingerprint != plan.corpus_fingerprint:
-        raise StoreMismatch(
-            f"{store.paths.root} was made from another corpus: fingerprint "
-            f"{found.corpus_fingerprint[:12]}, the config's is {plan.corpus_fingerprint[:12]}; "
-            "use another store path, or the corpus it was made from"
-        )
-    if found.shards != plan.shards:
-        raise StoreMismatch(
-            f"{store.paths.root} divides this corpus into {len(found.shards)} shards, the config "
-            f"into {len(plan.shards)}; the plan of a store is fixed: restore the shard size it "
-            "was made with, or use another store path"
-        )
 
 
 def add_teacher(store: KVStore, manifest: TeacherManifest) -> TeacherManifest:

@@ -80,6 +80,16 @@ def test_offsets_outside_the_text_and_foreign_shards_are_found(tmp_path: Path, b
     assert any("the plan has no such shard" in p for p in problems)
 
 
+def test_own_texts_of_other_samples_are_found(tmp_path: Path, build: Any) -> None:
+    store = create(tmp_path / "store", build.corpus(1))
+    teacher = add_teacher(store, build.teacher(own_text=True))
+    one = build.shard(teacher, ["s0", "s1", "s2"], build.lengths)
+    fewer = type(one.shard)(one.shard.tokens, one.shard.arrays, one.shard.texts[:2])
+    publish_shard(store, "tiny", "00000", fewer, one.statistics)
+    (finding,) = verify_store(store)
+    assert "its samples are ('s0', 's1', 's2') …" in finding.problem
+
+
 @pytest.mark.parametrize("target", ["zarr", "safetensors"])
 def test_convert_keeps_every_code(tmp_path: Path, build: Any, backend: str, target: Any) -> None:
     teacher = build.teacher(
