@@ -193,10 +193,9 @@ def summary(study: Study, rows: Sequence[Row]) -> list[str]:
     sentences = []
     if real:
         best = real[0]
-        opening = (
-            "The best arm is" if _bits_change(best) < 0 else "No arm is better; the closest is"
-        )
-        sentences.append(f"{opening} {best.arm.name}: {_change(best)}{_significance(best)}.")
+        place = "the best arm is" if _bits_change(best) < 0 else "no arm is better; the closest is"
+        change = f"{_change(best)}{_significance(best)}"
+        sentences.append(f"Against {study.baseline}, {place} {best.arm.name}: {change}.")
         better = [row for row in real[1:] if row.verdict == "better"]
         if better:
             listed = ", ".join(f"{row.arm.name} ({_change(row)})" for row in better)
