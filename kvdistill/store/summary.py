@@ -1,13 +1,13 @@
-"""What a person wants to know of a store, as plain data for a table, a plot or a script.
+"""Summary of a store for tables, plots and scripts: sizes, norms, outlier channels, importance.
 
-Counts and bytes come from the commits. Norms and outlier channels come from the statistics that
-every shard carries, exactly and without reading a key or value. What statistics cannot tell, the
-histogram of importance and the largest token norms, is computed with dask over some shards.
+Counts and sizes come from the commits. Norms and outlier channels come from the statistics that
+every shard carries: exact, without reading a key or value. The histogram of importance and the
+largest token norms need the arrays themselves, and are computed by dask over some or all shards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -24,10 +24,8 @@ from kvdistill.types import KINDS, Kind
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-
 OUTLIER_RATIO: Final = 5.0
 """A channel is an outlier if its RMS is this many times the median of its layer and head."""
-
 
 IMPORTANCE_BINS: Final = np.logspace(-8, 0, 33)
 
@@ -46,7 +44,7 @@ class Outlier:
 
 @dataclass(frozen=True)
 class TeacherSummary:
-    """One teacher. ``rms`` holds, per kind and layer, the RMS norm of a token for every head."""
+    """One teacher. ``rms`` is the RMS norm of a token, per kind and layer, of every head."""
 
     teacher: str
     model: str
@@ -82,6 +80,7 @@ def summarise_teacher(store: KVStore, teacher: str) -> TeacherSummary:
     commits = [store.commit(teacher, shard_id) for shard_id in shard_ids]
     by_array = _bytes_by_array(commits)
     statistics = store.statistics(teacher)
+    rms = {kind: _channel_rms(manifest, statistics, kind) for kind in KINDS}
     return TeacherSummary(
         teacher=teacher,
         model=manifest.model,
@@ -97,9 +96,44 @@ def summarise_teacher(store: KVStore, teacher: str) -> TeacherSummary:
         raw_bytes=sum(commit.raw_bytes for commit in commits),
         bytes_by_array=by_array,
         extraction_seconds=sum(commit.seconds for commit in commits),
-        rms={kind: _rms_norms(manifest, statistics, kind) for kind in KINDS},
-        outliers=_find_outliers(manifest, statistics),
+        rms={
+            kind: {layer: np.sqrt((x**2).sum(axis=-1)).tolist() for layer, x in by_layer.items()}
+            for kind, by_layer in rms.items()
+        },
+        outliers=_find_outliers(rms),
     )
+
+
+def _bytes_by_array(commits: Sequence[Commit]) -> dict[str, int]:
+    """zarr: bytes of every array. safetensors: of the one file."""
+    total: dict[str, int] = {}
+    for commit in commits:
+        for name, record in commit.files.items():
+            array = name.partition("/c/")[0].removesuffix("/zarr.json")
+            total[array] = total.get(array, 0) + record.size_bytes
+    return total
+
+
+def _channel_rms(
+    manifest: TeacherManifest, statistics: Mapping[str, ChannelStatistics], kind: Kind
+) -> dict[int, np.ndarray]:
+    """RMS of every channel, ``[H, D]`` by layer: the mean square is variance plus squared mean."""
+    rms: dict[int, np.ndarray] = {}
+    for i, group in enumerate(manifest.groups):
+        found = statistics[f"{group_prefix(manifest, i)}{kind}"]
+        rms |= zip(group.layers, np.sqrt(found.variance + found.mean**2), strict=True)
+    return dict(sorted(rms.items()))
+
+
+def _find_outliers(rms: Mapping[Kind, Mapping[int, np.ndarray]]) -> list[Outlier]:
+    found = []
+    for kind, by_layer in rms.items():
+        for layer, rms_HD in by_layer.items():
+            median = np.median(rms_HD, axis=-1, keepdims=True)
+            ratio = np.divide(rms_HD, median, out=np.zeros_like(rms_HD), where=median > 0)
+            for head, channel in np.argwhere(ratio >= OUTLIER_RATIO).tolist():
+                found.append(Outlier(kind, layer, head, channel, float(ratio[head, channel])))
+    return sorted(found, key=lambda outlier: -outlier.ratio)
 
 
 def importance_histogram(
@@ -139,51 +173,10 @@ def largest_norms(
     }
 
 
-def _bytes_by_array(commits: Sequence[Commit]) -> dict[str, int]:
-    """zarr: bytes of every array. safetensors: of the one file."""
-    total: dict[str, int] = {}
-    for commit in commits:
-        for name, record in commit.files.items():
-            array = name.partition("/c/")[0].removesuffix("/zarr.json")
-            total[array] = total.get(array, 0) + record.size_bytes
-    return total
-
-
-def _rms(statistics: ChannelStatistics) -> np.ndarray:
-    """RMS of every channel, ``[L, H, D]``: the mean square is variance plus squared mean."""
-    return np.sqrt(statistics.variance + statistics.mean**2)
-
-
-def _rms_norms(
-    manifest: TeacherManifest, statistics: dict[str, ChannelStatistics], kind: Kind
-) -> dict[int, list[float]]:
-    norms: dict[int, list[float]] = {}
-    for i, group in enumerate(manifest.groups):
-        squares = _rms(statistics[f"{group_prefix(manifest, i)}{kind}"]) ** 2
-        for layer, row in zip(group.layers, np.sqrt(squares.sum(axis=-1)), strict=True):
-            norms[layer] = [float(norm) for norm in row]
-    return dict(sorted(norms.items()))
-
-
-def _find_outliers(
-    manifest: TeacherManifest, statistics: dict[str, ChannelStatistics]
-) -> list[Outlier]:
-    found = []
-    for i, group in enumerate(manifest.groups):
-        for kind in KINDS:
-            rms = _rms(statistics[f"{group_prefix(manifest, i)}{kind}"])
-            median = np.median(rms, axis=-1, keepdims=True)
-            ratio = np.divide(rms, median, out=np.zeros_like(rms), where=median > 0)
-            for layer_idx, head, channel in np.argwhere(ratio >= OUTLIER_RATIO).tolist():
-                size = float(ratio[layer_idx, head, channel])
-                found.append(Outlier(kind, group.layers[layer_idx], head, channel, size))
-    return sorted(found, key=lambda outlier: -outlier.ratio)
-
-
 def plot_teacher(
     summary: TeacherSummary, histogram: tuple[np.ndarray, np.ndarray] | None, path: Path
 ) -> None:
-    """One PNG for a teacher.
+    """Write one PNG: norms by layer and head, outlier channels, and importance or sizes.
 
     Raises:
         OSError: the file cannot be written.
@@ -196,11 +189,21 @@ def plot_teacher(
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
     for axis, kind in zip(axes[0], KINDS, strict=True):
         _plot_norms(axis, summary, kind)
-    _plot_outliers(axes[1, 0], summary)
+    left, right = axes[1]
+    for kind in KINDS:
+        found = [outlier for outlier in summary.outliers if outlier.kind == kind]
+        left.scatter([o.layer for o in found], [o.ratio for o in found], s=12, label=kind)
+    left.set(title="outlier channels", xlabel="layer", ylabel="RMS over the median channel's")
+    left.legend(fontsize="small")
     if histogram is None:
-        _plot_bytes(axes[1, 1], summary)
+        largest = sorted(summary.bytes_by_array.items(), key=lambda item: -item[1])[:8]
+        right.barh([name for name, _ in largest], [size / 1e6 for _, size in largest])
+        right.invert_yaxis()
+        right.set(title="stored", xlabel="MB")
     else:
-        _plot_importance(axes[1, 1], *histogram)
+        counts, edges = histogram
+        right.stairs(counts / max(int(counts.sum()), 1), edges, fill=True)
+        right.set(title="importance", xlabel="attention received", ylabel="share", xscale="log")
     figure.suptitle(
         f"{summary.teacher}: {summary.model}, {summary.tokens:,} tokens, "
         f"{summary.ratio:.2f} of bf16"
@@ -217,27 +220,3 @@ def _plot_norms(axis: Axes, summary: TeacherSummary, kind: str) -> None:
     axis.set(title=f"{kind}: RMS norm of a token", xlabel="layer", yscale="log")
     if len(axis.lines) <= 8:
         axis.legend(fontsize="small")
-
-
-def _plot_outliers(axis: Axes, summary: TeacherSummary) -> None:
-    for kind in KINDS:
-        found = [outlier for outlier in summary.outliers if outlier.kind == kind]
-        axis.scatter([o.layer for o in found], [o.ratio for o in found], s=12, label=kind)
-    axis.set(title="outlier channels", xlabel="layer", ylabel="RMS over the median channel's")
-    axis.legend(fontsize="small")
-
-
-def _plot_bytes(axis: Axes, summary: TeacherSummary) -> None:
-    largest = sorted(summary.bytes_by_array.items(), key=lambda item: -item[1])[:8]
-    axis.barh([name for name, _ in largest], [size / 1e6 for _, size in largest])
-    axis.invert_yaxis()
-    axis.set(title="stored", xlabel="MB")
-
-
-def _plot_importance(axis: Axes, counts: np.ndarray, edges: np.ndarray) -> None:
-    axis.stairs(counts / max(int(counts.sum()), 1), edges, fill=True)
-    axis.set(title="importance", xlabel="attention received", ylabel="share", xscale="log")
-
-
-# MERGED-DOC store.plots
-# Pictures of a store: norms by layer and head, outlier channels, bytes, importance.

@@ -131,7 +131,7 @@ def _refuse_other_teacher(
     ours = stored.model_dump(mode="json", exclude=_INFORMATIONAL)
     theirs = requested.model_dump(mode="json", exclude=_INFORMATIONAL)
     differences = "; ".join(
-        f"{name}: stored {_short_repr(ours[name])}, requested {_short_repr(theirs[name])}"
+        f"{name}: stored {ours[name]!r:.80}, requested {theirs[name]!r:.80}"
         for name in ours
         if ours[name] != theirs[name]
     )
@@ -141,11 +141,6 @@ def _refuse_other_teacher(
             f"({differences}); give the new extraction another name, or remove the old one with "
             "`kvdistill rm`"
         )
-
-
-def _short_repr(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def publish_shard(

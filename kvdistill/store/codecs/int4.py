@@ -31,12 +31,10 @@ from kvdistill.store.codecs.parts import (
     Part,
     as_blocks,
     bits_to_float32,
-    channel_pairs,
     concatenate,
     half_at_least,
     half_at_most,
     half_part,
-    one_channel,
     per_token,
     to_float32,
 )
@@ -69,14 +67,14 @@ class Asymmetric:
 
     def parts(self, kind: Kind) -> tuple[Part, ...]:
         """The stored arrays."""
-        packed = Part("", "uint8", "uint4 pairs (i, i + D/2)", width=channel_pairs)
+        packed = Part("", "uint8", "uint4 pairs (i, i + D/2)", channels="pairs")
         if kind == "key" or self.half_values:
             return (packed, half_part("scale", kind), half_part("zero", kind))
-        scale = Part("scale", "uint8", _STEP, width=one_channel)
+        scale = Part("scale", "uint8", _STEP, channels="all")
         return (
             packed,
             scale,
-            Part("zero", "int8", "middle in quarters of a step", width=one_channel),
+            Part("zero", "int8", "middle in quarters of a step", channels="all"),
         )
 
     def encode(self, x: torch.Tensor, kind: Kind) -> dict[str, torch.Tensor]:
@@ -85,7 +83,7 @@ class Asymmetric:
         Raises:
             GeometryError: D is odd.
         """
-        half = channel_pairs(x.shape[-1])
+        half = self.parts(kind)[0].width(x.shape[-1])
         encode = _encode_keys if kind == "key" else self._encode_values
         codes, scale, zero = encode(x.float())
         return {"": codes[..., :half] | codes[..., half:] << 4, "scale": scale, "zero": zero}

@@ -8,7 +8,7 @@ return the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
@@ -28,30 +28,6 @@ TINY: Final = 2.0**-24
 """The smallest positive fp16: replaces a scale of zero as a divisor."""
 
 
-def all_channels(head_dim: int) -> int:
-    """Width of a part with one element per channel."""
-    return head_dim
-
-
-def one_channel(head_dim: int) -> int:
-    """Width of a part with one element for all channels."""
-    return 1
-
-
-def channel_pairs(head_dim: int) -> int:
-    """Width of a part with two channels per element.
-
-    Raises:
-        GeometryError: the head dim is odd.
-    """
-    if head_dim % 2:
-        raise GeometryError(
-            f"codec int4 packs two channels into a byte, but the head dim is {head_dim}; "
-            "store this teacher with codec int8"
-        )
-    return head_dim // 2
-
-
 @dataclass(frozen=True)
 class Part:
     """One stored array of an encoded kind, ``[layer, head, token or block, width]``."""
@@ -64,15 +40,28 @@ class Part:
     """Type of the numbers that the stored bits represent, where numpy lacks it."""
     per: Literal["token", "block"] = "token"
     """What the third axis counts."""
-    width: Callable[[int], int] = all_channels
-    """Length of the last axis for a head dim."""
+    channels: Literal["each", "pairs", "all"] = "each"
+    """What one element covers: a channel, channels ``i`` and ``i + D/2``, or all of a token."""
+
+    def width(self, head_dim: int) -> int:
+        """Length of the last axis.
+
+        Raises:
+            GeometryError: pairs of an odd head dim.
+        """
+        if self.channels == "pairs" and head_dim % 2:
+            raise GeometryError(
+                f"codec int4 packs two channels into a byte, but the head dim is {head_dim}; "
+                "store this teacher with codec int8"
+            )
+        return {"each": head_dim, "pairs": head_dim // 2, "all": 1}[self.channels]
 
 
 def half_part(suffix: str, kind: Kind) -> Part:
     """Scales or zeros in fp16: of keys per block and channel, of values per token."""
     if kind == "key":
         return Part(suffix, "float16", "float16", "block")
-    return Part(suffix, "float16", "float16", width=one_channel)
+    return Part(suffix, "float16", "float16", channels="all")
 
 
 def part_name(stem: str, suffix: str) -> str:
