@@ -1,28 +1,35 @@
-"""Speed and size of stores, as ratios measured in one run on one machine.
+"""Speed and size of stores: one run, everything as a ratio taken on the same machine.
 
     python benchmarks/store.py --kv kv.pt            # real keys and values
     python benchmarks/store.py                       # synthetic ones of SmolLM2's shape
+    python benchmarks/store.py --against ../before   # ratios to another checkout of kvdistill
 
 ``--kv`` is a file of ``torch.save({"key": [...], "value": [...]})``, one ``[L, H, T, D]`` per
-sample. Speeds are elements of K and V per second, so that codecs are comparable; every figure is
-the best of interleaved rounds, since other load can only slow a round down. ``--clock cpu`` counts
-CPU seconds of all threads instead of wall time. Files are in the page cache. The file system
-matters (``--folder``): a mapped file in tmpfs page-faults every few pages, one on ext4 hardly ever.
+sample. Speeds are elements of K and V per second, so that codecs compare; every figure is the
+best of interleaved rounds, because other load only ever slows one down. ``--clock cpu`` counts
+processor seconds of all threads instead of wall time. Files are in the page cache, and where
+they lie matters: a map of a file in tmpfs costs a page fault every few pages, one on ext4
+hardly any. ``--folder`` chooses. Every checkout reads in a process of its own (``store_reads.py``)
+a store that it has converted itself.
 
-    1 thread    shard after shard, checksums verified in every round. The targets apply to this row:
-                torch.load and the copies run in one thread as well
+    1 thread    shard after shard; checksums are verified anew in every round. The targets are
+                for this one: torch.load and the copies run in one thread as well, although the
+                zarr backend decodes on all cores
     2 threads   the same through ``prefetch``
-    .pt         one file per sample, bf16, ``torch.load``; as many in memory as a shard has samples
-    copy        ``array.copy()`` of the stored arrays: the minimum for a reader that owns its result
+    .pt         one file per sample, bf16, ``torch.load``; a shard's worth is held at a time
+    copy        ``array.copy()`` of the stored arrays: the cost of any reader that owns its result
     into        the same bytes copied into memory that is already mapped
-    zarr-python, zarrs   the same zarr files, read with these libraries; both use all cores
+    zarr-python, zarrs   the store's own zarr files through these, array by array
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,21 +40,22 @@ from typing import Any
 import numpy as np
 import torch
 import zarr
+from store_reads import CLOCKS, touch
 
 from kvdistill.corpus.samples import Sample, Shard
 from kvdistill.store.channel_statistics import ChannelStatistics
 from kvdistill.store.codecs import CODECS
 from kvdistill.store.codecs.parts import part_name
-from kvdistill.store.maintenance import convert_store
+from kvdistill.store.format import StorePaths
 from kvdistill.store.manifest import TeacherManifest
-from kvdistill.store.prefetch import ShardRequest, prefetch
 from kvdistill.store.reader import KVStore
 from kvdistill.store.shard import EncodedShard, TokenTable
 from kvdistill.store.writer import add_teacher, create, publish_shard
 from kvdistill.types import KINDS, Kind, LayerGroup
 
 Samples = dict[Kind, list[torch.Tensor]]
-Tasks = dict[str, tuple[Callable[[], Any], int]]
+Tasks = dict[str, tuple[Callable[[], float], int]]
+
 CODEC_NAMES = ("bf16", "int8", "int4")
 PLAIN = "zarr.core.codec_pipeline.BatchedCodecPipeline"
 ZARRS = "zarrs.ZarrsCodecPipeline"
@@ -55,7 +63,7 @@ NUM_SHARDS = 4
 
 
 def synthetic(num_samples: int) -> Samples:
-    """Random KV with SmolLM2's shape, GSM8K's lengths and channels of unequal scale."""
+    """SmolLM2's shape, GSM8K's lengths, channels of unequal size."""
     rng = torch.Generator().manual_seed(0)
     lengths = torch.randint(80, 320, (num_samples,), generator=rng).tolist()
     size = torch.rand(30, 3, 1, 64, generator=rng).exp() * 2
@@ -65,7 +73,7 @@ def synthetic(num_samples: int) -> Samples:
 
 
 def make_store(root: Path, samples: Samples) -> tuple[KVStore, dict[str, float]]:
-    """A store with one teacher per codec, and the seconds to publish all shards, by codec."""
+    """A store with a teacher per codec; seconds that publication of all shards took, by codec."""
     ids = [f"s{i}" for i in range(len(samples["key"]))]
     cuts = np.array_split(np.arange(len(ids)), NUM_SHARDS)
     text = {i: Sample(i, (("text", "x" * 4000),)) for i in ids}
@@ -128,25 +136,51 @@ def encode(
             pieces = [parts[part.suffix].numpy() for parts in encoded]
             arrays[part_name(kind, part.suffix)] = np.concatenate(pieces, axis=2)
         num_layers, num_heads, _, dim = samples[kind][0].shape
-        stats[kind] = ChannelStatistics(0, *np.zeros((2, num_layers, num_heads, dim)))
+        stats[kind] = ChannelStatistics.empty((num_layers, num_heads, dim))
     return EncodedShard(tokens, arrays), stats
 
 
-def in_order(store: KVStore, codec: str, threads: int) -> None:
-    """Read all shards in order, as an epoch does, from a newly opened store."""
-    fresh = KVStore.open(store.paths.root)
-    if threads == 1:
-        for shard_id in fresh.shard_ids:
-            _touch_all(fresh.read_shard(codec, shard_id))
-        return
-    requests = [ShardRequest(codec, shard_id) for shard_id in fresh.shard_ids]
-    for _, shard in prefetch(fresh, requests, threads=threads, ahead=threads):
-        _touch_all(shard)
+class Checkout:
+    """Another process, which reads stores with the kvdistill of one checkout."""
+
+    def __init__(self, path: Path, zarr_store: Path, stores: Path) -> None:
+        self.environment = {**os.environ, "PYTHONPATH": str(path.resolve())}
+        self.stores = {name: stores / name for name in ("safetensors", "zarr")}
+        source = zarr_store
+        for backend, target in self.stores.items():
+            command = ["convert", str(source), str(target), "--to", backend]
+            run = [sys.executable, "-P", "-m", "kvdistill.cli", *command]
+            subprocess.run(run, env=self.environment, check=True, capture_output=True)
+            source = target
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("store_reads.py"))],
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def task(self, backend: str, **arguments: Any) -> Callable[[], float]:
+        """Something that makes the process read, and returns how long it took."""
+        line = json.dumps({"store": str(self.stores[backend]), "clock": clock_name, **arguments})
+
+        def work() -> float:
+            assert self.process.stdin is not None
+            assert self.process.stdout is not None
+            print(line, file=self.process.stdin, flush=True)
+            return float(self.process.stdout.readline())
+
+        return work
 
 
-def _touch_all(shard: EncodedShard) -> None:
-    for array in shard.arrays.values():
-        _touch(array)
+def timed(work: Callable[[], Any]) -> Callable[[], float]:
+    def run() -> float:
+        clock = CLOCKS[clock_name]
+        started = clock()
+        work()
+        return clock() - started
+
+    return run
 
 
 def through_zarr(store: KVStore, codec: str, pipeline: str) -> None:
@@ -155,69 +189,54 @@ def through_zarr(store: KVStore, codec: str, pipeline: str) -> None:
             group = zarr.open_group(store.paths.shard(codec, shard_id), mode="r")
             for kind in KINDS:
                 for part in CODECS[codec].parts(kind):
-                    _touch(group[part_name(kind, part.suffix)][...])
-
-
-def at_random(
-    store: KVStore, codec: str, sample_ids: list[str], layers: list[int], one_by_one: bool
-) -> None:
-    """Read some samples and layers, with one call per sample or one per layer and head."""
-    fresh = KVStore.open(store.paths.root)
-    heads = range(fresh.teacher(codec).groups[0].num_key_value_heads)
-    for sample_id, kind in product(sample_ids, KINDS):
-        if not one_by_one:
-            fresh.read_sample(codec, sample_id, kind, layers)
-            continue
-        for layer, head in product(layers, heads):
-            fresh.read(codec, sample_id, layer, head, kind)
+                    touch(group[part_name(kind, part.suffix)][...])
 
 
 def pt_files(folder: Path, chosen: list[int]) -> None:
-    """Load one file after the other; as many in memory as a shard has samples."""
+    """One file after the other; as many as a shard has samples are held at a time."""
     for some in np.array_split(chosen, NUM_SHARDS):
         held = [torch.load(folder / f"{i}.pt") for i in some.tolist()]
         for tensors in held:
             for tensor in tensors.values():
-                _touch(tensor.view(torch.uint16).numpy())
+                touch(tensor.view(torch.uint16).numpy())
 
 
-def _touch(array: np.ndarray) -> None:
-    """Read every page, so that memory-mapped arrays are actually loaded."""
-    array.reshape(-1).view(np.uint8)[::4096].sum()
-
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-clock = CLOCKS["wall"]
+clock_name = "wall"
 
 
 def rates(tasks: Tasks, rounds: int) -> dict[str, float]:
-    """Best elements per second of every task, over interleaved rounds."""
+    """Best elements per second of every task, the rounds of all tasks interleaved."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(rounds):
         for name, (work, _) in tasks.items():
-            started = clock()
-            work()
-            seconds[name].append(clock() - started)
+            seconds[name].append(work())
     return {name: tasks[name][1] / min(times) for name, times in seconds.items()}
 
 
-def reading(root: Path, samples: Samples, rounds: int) -> None:
+def reading(root: Path, samples: Samples, rounds: int, against: Path | None) -> None:
     elements = sum(x.numel() for kind in KINDS for x in samples[kind])
-    store, written = make_store(root / "zarr", samples)
-    mapped = convert_store(store, root / "safetensors", "safetensors")
+    store, written = make_store(root / "written", samples)
+    here = Checkout(Path(__file__).parents[1], store.paths.root, root / "here")
+    there = against and Checkout(against, store.paths.root, root / "there")
     (root / "pt").mkdir()
     for i in range(len(samples["key"])):
         one = {kind: samples[kind][i].bfloat16().clone() for kind in KINDS}
         torch.save(one, root / "pt" / f"{i}.pt")
     every = list(range(len(samples["key"])))
-    tasks = {".pt": (lambda: pt_files(root / "pt", every), elements)}
-    print_order(rates(tasks | order_tasks(store, mapped, elements), rounds))
-    random_access(store, mapped, samples, root, rounds)
-    sizes(store, mapped, written, elements)
+    tasks = {".pt": (timed(lambda: pt_files(root / "pt", every)), elements)}
+    tasks |= copy_tasks(store, elements)
+    for codec, backend, threads in product(CODEC_NAMES, here.stores, (1, 2)):
+        name = f"{codec} {backend} {threads}"
+        tasks[name] = here.task(backend, codec=codec, threads=threads), elements
+        if there:
+            tasks[f"{name} there"] = there.task(backend, codec=codec, threads=threads), elements
+    print_order(rates(tasks, rounds))
+    random_access(here, there, samples, root, rounds)
+    sizes(here, written, elements)
 
 
-def order_tasks(store: KVStore, mapped: KVStore, elements: int) -> Tasks:
-    """All ways of reading the shards in order."""
+def copy_tasks(store: KVStore, elements: int) -> Tasks:
+    """Copies of all stored arrays, and other readers of the same files."""
     tasks: Tasks = {}
     for codec in CODEC_NAMES:
         source = [
@@ -226,50 +245,45 @@ def order_tasks(store: KVStore, mapped: KVStore, elements: int) -> Tasks:
             for array in store.read_shard(codec, shard_id).arrays.values()
         ]
         target = [array.copy() for array in source]
-        tasks |= {
-            f"{codec} copy": (lambda s=source: [array.copy() for array in s], elements),
-            f"{codec} into": (lambda s=source, t=target: _copy(s, t), elements),
-            f"{codec} zarr-python": (lambda c=codec: through_zarr(store, c, PLAIN), elements),
-            f"{codec} zarrs": (lambda c=codec: through_zarr(store, c, ZARRS), elements),
-        }
-        for name, one in (("zarr", store), ("safetensors", mapped)):
-            for threads in (1, 2):
-                tasks[f"{codec} {name} {threads}"] = (
-                    lambda o=one, c=codec, t=threads: in_order(o, c, t),
-                    elements,
-                )
+        for name, work in {
+            "copy": lambda s=source: [array.copy() for array in s],
+            "into": lambda s=source, t=target: copy_into(s, t),
+            "zarr-python": lambda c=codec: through_zarr(store, c, PLAIN),
+            "zarrs": lambda c=codec: through_zarr(store, c, ZARRS),
+        }.items():
+            tasks[f"{codec} {name}"] = timed(work), elements
     return tasks
 
 
 def print_order(speed: dict[str, float]) -> None:
-    print("\nsequential reads, millions of elements of K and V per second, warm")
+    print("\nreading in order, millions of elements of K and V per second, warm")
     print(f"  .pt per sample, bf16 {speed['.pt'] / 1e6:8,.0f}")
     for codec in CODEC_NAMES:
         own = {name: speed[f"{codec} {name}"] for name in ("zarr-python", "zarrs", "copy", "into")}
         print(f"  {codec}: " + ", ".join(f"{n} {rate / 1e6:,.0f}" for n, rate in own.items()))
-        for threads in (1, 2):
-            rate = speed[f"{codec} zarr {threads}"]
+        for backend, threads in product(("zarr", "safetensors"), (1, 2)):
+            name = f"{codec} {backend} {threads}"
+            rate = speed[name]
+            others = ("zarr-python", "zarrs") if backend == "zarr" else ("copy", "into")
+            ratios = [f"{rate / own[other]:5.2f} × {other}" for other in others]
             print(
-                f"    zarr,        {threads} thread(s) {rate / 1e6:8,.0f}"
-                f" = {rate / own['zarr-python']:5.1f} × zarr-python"
-                f" = {rate / own['zarrs']:4.2f} × zarrs = {rate / speed['.pt']:4.2f} × .pt"
-            )
-        for threads in (1, 2):
-            rate = speed[f"{codec} safetensors {threads}"]
-            print(
-                f"    safetensors, {threads} thread(s) {rate / 1e6:8,.0f}"
-                f" = {rate / own['copy']:5.2f} × copy = {rate / own['into']:4.2f} × into"
-                f" = {rate / speed['.pt']:4.2f} × .pt"
+                f"    {backend:11} {threads} thread(s) {rate / 1e6:8,.0f} = "
+                + " = ".join([*ratios, f"{rate / speed['.pt']:4.2f} × .pt", *before(speed, name)])
             )
 
 
-def _copy(source: list[np.ndarray], target: list[np.ndarray]) -> None:
+def before(speed: dict[str, float], name: str) -> list[str]:
+    there = speed.get(f"{name} there")
+    return [] if there is None else [f"{speed[name] / there:4.2f} × before"]
+
+
+def copy_into(source: list[np.ndarray], target: list[np.ndarray]) -> None:
     for a, b in zip(source, target, strict=True):
         np.copyto(b, a)
 
 
 def random_access(
-    store: KVStore, mapped: KVStore, samples: Samples, root: Path, rounds: int
+    here: Checkout, there: Checkout | None, samples: Samples, root: Path, rounds: int
 ) -> None:
     """8 samples × 8 layers, all heads, decoded to float32."""
     rng = np.random.default_rng(0)
@@ -279,25 +293,26 @@ def random_access(
     ids = [f"s{i}" for i in chosen]
     tokens = sum(samples["key"][i].shape[2] for i in chosen)
     useful = tokens * len(layers) * num_heads * dim * 2
-    tasks: Tasks = {".pt": (lambda: pt_files(root / "pt", chosen), useful)}
-    for codec, (name, one) in product(CODEC_NAMES, (("zarr", store), ("safetensors", mapped))):
-        for how, each in (("", False), (", a call per head", True)):
-            tasks[f"{codec} {name}{how}"] = (
-                lambda o=one, c=codec, e=each: at_random(o, c, ids, layers, e),
-                useful,
-            )
+    tasks: Tasks = {".pt": (timed(lambda: pt_files(root / "pt", chosen)), useful)}
+    for codec, backend, each in product(CODEC_NAMES, ("zarr", "safetensors"), (False, True)):
+        name = f"{codec} {backend}{', a call per head' if each else ''}"
+        arguments = {"codec": codec, "sample_ids": ids, "layers": layers, "one_by_one": each}
+        tasks[name] = here.task(backend, **arguments), useful
+        if there:
+            tasks[f"{name} there"] = there.task(backend, **arguments), useful
     speed = rates(tasks, rounds)
-    print("\nrandom access: 8 samples × 8 layers, requested elements per second, warm")
-    for name, rate in speed.items():
-        print(f"  {name:34} {rate / 1e6:8,.0f} M/s = {rate / speed['.pt']:4.2f} × .pt")
+    print("\nreading at random: 8 samples × 8 layers, useful elements per second, warm")
+    for name in (name for name in speed if not name.endswith("there")):
+        ratios = [f"{speed[name] / speed['.pt']:4.2f} × .pt", *before(speed, name)]
+        print(f"  {name:34} {speed[name] / 1e6:8,.0f} M/s = " + " = ".join(ratios))
 
 
-def sizes(store: KVStore, mapped: KVStore, written: dict[str, float], elements: int) -> None:
-    print("\nsize, and write speed (fsync included)")
+def sizes(here: Checkout, written: dict[str, float], elements: int) -> None:
+    print("\nsize and writing (fsync included)")
     for codec in CODEC_NAMES:
         bits = {
-            name: 8 * _key_value_bytes(one.paths.shards(codec), name) / elements
-            for name, one in (("zarr", store), ("safetensors", mapped))
+            name: 8 * _key_value_bytes(StorePaths(path).shards(codec), name) / elements
+            for name, path in here.stores.items()
         }
         print(
             f"  {codec:5} zarr {bits['zarr']:5.2f} bits = {bits['zarr'] / 16:.3f} of bf16; "
@@ -318,7 +333,7 @@ def _key_value_bytes(shards: Path, backend: str) -> int:
 
 
 def opening(root: Path, num_shards: int = 10_000, num_teachers: int = 5) -> None:
-    """Open a large store. Only folder names matter here, so the shards are empty folders."""
+    """Open a large store: only folder names matter, so the shards are empty folders."""
     shards = [Shard(f"{i:05d}", i, (Sample(f"s{i}", (("text", "x"),)),)) for i in range(num_shards)]
     store = create(root / "large", shards)
     one = teacher("int8", {"key": [torch.zeros(2, 1, 1, 4)], "value": [torch.zeros(2, 1, 1, 4)]})
@@ -340,16 +355,15 @@ def opening(root: Path, num_shards: int = 10_000, num_teachers: int = 5) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kv", type=Path, help="file of real keys and values (torch.save)")
-    parser.add_argument("--samples", type=int, default=128, help="number of synthetic samples")
+    parser.add_argument("--kv", type=Path, help="torch.save of real keys and values")
+    parser.add_argument("--samples", type=int, default=128, help="how many synthetic ones")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="parent folder of the stores (disk or tmpfs)")
-    parser.add_argument(
-        "--clock", choices=list(CLOCKS), default="wall", help="cpu on a shared machine"
-    )
+    parser.add_argument("--folder", type=Path, help="where to write (a disk, or memory)")
+    parser.add_argument("--against", type=Path, help="another checkout, read in the same rounds")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu where shared")
     arguments = parser.parse_args()
-    global clock  # noqa: PLW0603
-    clock = CLOCKS[arguments.clock]
+    global clock_name  # noqa: PLW0603
+    clock_name = arguments.clock
     torch.set_num_threads(1)
     if arguments.kv is None:
         samples = synthetic(arguments.samples)
@@ -365,7 +379,7 @@ def main() -> None:
     )
     root = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
-        reading(root, samples, arguments.rounds)
+        reading(root, samples, arguments.rounds, arguments.against)
         opening(root)
     finally:
         shutil.rmtree(root)

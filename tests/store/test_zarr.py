@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import zarr
 
-from kvdistill.store.backends.sharded_file import Grid, read_box, read_index, write_array
-
 SHARD = Path("store", "teachers", "tiny", "shards", "00000")
 PIPELINES = {
     "zarr-python": "zarr.core.codec_pipeline.BatchedCodecPipeline",
@@ -45,22 +43,6 @@ def test_dask_opens_an_array_as_it_is(tmp_path: Path, build: Any) -> None:
     _, made = build.store(tmp_path / "store", build.teacher())
     key = da.from_zarr(str(tmp_path / SHARD), component="key")
     np.testing.assert_array_equal(key.compute(), made["00000"].shard.arrays["key"])
-
-
-@pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize("shape", [(5,), (3, 2500), (2, 3, 70, 4), (1, 1, 1, 1)])
-def test_any_box_equals_slicing(tmp_path: Path, shape: tuple[int, ...], compressed: bool) -> None:
-    rng = np.random.default_rng(0)
-    array = rng.integers(0, 9, shape).astype(np.int32)
-    chunk = tuple(max(1, n // 2 - 1) for n in shape)
-    grid = Grid(shape, chunk, "int32", -1, compressed)
-    write_array(tmp_path / "array", array, grid)
-    index = read_index(tmp_path / "array", grid)
-    for _ in range(20):
-        ends = [sorted(rng.integers(0, n + 1, 2)) for n in shape]
-        box = [range(int(a), int(b)) for a, b in ends]
-        got = read_box(tmp_path / "array", grid, index, box)
-        np.testing.assert_array_equal(got, array[tuple(slice(a, b) for a, b in ends)])
 
 
 def test_reading_and_writing_load_neither_zarr_nor_torch() -> None:

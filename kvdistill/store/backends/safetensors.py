@@ -1,24 +1,27 @@
-"""Shards as one safetensors file each, read by mapping it into memory: no decoding, no copy.
+"""Shards as one memory-mapped safetensors file each: no decoding and, as a rule, no copy.
 
-Every layer and head has its own tensors, ``layer.05.head.00.key`` ``[T, D]`` and so on, which
-any safetensors reader finds by name. They lie in order, so all layers and heads of one array are
-one piece of memory and a whole-shard read is a view; the map is private, so writing to a view
-changes no file. Nothing is compressed: the speed of memory for the size of the codes.
+Every layer and head has tensors of its own, ``layer.05.head.00.key`` ``[T, D]`` and so on, which
+any safetensors reader finds by name. The library chooses their order in the file; where those of
+a selection lie at equal distances, as they do for layers of one geometry, the selection is a
+strided view of the map. The map is private, so writing to a view changes no file. Nothing is
+compressed: the speed of memory for the size of the codes.
 
-Sizes are checked on opening, and each tensor's checksum when it is first touched.
+Sizes and the header's checksum are verified on opening, a tensor's when it is first read.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import mmap
-import struct
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+import ml_dtypes
 import numpy as np
 import xxhash
 
@@ -30,22 +33,14 @@ from kvdistill.store.manifest import Commit
 
 FILE: Final = "shard.safetensors"
 
-
 HEADER: Final = "__header__"
+"""Under this name a commit holds the checksum of everything before the first tensor."""
 
-
-DTYPES: Final = {
-    "int8": "I8",
-    "uint8": "U8",
-    "uint16": "U16",
-    "int32": "I32",
-    "int64": "I64",
-    "float16": "F16",
-    "float32": "F32",
-    "float64": "F64",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
+LOGICAL_DTYPES: Final = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
 }
+"""What safetensors declares in place of the integers that hold these bits in memory."""
 
 
 class SafetensorsBackend:
@@ -59,47 +54,63 @@ class SafetensorsBackend:
         attributes: Mapping[str, object],
     ) -> dict[str, str]:
         """See ``Backend.write``; returns the checksum of every tensor and of the header."""
-        header = _header(specs, attributes)
-        checksums = {HEADER: xxhash.xxh3_64_hexdigest(header)}
-        with (folder / FILE).open("wb") as file:
-            file.write(header)
-            for spec in _ordered(specs):
-                array = np.ascontiguousarray(arrays[spec.name])
-                for name, index in _tensors(spec):
-                    tensor = array[index]
-                    file.write(tensor.data if tensor.size else b"")
-                    checksums[name] = _tensor_checksum(tensor)
+        from safetensors import SafetensorError
+        from safetensors.numpy import save_file
+
+        tensors: dict[str, np.ndarray] = {}
+        for spec in specs.values():
+            array = np.ascontiguousarray(arrays[spec.name])
+            logical = str(spec.attributes.get("logical_dtype"))
+            array = array.view(LOGICAL_DTYPES.get(logical, array.dtype))
+            for position, name in np.ndenumerate(_tensor_names(spec)):
+                tensors[name] = array[position]
+        try:
+            save_file(tensors, folder / FILE, {"attributes": json.dumps(attributes)})
+        except SafetensorError as error:
+            raise _as_os_error(error) from error
+        checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
+        start = _header_bytes(folder / FILE, specs)
+        checksums[HEADER] = _checksum(np.fromfile(folder / FILE, np.uint8, start))
         return checksums
 
     def open(self, folder: Path, commit: Commit, specs: Specs) -> OpenShard:
         """See ``Backend.open``."""
+        from safetensors import safe_open
+
         check_size(folder, FILE, commit)
         path = folder / FILE
-        with path.open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        header = _found_header(data)
-        if xxhash.xxh3_64_hexdigest(header) != commit.tensors.get(HEADER):
-            raise ShardCorrupt(f"{path}: its header is not the committed one; {REMEDY}")
-        entries = json.loads(header[8:])
-        if not _header_fits(entries, specs, len(data) - len(header)):
-            raise ShardCorrupt(f"{path}: its tensors are not what the manifest asks for; {REMEDY}")
-        arrays = {spec.name: _view(data, spec, at) for spec, at in _offsets(specs, len(header))}
-        attributes = json.loads(entries["__metadata__"]["attributes"])
-        return _MappedShard(path, commit, specs, arrays, attributes)
+        start = _header_bytes(path, specs)
+        data = np.memmap(path, np.uint8, mode="c").view(np.ndarray)
+        if start < 0 or _checksum(data[:start]) != commit.tensors.get(HEADER):
+            raise ShardCorrupt(f"{path}: its header does not match its checksum; {REMEDY}")
+        names = {name: _tensor_names(spec) for name, spec in specs.items()}
+        sizes = {tensor: _num_bytes(specs[name]) for name in specs for tensor in names[name].flat}
+        with safe_open(path, framework="np") as file:
+            in_order = file.offset_keys()
+            if set(in_order) != sizes.keys() or not all(
+                file.get_slice(names[name].flat[0]).get_shape() == list(_tensor_shape(spec))
+                for name, spec in specs.items()
+            ):
+                raise ShardCorrupt(f"{path}: its tensors are not those of the manifest; {REMEDY}")
+            attributes = json.loads(file.metadata()["attributes"])
+        starts = accumulate((sizes[tensor] for tensor in in_order), initial=start)
+        offsets = dict(zip(in_order, starts, strict=False))
+        return _MappedShard(path, specs, attributes, data, names, offsets, commit.tensors)
 
 
+@dataclass(frozen=True, eq=False)
 class _MappedShard:
-    def __init__(
-        self,
-        path: Path,
-        commit: Commit,
-        specs: Specs,
-        arrays: Mapping[str, np.ndarray],
-        attributes: Mapping[str, object],
-    ) -> None:
-        self._path, self._commit, self._specs, self._arrays = path, commit, specs, arrays
-        self._checked: set[str] = set()
-        self.attributes = attributes
+    path: Path
+    specs: Specs
+    attributes: Mapping[str, object]
+    data: np.ndarray
+    """uint8, the whole file."""
+    names: Mapping[str, np.ndarray]
+    """Tensor names of every array, ``[layer, head]``, or 0-d where it is one tensor."""
+    offsets: Mapping[str, int]
+    """First byte of every tensor."""
+    checksums: Mapping[str, str]
+    verified: set[str] = field(default_factory=set)
 
     def read(
         self,
@@ -108,110 +119,93 @@ class _MappedShard:
         heads: Sequence[int] | None = None,
         span: slice | None = None,
     ) -> np.ndarray:
-        """See ``OpenShard.read``. Neighbouring layers and all heads come without a copy."""
-        spec, array = self._specs[name], self._arrays[name]
-        self._check(spec, array, layers, heads)
-        if span is not None:
-            array = array[:, :, span]
+        """See ``OpenShard.read``. A view of the map where the tensors lie at equal distances."""
+        spec, names = self.specs[name], self.names[name]
         if layers is not None:
-            array = array[_along(layers)]
-        return array if heads is None else array[:, _along(heads)]
+            names = names[layers]
+        if heads is not None:
+            names = names[:, heads]
+        offsets = np.array([self._verified_offset(tensor, spec) for tensor in names.flat])
+        steps = _equal_steps(offsets.reshape(names.shape))
+        if steps is not None:
+            array = self._view(spec, int(offsets[0]), names.shape, steps)
+            return array if span is None else array[:, :, span]
+        span = slice(None) if span is None else span
+        tensors = np.stack([self._view(spec, int(offset))[span] for offset in offsets])
+        return tensors.reshape(*names.shape, *tensors.shape[1:])
 
-    def _check(
-        self,
-        spec: ArraySpec,
-        array: np.ndarray,
-        layers: Sequence[int] | None,
-        heads: Sequence[int] | None,
-    ) -> None:
-        for name, index in _tensors(spec, layers, heads):
-            if name in self._checked:
-                continue
-            if _tensor_checksum(array[index]) != self._commit.tensors.get(name):
+    def _verified_offset(self, tensor: str, spec: ArraySpec) -> int:
+        """First byte of a tensor, which is compared with its checksum when it is first read.
+
+        Raises:
+            ShardCorrupt: they differ.
+        """
+        start = self.offsets[tensor]
+        if tensor not in self.verified:
+            content = self.data[start : start + _num_bytes(spec)]
+            if _checksum(content) != self.checksums.get(tensor):
                 raise ShardCorrupt(
-                    f"{self._path}: tensor {name} does not match its checksum; {REMEDY}"
+                    f"{self.path}: tensor {tensor} does not match its checksum; {REMEDY}"
                 )
-            self._checked.add(name)
+            self.verified.add(tensor)
+        return start
+
+    def _view(
+        self, spec: ArraySpec, offset: int, lead: Sequence[int] = (), steps: Sequence[int] = ()
+    ) -> np.ndarray:
+        """A grid ``lead`` of the array's tensors, ``steps`` bytes apart, without a copy."""
+        inner = _tensor_shape(spec)
+        itemsize = np.dtype(spec.dtype).itemsize
+        strides = [itemsize * math.prod(inner[axis + 1 :]) for axis in range(len(inner))]
+        return np.ndarray((*lead, *inner), spec.dtype, self.data, offset, (*steps, *strides))
 
 
-def _along(positions: Sequence[int]) -> slice | list[int]:
-    """Neighbours as a slice, which gives a view; others as a list, which copies."""
-    first, last = positions[0], positions[-1]
-    return slice(first, last + 1) if last - first + 1 == len(positions) else list(positions)
+def _equal_steps(offsets: np.ndarray) -> list[int] | None:
+    """Distance of neighbours along each axis; None where it is not the same throughout."""
+    steps = []
+    for axis in range(offsets.ndim):
+        distances = np.unique(np.diff(offsets, axis=axis))
+        if distances.size > 1:
+            return None
+        steps.append(int(distances.sum()))
+    return steps
 
 
-def _ordered(specs: Specs) -> list[ArraySpec]:
-    """Widest elements first, so that every tensor is aligned; then by name."""
-    return sorted(specs.values(), key=lambda spec: (-np.dtype(spec.dtype).itemsize, spec.name))
-
-
-def _tensors(
-    spec: ArraySpec, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None
-) -> Iterator[tuple[str, Any]]:
-    """Tensor names of an array, with their index into it."""
+def _tensor_names(spec: ArraySpec) -> np.ndarray:
+    """Names of an array's tensors: object ``[layer, head]``, or 0-d where it is one tensor."""
     if spec.group is None:
-        yield spec.name, ...
-        return
+        return np.array(spec.name, object)
     stem = spec.name.rpartition("/")[2]
-    layers = range(spec.shape[0]) if layers is None else layers
-    heads = range(spec.shape[1]) if heads is None else heads
-    for layer_idx, head in product(layers, heads):
-        yield f"layer.{spec.group.layers[layer_idx]:02d}.head.{head:02d}.{stem}", (layer_idx, head)
-
-
-def _offsets(specs: Specs, start: int) -> Iterator[tuple[ArraySpec, int]]:
-    for spec in _ordered(specs):
-        yield spec, start
-        start += _num_bytes(spec.shape, spec.dtype)
-
-
-def _num_bytes(shape: Sequence[int], dtype: str) -> int:
-    return math.prod(shape) * np.dtype(dtype).itemsize
-
-
-def _header(specs: Specs, attributes: Mapping[str, object]) -> bytes:
-    """The file up to its data, padded to 64 bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"attributes": json.dumps(attributes)}}
-    for spec, at in _offsets(specs, 0):
-        for number, (name, _) in enumerate(_tensors(spec)):
-            entries[name] = _header_entry(spec, at, number)
-    body = json.dumps(entries, separators=(",", ":")).encode()
-    body += b" " * (-(8 + len(body)) % 64)
-    return struct.pack("<Q", len(body)) + body
-
-
-def _header_entry(spec: ArraySpec, at: int, number: int) -> dict[str, Any]:
-    """What the header says of an array's tensor ``number``; the array begins at ``at``."""
-    logical = str(spec.attributes.get("logical_dtype"))
-    shape = spec.shape if spec.group is None else spec.shape[2:]
-    size = _num_bytes(shape, spec.dtype)
-    return {
-        "dtype": DTYPES.get(logical, DTYPES[spec.dtype]),
-        "shape": list(shape),
-        "data_offsets": [at + number * size, at + (number + 1) * size],
-    }
-
-
-def _header_fits(entries: Mapping[str, Any], specs: Specs, num_bytes: int) -> bool:
-    """Whether every array begins where, and is what, the manifest asks for, and nothing more.
-
-    Tensors of one array follow each other, so its first and the file's size settle the rest.
-    """
-    total = sum(_num_bytes(spec.shape, spec.dtype) for spec in specs.values())
-    return total == num_bytes and all(
-        entries.get(next(_tensors(spec))[0]) == _header_entry(spec, at, 0)
-        for spec, at in _offsets(specs, 0)
+    heads = [f"head.{head:02d}.{stem}" for head in range(spec.group.num_key_value_heads)]
+    return np.array(
+        [[f"layer.{layer:02d}.{head}" for head in heads] for layer in spec.group.layers], object
     )
 
 
-def _found_header(data: mmap.mmap) -> bytes:
-    length = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else 0
-    return data[: 8 + min(length, len(data))]
+def _tensor_shape(spec: ArraySpec) -> tuple[int, ...]:
+    return spec.shape if spec.group is None else spec.shape[2:]
 
 
-def _view(data: mmap.mmap, spec: ArraySpec, offset: int) -> np.ndarray:
-    return np.ndarray(spec.shape, spec.dtype, buffer=data, offset=offset)
+def _num_bytes(spec: ArraySpec) -> int:
+    """Size of one of the array's tensors."""
+    return math.prod(_tensor_shape(spec)) * np.dtype(spec.dtype).itemsize
 
 
-def _tensor_checksum(tensor: np.ndarray) -> str:
-    return xxhash.xxh3_64_hexdigest(tensor.data if tensor.size else b"")
+def _header_bytes(path: Path, specs: Specs) -> int:
+    """Where the tensors begin: the format has no gaps between them, and nothing after them."""
+    sizes = (math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in specs.values())
+    return path.stat().st_size - sum(sizes)
+
+
+def _checksum(content: np.ndarray) -> str:
+    # xxhash takes neither a buffer of a dtype from ml_dtypes nor an empty one.
+    return xxhash.xxh3_64_hexdigest(
+        content.reshape(-1).view(np.uint8).data if content.size else b""
+    )
+
+
+def _as_os_error(error: Exception) -> OSError:
+    """The system's error inside a ``SafetensorError``, which is not an ``OSError``."""
+    code = re.search(r"os error (\d+)", str(error))
+    number = int(code[1]) if code else 0
+    return OSError(number, os.strerror(number) if code else str(error))

@@ -1,40 +1,40 @@
 """Shards as zarr v3 groups, which zarr, zarrs, tensorstore, dask and xarray open as they are.
 
-Each array is one file by the sharding codec, cut into chunks of one layer, one head and about
-1,024 tokens. ``crc32c`` closes every chunk, because the sharding codec checks only its index.
-A missing file reads as the fill value in every zarr reader, without an error: sizes are checked
-against the commit before an array is touched, and the fill value is one that no valid array
-holds, so that other readers see NaN or −128 and not plausible zeros.
+Each array is one file through the sharding codec, in chunks of one layer, one head and about
+1,024 tokens. The sharding codec's checksum covers its index only, so every chunk ends with a
+``crc32c`` of its own. zarr reads a missing file as fill values without an error, hence file sizes
+are compared with the commit, and fill values are ones that no valid array holds: other readers
+see NaN or -128 and not plausible zeros.
 
-The metadata is plain JSON and the files are read and written by ``sharded_file``: neither zarr
-nor its event loop is loaded, so a reader may be forked and shared between threads.
+zarr-python writes. ``zarrs`` reads: its Rust pipeline is called directly, without zarr-python's
+event loop, which costs more than a small read takes. Its thread pool does not survive a fork, so
+a child of a process that has used it reads through zarr-python (about eight times slower), as does
+an installation without zarrs.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from kvdistill.errors import ShardCorrupt
 from kvdistill.store.backends import OpenShard, Specs
-from kvdistill.store.backends.sharded_file import (
-    ZSTD_LEVEL,
-    Grid,
-    read_box,
-    read_index,
-    write_array,
-)
 from kvdistill.store.commit import REMEDY, check_size, checked_bytes
 from kvdistill.store.format import ArraySpec
 from kvdistill.store.manifest import Commit
 
-CHUNK_TOKENS: Final = 1024
+if TYPE_CHECKING:
+    from zarr import Array
 
+CHUNK_TOKENS: Final = 1024
 
 FILL_VALUES: Final[dict[str, float]] = {
     "int8": -128,
@@ -48,10 +48,10 @@ FILL_VALUES: Final[dict[str, float]] = {
 }
 """Never in a valid array (for packed int4: never throughout one)."""
 
-
 COMPRESSED_CODECS: Final = frozenset({None, "int4", "int4_v1"})
-"""What zstd is worth its time for: token tables and the like, and int4, which it brings to 0.25 of
-bf16 from 0.28. It takes 5 % off int8 and 24 % off bf16, and makes reading several times slower."""
+"""Codecs whose arrays zstd is worth its time for. None stands for token tables and statistics.
+int4 shrinks from 0.28 to 0.25 of bf16. int8 would shrink by 5 % and bf16 by 24 %, at a fraction
+of the reading speed."""
 
 
 class ZarrBackend:
@@ -65,21 +65,36 @@ class ZarrBackend:
         attributes: Mapping[str, object],
     ) -> dict[str, str]:
         """See ``Backend.write``. zarr files are checked as files, so nothing is returned."""
-        _write_json(folder, {"node_type": "group", "attributes": dict(attributes)})
-        for prefix in {name.rpartition("/")[0] for name in specs} - {""}:
-            _write_json(folder / prefix, {"node_type": "group", "attributes": {}})
+        import zarr
+        from zarr.codecs import Crc32cCodec, ZstdCodec
+
+        group = zarr.create_group(folder, attributes=dict(attributes))
         for name, spec in specs.items():
-            grid = _chunk_grid(spec)
-            _write_json(folder / name, _array_metadata(spec, grid))
-            if math.prod(grid.shape):
-                path = folder / _data_file(spec)
-                path.parent.mkdir(parents=True)
-                write_array(path, arrays[name], grid)
+            chunk = _chunk_shape(spec)
+            compressed = spec.attributes.get("codec") in COMPRESSED_CODECS
+            zstd = (ZstdCodec(level=1, checksum=False),) if compressed else ()
+            array = group.create_array(
+                name,
+                shape=spec.shape,
+                dtype=spec.dtype,
+                chunks=chunk,
+                shards=tuple(
+                    -(-max(n, 1) // c) * c for n, c in zip(spec.shape, chunk, strict=True)
+                ),
+                filters=None,
+                compressors=(*zstd, Crc32cCodec()),
+                fill_value=FILL_VALUES[spec.dtype],
+                attributes=dict(spec.attributes),
+                dimension_names=spec.axes,
+                config={"write_empty_chunks": True},
+            )
+            if math.prod(spec.shape):
+                array[...] = arrays[name]
         return {}
 
     def open(self, folder: Path, commit: Commit, specs: Specs) -> OpenShard:
         """See ``Backend.open``."""
-        group = _read_json(folder, "zarr.json", commit)
+        group = json.loads(checked_bytes(folder, "zarr.json", commit))
         return _ZarrShard(folder, commit, specs, group["attributes"])
 
 
@@ -88,7 +103,7 @@ class _ZarrShard:
         self, folder: Path, commit: Commit, specs: Specs, attributes: Mapping[str, object]
     ) -> None:
         self._folder, self._commit, self._specs = folder, commit, specs
-        self._opened: dict[str, tuple[Path, Grid, Any]] = {}
+        self._arrays: dict[str, _ZarrArray] = {}
         self.attributes = attributes
 
     def read(
@@ -100,145 +115,145 @@ class _ZarrShard:
     ) -> np.ndarray:
         """See ``OpenShard.read``."""
         spec = self._specs[name]
-        if not math.prod(spec.shape):
-            empty = np.empty(spec.shape, spec.dtype)
-            return np.asarray(empty[_empty_index(spec, layers, heads, span)])
-        path, grid, index = self._open(spec)
-        box = [range(size) for size in spec.shape]
-        if span is not None:
-            box[2] = range(spec.shape[2])[span]
+        rest = [slice(0, size) for size in spec.shape[1:]]
         if heads is not None:
-            box[1] = range(heads[0], heads[-1] + 1)
-        pieces = [
-            read_box(path, grid, index, [run, *box[1:]])
-            for run in _contiguous_runs(layers, spec.shape[0])
-        ]
-        out = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-        whole = heads is None or len(box[1]) == len(heads)
-        return out if whole else out[:, [head - box[1].start for head in heads or ()]]
+            rest[0] = slice(heads[0], heads[-1] + 1)
+        if span is not None:
+            rest[1] = slice(*span.indices(spec.shape[2])[:2])
+        boxes = [(run, *rest) for run in _contiguous_runs(layers, spec.shape[0])]
+        length = sum(run.stop - run.start for run, *_ in boxes)
+        shape = (length, *(axis.stop - axis.start for axis in rest))
+        if not math.prod(shape):
+            out = np.empty(shape, spec.dtype)
+        else:
+            out = self._open(spec).read(boxes, shape)
+            # Only now: of a file that vanished before the read, zarr makes fill values.
+            check_size(self._folder, _data_file(spec), self._commit)
+        if heads is not None and len(heads) < shape[1]:
+            out = out[:, [head - heads[0] for head in heads]]
+        return out
 
-    def _open(self, spec: ArraySpec) -> tuple[Path, Grid, Any]:
+    def _open(self, spec: ArraySpec) -> _ZarrArray:
         """Open an array once, after checking its metadata and its file's size."""
-        if spec.name not in self._opened:
-            found = _read_json(self._folder, f"{spec.name}/zarr.json", self._commit)
-            grid = _found_grid(found, spec)
-            if grid is None:
+        if spec.name not in self._arrays:
+            metadata = checked_bytes(self._folder, f"{spec.name}/zarr.json", self._commit)
+            found = json.loads(metadata)
+            if (found["shape"], found["data_type"]) != (list(spec.shape), spec.dtype):
                 raise ShardCorrupt(
-                    f"{self._folder / spec.name}: not the array that the manifest asks for, "
-                    f"{spec.dtype} {spec.shape}; {REMEDY}"
+                    f"{self._folder / spec.name}: {found['data_type']} {found['shape']}, but the "
+                    f"manifest declares {spec.dtype} {list(spec.shape)}; {REMEDY}"
                 )
             check_size(self._folder, _data_file(spec), self._commit)
-            path = self._folder / _data_file(spec)
-            self._opened[spec.name] = path, grid, read_index(path, grid)
-        return self._opened[spec.name]
+            self._arrays[spec.name] = _ZarrArray(self._folder, spec, metadata.decode())
+        return self._arrays[spec.name]
 
 
-_FORMAT: Final = {"zarr_format": 3}
+class _ZarrArray:
+    """One array of one file, read by zarrs, or by zarr-python where zarrs cannot be used."""
+
+    def __init__(self, folder: Path, spec: ArraySpec, metadata: str) -> None:
+        self._folder, self._spec, self._metadata = folder, spec, metadata
+        self._file_shape: list[int] = json.loads(metadata)["chunk_grid"]["configuration"][
+            "chunk_shape"
+        ]
+
+    def read(self, boxes: Sequence[tuple[slice, ...]], shape: tuple[int, ...]) -> np.ndarray:
+        """Read boxes, one after the other along the first axis, into an array of ``shape``.
+
+        Raises:
+            ShardCorrupt: the file is truncated, or a checksum does not match.
+        """
+        out, stop = np.empty(shape, self._spec.dtype), 0
+        targets = []
+        for run, *_ in boxes:
+            start, stop = stop, stop + run.stop - run.start
+            targets.append((slice(start, stop), *(slice(0, size) for size in shape[1:])))
+        try:
+            if _zarrs_is_usable():
+                self._read_with_zarrs(boxes, targets, out)
+            else:
+                for box, target in zip(boxes, targets, strict=True):
+                    out[target] = self._zarr_array[box]
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ShardCorrupt(f"{self._folder / self._spec.name}: {error}; {REMEDY}") from error
+        return out
+
+    def _read_with_zarrs(
+        self,
+        boxes: Sequence[tuple[slice, ...]],
+        targets: Sequence[tuple[slice, ...]],
+        out: np.ndarray,
+    ) -> None:
+        from zarrs._internal import ChunkItem
+
+        self._zarrs_pipeline.retrieve_chunks_and_apply_index(
+            [
+                ChunkItem(
+                    key=_data_file(self._spec),
+                    chunk_subset=box,
+                    chunk_shape=self._file_shape,
+                    subset=target,
+                    shape=out.shape,
+                )
+                for box, target in zip(boxes, targets, strict=True)
+            ],
+            out,
+        )
+
+    @cached_property
+    def _zarrs_pipeline(self) -> Any:
+        from zarr.storage import LocalStore
+        from zarrs._internal import CodecPipelineImpl
+
+        store = LocalStore(self._folder)
+        return CodecPipelineImpl(self._metadata, store_config=store, validate_checksums=True)
+
+    @cached_property
+    def _zarr_array(self) -> Array[Any]:
+        import zarr
+        from zarr.storage import LocalStore, StorePath
+
+        store = LocalStore(self._folder, read_only=True)
+        return zarr.Array.from_dict(StorePath(store, self._spec.name), json.loads(self._metadata))
 
 
-_CHUNK_CODECS: Final = (["bytes", "crc32c"], ["bytes", "zstd", "crc32c"])
+_HAS_ZARRS: Final = find_spec("zarrs") is not None
+
+_zarrs_process: Final[dict[str, int]] = {}
 
 
-def _write_json(folder: Path, body: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**_FORMAT, **body}, indent=1, ensure_ascii=False)
-    (folder / "zarr.json").write_text(text, encoding="utf-8")
+def _zarrs_is_usable() -> bool:
+    """Whether zarrs is installed and its threads, if it has started any, are this process's.
 
-
-def _read_json(folder: Path, name: str, commit: Commit) -> dict[str, Any]:
-    body: dict[str, Any] = json.loads(checked_bytes(folder, name, commit))
-    return body
-
-
-def _array_metadata(spec: ArraySpec, grid: Grid) -> dict[str, Any]:
-    """The array's ``zarr.json``: https://zarr-specs.readthedocs.io/en/latest/v3/core/."""
-    endian = {"endian": "little"}
-    zstd = {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}}
-    chunk_codecs = [
-        {"name": "bytes", "configuration": endian},
-        *([zstd] if grid.compressed else []),
-        {"name": "crc32c"},
-    ]
-    sharding = {
-        "chunk_shape": list(grid.chunk),
-        "codecs": chunk_codecs,
-        "index_codecs": [{"name": "bytes", "configuration": endian}, {"name": "crc32c"}],
-        "index_location": "end",
-    }
-    return {
-        "node_type": "array",
-        "shape": list(grid.shape),
-        "data_type": grid.dtype,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(grid.whole)}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": "NaN" if math.isnan(grid.fill) else grid.fill,
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        "attributes": dict(spec.attributes),
-        "dimension_names": list(spec.axes),
-    }
+    They do not survive a fork, so a child of a process that has used zarrs would wait for ever.
+    """
+    return _HAS_ZARRS and _zarrs_process.setdefault("pid", os.getpid()) == os.getpid()
 
 
 def _data_file(spec: ArraySpec) -> str:
-    """The one file of an array: chunk 0/0/… of the outer grid."""
+    """The one file of an array: chunk 0/0/... of the outer grid."""
     return "/".join([spec.name, "c", *("0" for _ in spec.shape)])
 
 
-def _chunk_grid(spec: ArraySpec) -> Grid:
-    """Codes: one layer and one head of about 1,024 tokens. Scales: one layer."""
-    chunk = tuple(max(size, 1) for size in spec.shape)
-    if spec.group is not None and spec.attributes.get("role") == "codes":
-        pieces = -(-chunk[2] // CHUNK_TOKENS)
-        chunk = (1, 1, -(-chunk[2] // pieces), chunk[3])
-    elif spec.group is not None:
-        chunk = (1, *chunk[1:])
-    compressed = spec.attributes.get("codec") in COMPRESSED_CODECS
-    return Grid(spec.shape, chunk, spec.dtype, FILL_VALUES[spec.dtype], compressed)
+def _chunk_shape(spec: ArraySpec) -> tuple[int, ...]:
+    """Codes: one layer and one head of about 1,024 tokens, cut evenly. Scales: one layer."""
+    whole = tuple(max(size, 1) for size in spec.shape)
+    if spec.group is None:
+        return whole
+    if spec.attributes.get("role") != "codes":
+        return (1, *whole[1:])
+    pieces = -(-whole[2] // CHUNK_TOKENS)
+    return (1, 1, -(-whole[2] // pieces), whole[3])
 
 
-def _found_grid(found: dict[str, Any], spec: ArraySpec) -> Grid | None:
-    """The grid that a ``zarr.json`` describes; None if it is not what ``spec`` asks for.
-
-    Chunks and compression are taken from the file: older and newer choices stay readable.
-    """
-    try:
-        (sharding,) = found["codecs"]
-        inner = sharding["configuration"]
-        chunk, outer = inner["chunk_shape"], found["chunk_grid"]["configuration"]["chunk_shape"]
-        names = [codec["name"] for codec in inner["codecs"]]
-        same = (found["shape"], found["data_type"]) == (list(spec.shape), spec.dtype)
-    except (KeyError, TypeError, ValueError):
-        return None
-    if not same or sharding["name"] != "sharding_indexed" or names not in _CHUNK_CODECS:
-        return None
-    fill = FILL_VALUES[spec.dtype]
-    grid = Grid(spec.shape, tuple(chunk), spec.dtype, fill, compressed="zstd" in names)
-    return grid if len(chunk) == len(spec.shape) and list(grid.whole) == outer else None
-
-
-def _empty_index(
-    spec: ArraySpec,
-    layers: Sequence[int] | None,
-    heads: Sequence[int] | None,
-    span: slice | None,
-) -> tuple[Any, ...]:
-    """An orthogonal index into an array without elements: only shapes matter."""
-    axes = [slice(None) for _ in spec.shape]
-    for axis, chosen in enumerate((layers, heads)):
-        if chosen is not None:
-            axes[axis] = slice(0, len(chosen))
-    if span is not None:
-        axes[2] = span
-    return tuple(axes)
-
-
-def _contiguous_runs(layers: Sequence[int] | None, length: int) -> list[range]:
+def _contiguous_runs(positions: Sequence[int] | None, length: int) -> list[slice]:
     """Ascending positions as runs of neighbours: ``[0, 1, 4]`` → ``[0:2, 4:5]``."""
-    if layers is None:
-        return [range(length)]
-    runs: list[range] = []
-    for layer in layers:
-        if runs and runs[-1].stop == layer:
-            runs[-1] = range(runs[-1].start, layer + 1)
+    if positions is None:
+        return [slice(0, length)]
+    runs: list[slice] = []
+    for position in positions:
+        if runs and runs[-1].stop == position:
+            runs[-1] = slice(runs[-1].start, position + 1)
         else:
-            runs.append(range(layer, layer + 1))
+            runs.append(slice(position, position + 1))
     return runs
