@@ -146,7 +146,9 @@ def compare_with_fused(teachers: list[Teacher], student: StudentOutput, mask: Te
     for kind in KINDS:
         with torch.no_grad():
             projected = [
-                t.frozen[kind].projected(t.frozen[kind].targets(t.parts[kind], t.band))
+                t.frozen[kind].projected(
+                    [x.stacked() for x in t.frozen[kind].layers(t.parts[kind], t.band)]
+                )
                 for t in teachers
             ]
             fused = fuse(alpha, projected)

@@ -39,7 +39,7 @@ from kvdistill.distill.losses.regression import regression_error
 from kvdistill.distill.losses.weighting import num_covered, reduce_tokens, weighted_sum
 from kvdistill.distill.project.projections import SpaceAdapter
 from kvdistill.distill.student.injection import InjectionGate, KVInjection
-from kvdistill.distill.targets import TargetOf, TeacherHead, TeacherSpace
+from kvdistill.distill.targets import LayerTargets, TargetOf, TeacherHead, TeacherSpace
 from kvdistill.errors import ConfigError
 from kvdistill.types import KINDS, Kind
 
@@ -48,9 +48,6 @@ Counts = Mapping[str, Tensor]
 
 Targets = Mapping[Kind, list[list[Tensor]]]
 """Per kind, teacher and group: the standardised target ``[B, L, H_t, T, D_t]``."""
-
-LayerwiseTargets = dict[Kind, list[Sequence[TargetOf]]]
-"""Per kind, teacher and group: the target by row of the group's student layers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +69,8 @@ class StudentOutput:
 class Distiller(nn.Module):
     """Student, projectors and losses. Only the student is saved as a model."""
 
+    heads: Any
+    space: Any
     weigh: FusionWeights
     gate: InjectionGate | None
     attention_maps: AttentionMaps
@@ -209,10 +208,7 @@ class Distiller(nn.Module):
         covered = counts.get("num_covered", covered_BT.sum())
         parts = {}
         if self.regresses:
-            rows = (
-                layerwise_targets(targets) if targets else self.targets_by_layer(batch["teachers"])
-            )
-            sums = self.regression_sums(output, rows, kv_alpha)
+            sums = self.regression_sums(output, batch["teachers"], targets, kv_alpha)
             parts = {name: total / covered.clamp_min(1) for name, total in sums.items()}
         maps = self.kv_errors(output, targets, projected, kv_alpha, covered_BT)
         if self.losses.entropy:
@@ -232,30 +228,25 @@ class Distiller(nn.Module):
 
     def head(self, name: str, kind: Kind) -> TeacherHead:
         """The maps of one teacher and kind."""
-        heads: Any = self.heads[_module_name(name)]
-        head: TeacherHead = heads[kind]
+        head: TeacherHead = self.heads[_module_name(name)][kind]
         return head
 
     def heads_of(self, kind: Kind) -> list[TeacherHead]:
         """The maps of one kind, in the order of ``teachers``."""
         return [self.head(teacher.name, kind) for teacher in self.teachers]
 
+    def layers(self, kind: Kind, teachers: Batch) -> list[list[LayerTargets]]:
+        """Per teacher and group, targets of one kind that are made one layer at a time."""
+        return [
+            head.layers(teachers[space.name][kind], band_of(teachers[space.name]))
+            for space, head in zip(self.teachers, self.heads_of(kind), strict=True)
+        ]
+
     def targets(self, teachers: Batch) -> Targets:
         """The targets of all layers at once."""
         return {
             kind: [
-                head.targets(teachers[space.name][kind], band_of(teachers[space.name]))
-                for space, head in zip(self.teachers, self.heads_of(kind), strict=True)
-            ]
-            for kind in KINDS
-        }
-
-    def targets_by_layer(self, teachers: Batch) -> LayerwiseTargets:
-        """``targets``, each layer made on demand so that they never all exist."""
-        return {
-            kind: [
-                head.layers(teachers[space.name][kind], band_of(teachers[space.name]))
-                for space, head in zip(self.teachers, self.heads_of(kind), strict=True)
+                [layers.stacked() for layers in groups] for groups in self.layers(kind, teachers)
             ]
             for kind in KINDS
         }
@@ -271,19 +262,25 @@ class Distiller(nn.Module):
         }
 
     def regression_sums(
-        self, output: StudentOutput, rows: LayerwiseTargets, alpha_NBLT: Tensor
+        self, output: StudentOutput, teachers: Batch, targets: Targets, alpha_NBLT: Tensor
     ) -> dict[str, Tensor]:
-        """In mode ``student_to_teacher``: errors of keys and of values, summed over tokens."""
+        """In mode ``student_to_teacher``: errors of keys and of values, summed over tokens.
+
+        Targets are made layer by layer where ``targets`` is empty.
+        """
         sums: dict[str, Tensor] = {}
         for kind in KINDS:
-            if self.losses.weights()[kind]:
-                teachers = zip(self.heads_of(kind), rows[kind], alpha_NBLT, strict=True)
-                regressions = [
-                    one
-                    for head, targets, alpha in teachers
-                    for one in head.regressions(targets, alpha)
-                ]
-                sums[kind] = regression_error(output.kind(kind), regressions, self.losses.distance)
+            if not self.losses.weights()[kind]:
+                continue
+            rows: Sequence[Sequence[TargetOf]] = (
+                [[partial(torch.select, x, 1) for x in groups] for groups in targets[kind]]
+                if targets
+                else self.layers(kind, teachers)
+            )
+            regressions = []
+            for head, groups, alpha_BLT in zip(self.heads_of(kind), rows, alpha_NBLT, strict=True):
+                regressions += head.regressions(groups, alpha_BLT)
+            sums[kind] = regression_error(output.kind(kind), regressions, self.losses.distance)
         return sums
 
     def kv_errors(
@@ -350,7 +347,7 @@ class Distiller(nn.Module):
         alpha = renormalise(alpha, usable)
         fused = {kind: fuse(alpha, teachers) for kind, teachers in projected.items()}
         if self.projection.mode == "shared_space":
-            fused = {kind: self._space(kind).out_of(z) for kind, z in fused.items()}
+            fused = {kind: self.space[kind].out_of(z) for kind, z in fused.items()}
         mask_BT = batch["inject_mask"] & usable.any(0)
         inject = KVInjection(self.capture)
         with inject(fused["key"], fused["value"], mask_BT, self.gate):
@@ -362,17 +359,12 @@ class Distiller(nn.Module):
         return cross_entropy(logits, batch["inject_labels"], counts.get("num_injected"))
 
     def _in_target_space(self, student_BLHTD: Tensor, kind: Kind) -> Tensor:
-        if self.projection.mode != "shared_space":
-            return student_BLHTD
-        projected: Tensor = self._space(kind)(student_BLHTD)
-        return projected
-
-    def _space(self, kind: Kind) -> Any:
-        return self.space[kind]
+        shared = self.projection.mode == "shared_space"
+        return self.space[kind](student_BLHTD) if shared else student_BLHTD
 
     def _round_trip(self, output: StudentOutput, targets: Targets, alpha: Tensor) -> Tensor:
         """Error of every model after the way into the shared space and back: ``[B, T]``."""
-        lost = [self._space(kind).round_trip_error(output.kind(kind).detach()) for kind in KINDS]
+        lost = [self.space[kind].round_trip_error(output.kind(kind).detach()) for kind in KINDS]
         weight_NBT = alpha.detach().mean(2)
         for kind in KINDS:
             for i, head in enumerate(self.heads_of(kind)):
@@ -397,14 +389,6 @@ class Distiller(nn.Module):
         else:
             found = [fuse(alpha, teachers) for teachers in projected.values()]
         return torch.stack([target_variance(x, covered_BT) for x in found]).mean()
-
-
-def layerwise_targets(targets: Targets) -> LayerwiseTargets:
-    """Targets of all layers, by row."""
-    return {
-        kind: [[partial(torch.select, x, 1) for x in groups] for groups in teachers]
-        for kind, teachers in targets.items()
-    }
 
 
 def _refuse_injection_of_encoders(teachers: list[TeacherSpace]) -> None:

@@ -247,17 +247,13 @@ class TeacherHead(nn.Module):
         """Per group, targets that are made one layer at a time."""
         return [LayerTargets(self, i, parts, band) for i in range(len(self.groups))]
 
-    def targets(self, parts: Parts, band: Band) -> list[Tensor]:
-        """Per group, the targets of all its student layers: ``[B, L, H_t, T_s, D_t]`` float32."""
-        return [layers.stacked() for layers in self.layers(parts, band)]
-
     @torch.no_grad()
     def kept(self, parts: Parts, evictions: list[Eviction]) -> list[Tensor]:
-        """As ``targets``, of the tokens that an eviction per group keeps: ``[B, L, H_t, M, D_t]``."""
+        """Per group, targets of the tokens that an eviction keeps: ``[B, L, H_t, M, D_t]``."""
         found = []
         for i, (group, eviction) in enumerate(zip(self.groups, evictions, strict=True)):
             kept_BLHMD = self.standardise[i](eviction.keep(self.decode(parts, group)))
-            found.append(group.layer_map.apply(kept_BLHMD, group.layer_map.needed))
+            found.append(group.layer_map.apply(kept_BLHMD))
         return found
 
     def decode(self, parts: Parts, group: GroupSpace) -> Tensor:

@@ -115,8 +115,9 @@ def test_targets_by_layer_equal_everything_placed_at_once(case, kind, codec):
     weight[1, 4:] = 0  # not covered
     band = Band(band.start, weight, weight.sum(-1) > 0)
     decoded = head.standardise[0](CODECS[codec].decode(parts[""], kind))
-    expected = place(band, mapping.apply(decoded, mapping.needed))
-    (targets,) = head.targets(parts, band)
+    expected = place(band, mapping.apply(decoded))
+    (layers,) = head.layers(parts, band)
+    targets = layers.stacked()
     torch.testing.assert_close(targets, expected)
     assert not targets[1, :, :, 4:].any()
     (layers,) = head.layers(parts, band)

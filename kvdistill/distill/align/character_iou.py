@@ -1,18 +1,23 @@
-"""Character spans of tokens, made exact where several tokens share one character.
+"""Student tokens and teacher tokens of the same text, matched by the characters they share.
 
-A byte-level tokenizer may cut ``é`` into two tokens, and both then report the whole character.
-Taken as they are, such spans overlap their neighbours and no tokenizer would align with itself.
-Here the tokens that share a stretch of text divide it, in order: they become ``[i, i + 1/2)``
-and ``[i + 1/2, i + 1)``. Spans of one text are then disjoint and ordered, which is all that a
-``searchsorted`` needs. Counting is by ``searchsorted`` too, so nothing loops over tokens.
+    A[i, j] = |span_i ∩ span_j| / |span_i ∪ span_j|,   rows normalised
+
+Both tokenizers read the text from left to right, so a student token touches one contiguous run of
+teacher tokens and ``A`` is a band: two ``searchsorted`` find where a run starts and ends, and no
+``[T_s, T_t]`` matrix is built. Offsets are the tokenizers' own; no string is searched for.
+
+Offsets alone are not exact. A byte-level tokenizer may split ``é`` into two tokens that both report
+the whole character; such spans overlap, and no tokenizer would align with itself. Tokens that share
+a stretch of text therefore divide it, in order, into ``[i, i + 1/2)`` and ``[i + 1/2, i + 1)``:
+spans of one text are then disjoint and ordered, as ``searchsorted`` requires.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvdistill.distill.align.band import Band
@@ -22,11 +27,11 @@ from kvdistill.types import TokenMethod
 
 @dataclass(frozen=True)
 class Spans:
-    """Where the tokens of a padded batch lie in their texts; all tensors are ``[B, T]``.
+    """Characters that the tokens of a padded batch stand for; all tensors are ``[B, T]``.
 
     ``char_start``, ``char_end`` (long) index the sample's text, ``segment`` (long) is a segment
-    id of ``types.py``, ``mask`` (bool) is True for a token that stands for text: special tokens,
-    templates and padding are False, and their offsets are never looked at.
+    id of ``types.py``, ``mask`` (bool) is True for a token that stands for text. Special tokens,
+    templates and padding are False, and their offsets are ignored.
     """
 
     char_start: Tensor
@@ -39,78 +44,10 @@ class Spans:
         if len(set(shapes.values())) != 1 or self.mask.dim() != 2:
             raise GeometryError(f"spans: expected four tensors of one shape [B, T], got {shapes}")
 
-    def to(self, device: torch.device | str) -> Self:
-        """The same spans on another device."""
-        return type(self)(*(getattr(self, field.name).to(device) for field in fields(self)))
-
     @property
     def real(self) -> Tensor:
         """Tokens that stand for at least one character, ``[B, T]`` bool."""
         return self.mask & (self.char_end > self.char_start)
-
-
-@dataclass(frozen=True)
-class ExactSpans:
-    """Disjoint spans in float32, ``[B, T]``; see ``exact``.
-
-    ``sorted_lower`` and ``sorted_upper`` equal ``lower`` and ``upper`` on real tokens and are
-    filled in between so that both rise along T and no masked token is found by a search.
-    """
-
-    lower: Tensor
-    upper: Tensor
-    real: Tensor
-    sorted_lower: Tensor
-    sorted_upper: Tensor
-
-
-def exact(spans: Spans) -> ExactSpans:
-    """Split every shared stretch of text evenly between the tokens that share it, in order.
-
-    float32 holds offsets exactly up to 16.7 million characters; the thirds of a character
-    become coarse beyond a hundred thousand, but stay ordered.
-    """
-    real = spans.real
-    starts, ends = _rising(spans.char_start, spans.char_end, real)
-    rank = real.long().cumsum(1)
-    begin = spans.char_start.masked_fill(~real, 0)
-    final = (spans.char_end - 1).masked_fill(~real, 0)
-    end = final + 1
-
-    earlier, sharing, first, _ = _sharing(begin, starts, ends, rank)
-    shared_until = ends.gather(1, first)
-    lower = begin + (shared_until - begin) * ((rank - 1 - earlier).float() / sharing)
-
-    earlier, sharing, _, last = _sharing(final, starts, ends, rank)
-    shared_from = starts.gather(1, last)
-    upper = shared_from + (end - shared_from) * ((rank - earlier).float() / sharing)
-
-    sorted_lower, _ = _rising(lower, upper, real)
-    following = torch.nn.functional.pad(sorted_lower[:, 1:], (0, 1), value=torch.inf)
-    upper = torch.minimum(upper, following)
-    _, sorted_upper = _rising(lower, upper, real)
-    return ExactSpans(lower, upper, real, sorted_lower, sorted_upper)
-
-
-def _rising(lower: Tensor, upper: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Fill masked tokens: as starts, with the next real start; as ends, with the last real end."""
-    beyond = torch.inf if lower.is_floating_point() else torch.iinfo(lower.dtype).max
-    starts = lower.masked_fill(~real, beyond).flip(1).cummin(1).values.flip(1)
-    ends = upper.masked_fill(~real, -1).cummax(1).values
-    return starts.contiguous(), ends.contiguous()
-
-
-def _sharing(
-    char: Tensor, starts: Tensor, ends: Tensor, rank: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Who covers a character: real tokens that ended before it, tokens on it, first, last."""
-    counts = torch.nn.functional.pad(rank, (1, 0))
-    first = torch.searchsorted(ends, char, right=True)
-    after = torch.searchsorted(starts, char, right=True)
-    earlier = counts.gather(1, first)
-    sharing = (counts.gather(1, after) - earlier).clamp_min(1)
-    top = max(char.shape[1] - 1, 0)
-    return earlier, sharing, first.clamp_max(top), (after - 1).clamp(0, top)
 
 
 def align_tokens(
@@ -123,11 +60,12 @@ def align_tokens(
         teacher: spans ``[B, T_t]`` of the same samples.
         method: ``iou``: characters shared over characters in either. ``overlap``: characters
             shared. ``nearest``: the one teacher token of largest IoU, the later one of equals.
-        causal: keep only teacher tokens that end no later than the student's token.
+        causal: keep only teacher tokens that end no later than the student's token. Others carry
+            text that the student has not read, and matching them asks it to guess.
 
     Returns:
         A band whose rows sum to one, or are all zero and not ``covered``. Build it where the
-        offsets are (on the CPU, while collating): its width is read back from the device once.
+        offsets are (on the CPU, while collating): its width is synchronised once.
 
     Raises:
         GeometryError: the batches differ in their number of samples.
@@ -139,7 +77,9 @@ def align_tokens(
         )
     start, score = _scores(student, teacher, overlap=method == "overlap", causal=causal)
     if method == "nearest":
-        start, score = _keep_largest(start, score)
+        last = score.shape[-1] - 1
+        best = (last - score.flip(-1).argmax(-1)) * score.any(-1)
+        start, score = start + best, score.gather(-1, best.unsqueeze(-1)).sign()
     total = score.sum(-1)
     covered = total > 0
     weight = score / total.masked_fill(~covered, 1.0).unsqueeze(-1)
@@ -174,19 +114,65 @@ def _scores(
     return start.clamp_max(num_columns - 1), torch.where(keep, score, 0.0)
 
 
-def _keep_largest(start: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    last = score.shape[-1] - 1
-    best = (last - score.flip(-1).argmax(-1)) * score.any(-1)
-    return start + best, score.gather(-1, best.unsqueeze(-1)).sign()
+@dataclass(frozen=True)
+class ExactSpans:
+    """Disjoint spans in float32, ``[B, T]``; see ``exact``.
+
+    ``sorted_lower`` and ``sorted_upper`` equal ``lower`` and ``upper`` on real tokens and are
+    filled in between so that both rise along T and no search finds a masked token.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    real: Tensor
+    sorted_lower: Tensor
+    sorted_upper: Tensor
 
 
-# MERGED-DOC distill.alignment.tokens
-# Student tokens and teacher tokens of the same text, matched by the characters they share.
-#
-#     A[i, j] = |span_i ∩ span_j| / |span_i ∪ span_j|,   rows normalised
-#
-# Both tokenizers read the same text from left to right, so a student token touches one contiguous
-# run of teacher tokens and ``A`` is a band: two ``searchsorted`` find where a run starts and ends,
-# and the ``[T_s, T_t]`` matrix is never built. Offsets are the tokenizers' own; nothing searches
-# for strings. ``causal`` drops teacher tokens that end after the student's token: they carry text
-# that the student has not read, so keeping them asks it to guess.
+def exact(spans: Spans) -> ExactSpans:
+    """Split every shared stretch of text evenly between the tokens that share it, in order.
+
+    float32 represents offsets exactly up to 16.7 million characters; thirds of a character lose
+    precision beyond a hundred thousand, but stay ordered.
+    """
+    real = spans.real
+    starts, ends = _rising(spans.char_start, spans.char_end, real)
+    rank = real.long().cumsum(1)
+    begin = spans.char_start.masked_fill(~real, 0)
+    final = (spans.char_end - 1).masked_fill(~real, 0)
+    end = final + 1
+
+    earlier, sharing, first, _ = _sharing(begin, starts, ends, rank)
+    shared_until = ends.gather(1, first)
+    lower = begin + (shared_until - begin) * ((rank - 1 - earlier).float() / sharing)
+
+    earlier, sharing, _, last = _sharing(final, starts, ends, rank)
+    shared_from = starts.gather(1, last)
+    upper = shared_from + (end - shared_from) * ((rank - earlier).float() / sharing)
+
+    sorted_lower, _ = _rising(lower, upper, real)
+    following = F.pad(sorted_lower[:, 1:], (0, 1), value=torch.inf)
+    upper = torch.minimum(upper, following)
+    _, sorted_upper = _rising(lower, upper, real)
+    return ExactSpans(lower, upper, real, sorted_lower, sorted_upper)
+
+
+def _rising(lower: Tensor, upper: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill masked tokens: starts with the next real start, ends with the previous real end."""
+    beyond = torch.inf if lower.is_floating_point() else torch.iinfo(lower.dtype).max
+    starts = lower.masked_fill(~real, beyond).flip(1).cummin(1).values.flip(1)
+    ends = upper.masked_fill(~real, -1).cummax(1).values
+    return starts.contiguous(), ends.contiguous()
+
+
+def _sharing(
+    char: Tensor, starts: Tensor, ends: Tensor, rank: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per character: real tokens that end before it, tokens that cover it, the first, the last."""
+    counts = F.pad(rank, (1, 0))
+    first = torch.searchsorted(ends, char, right=True)
+    after = torch.searchsorted(starts, char, right=True)
+    earlier = counts.gather(1, first)
+    sharing = (counts.gather(1, after) - earlier).clamp_min(1)
+    top = max(char.shape[1] - 1, 0)
+    return earlier, sharing, first.clamp_max(top), (after - 1).clamp(0, top)

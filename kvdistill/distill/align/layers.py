@@ -1,10 +1,20 @@
 """Student layers as real-valued depths of the teacher.
 
 Every student layer gets a depth between two stored teacher layers and the linear mix of both.
-Depths count *stored* layers: a hybrid model whose 8 attention layers lie among 32, or a store
+Depths count *stored* layers, so a hybrid model whose 8 attention layers lie among 32, or a store
 that kept every other layer, is still read from bottom to top. Choosing layers cleverly rarely
-pays (arXiv 2502.04499, "Revisiting Intermediate-Layer Matching in Knowledge Distillation"),
-so ``ratio`` is the default.
+pays (arXiv 2502.04499, "Revisiting Intermediate-Layer Matching in Knowledge Distillation"), so
+``ratio`` is the default. ``cka`` matches layers by their similarity on a pilot:
+
+    CKA(X, Y) = ‖Yᵀ X‖² / (‖Xᵀ X‖ · ‖Yᵀ Y‖),   X, Y centred, Frobenius norms
+
+(Similarity of Neural Network Representations Revisited, arXiv 1905.00414.) It needs no equal widths
+and is invariant to rotation and scale. An untrained student resembles nothing, so it is for
+pretrained ones.
+
+A teacher whose layers differ in heads or dims is stored in groups of equal geometry. Layers of
+different groups cannot be mixed, so each group acts as a teacher of its own for the student layers
+that it serves; together the groups serve every student layer exactly once.
 """
 
 from __future__ import annotations
@@ -38,34 +48,25 @@ class LayerMap:
         used = {layer for low, up, part in pairs for layer in ((low, up) if part else (low,))}
         return tuple(sorted(used))
 
-    def apply(self, x: Tensor, read_layers: Sequence[int], dim: int = 1) -> Tensor:
-        """Mix teacher layers into student layers along ``dim``.
-
-        Args:
-            x: any floating tensor with teacher layers along ``dim``, such as ``[B, L, H, T, D]``
-                (``dim=1``) or statistics ``[L, H, D]`` (``dim=0``).
-            read_layers: which teacher layer is at each position of that axis.
-            dim: the axis of layers.
+    def apply(self, x_BLHTD: Tensor) -> Tensor:
+        """Mix the layers ``needed`` into student layers, along axis 1.
 
         Raises:
-            GeometryError: a needed layer was not read, or the axis has another length.
+            GeometryError: the axis has another length.
         """
-        position = {layer: i for i, layer in enumerate(read_layers)}
-        absent = sorted(set(self.needed) - position.keys())
-        if absent or x.shape[dim] != len(position):
+        position = {layer: i for i, layer in enumerate(self.needed)}
+        if x_BLHTD.shape[1] != len(position):
             raise GeometryError(
-                f"layer map: needs teacher layers {list(self.needed)}, got {list(read_layers)} "
-                f"and an axis of {x.shape[dim]}; read LayerMap.needed"
+                f"layer map: expected teacher layers {list(self.needed)}, got an axis of "
+                f"{x_BLHTD.shape[1]}; read LayerMap.needed"
             )
-        low = x.index_select(dim, _index([position[layer] for layer in self.lower], x))
+        low = x_BLHTD[:, [position[layer] for layer in self.lower]]
         if not any(self.fraction):
             return low
-        pairs = zip(self.lower, self.upper, self.fraction, strict=True)
-        above = [position[up if part else lower] for lower, up, part in pairs]
-        shape = [1] * x.dim()
-        shape[dim] = len(self.fraction)
-        fraction = torch.tensor(self.fraction, device=x.device, dtype=x.dtype).view(shape)
-        return torch.lerp(low, x.index_select(dim, _index(above, x)), fraction)
+        rows = zip(self.lower, self.upper, self.fraction, strict=True)
+        high = x_BLHTD[:, [position[upper if part else lower] for lower, upper, part in rows]]
+        fraction = torch.tensor(self.fraction, device=low.device, dtype=low.dtype)
+        return torch.lerp(low, high, fraction.view(-1, 1, 1, 1))
 
 
 def layer_map(
@@ -95,11 +96,18 @@ def layer_map(
             "both need at least one"
         )
     if method == "explicit":
-        return _from_layers(explicit or (), num_student_layers, teacher_layers)
-    return _from_depths(_depths(method, num_student_layers, num_teacher), teacher_layers)
+        return _explicit_map(explicit or (), num_student_layers, teacher_layers)
+    depths = _depths(method, num_student_layers, num_teacher)
+    lower = [math.floor(depth) for depth in depths]
+    return LayerMap(
+        tuple(teacher_layers[low] for low in lower),
+        tuple(teacher_layers[min(low + 1, num_teacher - 1)] for low in lower),
+        tuple(depth - low for depth, low in zip(depths, lower, strict=True)),
+    )
 
 
 def _depths(method: LayerMethod, num_student: int, num_teacher: int) -> list[float]:
+    """Positions among the stored teacher layers, one per student layer."""
     student = range(num_student)
     if method == "ratio":
         return [min(i * num_teacher / num_student, num_teacher - 1) for i in student]
@@ -115,21 +123,10 @@ def _depths(method: LayerMethod, num_student: int, num_teacher: int) -> list[flo
         return [float(i * (num_teacher // num_student)) for i in student]
     if method == "last_aligned":
         return [float(num_teacher - num_student + i) for i in student]
-    raise ConfigError(f"alignment.layers: {method} needs a pilot; call the function of its name")
+    raise ConfigError(f"alignment.layers: {method} needs a pilot; use linear_cka and monotone_map")
 
 
-def _from_depths(depths: Sequence[float], teacher_layers: Sequence[int]) -> LayerMap:
-    last = len(teacher_layers) - 1
-    lower = [math.floor(depth) for depth in depths]
-    fraction = tuple(depth - low for depth, low in zip(depths, lower, strict=True))
-    return LayerMap(
-        tuple(teacher_layers[low] for low in lower),
-        tuple(teacher_layers[min(low + 1, last)] for low in lower),
-        fraction,
-    )
-
-
-def _from_layers(
+def _explicit_map(
     layers: Sequence[float], num_student_layers: int, teacher_layers: Sequence[int]
 ) -> LayerMap:
     if len(layers) != num_student_layers:
@@ -151,10 +148,6 @@ def _from_layers(
     return mapping
 
 
-def _index(positions: list[int], like: Tensor) -> Tensor:
-    return torch.tensor(positions, device=like.device, dtype=torch.long)
-
-
 @dataclass(frozen=True)
 class GroupMap:
     """Which student layers one group of teacher layers serves, and how."""
@@ -168,16 +161,17 @@ class GroupMap:
 def by_group(mapping: LayerMap, groups: Sequence[LayerGroup]) -> tuple[GroupMap, ...]:
     """Split a layer map by groups; groups that serve no student layer are left out.
 
-    With one group the result is that group with the whole map, unchanged.
+    A student layer between two groups takes the nearer layer, unmixed. With one group the result
+    is that group with the whole map, unchanged.
     """
     group_of = {layer: idx for idx, group in enumerate(groups) for layer in group.layers}
     entries: dict[int, list[tuple[int, int, int, float]]] = {}
     rows = zip(mapping.lower, mapping.upper, mapping.fraction, strict=True)
-    for student_layer, (lower, upper, fraction) in enumerate(rows):
-        low, up, part = lower, upper, fraction
+    for student_layer, (low, up, part) in enumerate(rows):
+        row = low, up, part
         if part and group_of[low] != group_of[up]:
-            low, up, part = (low, low, 0.0) if part < 0.5 else (up, up, 0.0)
-        entries.setdefault(group_of[low], []).append((student_layer, low, up, part))
+            row = (low, low, 0.0) if part < 0.5 else (up, up, 0.0)
+        entries.setdefault(group_of[row[0]], []).append((student_layer, *row))
     out = []
     for group_idx, found in sorted(entries.items()):
         students, lowers, uppers, fractions = zip(*found, strict=True)
@@ -202,7 +196,9 @@ def linear_cka(student_LNC: Tensor, teacher_LNC: Tensor) -> Tensor:
         )
     x = student_LNC.float() - student_LNC.float().mean(1, keepdim=True)
     y = teacher_LNC.float() - teacher_LNC.float().mean(1, keepdim=True)
-    norm_x, norm_y = _self_norm(x), _self_norm(y)
+    norm_x, norm_y = (
+        torch.einsum("lnc,lnd->lcd", z, z).square().sum((1, 2)).sqrt() for z in (x, y)
+    )
     cross = torch.stack([torch.einsum("nc,lnd->lcd", one, y).square().sum((1, 2)) for one in x])
     return cross / (norm_x[:, None] * norm_y[None]).clamp_min(torch.finfo(torch.float32).tiny)
 
@@ -223,10 +219,9 @@ def monotone_map(similarity: Tensor, teacher_layers: Sequence[int]) -> LayerMap:
             f"alignment.layers: cka needs finite similarities to {len(teacher_layers)} teacher "
             f"layers, got {tuple(similarity.shape)}"
         )
-    scores = similarity.double()
-    # best[j]: largest sum so far with the newest student layer at a teacher layer ≤ j.
+    # Dynamic programming. best[j]: largest sum so far with the last student layer at a column ≤ j.
     best, choices = torch.zeros(num_teacher, dtype=torch.float64), []
-    for row in scores.cpu():
+    for row in similarity.double().cpu():
         best, choice = torch.cummax(best + row, dim=0)
         choices.append(choice)
     picked, limit = [], num_teacher - 1
@@ -235,26 +230,3 @@ def monotone_map(similarity: Tensor, teacher_layers: Sequence[int]) -> LayerMap:
         picked.append(teacher_layers[limit])
     layers = tuple(reversed(picked))
     return LayerMap(layers, layers, (0.0,) * num_student)
-
-
-def _self_norm(x_LNC: Tensor) -> Tensor:
-    return torch.einsum("lnc,lnd->lcd", x_LNC, x_LNC).square().sum((1, 2)).sqrt()
-
-
-# MERGED-DOC distill.alignment.groups
-# Teachers whose layers differ in heads or dims.
-#
-# Such a teacher is stored in groups of equal geometry. Layers of different groups cannot be mixed,
-# so a student layer that would lie between two of them takes the nearer one; and every group then
-# acts as a teacher of its own for the student layers that it serves. Together the groups serve
-# every student layer exactly once.
-
-
-# MERGED-DOC distill.alignment.cka
-# Layers matched by how alike they already are, measured on a pilot.
-#
-#     CKA(X, Y) = ‖Yᵀ X‖² / (‖Xᵀ X‖ · ‖Yᵀ Y‖),   X, Y centred, Frobenius norms
-#
-# (Similarity of Neural Network Representations Revisited, arXiv 1905.00414.) It needs no equal
-# widths and ignores rotations and scale. The matching is the monotone one of largest sum, found by
-# dynamic programming. An untrained student is like nothing, so this is for pretrained ones.

@@ -1,14 +1,14 @@
 """Resampling in time: student positions as real-valued teacher positions.
 
-For texts that share no characters (a teacher that wrote its own rationale), positions are
+For texts that share no characters (a teacher that generated its own rationale), positions are
 matched by how far along they are:
 
     position(i) = i · (n_t − 1) / (n_s − 1),   i = 0 … n_s − 1
 
-inside each segment apart, so that a rationale never bleeds into a prompt, or over the whole text.
-The division is done in integers: quotient and remainder are exact, so no index can leave
-``[0, n_t − 1]`` whatever the lengths. First meets first and last meets last; a lone student
-position takes the last teacher position, which has read the most.
+inside each segment separately, so that a rationale never bleeds into a prompt, or over the whole
+text. The division is in integers: quotient and remainder are exact, so no index can leave
+``[0, n_t − 1]`` whatever the lengths. First maps to first and last to last; a single student
+position maps to the last teacher position, which has read the most.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def _resample(
     if teacher_mask.shape[1] == 0:
         return Band(torch.zeros_like(rank), rank.new_zeros(*rank.shape, 1).float(), covered)
 
-    lone = num_rows <= 1
-    numerator = torch.where(lone, num_columns - 1, rank * (num_columns - 1))
-    denominator = torch.where(lone, 1, num_rows - 1)
+    single = num_rows <= 1
+    numerator = torch.where(single, num_columns - 1, rank * (num_columns - 1))
+    denominator = torch.where(single, 1, num_rows - 1)
     lower = torch.div(numerator, denominator, rounding_mode="floor")
     fraction = (numerator - lower * denominator).float() / denominator
-    order, first = _order(columns)
+    order, first = _by_segment(columns)
     base = first.gather(1, segment)
     last = order.shape[1] - 1
     start = order.gather(1, (base + lower).clamp(0, last))
@@ -76,8 +76,8 @@ def _one_hot(segment: Tensor, mask: Tensor) -> Tensor:
     return F.one_hot(segment.clamp(0, NUM_SEGMENTS - 1), NUM_SEGMENTS) * counts.unsqueeze(-1)
 
 
-def _order(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions sorted by segment, and where each segment begins in that order."""
+def _by_segment(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Teacher positions sorted by segment, and where each segment begins in that order."""
     absent = ~columns.any(-1)
     key = columns.argmax(-1).masked_fill(absent, NUM_SEGMENTS)
     counts = columns.sum(1)

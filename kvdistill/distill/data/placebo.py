@@ -1,11 +1,11 @@
-"""Placebos: targets that look like a teacher's and know nothing of the text they are shown with.
+"""Placebos: targets with a teacher's statistics that carry no information about their text.
 
 A gain that a placebo shares is regularisation, not knowledge, so a study that claims knowledge
-needs them as arms. Both are made while streaming, from the stored shards: no new extraction.
+needs placebos as arms. Both are made while streaming, from the stored shards: no new extraction.
 
-``shuffled``  another text's keys and values, of like length and from the same shard. What the
-              teacher's numbers look like, how they follow one another in time: all real, all
-              about another text. Every text keeps its partner for the whole run
+``shuffled``  another text's keys and values, of similar length and from the same shard: real in
+              their distribution and in how they follow one another in time, but about another text.
+              Every text keeps its partner for the whole run
 ``noise``     Gaussian with the stored mean and variance of every (layer, head, channel), drawn
               once per text. Channels are independent: the store keeps no covariance
 
@@ -38,16 +38,52 @@ from kvdistill.store.shard import EncodedShard
 from kvdistill.types import KINDS, CodecSpec
 
 NEIGHBOURS: Final = 8
-"""Texts of like length among which partners are drawn."""
-
+"""Texts of similar length among which partners are drawn."""
 
 Distort = Callable[[int, LoadedShard], LoadedShard]
-"""Makes a placebo of a shard, given its place in the plan."""
+"""Makes a placebo of a shard, given its index in the plan."""
+
+
+def with_placebo(
+    source: Source, store: KVStore, layers: Mapping[str, Sequence[int]], config: PlaceboConfig
+) -> Source:
+    """The source unchanged, or its configured placebo.
+
+    Args:
+        source: shards of ``store``, with ``layers`` of each teacher.
+        store: whose statistics noise is drawn from.
+        layers: per teacher, the layers that are read.
+        config: which placebo, for which teachers.
+
+    Raises:
+        ConfigError: it names a teacher that is not read, or shuffles a corpus of one text.
+    """
+    if config.method == "none" or not layers:
+        return source
+    unknown = sorted(set(config.teachers or ()) - set(layers))
+    if unknown:
+        raise ConfigError(
+            f"placebo.teachers names {unknown}, but the teachers are {sorted(layers)}"
+        )
+    chosen = sorted(config.teachers or layers)
+    if config.method == "shuffled":
+        return PlaceboSource(source, _shuffler(source, chosen, config.seed))
+    moments = {name: _moments(store, name, layers[name]) for name in chosen}
+    codecs = {name: store.teacher(name).codec for name in chosen}
+
+    def noisy(_: int, shard: LoadedShard) -> LoadedShard:
+        drawn = {
+            name: noise(shard.teachers[name], moments[name], codecs[name], f"{config.seed}/{name}")
+            for name in chosen
+        }
+        return replace(shard, teachers={**shard.teachers, **drawn})
+
+    return PlaceboSource(source, noisy)
 
 
 @dataclass(frozen=True, eq=False)
 class PlaceboSource:
-    """Shards of another source, distorted as they come."""
+    """Shards of another source, distorted as they are read."""
 
     source: Source
     distort: Distort
@@ -64,11 +100,11 @@ class PlaceboSource:
     def load_all(
         self, shard_idx: Iterable[int], *, threads: int, num_ahead: int
     ) -> Generator[LoadedShard, None, None]:
-        """Shards in order, read ahead by the source beneath."""
-        wanted, asked = itertools.tee(shard_idx)
-        reads = self.source.load_all(asked, threads=threads, num_ahead=num_ahead)
+        """Shards in order, prefetched by the underlying source."""
+        wanted, requested = itertools.tee(shard_idx)
+        reads = self.source.load_all(requested, threads=threads, num_ahead=num_ahead)
         with closing(reads) as loaded:
-            # The shards first: asking for the next place only then, no read begins too early.
+            # Not a zip: it would draw the next index, and with it start a read, too early.
             for shard in loaded:
                 yield self.distort(next(wanted), shard)
 
@@ -79,59 +115,41 @@ class ShuffledShard(LoadedShard):
 
     partners: NDArray[np.int64]
     lenders: Mapping[str, EncodedShard]
-    """Where partners lie, per teacher that is swapped: this shard, or the neighbour of one that
-    has a single text."""
+    """Per shuffled teacher, the shard that holds the partners: this one, or the neighbour of a
+    shard with a single text."""
 
     def item(self, sample_idx: int) -> Item:
-        """One sample, and where its partner's KV lies."""
+        """One sample, and where its partner's KV is."""
         own = {name: (shard, sample_idx) for name, shard in self.teachers.items()}
         partner = int(self.partners[sample_idx])
         lent = {name: (shard, partner) for name, shard in self.lenders.items()}
         return Item(self.samples[sample_idx], own | lent)
 
 
-def with_placebo(
-    source: Source, store: KVStore, layers: Mapping[str, Sequence[int]], config: PlaceboConfig
-) -> Source:
-    """The source as it is, or the placebo that the config asks for.
+def _shuffler(source: Source, shuffled: Sequence[str], seed: int) -> Distort:
+    """Gives the texts of a shard partners; a shard of one text borrows from its neighbour."""
+    if sum(source.sizes) < 2:
+        raise ConfigError("placebo.method shuffled exchanges texts, but the corpus has only one")
 
-    Args:
-        source: shards of ``store``, with ``layers`` of each teacher.
-        store: whose statistics noise is drawn from.
-        layers: per teacher, the layers that are read.
-        config: which placebo, for which teachers.
+    def shuffle(shard_idx: int, shard: LoadedShard) -> LoadedShard:
+        lengths = [len(sample.text) for sample in shard.samples]
+        lender = shard
+        if len(lengths) > 1:
+            found = partners(lengths, _seed(f"{seed}/{shard.samples[0].sample_id}"))
+        else:
+            lender = source.load(shard_idx - 1 if shard_idx else 1)
+            gaps = [abs(len(sample.text) - lengths[0]) for sample in lender.samples]
+            found = np.array([int(np.argmin(gaps))])
+        lenders = {name: lender.teachers[name] for name in shuffled}
+        return ShuffledShard(shard.samples, shard.teachers, found, lenders)
 
-    Raises:
-        ConfigError: it names a teacher that is not read.
-    """
-    if config.method == "none" or not layers:
-        return source
-    strangers = sorted(set(config.teachers or ()) - set(layers))
-    if strangers:
-        raise ConfigError(
-            f"placebo.teachers names {strangers}, but the teachers are {sorted(layers)}"
-        )
-    chosen = frozenset(config.teachers or layers)
-    if config.method == "shuffled":
-        return PlaceboSource(source, _shuffler(source, chosen, config.seed))
-    moments = {name: _moments(store, name, layers[name]) for name in sorted(chosen)}
-    codecs = {name: store.teacher(name).codec for name in moments}
-
-    def noisy(_: int, shard: LoadedShard) -> LoadedShard:
-        drawn = {
-            name: noise(shard.teachers[name], moments[name], codecs[name], f"{config.seed}/{name}")
-            for name in moments
-        }
-        return replace(shard, teachers={**shard.teachers, **drawn})
-
-    return PlaceboSource(source, noisy)
+    return shuffle
 
 
 def partners(lengths: Sequence[int], seed: int) -> NDArray[np.int64]:
-    """For every text another one of like length; nobody gets itself, everybody is got once.
+    """For every text another one of similar length: a permutation without fixed points.
 
     Texts are sorted by length and cut into groups of ``NEIGHBOURS``; each group is one cycle.
-
     """
     count = len(lengths)
     rng = np.random.default_rng(seed)
@@ -149,54 +167,35 @@ def noise(
     codec: CodecSpec,
     seed: str,
 ) -> EncodedShard:
-    """The same tokens with keys and values that are drawn, not read.
+    """The same tokens with keys and values drawn at random.
 
     Args:
         shard: what is stored; its token table and side arrays stay.
         moments: mean and standard deviation ``[L, H, D]`` by name (``key``, ``g0/value``, …).
         codec: how the shard is encoded, and so the noise.
-        seed: with a sample's id it decides the sample's noise.
+        seed: together with a sample's id it determines the sample's noise.
     """
     tokens = shard.tokens
-    arrays = {name: array.copy() for name, array in shard.arrays.items() if _is_kv(name, moments)}
+    arrays = dict(shard.arrays)
+    coders = {}
+    for name in moments:
+        kind = KINDS[name.endswith("value")]
+        coders[name] = kind, CODECS[codec.key if kind == "key" else codec.value]
+        for part in coders[name][1].parts(kind):
+            array = part_name(name, part.suffix)
+            arrays[array] = arrays[array].copy()
     for sample_idx, sample_id in enumerate(tokens.sample_ids):
         span = tokens.span(sample_idx)
-        generator = torch.Generator().manual_seed(_number(f"{seed}/{sample_id}"))
+        generator = torch.Generator().manual_seed(_seed(f"{seed}/{sample_id}"))
         for name, (mean_LHD, std_LHD) in moments.items():
-            kind = KINDS[name.endswith("value")]
+            kind, coder = coders[name]
             shape = (*mean_LHD.shape[:2], span.stop - span.start, mean_LHD.shape[2])
             drawn = torch.randn(shape, generator=generator)
-            coder = CODECS[codec.key if kind == "key" else codec.value]
             encoded = coder.encode(drawn * std_LHD[:, :, None] + mean_LHD[:, :, None], kind)
             for part in coder.parts(kind):
                 where = span if part.per == "token" else tokens.block_span(sample_idx)
-                array = arrays[part_name(name, part.suffix)]
-                array[:, :, where] = encoded[part.suffix].numpy()
-    return replace(shard, arrays={**shard.arrays, **arrays})
-
-
-def _shuffler(source: Source, swapped: frozenset[str], seed: int) -> Distort:
-    """Gives the texts of a shard partners; the text of a shard of one gets its neighbour's.
-
-    Raises:
-        ConfigError: the corpus has only one text.
-    """
-    if sum(source.sizes) < 2:
-        raise ConfigError("placebo.method shuffled swaps texts, and the corpus has only one")
-
-    def shuffle(shard_idx: int, shard: LoadedShard) -> LoadedShard:
-        lengths = [len(sample.text) for sample in shard.samples]
-        lender = shard
-        if len(lengths) > 1:
-            found = partners(lengths, _number(f"{seed}/{shard.samples[0].sample_id}"))
-        else:
-            lender = source.load(shard_idx - 1 if shard_idx else 1)
-            gaps = [abs(len(sample.text) - lengths[0]) for sample in lender.samples]
-            found = np.array([int(np.argmin(gaps))])
-        lenders = {name: lender.teachers[name] for name in sorted(swapped)}
-        return ShuffledShard(shard.samples, shard.teachers, found, lenders)
-
-    return shuffle
+                arrays[part_name(name, part.suffix)][:, :, where] = encoded[part.suffix].numpy()
+    return replace(shard, arrays=arrays)
 
 
 def _moments(
@@ -209,17 +208,12 @@ def _moments(
         rows = [group.layers.index(layer) for layer in sorted(layers) if layer in group.layers]
         for kind in KINDS if rows else ():
             name = f"{group_prefix(manifest, group_idx)}{kind}"
-            of = stored[name]
-            sides = (torch.from_numpy(side[rows]).float() for side in (of.mean, of.std))
-            mean, std = sides
+            mean, std = (
+                torch.from_numpy(x[rows]).float() for x in (stored[name].mean, stored[name].std)
+            )
             found[name] = (mean, std)
     return found
 
 
-def _is_kv(name: str, moments: Iterable[str]) -> bool:
-    parts = ("", "scale", "zero")
-    return any(name == part_name(stem, part) for stem in moments for part in parts)
-
-
-def _number(text: str) -> int:
+def _seed(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

@@ -7,11 +7,12 @@
                 relation heads of width d (MiniLMv2, arXiv 2012.15828). Heads and dim need not
                 match, so no projector is needed that could absorb the loss
 
-The maps of one layer exist at a time: the backward pass recomputes them.
+Only one layer's maps exist at a time: the backward pass recomputes them.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,19 +50,18 @@ class AttentionMaps(nn.Module):
         """KL per query token ``[B, T]`` float32; arguments as ``attention_kl``, not rotated."""
         query, own, target = query_BLQTD, own_BLHTD, target_BLHTD
         if self.inv_freq is not None:
-            length = query.shape[3]
-            position_BT = torch.arange(length, device=query.device)[None]
+            length, config = query.shape[3], self.config
             scaled = scale_frequencies(
-                self.inv_freq,
-                self.config.rope,
-                self.config.rope_factor,
-                length,
-                self.trained_length,
+                self.inv_freq, config.rope, config.rope_factor, length, self.trained_length
             )
-            query = rotate_layers(query, position_BT, self.inv_freq, attention_scaling=self.scaling)
-            own = rotate_layers(own, position_BT, self.inv_freq, attention_scaling=self.scaling)
-            if self.config.rope != "none":
-                target = rotate_layers(target, position_BT, scaled, attention_scaling=self.scaling)
+            rotate = partial(
+                rotate_layers,
+                position_BT=torch.arange(length, device=query.device)[None],
+                attention_scaling=self.scaling,
+            )
+            query, own = (rotate(x, inv_freq=self.inv_freq) for x in (query, own))
+            if config.rope != "none":
+                target = rotate(target, inv_freq=scaled)
         return attention_kl(query, own, target, mask_BT)
 
 
@@ -70,7 +70,6 @@ def attention_kl(
     student_k_BLHTD: Tensor,
     target_k_BLHTD: Tensor,
     mask_BT: Tensor,
-    causal: bool = True,
 ) -> Tensor:
     """KL per query token, the mean over layers and query heads: ``[B, T]`` float32.
 
@@ -79,7 +78,6 @@ def attention_kl(
         student_k_BLHTD: the student's keys.
         target_k_BLHTD: the target's keys in the student's space, detached here.
         mask_BT: tokens whose keys count on both sides; other queries score 0.
-        causal: a query attends to itself and to what precedes it.
 
     Raises:
         GeometryError: the keys differ in shape, or Q is no multiple of H.
@@ -91,7 +89,7 @@ def attention_kl(
             f"{tuple(student_k_BLHTD.shape)}, target keys {tuple(target_k_BLHTD.shape)}; the keys "
             "must agree and query heads be a multiple of KV heads"
         )
-    visible = visible_pairs(mask_BT, causal)
+    visible = _valid_pairs(mask_BT).tril()
     layers = zip(
         query_BLQTD.unbind(1),
         student_k_BLHTD.unbind(1),
@@ -120,7 +118,6 @@ def relation_error(
     teacher_BLHTD: Tensor,
     mask_BT: Tensor,
     num_relations: int = 1,
-    causal: bool = False,
 ) -> Tensor:
     """KL of relation rows per token, the mean over layers and relation heads: ``[B, T]`` float32.
 
@@ -130,7 +127,6 @@ def relation_error(
             heads and dim may differ.
         mask_BT: tokens that take part.
         num_relations: relation heads; must divide ``H·D`` of both.
-        causal: compare each token with earlier ones only.
 
     Raises:
         GeometryError: samples, layers or tokens differ, or the widths cannot be split.
@@ -142,7 +138,7 @@ def relation_error(
             f"relation loss: student {tuple(ours)} and teacher {tuple(theirs)} must share B, L "
             f"and T, and H·D of both be a multiple of {num_relations} relation heads"
         )
-    visible = visible_pairs(mask_BT, causal)
+    visible = _valid_pairs(mask_BT)
     layers = zip(student_BLHTD.unbind(1), teacher_BLHTD.detach().unbind(1), strict=True)
     maps = [
         checkpoint(_relation_layer, own, teacher, visible, num_relations, use_reentrant=False)
@@ -166,13 +162,9 @@ def _relation_logits(x_BHTD: Tensor, num_relations: int) -> Tensor:
     return logits
 
 
-def visible_pairs(mask_BT: Tensor, causal: bool) -> Tensor:
-    """``[B, T, T]`` bool: which keys (last axis) a valid query may attend to."""
-    num_tokens = mask_BT.shape[1]
-    pairs = mask_BT.unsqueeze(2) & mask_BT.unsqueeze(1)
-    if causal:
-        pairs = pairs & pairs.new_ones(num_tokens, num_tokens).tril()
-    return pairs
+def _valid_pairs(mask_BT: Tensor) -> Tensor:
+    """``[B, T, T]`` bool: pairs of valid tokens."""
+    return mask_BT.unsqueeze(2) & mask_BT.unsqueeze(1)
 
 
 def masked_kl(target_logits: Tensor, student_logits: Tensor, visible: Tensor) -> Tensor:

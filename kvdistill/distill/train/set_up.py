@@ -242,7 +242,8 @@ def cka_map(
         for kind in KINDS:
             layers_kv = [getattr(layer, kind) for layer in captured]
             student_parts[kind].append(_masked_tokens(torch.stack(layers_kv, 1), mask_BT))
-            targets = heads[kind].to(device).targets(teacher[kind], band_of(teacher))
+            groups = heads[kind].to(device).layers(teacher[kind], band_of(teacher))
+            targets = [group.stacked() for group in groups]
             teacher_parts[kind].append([_masked_tokens(x, mask_BT) for x in targets])
     order = [layer for group in space.groups for layer in group.layer_map.lower]
     similarity = sum(_similarity(student_parts[kind], teacher_parts[kind]) for kind in KINDS)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvdistill.corpus.samples import Sample
-from kvdistill.distill.data.order import Buckets, Mixture, Order, mixture_of, repeats
+from kvdistill.distill.data.order import Buckets, Mixture, Order, mixture_of
 from kvdistill.errors import ConfigError
 
 SIZES = st.lists(st.integers(1, 7), min_size=1, max_size=9)
@@ -51,7 +51,7 @@ def test_an_epoch_is_every_sample_as_often_as_it_should_be(order: Order, epoch: 
     if order.mixture is None:
         assert counts == dict.fromkeys(places, 1)
     else:
-        asked = repeats(order.mixture, order.seed, epoch)
+        asked = order.mixture.repeats(order.seed, epoch)
         wanted = dict(zip(places, asked.tolist(), strict=True))
         assert counts == {row: count for row, count in wanted.items() if count}
     assert counts.total() == order.num_samples
@@ -139,7 +139,7 @@ def test_no_sample_of_a_group_gets_ahead_of_another(
     size: int, weight: float, epochs: int, seed: int
 ) -> None:
     mixture = Mixture(np.zeros(size, np.int64), (weight,))
-    by_epoch = [repeats(mixture, seed, epoch) for epoch in range(epochs)]
+    by_epoch = [mixture.repeats(seed, epoch) for epoch in range(epochs)]
     assert {int(counts.sum()) for counts in by_epoch} == {round(weight * size)}
     total = np.sum(by_epoch, axis=0)
     assert total.max() - total.min() <= 1
@@ -153,7 +153,7 @@ def test_weights_go_by_task_and_others_count_once() -> None:
     samples = [sample(i, task) for i, task in enumerate(["a", "a", "b", None])]
     mixture = mixture_of(samples, {"a": 3, "b": 0})
     assert mixture is not None
-    assert repeats(mixture, 0, 0).tolist() == [3, 3, 0, 1]
+    assert mixture.repeats(0, 0).tolist() == [3, 3, 0, 1]
     assert mixture_of(samples, {}) is None
 
 

@@ -23,9 +23,7 @@ from kvdistill.distill.data.collate import Batch
 from kvdistill.distill.distiller import (
     Counts,
     Distiller,
-    LayerwiseTargets,
     StudentOutput,
-    layerwise_targets,
 )
 from kvdistill.distill.losses.pointwise import (
     IGNORED_LABEL,
@@ -210,10 +208,6 @@ class LatentDistiller(Distiller):
                     targets = [target.roll(1, dims=0) for target in targets]
                 found[kind].append(targets)
         return found
-
-    def targets_by_layer(self, teachers: Batch) -> LayerwiseTargets:
-        """``targets``, row by row: the latents are few, so all of them may exist at once."""
-        return layerwise_targets(self.targets(teachers))
 
     def _teacher_losses(
         self, batch: Batch, view: StudentOutput, counts: Counts, *, figures: bool
