@@ -23,8 +23,8 @@ import torch
 
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import parse_experiment
-from kvdistill.extract.batches import TeacherBatch, batch_by_tokens, collate_teacher_batch
 from kvdistill.extract.teacher import Teacher, load_teacher
+from kvdistill.extract.tokenise import TeacherBatch, batch_by_tokens, collate_teacher_batch
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.extract_tasks import prepare_store
 from kvdistill.store.reader import KVStore
@@ -75,7 +75,7 @@ def bare(teacher: Teacher, store: KVStore, experiment: Experiment) -> tuple[floa
     """Wall and CPU seconds of the forward passes alone, over the batches of the extraction."""
     batches: list[TeacherBatch] = []
     for shard_id in store.shard_ids:
-        encoded = teacher.read(store.samples(shard_id))
+        encoded = teacher.tokenise(store.samples(shard_id))
         lengths = [sample.num_tokens for sample in encoded]
         for chosen in batch_by_tokens(lengths, experiment.extraction.batch_tokens):
             batches.append(collate_teacher_batch(encoded, chosen, 0, teacher.device))

@@ -1,44 +1,57 @@
-"""One shard of one teacher: samples in, encoded keys and values out."""
+"""One shard of one teacher: samples in, encoded keys and values out.
+
+Besides keys and values a shard may hold hidden states. ``hidden_at_cue`` is every kept layer's
+*input* and the model's final output at the last token before the answer, counted as transformers'
+``hidden_states``: the target of CODI's loss (CODI: Compressing Chain-of-Thought into Continuous
+Space via Self-Distillation, arXiv 2502.21074). ``hidden_summary`` is the mean of the final output
+over a sample's text, and its first token; router prototypes are made of it.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
+from kvdistill.attention.hooks import Site, attached
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
-from kvdistill.extract.batches import TeacherBatch, batch_by_tokens, collate_teacher_batch
 from kvdistill.extract.encode import ShardPacker, text_mask
-from kvdistill.extract.hidden_states import cue, layer_inputs_at, summarise_hidden, take
 from kvdistill.extract.teacher import Teacher
-from kvdistill.extract.teacher_tokens import Encoded
+from kvdistill.extract.tokenise import (
+    TeacherBatch,
+    TokenisedSample,
+    batch_by_tokens,
+    collate_teacher_batch,
+)
 from kvdistill.store.channel_statistics import ChannelStatistics
 from kvdistill.store.shard import EncodedShard, TokenTable
+from kvdistill.types import SEGMENT_IDS, SEGMENT_SPECIAL
 
 LongText = Literal["error", "truncate", "skip"]
 
 
 @dataclass(frozen=True, eq=False)
 class ExtractedShard:
-    """What ``publish_shard`` wants, and what happened on the way."""
+    """The input of ``publish_shard``, and what the report counts."""
 
     shard: EncodedShard
     statistics: dict[str, ChannelStatistics]
     truncated: tuple[str, ...]
-    """Samples that were cut at the teacher's positions."""
+    """Samples that were truncated to the teacher's positions."""
     skipped: tuple[str, ...]
     """Samples too long for the teacher, stored without tokens."""
     seconds: float
     """Wall time of reading and encoding."""
     num_read: int
-    """Tokens that the teacher read; more than are stored, where an eviction drops some."""
+    """Tokens that the teacher read; more than are stored where an eviction drops some."""
 
 
 def extract_samples(
@@ -49,45 +62,71 @@ def extract_samples(
     long_text: LongText = "error",
     on_batch: Callable[[int], None] | None = None,
 ) -> ExtractedShard:
-    """Run a teacher over samples; ``on_batch`` is told the number of tokens of every batch.
+    """Run a teacher over samples; ``on_batch`` receives the number of tokens of every batch.
 
     Raises:
-        TeacherError: a text is longer than the teacher's positions and the policy is ``error``,
-            or a tokenizer's offsets are wrong; names the sample.
+        TeacherError: a text exceeds the teacher's positions and ``long_text`` is ``error``, or a
+            tokenizer's offsets are wrong; names the sample.
         NonFiniteError: NaN or infinity; names layer, head and sample.
     """
     started = time.monotonic()
-    own = teacher.own_texts(samples, batch_tokens)
-    samples = samples if own is None else own
-    encoded, truncated, skipped = _encode_texts(teacher, samples, long_text)
-    table = token_table(samples, encoded)
+    own_texts = teacher.generate_rationales(samples, batch_tokens)
+    samples = samples if own_texts is None else own_texts
+    tokenised, truncated, skipped = _tokenise(teacher, samples, long_text)
+    table = token_table(samples, tokenised)
     packer = ShardPacker(teacher.manifest, teacher.layers, table)
     pad_id = teacher.tokenizer.pad_token_id or 0
-    for sample_idx in batch_by_tokens([e.num_tokens for e in encoded], batch_tokens):
-        batch = collate_teacher_batch(encoded, sample_idx, pad_id, teacher.device)
+    for sample_idx in batch_by_tokens([sample.num_tokens for sample in tokenised], batch_tokens):
+        batch = collate_teacher_batch(tokenised, sample_idx, pad_id, teacher.device)
         _run_batch(teacher, batch, packer)
         if on_batch is not None:
             on_batch(sum(batch.lengths))
     seconds = time.monotonic() - started
-    shard = replace(packer.shard(), texts=None if own is None else tuple(own))
+    shard = replace(packer.shard(), texts=None if own_texts is None else tuple(own_texts))
     return ExtractedShard(shard, packer.statistics(), truncated, skipped, seconds, table.num_tokens)
 
 
-def token_table(samples: Sequence[Sample], encoded: Sequence[Encoded]) -> TokenTable:
+def token_table(samples: Sequence[Sample], tokenised: Sequence[TokenisedSample]) -> TokenTable:
     """Pack the tokens of a shard's samples."""
-    lengths = [e.num_tokens for e in encoded]
+    lengths = [sample.num_tokens for sample in tokenised]
     return TokenTable(
         sample_ids=tuple(sample.sample_id for sample in samples),
         sample_ptr=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        token_ids=np.concatenate([e.token_ids for e in encoded]),
-        char_start=np.concatenate([e.char_start for e in encoded]),
-        char_end=np.concatenate([e.char_end for e in encoded]),
-        segment=np.concatenate([e.segment for e in encoded]),
+        token_ids=np.concatenate([sample.token_ids for sample in tokenised]),
+        char_start=np.concatenate([sample.char_start for sample in tokenised]),
+        char_end=np.concatenate([sample.char_end for sample in tokenised]),
+        segment=np.concatenate([sample.segment for sample in tokenised]),
     )
 
 
+def _tokenise(
+    teacher: Teacher, samples: Sequence[Sample], long_text: LongText
+) -> tuple[list[TokenisedSample], tuple[str, ...], tuple[str, ...]]:
+    """Tokens of all samples, ids of the truncated ones, ids of the skipped ones."""
+    tokenised = teacher.tokenise(samples)
+    limit = teacher.max_length
+    too_long = [i for i, s in enumerate(tokenised) if limit is not None and s.max_tokens > limit]
+    if not too_long:
+        return tokenised, (), ()
+    ids = tuple(samples[i].sample_id for i in too_long)
+    if long_text == "error":
+        raise TeacherError(
+            f"sample {ids[0]!r} has {tokenised[too_long[0]].max_tokens} tokens, but teacher "
+            f"{teacher.manifest.name!r} reads at most {limit} ({len(ids)} such samples in this "
+            "shard); set extraction.long_text to truncate or skip"
+        )
+    if long_text == "skip":
+        for i in too_long:
+            tokenised[i] = TokenisedSample.empty()
+        return tokenised, (), ids
+    shorter = teacher.tokenise([samples[i] for i in too_long], limit)
+    for i, sample in zip(too_long, shorter, strict=True):
+        tokenised[i] = sample
+    return tokenised, ids, ()
+
+
 def _run_batch(teacher: Teacher, batch: TeacherBatch, packer: ShardPacker) -> None:
-    """One forward pass, in halves where memory is too small for the whole."""
+    """One forward pass; a batch that does not fit into memory is halved."""
     try:
         _run_whole(teacher, batch, packer)
     except torch.OutOfMemoryError:
@@ -104,44 +143,62 @@ def _run_batch(teacher: Teacher, batch: TeacherBatch, packer: ShardPacker) -> No
 def _run_whole(teacher: Teacher, batch: TeacherBatch, packer: ShardPacker) -> None:
     manifest = teacher.manifest
     segments = packer.segments(batch)
-    cues = torch.tensor([cue(segment) for segment in segments])
-    inputs: list[Tensor] = []
+    cues_B = torch.tensor([cue(segment) for segment in segments])
+    inputs_LBE: list[Tensor] = []
     packed = packer.begin(batch)
     with ExitStack() as hooks:
         if manifest.has_hidden_at_cue:
-            hooks.enter_context(layer_inputs_at(teacher.sites, cues, inputs))
+            hooks.enter_context(_layer_inputs(teacher.sites, cues_B, inputs_LBE))
         hidden_BTE = teacher.run(batch, packed.add)
     packed.finish()
     rows = list(batch.sample_idx)
     if manifest.has_hidden_at_cue:
-        at_cue = [*inputs, take(hidden_BTE, cues)]
+        at_cue = [*inputs_LBE, _token_at(hidden_BTE, cues_B)]
         packer.arrays["hidden_at_cue"][:, rows] = torch.stack([x.cpu() for x in at_cue]).numpy()
     if manifest.has_summaries:
         mask = text_mask(segments, batch).to(hidden_BTE.device)
-        summary = summarise_hidden(hidden_BTE, mask, batch.real_mask.to(hidden_BTE.device))
+        summary = _summarise(hidden_BTE, mask, batch.real_mask.to(hidden_BTE.device))
         packer.arrays["hidden_summary"][:, rows] = summary.cpu().numpy()
 
 
-def _encode_texts(
-    teacher: Teacher, samples: Sequence[Sample], long_text: LongText
-) -> tuple[list[Encoded], tuple[str, ...], tuple[str, ...]]:
-    encoded = teacher.read(samples)
-    limit = teacher.max_length
-    too_long = [i for i, e in enumerate(encoded) if limit is not None and e.longest > limit]
-    if not too_long:
-        return encoded, (), ()
-    ids = tuple(samples[i].sample_id for i in too_long)
-    if long_text == "error":
-        raise TeacherError(
-            f"sample {ids[0]!r} has {encoded[too_long[0]].longest} tokens, but teacher "
-            f"{teacher.manifest.name!r} reads at most {limit} ({len(ids)} such samples in this "
-            "shard); set extraction.long_text to truncate or skip"
-        )
-    if long_text == "skip":
-        for i in too_long:
-            encoded[i] = Encoded.empty()
-        return encoded, (), ids
-    cut = teacher.read([samples[i] for i in too_long], limit)
-    for i, shorter in zip(too_long, cut, strict=True):
-        encoded[i] = shorter
-    return encoded, ids, ()
+def cue(segment: NDArray[np.int8]) -> int:
+    """Position of the last token before the answer; without an answer, of the last text token.
+
+    0 for a sample without text.
+    """
+    answer = np.flatnonzero(segment == SEGMENT_IDS["answer"])
+    if answer.size:
+        return max(int(answer[0]) - 1, 0)
+    text = np.flatnonzero(segment != SEGMENT_SPECIAL)
+    return int(text[-1]) if text.size else 0
+
+
+@contextmanager
+def _layer_inputs(
+    sites: Sequence[Site], positions_B: Tensor, inputs_LBE: list[Tensor]
+) -> Iterator[None]:
+    """While inside, append ``[B, E]`` for every site: its layer's input at ``positions_B``."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs_LBE.append(_token_at(args[0] if args else kwargs["hidden_states"], positions_B))
+
+    with attached(site.layer.register_forward_pre_hook(hook, with_kwargs=True) for site in sites):
+        yield
+
+
+def _token_at(hidden_BTE: Tensor, positions_B: Tensor) -> Tensor:
+    """``[B, T, E]`` at one position per sample → float32 ``[B, E]``."""
+    rows = torch.arange(hidden_BTE.shape[0], device=hidden_BTE.device)
+    return hidden_BTE[rows, positions_B.to(hidden_BTE.device)].float()
+
+
+def _summarise(hidden_BTE: Tensor, text_mask_BT: Tensor, real_mask_BT: Tensor) -> Tensor:
+    """Mean over the text, and first token: float32 ``[2, B, E]``.
+
+    The mean of a sample without text is taken over its special tokens.
+    """
+    has_no_text = ~text_mask_BT.any(dim=1, keepdim=True)
+    mask = text_mask_BT | (has_no_text & real_mask_BT)
+    weight = mask.float() / mask.sum(dim=1, keepdim=True).clamp_min(1)
+    mean = torch.einsum("bte,bt->be", hidden_BTE.float(), weight.to(hidden_BTE.device))
+    return torch.stack([mean, hidden_BTE[:, 0].float()])

@@ -1,8 +1,8 @@
 r"""How a sample is put to a teacher.
 
-A view is a template such as ``"Question: {prompt}\nAnswer:{rationale}{answer}"``, or what a
-tokenizer's chat template makes of it; without one a teacher reads the sample's text as it is.
-Rendering remembers which characters came from where, so views differ freely and still align.
+A prompt template is a string such as ``"Question: {prompt}\nAnswer:{rationale}{answer}"``, or a
+tokenizer's chat template; without one a teacher reads the sample's text as it is. Rendering keeps
+track of which characters come from where, so templates differ freely and still align.
 """
 
 from __future__ import annotations
@@ -15,23 +15,19 @@ from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
 
 PLACEHOLDERS: Final = ("text", "prompt", "rationale", "answer")
-
-
 STRIPS: Final = ("", "strip", "lstrip", "rstrip")
-
-
 _USER, _ASSISTANT = "KVDISTILL-USER-TURN", "KVDISTILL-ASSISTANT-TURN"
 
 
 @dataclass(frozen=True)
-class TemplateSlot:
+class Placeholder:
     """A segment to fill in, with or without the white space around it."""
 
     name: str
     strip: str = ""
 
     def span(self, spans: dict[str, tuple[int, int]], text: str) -> tuple[int, int]:
-        """The characters of the sample's text that go here."""
+        """The characters of the sample's text that are filled in."""
         start, end = spans.get(self.name, (0, 0))
         part = text[start:end]
         if self.strip in ("strip", "lstrip"):
@@ -52,14 +48,14 @@ class RenderedPrompt:
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """A parsed template: literals, and slots between them."""
+    """A parsed template: literals, and placeholders between them."""
 
-    pieces: tuple[str | TemplateSlot, ...]
+    pieces: tuple[str | Placeholder, ...]
     source: str | None = None
-    """What the manifest keeps of it; None for the text as it is."""
+    """The template as the manifest records it; None for the plain text."""
 
     def render(self, sample: Sample) -> RenderedPrompt:
-        """The string a teacher reads, and which parts of it are which part of the sample.
+        """The string that a teacher reads, and which parts of it are which part of the sample.
 
         Raises:
             TeacherError: the template names segments, but the sample is plain text.
@@ -81,67 +77,73 @@ class PromptTemplate:
         return RenderedPrompt("".join(parts), tuple(ranges))
 
     def before(self, name: str) -> PromptTemplate:
-        """What stands before a slot: a prompt to continue.
+        """The part before a placeholder: a prompt to continue.
 
         Raises:
-            TeacherError: the view has no such slot.
+            TeacherError: the template has no such placeholder.
         """
         for position, piece in enumerate(self.pieces):
-            if isinstance(piece, TemplateSlot) and piece.name == name:
+            if isinstance(piece, Placeholder) and piece.name == name:
                 return PromptTemplate(self.pieces[:position], self.source)
-        raise TeacherError(f"template {self.source!r} has no {{{name}}} to generate")
+        raise TeacherError(
+            f"prompt template {self.source!r} has no {{{name}}} to generate; add it to the template"
+        )
 
 
-AS_IT_IS: Final = PromptTemplate((TemplateSlot("text"),))
-
-
+PLAIN_TEXT: Final = PromptTemplate((Placeholder("text"),))
 SEGMENTS: Final = PromptTemplate(
-    (TemplateSlot("prompt"), TemplateSlot("rationale"), TemplateSlot("answer"))
+    (Placeholder("prompt"), Placeholder("rationale"), Placeholder("answer"))
 )
+# The two halves of what an encoder-decoder reads: the prompt and the rest, or a plain text twice.
+SOURCE: Final = PromptTemplate((Placeholder("source"),))
+TARGET: Final = PromptTemplate((Placeholder("target"),))
 
 
 def parse_template(template: str | None) -> PromptTemplate:
-    """Read a template.
+    """Parse a prompt template.
 
     Raises:
         TeacherError: an unknown placeholder, an unbalanced brace, or no placeholder at all.
     """
     if template is None:
-        return AS_IT_IS
+        return PLAIN_TEXT
     try:
         parsed = [(literal, name, spec) for literal, name, spec, _ in Formatter().parse(template)]
     except ValueError as error:
-        raise TeacherError(f"template {template!r}: {error}; double a literal brace") from None
-    pieces: list[str | TemplateSlot] = []
+        raise TeacherError(
+            f"prompt template {template!r}: {error}; double a literal brace"
+        ) from None
+    pieces: list[str | Placeholder] = []
     for literal, name, spec in parsed:
         if literal:
             pieces.append(literal)
         if name is None:
             continue
         if name not in PLACEHOLDERS or spec not in STRIPS:
-            asked = f"{name}:{spec}" if spec else name
+            found = f"{name}:{spec}" if spec else name
             raise TeacherError(
-                f"template {template!r}: unknown placeholder {{{asked}}}; known: "
-                f"{', '.join('{' + known + '}' for known in PLACEHOLDERS)}, each also with white "
-                "space left out, as {prompt:strip}"
+                f"prompt template {template!r}: unknown placeholder {{{found}}}; expected one of "
+                f"{', '.join('{' + known + '}' for known in PLACEHOLDERS)}, each also without "
+                "surrounding white space, as {prompt:strip}"
             )
-        pieces.append(TemplateSlot(name, spec or ""))
-    if not any(isinstance(piece, TemplateSlot) for piece in pieces):
-        raise TeacherError(f"template {template!r} has no placeholder, such as {{prompt}}")
+        pieces.append(Placeholder(name, spec or ""))
+    if not any(isinstance(piece, Placeholder) for piece in pieces):
+        raise TeacherError(f"prompt template {template!r} has no placeholder, such as {{prompt}}")
     return PromptTemplate(tuple(pieces), template)
 
 
 def chat_template(tokenizer: Any, system: str | None = None) -> PromptTemplate:
-    """The view that a tokenizer's chat template makes: user, then assistant.
+    """A tokenizer's chat template as a prompt template: a user turn, then an assistant turn.
 
-    The template is rendered once around marks, and cut at them, so nothing of it is guessed.
+    The chat template is rendered once with marks in place of the turns and cut at the marks, so
+    none of its rules are re-implemented.
 
     Raises:
         TeacherError: the tokenizer has no chat template, or one that drops or changes its turns.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise TeacherError(
-            f"{type(tokenizer).__name__} has no chat template; give `template` instead of `chat`"
+            f"{type(tokenizer).__name__} has no chat template; set `template` instead of `chat`"
         )
     turns = [{"role": "system", "content": system}] if system is not None else []
     turns += [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}]
@@ -149,18 +151,21 @@ def chat_template(tokenizer: Any, system: str | None = None) -> PromptTemplate:
     before, user_mark, rest = rendered.partition(_USER)
     between, assistant_mark, after = rest.partition(_ASSISTANT)
     if not user_mark or not assistant_mark or _USER in rest or _ASSISTANT in after:
-        raise TeacherError("the chat template does not show each turn exactly once")
-    answer = (TemplateSlot("rationale", "lstrip"), TemplateSlot("answer", "rstrip"))
-    pieces = (before, TemplateSlot("prompt", "strip"), between, *answer, after)
-    shown = f"{before}{{prompt:strip}}{between}{{rationale:lstrip}}{{answer:rstrip}}{after}"
-    return PromptTemplate(tuple(piece for piece in pieces if piece), shown)
-
-
-def _refuse_plain_text(slot: TemplateSlot, sample: Sample) -> None:
-    if slot.name in ("prompt", "rationale", "answer") and "text" in dict(sample.segments):
         raise TeacherError(
-            f"sample {sample.sample_id!r} is plain text, but the template asks for "
-            f"{{{slot.name}}}; use a template with {{text}}"
+            f"the chat template of {type(tokenizer).__name__} does not render each turn exactly "
+            "once; set `template` instead of `chat`"
+        )
+    turn = (Placeholder("rationale", "lstrip"), Placeholder("answer", "rstrip"))
+    pieces = (before, Placeholder("prompt", "strip"), between, *turn, after)
+    source = f"{before}{{prompt:strip}}{between}{{rationale:lstrip}}{{answer:rstrip}}{after}"
+    return PromptTemplate(tuple(piece for piece in pieces if piece), source)
+
+
+def _refuse_plain_text(placeholder: Placeholder, sample: Sample) -> None:
+    if placeholder.name in PLACEHOLDERS[1:] and "text" in dict(sample.segments):
+        raise TeacherError(
+            f"sample {sample.sample_id!r} is plain text, but the prompt template contains "
+            f"{{{placeholder.name}}}; use a template with {{text}}"
         )
 
 
@@ -168,14 +173,13 @@ def _named_spans(sample: Sample) -> dict[str, tuple[int, int]]:
     spans: dict[str, tuple[int, int]] = {"text": (0, len(sample.text))}
     for (name, _), (start, end, _) in zip(sample.segments, sample.spans, strict=True):
         spans[name] = (start, end)
-    # What an encoder-decoder's two halves read: the prompt and the rest, or the text twice.
     spans["source"] = spans.get("prompt", spans["text"])
     spans["target"] = (spans["prompt"][1] if "prompt" in spans else 0, len(sample.text))
     return spans
 
 
 def _append(ranges: list[tuple[int, int, int]], new: tuple[int, int, int]) -> None:
-    """Join parts that follow each other both as read and in the sample."""
+    """Append a range, or extend the last one where both texts continue without a gap."""
     if ranges:
         start, end, origin = ranges[-1]
         if end == new[0] and origin + end - start == new[2]:

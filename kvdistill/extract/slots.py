@@ -1,9 +1,9 @@
-"""What of a teacher is stored where its config keeps less than everything: heads and tokens.
+"""Teachers of which only some heads or tokens are stored.
 
-An eviction keeps other tokens in every layer and head, so its shards have *slots* where others
-have tokens: slot ``j`` of a sample is, in each layer and head, the ``j``-th token that was kept
-there, in time order, and the array ``kept`` says which one that was. Every head of a sample fills
-the same number of slots, so a shard stays packed by ``sample_ptr``.
+An eviction keeps other tokens in every layer and head, so its shards have *slots* in place of
+tokens: slot ``j`` of a sample is, in each layer and head, the ``j``-th token that was kept there,
+in time order, and the array ``kept`` holds which token that is. Every head of a sample fills the
+same number of slots, so a shard stays packed by ``sample_ptr``.
 """
 
 from __future__ import annotations
@@ -32,13 +32,27 @@ NO_TOKEN: Final = -1
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """What the tokens of a batch are chosen from, and how many slots they fill."""
+    """The tokens that a batch's slots are chosen from, and how many slots they fill."""
 
     spec: StoredEviction
     mask_BT: Tensor
     """Tokens that may be kept."""
     seed_B: Tensor
-    """Of each sample, for ``random``."""
+    """Seed of each sample, for ``random``."""
+
+    @staticmethod
+    def of(
+        spec: StoredEviction,
+        segments: Sequence[NDArray[np.int8]],
+        sample_ids: Sequence[str],
+        num_tokens: int,
+    ) -> Slots:
+        """Slots of a right-padded batch of ``num_tokens`` columns, on the CPU."""
+        mask = np.zeros((len(segments), num_tokens), bool)
+        for row, segment in enumerate(segments):
+            mask[row, : len(segment)] = segment_mask(segment, spec.segment)
+        seed = torch.tensor([crc32(sample_id.encode()) for sample_id in sample_ids])
+        return Slots(spec, torch.from_numpy(mask), seed)
 
     @property
     def count(self) -> Tensor:
@@ -52,13 +66,13 @@ class Slots:
     def choose(
         self, key_BHTD: Tensor, importance_BHT: Tensor | None, rotary: RotarySpec | None, layer: int
     ) -> Eviction:
-        """The tokens that one layer keeps, per head; R-KV compares *rotated* keys, as it does.
+        """The tokens that one layer keeps, per head; R-KV compares *rotated* keys.
 
         Args:
             key_BHTD: unrotated keys.
             importance_BHT: attention received, where it is extracted.
             rotary: the layer's rotation.
-            layer: its index, so that ``random`` draws anew in every layer.
+            layer: its index, so that ``random`` differs between layers.
         """
         if rotary is not None:
             position = torch.arange(key_BHTD.shape[2], device=key_BHTD.device)
@@ -76,49 +90,30 @@ class Slots:
         )
 
 
-def slots_of(
-    spec: StoredEviction,
-    segments: Sequence[NDArray[np.int8]],
-    sample_ids: Sequence[str],
-    num_tokens: int,
-) -> Slots:
-    """What a right-padded batch of ``num_tokens`` columns may keep, on the CPU."""
-    mask = np.zeros((len(segments), num_tokens), bool)
-    for row, segment in enumerate(segments):
-        mask[row, : len(segment)] = choosable(segment, spec)
-    seed = torch.tensor([crc32(sample_id.encode()) for sample_id in sample_ids])
-    return Slots(spec, torch.from_numpy(mask), seed)
-
-
-def choosable(segment: NDArray[np.int8], spec: StoredEviction) -> NDArray[np.bool]:
-    """The segment that is chosen from; without it, all text that is not the answer."""
-    return segment_mask(segment, spec.segment)
-
-
 def num_slots(segment: NDArray[np.int8], spec: StoredEviction) -> int:
-    """How many tokens of a sample are kept in each layer and head."""
-    return min(int(choosable(segment, spec).sum()), spec.budget)
+    """Number of tokens of a sample that are kept in each layer and head."""
+    return min(int(segment_mask(segment, spec.segment).sum()), spec.budget)
 
 
-def slot_table(read: TokenTable, spec: StoredEviction) -> TokenTable:
-    """The token table of an evicted shard: a row per slot, which stands for no one place."""
-    segments = [read.segment[read.span(i)] for i in range(read.num_samples)]
+def slot_table(tokens: TokenTable, spec: StoredEviction) -> TokenTable:
+    """The token table of an evicted shard: a row per slot, without token or characters."""
+    segments = [tokens.segment[tokens.span(i)] for i in range(tokens.num_samples)]
     counts = [num_slots(segment, spec) for segment in segments]
     wanted = SEGMENT_IDS[spec.segment]
-    named = [wanted if (segment == wanted).any() else SEGMENT_IDS["text"] for segment in segments]
+    chosen = [wanted if (segment == wanted).any() else SEGMENT_IDS["text"] for segment in segments]
     total = sum(counts)
     return TokenTable(
-        read.sample_ids,
+        tokens.sample_ids,
         np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         np.full(total, NO_TOKEN, np.int32),
         np.zeros(total, np.int32),
         np.zeros(total, np.int32),
-        np.repeat(np.array(named, np.int8), counts),
+        np.repeat(np.array(chosen, np.int8), counts),
     )
 
 
-def only_heads(qkv: QKV, heads: Sequence[int] | None) -> QKV:
-    """Keys and values of some KV heads, and the queries that share them."""
+def keep_heads(qkv: QKV, heads: Sequence[int] | None) -> QKV:
+    """Keys and values of some KV heads, and the queries that share them; all if ``None``."""
     if heads is None:
         return qkv
     index = torch.tensor(heads, device=qkv.key.device)

@@ -1,13 +1,18 @@
 """A teacher in memory: loaded, its adapter verified, its geometry measured.
 
-Everything that the manifest says about a teacher is read off the loaded model, not off its
-config: heads, dims, rotations and score scales come from the verification run.
+What the manifest records of a teacher is read off the loaded model rather than its config: heads,
+dims, rotations and score scales come from the verification run.
+
+Every stored teacher has one token axis. An encoder-decoder is therefore three teachers:
+``encoder``, self-attention over the whole text; ``cross``, the decoder's cross-attention to that
+text; ``decoder``, self-attention over what follows the prompt, with the prompt as the encoder's
+input (a plain text is the input of both).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
 
@@ -23,67 +28,84 @@ from kvdistill.config.experiment import Experiment
 from kvdistill.config.extraction import ExtractionConfig, GenerateConfig, TeacherConfig
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
-from kvdistill.extract.batches import TeacherBatch
-from kvdistill.extract.generate import with_own_rationales
+from kvdistill.extract.generate import generate_rationales
 from kvdistill.extract.loading import (
     load_teacher_model,
     load_teacher_tokenizer,
     tokenizer_fingerprint,
     weights_fingerprint,
 )
-from kvdistill.extract.prompt_template import SEGMENTS, chat_template, parse_template
-from kvdistill.extract.streams import forward, read_pair
-from kvdistill.extract.teacher_tokens import Bos, Encoded, Reader
+from kvdistill.extract.prompt_template import (
+    SEGMENTS,
+    SOURCE,
+    TARGET,
+    chat_template,
+    parse_template,
+)
+from kvdistill.extract.tokenise import Bos, PromptTokenizer, TeacherBatch, TokenisedSample
 from kvdistill.store.manifest import TeacherManifest
 from kvdistill.types import LayerGroup
 
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """A loaded model, what is read from it, and how it is described in the store."""
+    """A loaded model, how it is read, and how the store describes it."""
 
     model: Any
-    reader: Reader
+    prompt_tokenizer: PromptTokenizer
     sites: tuple[Site, ...]
     layers: tuple[VerifiedLayer, ...]
     manifest: TeacherManifest
     max_length: int | None
     """Most tokens of a text: the model's positions, or the config's limit if that is less."""
-    writer: Any = None
-    """The model with its head, where it writes its own rationales."""
+    causal_lm: Any = None
+    """The model with its head, where it generates its own rationales."""
     generate: GenerateConfig | None = None
 
     @property
     def tokenizer(self) -> Any:
         """The fast tokenizer."""
-        return self.reader.tokenizer
+        return self.prompt_tokenizer.tokenizer
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
-        return _input_device(self.model)
+        """Device of the input token ids."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
 
-    def read(self, samples: Sequence[Sample], max_length: int | None = None) -> list[Encoded]:
-        """Tokens of samples as this teacher reads them, truncated to ``max_length`` if given.
+    def tokenise(
+        self, samples: Sequence[Sample], max_length: int | None = None
+    ) -> list[TokenisedSample]:
+        """Samples in this teacher's tokens, truncated to ``max_length`` if given.
 
         Raises:
-            TeacherError: the view does not fit a sample, or offsets are wrong; names the sample.
+            TeacherError: the prompt template does not fit a sample, or offsets are wrong; names
+                the sample.
         """
-        if self.manifest.stream == "decoder":
-            return read_pair(self.reader, self.model, samples, max_length)
-        return self.reader.read(samples, max_length)
+        if self.manifest.stream != "decoder":
+            return self.prompt_tokenizer.tokenise(samples, max_length)
+        source, target = (PromptTokenizer(self.tokenizer, half) for half in (SOURCE, TARGET))
+        start = _decoder_start(self.model)
+        pairs = zip(
+            source.tokenise(samples, max_length),
+            target.tokenise(samples, max_length and max_length - 1),
+            strict=True,
+        )
+        return [replace(t.with_first(start), source_ids=s.token_ids) for s, t in pairs]
 
-    def own_texts(self, samples: Sequence[Sample], batch_tokens: int) -> list[Sample] | None:
-        """The samples with this teacher's own rationales, where it writes them.
+    def generate_rationales(
+        self, samples: Sequence[Sample], batch_tokens: int
+    ) -> list[Sample] | None:
+        """The samples with this teacher's own rationales; None if it does not generate any.
 
         Raises:
             TeacherError: a sample has no prompt to continue.
         """
         if self.generate is None:
             return None
-        return with_own_rationales(
-            self.writer,
-            self.reader,
+        return generate_rationales(
+            self.causal_lm,
+            self.prompt_tokenizer,
             samples,
             self.generate,
             batch_tokens=batch_tokens,
@@ -100,8 +122,36 @@ class Teacher:
 
     @torch.inference_mode()
     def forward(self, batch: TeacherBatch) -> Tensor:
-        """One pass over a right-padded batch; the final hidden state ``[B, T, E]``."""
-        return forward(self.model, self.manifest.stream, batch)
+        """One pass without cache or head over a right-padded batch: final hidden ``[B, T, E]``."""
+        model, stream = self.model, self.manifest.stream
+        own = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if stream == "self":
+            output = model(**own, use_cache=False)
+        elif stream == "encoder":
+            output = model.get_encoder()(**own)
+        elif stream == "cross":
+            start = torch.full_like(batch.input_ids[:, :1], _decoder_start(model))
+            output = model(**own, decoder_input_ids=start, use_cache=False)
+        else:
+            output = model(
+                input_ids=batch.source_ids,
+                attention_mask=batch.source_mask,
+                decoder_input_ids=batch.input_ids,
+                decoder_attention_mask=batch.attention_mask,
+                use_cache=False,
+            )
+        name = "encoder_last_hidden_state" if stream == "cross" else "last_hidden_state"
+        hidden: Tensor = getattr(output, name)
+        return hidden
+
+
+def _decoder_start(model: Any) -> int:
+    token_id: int | None = model.config.decoder_start_token_id
+    if token_id is None:
+        raise TeacherError(
+            f"the config of {type(model).__name__} has no decoder_start_token_id; set it there"
+        )
+    return token_id
 
 
 def load_teacher(name: str, experiment: Experiment) -> Teacher:
@@ -111,37 +161,42 @@ def load_teacher(name: str, experiment: Experiment) -> Teacher:
         TeacherError: no such model, weights that are missing or not safe to read, a tokenizer
             without offsets, layers that do not exist, or an architecture that does not verify.
     """
-    config = experiment.teachers[name]
-    whole, missing = load_teacher_model(name, config, _device(experiment.extraction.device))
+    config, extraction = experiment.teachers[name], experiment.extraction
+    device = extraction.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    whole, missing = load_teacher_model(name, config, torch.device(device))
     model = whole if config.generate is None else whole.base_model
-    reader = _reader(name, config, model)
+    prompt_tokenizer = _prompt_tokenizer(name, config, model)
     verified = fit_adapter(name, model, config.stream)
     chosen = _chosen_layers(name, config, verified.layers)
     layers = tuple(layer for layer in verified.layers if layer.layer_idx in chosen)
-    found = tuple(site for site in verified.sites if site.layer_idx in chosen)
-    manifest = describe_teacher(name, experiment, reader, Loaded(model, missing, verified, layers))
-    limit = max_positions(model, experiment.extraction.max_length)
-    writer = None if config.generate is None else whole
-    return Teacher(model, reader, found, layers, manifest, limit, writer, config.generate)
+    _refuse_unavailable(name, extraction, model, verified)
+    _refuse_unstorable(name, config, verified.adapter, layers)
+    return Teacher(
+        model,
+        prompt_tokenizer,
+        tuple(site for site in verified.sites if site.layer_idx in chosen),
+        layers,
+        _manifest(name, experiment, prompt_tokenizer, _Loaded(model, missing, verified, layers)),
+        max_positions(model, extraction.max_length),
+        None if config.generate is None else whole,
+        config.generate,
+    )
 
 
-def _reader(name: str, config: TeacherConfig, model: Any) -> Reader:
+def _prompt_tokenizer(name: str, config: TeacherConfig, model: Any) -> PromptTokenizer:
     tokenizer = load_teacher_tokenizer(name, config)
-    view = (
+    template = (
         chat_template(tokenizer, config.system) if config.chat else parse_template(config.template)
     )
-    if config.generate is not None and view.source is None:
-        view = SEGMENTS
+    if config.generate is not None and template.source is None:
+        template = SEGMENTS
     needs_bos = model.config.model_type.startswith("gemma")
     bos: Bos = "add" if config.bos == "always" or needs_bos else "keep"
     if config.bos == "never":
         bos = "remove"
-    return Reader(tokenizer, view, add_special_tokens=not config.chat, bos=bos)
-
-
-def _input_device(model: Any) -> torch.device:
-    device: torch.device = model.get_input_embeddings().weight.device
-    return device
+    return PromptTokenizer(tokenizer, template, add_special_tokens=not config.chat, bos=bos)
 
 
 def _chosen_layers(name: str, config: TeacherConfig, layers: Sequence[VerifiedLayer]) -> set[int]:
@@ -157,78 +212,13 @@ def _chosen_layers(name: str, config: TeacherConfig, layers: Sequence[VerifiedLa
     return set(config.layers)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
-
-
-PositionEncoding = Literal["rotary", "absolute", "relative", "none"]
-
-
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """A model, the parameters its checkpoint lacks, and the layers of it that are kept."""
-
-    model: Any
-    missing: set[str]
-    verified: Verified
-    layers: tuple[VerifiedLayer, ...]
-
-
-def describe_teacher(
-    name: str, experiment: Experiment, reader: Reader, loaded: Loaded
-) -> TeacherManifest:
-    """The manifest of a teacher.
-
-    Raises:
-        TeacherError: something was asked for that this kind of teacher does not have.
-    """
-    model, verified, layers = loaded.model, loaded.verified, loaded.layers
-    config, extraction, adapter = experiment.teachers[name], experiment.extraction, verified.adapter
-    cross = adapter.stream == "cross"
-    _refuse_what_is_not_there(name, extraction, model, verified)
-    _refuse_what_cannot_be_kept(name, config, adapter, layers)
-    return TeacherManifest(
-        name=name,
-        model=config.model,
-        revision=config.revision,
-        model_type=model.config.model_type,
-        kind=adapter.kind,
-        stream=adapter.stream,
-        weights_fingerprint=weights_fingerprint(model, loaded.missing),
-        tokenizer_fingerprint=tokenizer_fingerprint(reader.tokenizer),
-        template=reader.view.source,
-        extraction_fingerprint=experiment.extraction_fingerprint(name),
-        versions=provenance.versions(),
-        dtype=config.dtype,
-        attn_implementation=model.config._attn_implementation,
-        backend=extraction.backend,
-        codec=experiment.codec(name),
-        groups=_layer_groups(layers, config.heads),
-        kept_heads=config.heads,
-        eviction=config.eviction,
-        skipped_layers=verified.skipped,
-        position_encoding=_position_encoding(model, verified.layers),
-        rotary={layer.layer_idx: layer.rotary for layer in layers if layer.rotary is not None},
-        key_norm=adapter.key_norm,
-        hidden_size=model.config.get_text_config().hidden_size,
-        has_importance=extraction.importance and not cross,
-        has_hidden_at_cue=extraction.hidden_at_cue,
-        has_summaries=extraction.summaries,
-        own_text=config.generate is not None,
-        adapter=adapter.name,
-        adapter_error=max(layer.error for layer in verified.layers),
-    )
-
-
-def _refuse_what_is_not_there(
+def _refuse_unavailable(
     name: str, extraction: ExtractionConfig, model: Any, verified: Verified
 ) -> None:
     if verified.adapter.stream == "cross" and extraction.hidden_at_cue:
         raise TeacherError(
             f"teacher {name!r}: extraction.hidden_at_cue does not apply to stream cross, whose "
-            "tokens are the encoder's; leave it off, or read stream encoder or decoder"
+            "tokens are the encoder's; leave it off, or set stream to encoder or decoder"
         )
     if not verified.sites and (extraction.importance or extraction.hidden_at_cue):
         raise TeacherError(
@@ -239,7 +229,7 @@ def _refuse_what_is_not_there(
         )
 
 
-def _refuse_what_cannot_be_kept(
+def _refuse_unstorable(
     name: str, config: TeacherConfig, adapter: Adapter, layers: Sequence[VerifiedLayer]
 ) -> None:
     for layer in layers:
@@ -256,9 +246,59 @@ def _refuse_what_cannot_be_kept(
         )
 
 
+@dataclass(frozen=True, eq=False)
+class _Loaded:
+    """A model, the parameters that its checkpoint lacks, and the layers of it that are kept."""
+
+    model: Any
+    missing: set[str]
+    verified: Verified
+    layers: tuple[VerifiedLayer, ...]
+
+
+def _manifest(
+    name: str, experiment: Experiment, prompt_tokenizer: PromptTokenizer, loaded: _Loaded
+) -> TeacherManifest:
+    model, verified, layers = loaded.model, loaded.verified, loaded.layers
+    config, extraction, adapter = experiment.teachers[name], experiment.extraction, verified.adapter
+    return TeacherManifest(
+        name=name,
+        model=config.model,
+        revision=config.revision,
+        model_type=model.config.model_type,
+        kind=adapter.kind,
+        stream=adapter.stream,
+        weights_fingerprint=weights_fingerprint(model, loaded.missing),
+        tokenizer_fingerprint=tokenizer_fingerprint(prompt_tokenizer.tokenizer),
+        template=prompt_tokenizer.template.source,
+        extraction_fingerprint=experiment.extraction_fingerprint(name),
+        versions=provenance.versions(),
+        dtype=config.dtype,
+        attn_implementation=model.config._attn_implementation,
+        backend=extraction.backend,
+        codec=experiment.codec(name),
+        groups=_layer_groups(layers, config.heads),
+        kept_heads=config.heads,
+        eviction=config.eviction,
+        skipped_layers=verified.skipped,
+        position_encoding=_position_encoding(model, verified.layers),
+        rotary={layer.layer_idx: layer.rotary for layer in layers if layer.rotary is not None},
+        key_norm=adapter.key_norm,
+        hidden_size=model.config.get_text_config().hidden_size,
+        has_importance=extraction.importance and adapter.stream != "cross",
+        has_hidden_at_cue=extraction.hidden_at_cue,
+        has_summaries=extraction.summaries,
+        own_text=config.generate is not None,
+        adapter=adapter.name,
+        adapter_error=max(layer.error for layer in verified.layers),
+    )
+
+
 def _layer_groups(
     layers: Sequence[VerifiedLayer], heads: Sequence[int] | None
 ) -> tuple[LayerGroup, ...]:
+    """Layers of equal geometry, which the store keeps in one array."""
+
     def geometry(layer: VerifiedLayer) -> tuple[int, int, int]:
         num_heads = layer.num_key_value_heads if heads is None else len(heads)
         return num_heads, layer.key_head_dim, layer.value_head_dim
@@ -271,19 +311,21 @@ def _layer_groups(
     return tuple(sorted(groups, key=lambda group: group.layers))
 
 
-def _position_encoding(model: Any, layers: Sequence[VerifiedLayer]) -> PositionEncoding:
+def _position_encoding(
+    model: Any, layers: Sequence[VerifiedLayer]
+) -> Literal["rotary", "absolute", "relative", "none"]:
     if any(layer.rotary is not None for layer in layers):
         return "rotary"
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     if names & {"wpe", "position_embeddings", "embed_positions", "embed_position"}:
         return "absolute"
     config = model.config.get_text_config()
-    relative = "relative_attention_bias" in names or getattr(config, "alibi", False)
-    return "relative" if relative else "none"
+    is_relative = "relative_attention_bias" in names or getattr(config, "alibi", False)
+    return "relative" if is_relative else "none"
 
 
 def max_positions(model: Any, limit: int | None) -> int | None:
-    """Most tokens of a text: the model's positions, or the limit if that is less."""
+    """Most tokens of a text: the model's positions, or ``limit`` if that is less."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     table = next(
@@ -293,7 +335,3 @@ def max_positions(model: Any, limit: int | None) -> int | None:
         positions -= table.padding_idx + 1  # RoBERTa counts positions from after the padding's
     known = [length for length in (positions, limit) if length]
     return min(known, default=None)
-
-
-# MERGED-DOC extract.describe
-# What a store says about a teacher, read off the loaded and verified model.

@@ -26,7 +26,7 @@ from kvdistill.distill.align.character_iou import Spans, align_tokens
 from kvdistill.extract.extract_shard import extract_samples, token_table
 from kvdistill.extract.slots import num_slots
 from kvdistill.extract.teacher import Teacher, load_teacher
-from kvdistill.extract.teacher_tokens import Encoded, Reader
+from kvdistill.extract.tokenise import TokenisedSample, PromptTokenizer
 from kvdistill.store.codecs import CODECS
 from kvdistill.store.writer import add_teacher, create, publish_shard
 from kvdistill.types import SEGMENT_IDS, CodecSpec
@@ -124,13 +124,13 @@ class _PilotSetup:
     experiment: Experiment
     samples: Sequence[Sample]
     num_sized: int
-    student: Sequence[Encoded] | None
+    student: Sequence[TokenisedSample] | None
     characters: int
     """Of the whole corpus."""
 
 
 def _estimate_teacher(pilot: _PilotSetup, teacher: Teacher) -> TeacherEstimate:
-    encoded = teacher.read(pilot.samples)
+    encoded = teacher.tokenise(pilot.samples)
     lengths = np.array([sample.longest for sample in encoded])
     pilot_characters = sum(len(sample.text) for sample in pilot.samples)
     tokens = round(pilot.characters * float(lengths.sum()) / max(pilot_characters, 1))
@@ -195,7 +195,7 @@ def _measure_size(
     return size, extracted.seconds, extracted.num_read
 
 
-def _student_spans(experiment: Experiment, pilot: Sequence[Sample]) -> list[Encoded] | None:
+def _student_spans(experiment: Experiment, pilot: Sequence[Sample]) -> list[TokenisedSample] | None:
     from kvdistill.distill.student.build import load_student_tokenizer
     from kvdistill.errors import StudentError
 
@@ -207,10 +207,10 @@ def _student_spans(experiment: Experiment, pilot: Sequence[Sample]) -> list[Enco
     except StudentError:
         # The estimate may precede the training of the student's tokenizer.
         return None
-    return Reader(tokenizer).read(pilot)
+    return PromptTokenizer(tokenizer).tokenise(pilot)
 
 
-def _alignment(student: Sequence[Encoded], teacher: Sequence[Encoded]) -> AlignmentQuality:
+def _alignment(student: Sequence[TokenisedSample], teacher: Sequence[TokenisedSample]) -> AlignmentQuality:
     pooled = AlignmentQuality()
     for own, theirs in zip(student, teacher, strict=True):
         if own.num_tokens and theirs.num_tokens:
@@ -219,7 +219,7 @@ def _alignment(student: Sequence[Encoded], teacher: Sequence[Encoded]) -> Alignm
     return pooled
 
 
-def _spans(encoded: Encoded) -> Spans:
+def _spans(encoded: TokenisedSample) -> Spans:
     import torch
 
     table = token_table([Sample("", ())], [encoded])
@@ -228,7 +228,7 @@ def _spans(encoded: Encoded) -> Spans:
     return Spans(start, end, segment, segment >= 0)
 
 
-def _kept(teacher: Teacher, encoded: Sequence[Encoded]) -> float:
+def _kept(teacher: Teacher, encoded: Sequence[TokenisedSample]) -> float:
     """Share of the pilot's keys and values, over the kept layers, that the config stores."""
     manifest = teacher.manifest
     read = sum(sample.num_tokens for sample in encoded)

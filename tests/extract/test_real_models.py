@@ -13,8 +13,8 @@ from transformers import DynamicCache
 from kvdistill.attention.hooks import capture
 from kvdistill.attention.rotary import unrotate
 from kvdistill.config.load import parse_experiment
-from kvdistill.extract.batches import TeacherBatch, collate_teacher_batch
 from kvdistill.extract.teacher import load_teacher
+from kvdistill.extract.tokenise import TeacherBatch, collate_teacher_batch
 from kvdistill.pipelines.extract import extract
 from kvdistill.store.reader import KVStore
 from tests.attention.test_hooks import recorded_attention
@@ -42,7 +42,7 @@ def experiment_of(folder: Path, models: Path, name: str, **teacher: Any) -> Any:
 def batch_of(teacher: Any, texts: list[str]) -> TeacherBatch:
     from kvdistill.corpus.samples import Sample
 
-    encoded = teacher.read([Sample(str(i), (("text", t),)) for i, t in enumerate(texts)])
+    encoded = teacher.tokenise([Sample(str(i), (("text", t),)) for i, t in enumerate(texts)])
     return collate_teacher_batch(encoded, range(len(texts)), 0, torch.device("cpu"))
 
 

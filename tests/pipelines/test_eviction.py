@@ -17,8 +17,8 @@ from kvdistill.distill.data.stream import Rank
 from kvdistill.distill.student.build import train_tokenizer
 from kvdistill.distill.train.set_up import assemble
 from kvdistill.errors import ConfigError, TeacherError
-from kvdistill.extract.batches import collate_teacher_batch
 from kvdistill.extract.teacher import load_teacher
+from kvdistill.extract.tokenise import collate_teacher_batch
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.plan import estimate_extraction
 from kvdistill.pipelines.reextract import reextract
@@ -82,7 +82,7 @@ def test_each_layer_and_head_ranks_by_what_the_teacher_computes(
         tmp_path / "part", {"eviction": {"method": method, "budget": 10}}
     )
     teacher = load_teacher("t", experiment)
-    encoded = teacher.read(store.samples(store.shard_ids[0]))
+    encoded = teacher.tokenise(store.samples(store.shard_ids[0]))
     for i, sample in enumerate(encoded):
         seen: dict[int, Any] = {}
         teacher.run(collate_teacher_batch(encoded, [i], 0, teacher.device), seen.__setitem__)

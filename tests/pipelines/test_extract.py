@@ -26,7 +26,7 @@ from kvdistill.errors import (
     StoreMismatch,
     TeacherError,
 )
-from kvdistill.extract.batches import TeacherBatch
+from kvdistill.extract.tokenise import TeacherBatch
 from kvdistill.extract.teacher import Teacher, load_teacher
 from kvdistill.pipelines.extract import ExtractionWork, Progress, extract
 from kvdistill.pipelines.extract_tasks import extract_share, prepare_store

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvdistill.errors import ConfigError, TeacherError
-from kvdistill.extract.generate import RowNoise
+from kvdistill.extract.generate import GumbelNoise
 from kvdistill.extract.teacher import load_teacher
 from kvdistill.pipelines.extract import extract
 from kvdistill.store.reader import KVStore
@@ -66,7 +66,7 @@ def test_without_temperature_it_is_the_likeliest_continuation(folder: Path) -> N
     ids = teacher.tokenizer(prompt, return_tensors="pt").input_ids
     for _ in range(12):
         with torch.no_grad():
-            following = teacher.writer(ids).logits[:, -1].argmax(-1, keepdim=True)
+            following = teacher.causal_lm(ids).logits[:, -1].argmax(-1, keepdim=True)
         ids = torch.cat([ids, following], dim=1)
     text = teacher.tokenizer.decode(ids[0], skip_special_tokens=True)[len(prompt) :]
     assert greedy[0].strip() == text.strip()
@@ -90,7 +90,7 @@ def test_a_prompt_that_fills_the_positions_is_not_continued(folder: Path) -> Non
 
 def test_gumbel_noise_draws_from_the_softmax() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, float("-inf")]).log_softmax(0)
-    noise = RowNoise(range(4000))
+    noise = GumbelNoise(range(4000))
     drawn = noise(torch.zeros(4000, 1), logits.expand(4000, 4)).argmax(1)
     share = np.bincount(drawn.numpy(), minlength=4) / 4000
     np.testing.assert_allclose(share, logits.exp(), atol=0.03)

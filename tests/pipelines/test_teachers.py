@@ -12,7 +12,7 @@ import torch
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import parse_experiment
 from kvdistill.errors import ConfigError, ShardNotFound, TeacherError
-from kvdistill.extract.hidden_states import cue
+from kvdistill.extract.extract_shard import cue
 from kvdistill.extract.teacher import load_teacher
 from kvdistill.pipelines.extract import extract
 from kvdistill.store.prototypes import read_prototypes

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
 from kvdistill.extract.prompt_template import (
-    AS_IT_IS,
+    PLAIN_TEXT,
     PromptTemplate,
     chat_template,
     parse_template,
 )
-from kvdistill.extract.teacher_tokens import Bos, Encoded, Reader
+from kvdistill.extract.tokenise import Bos, PromptTokenizer, TokenisedSample
 from tests.extract.models import tiny_tokenizer
 
 GSM = Sample("a", (("prompt", "How many?"), ("rationale", "\n48+24=72."), ("answer", "\n#### 72")))
@@ -26,8 +26,8 @@ VIEW = parse_template("Q: {prompt}\nA:{rationale}{answer} END")
 
 def encode(
     tokenizer: object, samples: list[Sample], view: PromptTemplate, limit: int | None = None
-) -> list[Encoded]:
-    return Reader(tokenizer, view).read(samples, limit)
+) -> list[TokenisedSample]:
+    return PromptTokenizer(tokenizer, view).tokenise(samples, limit)
 
 
 def covered(sample: Sample, view: PromptTemplate, tokenizer: object = TOKENIZER) -> list[int]:
@@ -41,7 +41,7 @@ def covered(sample: Sample, view: PromptTemplate, tokenizer: object = TOKENIZER)
 
 
 def test_without_a_template_every_character_is_read_once() -> None:
-    assert covered(GSM, AS_IT_IS) == [1] * len(GSM.text)
+    assert covered(GSM, PLAIN_TEXT) == [1] * len(GSM.text)
 
 
 def test_template_words_are_special_and_the_text_still_maps() -> None:
@@ -73,21 +73,21 @@ def test_views_may_leave_parts_out_and_change_their_order() -> None:
 
 
 def test_bos_has_no_text() -> None:
-    (encoded,) = encode(BOS_TOKENIZER, [GSM], AS_IT_IS)
+    (encoded,) = encode(BOS_TOKENIZER, [GSM], PLAIN_TEXT)
     assert (encoded.token_ids[0], encoded.segment[0], encoded.char_end[0]) == (1, -1, 0)
-    assert covered(GSM, AS_IT_IS, BOS_TOKENIZER) == [1] * len(GSM.text)
+    assert covered(GSM, PLAIN_TEXT, BOS_TOKENIZER) == [1] * len(GSM.text)
 
 
 def test_empty_text() -> None:
-    assert encode(TOKENIZER, [EMPTY], AS_IT_IS)[0].num_tokens == 0
-    assert encode(TOKENIZER, [], AS_IT_IS) == []
-    with_bos = encode(BOS_TOKENIZER, [EMPTY], AS_IT_IS)[0]
+    assert encode(TOKENIZER, [EMPTY], PLAIN_TEXT)[0].num_tokens == 0
+    assert encode(TOKENIZER, [], PLAIN_TEXT) == []
+    with_bos = encode(BOS_TOKENIZER, [EMPTY], PLAIN_TEXT)[0]
     assert with_bos.segment.tolist() == [-1]
 
 
 def test_multi_byte_characters_are_covered_by_each_of_their_tokens() -> None:
     sample = Sample("m", (("text", "aé猫🙂"),))
-    (encoded,) = encode(TOKENIZER, [sample], AS_IT_IS)
+    (encoded,) = encode(TOKENIZER, [sample], PLAIN_TEXT)
     spans = list(zip(encoded.char_start.tolist(), encoded.char_end.tolist(), strict=True))
     assert all(end > start for start, end in spans)
     assert len(spans) > 4
@@ -106,7 +106,7 @@ def test_any_text_is_covered_and_in_order(parts: list[str]) -> None:
 
 
 def test_truncation_keeps_the_special_tokens() -> None:
-    (encoded,) = encode(BOS_TOKENIZER, [GSM], AS_IT_IS, 5)
+    (encoded,) = encode(BOS_TOKENIZER, [GSM], PLAIN_TEXT, 5)
     assert encoded.num_tokens == 5
     assert encoded.segment.tolist()[0] == -1
 
@@ -140,7 +140,7 @@ class _Backwards:
 @pytest.mark.parametrize("offsets", [[(0, 4), (3, 999)], [(5, 6), (0, 5)], [(4, 2)], [(-1, 2)]])
 def test_wrong_offsets_name_the_sample(offsets: list[tuple[int, int]]) -> None:
     with pytest.raises(TeacherError, match="sample 'b'"):
-        encode(_Backwards(offsets), [PLAIN], AS_IT_IS)
+        encode(_Backwards(offsets), [PLAIN], PLAIN_TEXT)
 
 
 CHAT = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</s>{% endfor %}"
@@ -153,7 +153,7 @@ def test_the_chat_template_is_cut_at_the_turns() -> None:
     assert view.render(GSM).text == (
         "<s><system>Be brief.</s><user>How many?</s><assistant>48+24=72.\n#### 72</s>"
     )
-    (encoded,) = Reader(tokenizer, view, add_special_tokens=False).read([GSM])
+    (encoded,) = PromptTokenizer(tokenizer, view, add_special_tokens=False).tokenise([GSM])
     assert (encoded.token_ids[0], encoded.token_ids[-1]) == (1, 2)
     counts = covered(GSM, view, tokenizer)
     assert [i for i, count in enumerate(counts) if count != 1] == [len("How many?")]
@@ -179,11 +179,11 @@ def test_chat_needs_a_template_that_shows_both_turns() -> None:
     ],
 )
 def test_rules_for_bos(tokenizer: object, bos: Bos, expected: bool) -> None:
-    (encoded,) = Reader(tokenizer, bos=bos).read([GSM])
+    (encoded,) = PromptTokenizer(tokenizer, bos=bos).tokenise([GSM])
     assert (encoded.token_ids == 1).sum() == expected
     assert (encoded.token_ids[0] == 1) == expected
     assert (encoded.segment == -1).sum() == expected
-    (cut,) = Reader(tokenizer, bos=bos).read([GSM], 5)
+    (cut,) = PromptTokenizer(tokenizer, bos=bos).tokenise([GSM], 5)
     assert cut.num_tokens <= 5
 
 
@@ -205,4 +205,4 @@ def test_rendering(template: str, text: str) -> None:
 def test_what_stands_before_a_slot() -> None:
     assert VIEW.before("rationale").render(GSM).text == "Q: How many?\nA:"
     with pytest.raises(TeacherError, match="to generate"):
-        AS_IT_IS.before("rationale")
+        PLAIN_TEXT.before("rationale")

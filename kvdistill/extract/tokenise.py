@@ -1,0 +1,251 @@
+"""Samples in a teacher's tokens, and batches of them.
+
+Every token is mapped back to characters of the sample's own text. A token that stands for no
+character (BOS, words of the prompt template) has segment -1 and an empty span; a token across two
+segments belongs to the one that its first character is in. Batches are filled by token budget,
+with samples of similar length, and padded on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvdistill.corpus.samples import Sample
+from kvdistill.errors import TeacherError
+from kvdistill.extract.prompt_template import PLAIN_TEXT, PromptTemplate, RenderedPrompt
+from kvdistill.types import SEGMENT_SPECIAL
+
+Bos = Literal["keep", "add", "remove"]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenisedSample:
+    """One sample in one teacher's tokens. All arrays are ``[T]``."""
+
+    token_ids: NDArray[np.int32]
+    char_start: NDArray[np.int32]
+    char_end: NDArray[np.int32]
+    segment: NDArray[np.int8]
+    source_ids: NDArray[np.int32] | None = None
+    """Input of an encoder-decoder's encoder, where the other fields are its decoder's tokens."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens, special ones included."""
+        return int(self.token_ids.shape[0])
+
+    @property
+    def max_tokens(self) -> int:
+        """Number of tokens, or of the encoder's input where that is separate and longer."""
+        return max(self.num_tokens, 0 if self.source_ids is None else len(self.source_ids))
+
+    @staticmethod
+    def empty() -> TokenisedSample:
+        """A sample without tokens."""
+        none = np.zeros(0, np.int32)
+        return TokenisedSample(none, none, none, np.zeros(0, np.int8))
+
+    def part(self, span: slice) -> TokenisedSample:
+        """The tokens in ``span``, without the encoder's input."""
+        fields = (self.token_ids, self.char_start, self.char_end, self.segment)
+        return TokenisedSample(*(field[span] for field in fields))
+
+    def with_first(self, token_id: int) -> TokenisedSample:
+        """The same after a special token."""
+        return replace(
+            self,
+            token_ids=np.insert(self.token_ids, 0, token_id),
+            char_start=np.insert(self.char_start, 0, 0),
+            char_end=np.insert(self.char_end, 0, 0),
+            segment=np.insert(self.segment, 0, SEGMENT_SPECIAL),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PromptTokenizer:
+    """A fast tokenizer, a prompt template, and the rules for special tokens."""
+
+    tokenizer: Any
+    template: PromptTemplate = PLAIN_TEXT
+    add_special_tokens: bool = True
+    """False where the prompt template is a chat template, which contains them."""
+    bos: Bos = "keep"
+    """Whether the begin-of-sequence token is made, or kept from being, the first token."""
+
+    def tokenise(
+        self, samples: Sequence[Sample], max_length: int | None = None
+    ) -> list[TokenisedSample]:
+        """Tokenise; ``max_length`` truncates and keeps the special tokens at the end.
+
+        Raises:
+            TeacherError: the tokenizer's offsets are wrong, or the prompt template does not fit a
+                sample; names the sample.
+        """
+        if not samples:
+            return []
+        rendered = [self.template.render(sample) for sample in samples]
+        limit = None if max_length is None else max_length - (self.bos == "add")
+        output = self.tokenizer(
+            [prompt.text for prompt in rendered],
+            add_special_tokens=self.add_special_tokens,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            truncation=limit is not None,
+            max_length=limit,
+            verbose=False,
+        )
+        offsets = [np.asarray(pairs, np.int32).reshape(-1, 2) for pairs in output["offset_mapping"]]
+        rows = zip(output["input_ids"], offsets, rendered, samples, strict=True)
+        return [self._apply_bos(_map_back(*row)) for row in rows]
+
+    def _apply_bos(self, tokens: TokenisedSample) -> TokenisedSample:
+        if self.bos == "keep":
+            return tokens
+        bos = self.tokenizer.bos_token_id
+        if bos is None:
+            raise TeacherError(
+                f"{type(self.tokenizer).__name__} has no begin-of-sequence token; set the "
+                "teacher's `bos` to auto"
+            )
+        has_bos = tokens.num_tokens > 0 and int(tokens.token_ids[0]) == bos
+        if has_bos == (self.bos == "add"):
+            return tokens
+        return tokens.with_first(bos) if self.bos == "add" else tokens.part(slice(1, None))
+
+
+def _map_back(
+    ids: Sequence[int], offsets: NDArray[np.int32], prompt: RenderedPrompt, sample: Sample
+) -> TokenisedSample:
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    _check_offsets(starts, ends, prompt, sample)
+    char_start, char_end = np.zeros_like(starts), np.zeros_like(starts)
+    for start, end, origin in prompt.ranges:
+        inside = (np.maximum(starts, start) < np.minimum(ends, end)) & (char_start == char_end)
+        char_start[inside] = np.maximum(starts[inside], start) - start + origin
+        char_end[inside] = np.minimum(ends[inside], end) - start + origin
+    is_special = char_start == char_end
+    segment = np.where(is_special, SEGMENT_SPECIAL, _token_segments(char_start, sample))
+    # An empty span lies where the text before it ends, so that positions stay in order.
+    before = np.maximum.accumulate(np.where(is_special, 0, char_end)) if len(starts) else char_end
+    return TokenisedSample(
+        np.asarray(ids, np.int32),
+        np.where(is_special, before, char_start).astype(np.int32),
+        np.where(is_special, before, char_end).astype(np.int32),
+        segment.astype(np.int8),
+    )
+
+
+def _token_segments(char_start: NDArray[np.int32], sample: Sample) -> NDArray[np.int8]:
+    spans = [span for span in sample.spans if span[0] < span[1]]
+    if not spans:
+        return np.zeros(char_start.shape, np.int8)
+    owner = np.searchsorted([start for start, _, _ in spans], char_start, side="right") - 1
+    return np.asarray([segment for _, _, segment in spans], np.int8)[np.maximum(owner, 0)]
+
+
+def _check_offsets(
+    starts: NDArray[np.int32], ends: NDArray[np.int32], prompt: RenderedPrompt, sample: Sample
+) -> None:
+    length, is_text = len(prompt.text), starts < ends
+    inside = bool((starts >= 0).all() and (starts <= ends).all() and (ends <= length).all())
+    if not inside or bool((np.diff(starts[is_text]) < 0).any()):
+        raise TeacherError(
+            f"sample {sample.sample_id!r}: expected ascending token offsets in a text of {length} "
+            f"characters, got {list(zip(starts.tolist(), ends.tolist(), strict=True))[:8]}; set "
+            "the teacher's `tokenizer` to a fast tokenizer with correct offsets"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherBatch:
+    """Samples of a shard, right-padded to the longest of them."""
+
+    sample_idx: tuple[int, ...]
+    """Positions of the samples in their shard."""
+    lengths: tuple[int, ...]
+    input_ids: Tensor
+    """``[B, T]`` long."""
+    source_lengths: tuple[int, ...] = ()
+    source_ids: Tensor | None = None
+    """``[B, T_source]`` long: the encoder's input, where ``input_ids`` are the decoder's."""
+
+    @property
+    def real_mask(self) -> Tensor:
+        """``[B, T]`` bool, True on real tokens."""
+        return _length_mask(self.input_ids, self.lengths)
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """``[B, T]`` long, 1 on real tokens."""
+        return self.real_mask.long()
+
+    @property
+    def source_mask(self) -> Tensor | None:
+        """``[B, T_source]`` long, 1 on real tokens of the encoder's input."""
+        if self.source_ids is None:
+            return None
+        return _length_mask(self.source_ids, self.source_lengths).long()
+
+    def halves(self) -> tuple[TeacherBatch, TeacherBatch]:
+        """The same samples in two batches, for when one does not fit into memory."""
+        middle = len(self.sample_idx) // 2
+        return self._part(slice(None, middle)), self._part(slice(middle, None))
+
+    def _part(self, part: slice) -> TeacherBatch:
+        lengths, source_lengths = self.lengths[part], self.source_lengths[part]
+        input_ids, source_ids = self.input_ids[part, : max(lengths)], self.source_ids
+        if source_ids is not None:
+            source_ids = source_ids[part, : max(source_lengths)]
+        return TeacherBatch(self.sample_idx[part], lengths, input_ids, source_lengths, source_ids)
+
+
+def batch_by_tokens(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Positions of samples per batch, longest first; at most ``batch_tokens`` with padding.
+
+    Longest first, so that running out of memory happens at once and not after an hour. Samples
+    without tokens are in no batch; one that exceeds the budget is a batch of its own.
+    """
+    order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        count = max(1, batch_tokens // lengths[order[start]])
+        yield order[start : start + count]
+        start += count
+
+
+def collate_teacher_batch(
+    tokenised: Sequence[TokenisedSample],
+    sample_idx: Sequence[int],
+    pad_id: int,
+    device: torch.device,
+) -> TeacherBatch:
+    """Pad the chosen samples into one batch on ``device``."""
+    chosen = [tokenised[i] for i in sample_idx]
+    lengths, ids = _pad_right([sample.token_ids for sample in chosen], pad_id)
+    sources = [sample.source_ids for sample in chosen if sample.source_ids is not None]
+    if not sources:
+        return TeacherBatch(tuple(sample_idx), lengths, ids.to(device))
+    source_lengths, source_ids = _pad_right(sources, pad_id)
+    return TeacherBatch(
+        tuple(sample_idx), lengths, ids.to(device), source_lengths, source_ids.to(device)
+    )
+
+
+def _pad_right(rows: Sequence[NDArray[np.int32]], pad_id: int) -> tuple[tuple[int, ...], Tensor]:
+    lengths = tuple(len(row) for row in rows)
+    ids = np.full((len(rows), max(1, *lengths)), pad_id, np.int64)
+    for position, row in enumerate(rows):
+        ids[position, : len(row)] = row
+    return lengths, torch.from_numpy(ids)
+
+
+def _length_mask(ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    return positions < torch.tensor(lengths, device=ids.device)[:, None]
