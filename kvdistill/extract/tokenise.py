@@ -54,8 +54,8 @@ class TokenisedSample:
 
     def part(self, span: slice) -> TokenisedSample:
         """The tokens in ``span``, without the encoder's input."""
-        fields = (self.token_ids, self.char_start, self.char_end, self.segment)
-        return TokenisedSample(*(field[span] for field in fields))
+        start, end = self.char_start[span], self.char_end[span]
+        return TokenisedSample(self.token_ids[span], start, end, self.segment[span])
 
     def with_first(self, token_id: int) -> TokenisedSample:
         """The same after a special token."""

@@ -26,7 +26,7 @@ from kvdistill.distill.align.character_iou import Spans, align_tokens
 from kvdistill.extract.extract_shard import extract_samples, token_table
 from kvdistill.extract.slots import num_slots
 from kvdistill.extract.teacher import Teacher, load_teacher
-from kvdistill.extract.tokenise import TokenisedSample, PromptTokenizer
+from kvdistill.extract.tokenise import PromptTokenizer, TokenisedSample
 from kvdistill.store.codecs import CODECS
 from kvdistill.store.writer import add_teacher, create, publish_shard
 from kvdistill.types import SEGMENT_IDS, CodecSpec
@@ -131,7 +131,7 @@ class _PilotSetup:
 
 def _estimate_teacher(pilot: _PilotSetup, teacher: Teacher) -> TeacherEstimate:
     encoded = teacher.tokenise(pilot.samples)
-    lengths = np.array([sample.longest for sample in encoded])
+    lengths = np.array([sample.max_tokens for sample in encoded])
     pilot_characters = sum(len(sample.text) for sample in pilot.samples)
     tokens = round(pilot.characters * float(lengths.sum()) / max(pilot_characters, 1))
     sized = [
@@ -210,7 +210,9 @@ def _student_spans(experiment: Experiment, pilot: Sequence[Sample]) -> list[Toke
     return PromptTokenizer(tokenizer).tokenise(pilot)
 
 
-def _alignment(student: Sequence[TokenisedSample], teacher: Sequence[TokenisedSample]) -> AlignmentQuality:
+def _alignment(
+    student: Sequence[TokenisedSample], teacher: Sequence[TokenisedSample]
+) -> AlignmentQuality:
     pooled = AlignmentQuality()
     for own, theirs in zip(student, teacher, strict=True):
         if own.num_tokens and theirs.num_tokens:

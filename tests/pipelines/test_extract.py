@@ -26,8 +26,8 @@ from kvdistill.errors import (
     StoreMismatch,
     TeacherError,
 )
-from kvdistill.extract.tokenise import TeacherBatch
 from kvdistill.extract.teacher import Teacher, load_teacher
+from kvdistill.extract.tokenise import TeacherBatch
 from kvdistill.pipelines.extract import ExtractionWork, Progress, extract
 from kvdistill.pipelines.extract_tasks import extract_share, prepare_store
 from kvdistill.store.reader import KVStore
@@ -268,7 +268,7 @@ def test_non_finite_activations_name_layer_and_sample(
         return teacher
 
     monkeypatch.setattr("kvdistill.pipelines.extract.load_teacher", poisoned)
-    with pytest.raises(NonFiniteError, match=r"layer 1, head 0, sample '\d+': its values"):
+    with pytest.raises(NonFiniteError, match=r"layer 1, head 0, sample '\d+': values"):
         extract(experiment, ["llama"])
     assert not KVStore.open(experiment.store).committed("llama")
 
