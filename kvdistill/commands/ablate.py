@@ -15,7 +15,6 @@ from kvdistill.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvdistill.studies.design import StudyDesign, StudyRun
-    from kvdistill.studies.runs import SubmittedRuns
 
 
 @click.command("ablate")
@@ -60,7 +59,10 @@ def ablate_command(
     runs.require_teachers(loaded, study)
     design.write_record(loaded)
     if slurm:
-        _print_submitted(runs.submit_runs(loaded, todo, profile), study)
+        if runs.submit_runs(loaded, todo, profile, click.echo):
+            click.echo(
+                f"next: kvdistill ablate {study}, once they have ended, then kvdistill report"
+            )
         return
     runs.train_runs(loaded, todo, workers or 1, functools.partial(click.echo, err=True))
     controls.check_records(loaded)
@@ -84,17 +86,6 @@ def _print_design(design: StudyDesign, todo: Sequence[StudyRun], as_json: bool) 
     click.echo(
         f"{len(design.arms)} arms × seeds {seeds}: {len(design.runs)} runs, {len(todo)} to do"
     )
-
-
-def _print_submitted(submitted: SubmittedRuns, study: Path) -> None:
-    if submitted.num_queued:
-        click.echo(f"{submitted.num_queued} runs are queued already")
-    if not submitted.job_ids:
-        click.echo("nothing to submit")
-        return
-    ids = ", ".join(submitted.job_ids)
-    click.echo(f"job {ids}: {submitted.num_runs} runs in {submitted.num_tasks} tasks")
-    click.echo(f"next: kvdistill ablate {study}, once they have ended, then kvdistill report")
 
 
 def _print_outcome(design: StudyDesign, as_json: bool) -> None:

@@ -21,7 +21,9 @@ Arms = dict[str, ArmConfig]
 
 UNTRAINED: Final = "-untrained"
 """Suffix of the untrained twin of a teacher: the same architecture, random weights."""
-NO_TEACHER_LOSSES: Final = {f"losses.{name}": 0.0 for name in (*OF_TEACHERS, "entropy")}
+NO_TEACHER_LOSSES: Final[dict[str, Any]] = {
+    f"losses.{name}": 0.0 for name in (*OF_TEACHERS, "entropy")
+}
 SETTINGS_BY_TEACHER: Final = (("fusion", "weights"), ("alignment", "explicit_layers"))
 
 
@@ -63,50 +65,42 @@ def eight_arms(body: Body) -> Arms:
     unset: dict[str, Any] = {
         section: {} for section in ("projection", "fusion", "placebo") if body.get(section)
     }
-    arms = {
-        "cross-entropy": ArmConfig(
-            settings={**NO_TEACHER_LOSSES, **unset}, teachers=(), description="no teacher"
-        )
-    }
-    for name in names:
-        arms[f"single-{name}"] = ArmConfig(
-            settings={"fusion": {}}, teachers=(name,), description=f"{name} alone"
-        )
+    arms = {"cross-entropy": _arm("no teacher", {**NO_TEACHER_LOSSES, **unset}, ())}
+    arms |= {f"single-{name}": _arm(f"{name} alone", {"fusion": {}}, (name,)) for name in names}
     if len(names) > 1:
         weights = (body.get("fusion") or {}).get("weights")
         fixed = {"method": "fixed", **({"weights": weights} if weights else {})}
-        for name, fusion, how in (
-            ("multi-fixed", fixed, "fixed weights"),
-            ("multi-similarity", {"method": "similarity"}, "weights by similarity to the text"),
-            ("multi-learnable", {"method": "mlp"}, "weights from a trained router"),
-        ):
-            arms[name] = ArmConfig(settings={"fusion": fusion}, description=f"all teachers, {how}")
-    return arms | _placebos(body)
-
-
-def _placebos(body: Body) -> Arms:
-    names = _teacher_names(body)
-    of_twins: dict[str, Any] = {}
+        similarity, router = {"method": "similarity"}, {"method": "mlp"}
+        arms |= {
+            "multi-fixed": _arm("all teachers, fixed weights", {"fusion": fixed}),
+            "multi-similarity": _arm(
+                "all teachers, weights by similarity to the text", {"fusion": similarity}
+            ),
+            "multi-learnable": _arm(
+                "all teachers, weights from a trained router", {"fusion": router}
+            ),
+        }
+    twins = {name: f"{name}{UNTRAINED}" for name in names}
+    of_twins = {}
     for section, setting in SETTINGS_BY_TEACHER:
         if given := (body.get(section) or {}).get(setting):
-            of_twins[f"{section}.{setting}"] = {
-                f"{name}{UNTRAINED}": given[name] for name in names if name in given
-            }
-    return {
-        "placebo-shuffled": ArmConfig(
-            settings={"placebo.method": "shuffled"},
-            description="keys and values of another text of similar length",
+            values = {twin: given[name] for name, twin in twins.items() if name in given}
+            of_twins[f"{section}.{setting}"] = values
+    return arms | {
+        "placebo-shuffled": _arm(
+            "keys and values of another text of similar length",
+            {"placebo.method": "shuffled"},
             placebo=True,
         ),
-        "placebo-untrained": ArmConfig(
-            settings=of_twins,
-            teachers=tuple(f"{name}{UNTRAINED}" for name in names),
-            description="the teachers' architectures with random weights",
+        "placebo-untrained": _arm(
+            "the teachers' architectures with random weights",
+            of_twins,
+            tuple(twins.values()),
             placebo=True,
         ),
-        "placebo-noise": ArmConfig(
-            settings={"placebo.method": "noise"},
-            description="noise with the teachers' means and variances",
+        "placebo-noise": _arm(
+            "noise with the teachers' means and variances",
+            {"placebo.method": "noise"},
             placebo=True,
         ),
     }
@@ -123,20 +117,17 @@ def e1_to_e5(body: Body) -> Arms:
             "preset E1-E5 compares eviction methods for a latent student, and the experiment has "
             "no `latent` section; start from `preset: kava` (docs/latent.md)"
         )
-
-    def evict(method: str, description: str) -> ArmConfig:
-        return ArmConfig(settings={"latent.eviction.method": method}, description=description)
-
+    eviction = "latent.eviction.method"
     return {
-        "E1-cross-entropy": ArmConfig(
-            settings=dict(NO_TEACHER_LOSSES), description="latents without KV targets"
+        "E1-cross-entropy": _arm("latents without KV targets", NO_TEACHER_LOSSES),
+        "E2-whole-text": _arm(
+            "tokens evenly spaced over the whole rationale", {eviction: "uniform"}
         ),
-        "E2-whole-text": evict("uniform", "tokens evenly spaced over the whole rationale"),
-        "E3-right-crop": evict("right_crop", "the rationale's first tokens"),
-        "E4-r-kv": evict("rkv", "tokens that are attended to and not redundant (R-KV)"),
-        "E5-shuffled": ArmConfig(
-            settings={"latent.eviction.method": "rkv", "placebo.method": "shuffled"},
-            description="R-KV tokens of another text's rationale",
+        "E3-right-crop": _arm("the rationale's first tokens", {eviction: "right_crop"}),
+        "E4-r-kv": _arm("attended and non-redundant tokens (R-KV)", {eviction: "rkv"}),
+        "E5-shuffled": _arm(
+            "R-KV tokens of another text's rationale",
+            {eviction: "rkv", "placebo.method": "shuffled"},
             placebo=True,
         ),
     }
@@ -154,14 +145,27 @@ def leave_one_out(body: Body) -> Arms:
             f"preset leave-one-out needs at least 2 teachers, got {list(names)}; add a teacher"
         )
     weights = (body.get("fusion") or {}).get("weights") or {}
-    arms = {"all": ArmConfig(description="all teachers")}
+    arms = {"all": _arm("all teachers")}
     for left_out in names:
         rest = tuple(name for name in names if name != left_out)
         settings = {"fusion.weights": {name: weights[name] for name in rest}} if weights else {}
-        arms[f"without-{left_out}"] = ArmConfig(
-            settings=settings, teachers=rest, description=f"all teachers but {left_out}"
-        )
+        arms[f"without-{left_out}"] = _arm(f"all teachers but {left_out}", settings, rest)
     return arms
+
+
+def _arm(
+    description: str,
+    settings: Mapping[str, Any] | None = None,
+    teachers: tuple[str, ...] | None = None,
+    *,
+    placebo: bool = False,
+) -> ArmConfig:
+    changed = dict(settings or {})
+    return ArmConfig(description=description, settings=changed, teachers=teachers, placebo=placebo)
+
+
+def _teacher_names(body: Body) -> tuple[str, ...]:
+    return tuple(body.get("teachers") or ())
 
 
 PRESETS: Final[dict[AblationPreset, Callable[[Body], Arms]]] = {
@@ -180,7 +184,3 @@ def _grid_arms(config: AblationConfig) -> list[tuple[str, ArmConfig]]:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts)).strip("-._")[:90]
         arms.append((name, ArmConfig(settings=settings)))
     return arms
-
-
-def _teacher_names(body: Body) -> tuple[str, ...]:
-    return tuple(body.get("teachers") or ())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -25,17 +24,6 @@ from kvdistill.store.reader import KVStore
 from kvdistill.studies.design import StudyDesign, StudyRun, load_study
 
 TARGET: Final = "kvdistill.studies.runs:ablation_work"
-
-
-@dataclass(frozen=True)
-class SubmittedRuns:
-    """What ``submit_runs`` submitted; nothing if ``job_ids`` is empty."""
-
-    job_ids: tuple[str, ...]
-    num_runs: int
-    num_tasks: int
-    num_queued: int
-    """Runs that an earlier submission still has in the queue."""
 
 
 def extract_teachers(design: StudyDesign) -> None:
@@ -105,9 +93,12 @@ def _train_in_pool(
 
 
 def submit_runs(
-    design: StudyDesign, todo: Sequence[StudyRun], profile_name: str | None
-) -> SubmittedRuns:
-    """Submit runs to Slurm as one array, without those already queued.
+    design: StudyDesign,
+    todo: Sequence[StudyRun],
+    profile_name: str | None,
+    log: Callable[[str], None],
+) -> bool:
+    """Submit runs to Slurm as one array, without those already queued; False if none is left.
 
     Raises:
         SlurmError: no Slurm here, or it refused.
@@ -116,12 +107,16 @@ def submit_runs(
     client.require()
     profile = choose_profile(design.runs[0].experiment, profile_name, "train")
     queued = units_in_queue(Ledger(design.folder.absolute()))
+    if queued:
+        log(f"{len(queued)} runs are queued already")
     runs = [run for run in todo if run.name not in queued]
     if not runs:
-        return SubmittedRuns((), 0, 0, len(queued))
+        log("nothing to submit")
+        return False
     tasks = ablation_tasks(design, runs, num_array_tasks(profile), float(profile.signal_delay_s))
     job_ids = submit_array(tasks, profile, f"kv-{design.config.name}")
-    return SubmittedRuns(tuple(job_ids), len(runs), len(tasks), len(queued))
+    log(f"job {', '.join(job_ids)}: {len(runs)} runs in {len(tasks)} tasks")
+    return True
 
 
 def ablation_tasks(

@@ -26,6 +26,8 @@ from kvdistill.errors import GeometryError, NonFiniteError
 
 EXACT_UNITS: Final = 16
 """Up to so many differences all ``2**n`` sign assignments are enumerated."""
+LEVEL: Final = 0.95
+"""Confidence level of intervals."""
 REPLICATES: Final = 10_000
 BATCH: Final = 1000
 """Resamples held in memory at a time."""
@@ -65,10 +67,11 @@ def finite(values: ArrayLike) -> NDArray[np.float64]:
         NonFiniteError: no values, or NaN or infinity among them.
     """
     found = np.asarray(values, dtype=np.float64)
-    if found.size == 0 or not np.isfinite(found).all():
+    bad = int((~np.isfinite(found)).sum())
+    if bad or not found.size:
         raise NonFiniteError(
-            f"expected finite values to compare, got {found.size} of which "
-            f"{int((~np.isfinite(found)).sum())} are not finite; leave those runs out"
+            f"expected finite values to compare, got {found.size} of which {bad} are not finite; "
+            "leave those runs out"
         )
     return found
 
@@ -138,11 +141,10 @@ def bootstrap(
     values: ArrayLike,
     weights_N: ArrayLike | None = None,
     *,
-    level: float = 0.95,
     seed: int = 0,
     stretched: bool = True,
 ) -> Interval | None:
-    """Percentile interval of ``Σ values / (S · Σ weights)``, seeds and texts both resampled.
+    """95 % percentile interval of ``Σ values / (S · Σ weights)``, seeds and texts both resampled.
 
     Each replicate draws S seeds and, independently, N texts with replacement: the pigeonhole
     bootstrap, which errs towards wide where seed and text interact (Owen, arXiv 0712.1111). An
@@ -157,7 +159,6 @@ def bootstrap(
     Args:
         values: paired differences, ``[S, N]``, or ``[n]`` of seeds or texts alone.
         weights_N: a text's weight (characters, tokens), ``[N]``; 1 each if not given.
-        level: confidence level.
         seed: of the resampling.
         stretched: correct for few units.
 
@@ -178,7 +179,7 @@ def bootstrap(
     def ratio_of_sums(*drawn: NDArray[np.int64], axis: int) -> NDArray[np.float64]:
         shares = [np.ones((len(drawn[0]), 1))] * 2
         for which, units_Rn in zip(resampled, drawn, strict=True):
-            shares[which] = _shares(units_Rn, level if stretched else None)
+            shares[which] = _shares(units_Rn, stretched=stretched)
         seeds_RS, texts_RN = shares
         sums: NDArray[np.float64] = np.einsum("rn,rn->r", seeds_RS @ found_SN, texts_RN)
         return sums / (texts_RN @ weights)
@@ -189,21 +190,21 @@ def bootstrap(
         vectorized=True,
         n_resamples=REPLICATES,
         batch=BATCH,
-        confidence_level=level,
+        confidence_level=LEVEL,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return Interval(float(low), float(high))
 
 
-def _shares(units_Rn: NDArray[np.int64], level: float | None) -> NDArray[np.float64]:
+def _shares(units_Rn: NDArray[np.int64], *, stretched: bool) -> NDArray[np.float64]:
     """How often each unit was drawn, as a share ``[R, n]`` with mean ``1 / n``, stretched."""
     num_replicates, num_units = units_Rn.shape
     counts = np.zeros(units_Rn.shape)
     np.add.at(counts, (np.arange(num_replicates)[:, None], units_Rn), 1.0)
     factor = 1.0
-    if level is not None:
-        quantile = (1 + level) / 2
+    if stretched:
+        quantile = (1 + LEVEL) / 2
         factor = math.sqrt(num_units / (num_units - 1))
         factor *= float(stats.t.ppf(quantile, num_units - 1) / stats.norm.ppf(quantile))
     shares: NDArray[np.float64] = (1 + factor * (counts - 1)) / num_units

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kvdistill.config.load import flatten
 from kvdistill.studies import statistics
-from kvdistill.studies.report.reading import NOT_OF_AN_ARM, Arm, Run, SampleScore, Study
+from kvdistill.studies.report.reading import NOT_OF_AN_ARM, Arm, Run, Study
 from kvdistill.studies.statistics import Estimate, Interval
 
 TESTS: Final = ("texts", "seeds", "both")
@@ -37,35 +37,31 @@ CONTROL_NAMES: Final = {
 class Measure:
     """One metric of a run, and each text's contribution to it."""
 
-    key: str
-    lower_is_better: bool
+    metric: str
+    value: str
+    """Field of a text's scores, in multiples of ``unit``."""
     weight: str
-    """Metric that must be equal where two runs are compared as wholes."""
-
-    def parts(self, score: SampleScore) -> tuple[float, float] | None:
-        """Value and weight of one text; None if it has none."""
-        if self.key == BITS.key:
-            return score.nll / math.log(2), score.num_chars
-        if self.key == LOG_PERPLEXITY.key:
-            return score.nll, score.num_tokens
-        return None if score.correct is None else (float(score.correct), 1.0)
+    """Field of a text's scores that weights it, 1 if absent; ``eval_<weight>`` is its total."""
+    unit: float = 1.0
+    lower_is_better: bool = True
 
     def of_run(self, run: Run) -> float | None:
         """The measure over all texts of a run."""
-        if self.key == LOG_PERPLEXITY.key:
-            perplexity = run.metrics.get("eval_perplexity")
-            return None if perplexity is None else math.log(perplexity)
-        return run.metrics.get(self.key)
+        found = run.metrics.get(self.metric)
+        return math.log(found) if found is not None and self is LOG_PERPLEXITY else found
 
     def by_text(self, run: Run) -> dict[str, tuple[float, float]]:
-        """Value and weight of every text of a run that has a positive weight."""
-        found = {text: self.parts(score) for text, score in run.samples.items()}
-        return {text: part for text, part in found.items() if part is not None and part[1] > 0}
+        """Value and weight of every text of a run that has a value and a positive weight."""
+        return {
+            text: (float(scores[self.value]) / self.unit, scores.get(self.weight, 1.0))
+            for text, scores in run.samples.items()
+            if scores.get(self.value) is not None and scores.get(self.weight, 1.0) > 0
+        }
 
 
-BITS: Final = Measure("eval_bits_per_character", True, "eval_num_chars")
-LOG_PERPLEXITY: Final = Measure("log_perplexity", True, "eval_num_tokens")
-EXACT_MATCH: Final = Measure("eval_exact_match", False, "eval_num_answers")
+BITS: Final = Measure("eval_bits_per_character", "nll", "num_chars", math.log(2))
+LOG_PERPLEXITY: Final = Measure("eval_perplexity", "nll", "num_tokens")
+EXACT_MATCH: Final = Measure("eval_exact_match", "correct", "num_answers", lower_is_better=False)
 
 
 @dataclass(frozen=True)
@@ -150,10 +146,11 @@ def paired(arm: Arm, baseline: Arm, measure: Measure) -> Paired | None:
             ours, theirs = (measure.by_text(run) for run in pair)
             rows.append([ours[text][0] - theirs[text][0] for text in texts])
         return Paired(np.array(rows), np.array(list(texts.values())))
+    total = f"eval_{measure.weight}"
     values = [
         of_arm - of_baseline
         for a, b in pairs
-        if a.metrics.get(measure.weight) == b.metrics.get(measure.weight)
+        if a.metrics.get(total) == b.metrics.get(total)
         and (of_arm := measure.of_run(a)) is not None
         and (of_baseline := measure.of_run(b)) is not None
     ]

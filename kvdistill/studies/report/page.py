@@ -76,7 +76,7 @@ def _content(study: Study, rows: Sequence[Row]) -> dict[str, Any]:
     """Variables of the templates."""
     runs = [run for arm in study.arms for run in arm.runs]
     numbers = {id(run): number for number, run in enumerate(runs, 1)}
-    costs, missing_stores = tables.teacher_costs(study)
+    savings, missing_stores = tables.savings_table(study)
     return {
         "study": study,
         "summary": summary(study, rows),
@@ -89,7 +89,7 @@ def _content(study: Study, rows: Sequence[Row]) -> dict[str, Any]:
             for heading, figures in sections(study, rows).items()
         ],
         "costs": tables.cost_table(study),
-        "savings": tables.savings_table(costs),
+        "savings": savings,
         "settings": tables.settings_table(study),
         "provenance": tables.provenance_table(study, numbers),
     }

@@ -1,16 +1,9 @@
 """Read finished runs as a study: arms, each one configuration under several seeds, and a baseline.
 
-A study comes from an ablation folder, whose ``ablation.json`` lists the arms::
-
-    {"name": "reference",
-     "baseline": "cross-entropy",
-     "arms": [{"name": "cross-entropy",
-               "description": "no teacher",          optional, one line for the report
-               "placebo": false,                     optional
-               "runs": [{"seed": 0, "path": "cross-entropy-s0"}, …]}, …]}
-
-with paths relative to the folder. Runs that no such file lists are grouped by their configurations:
-those that differ only in seed and name are one arm.
+The arms are those of an ablation folder's ``ablation.json`` (``design.write_record``), of which the
+report needs ``name`` and ``runs`` (``seed`` and ``path``, relative to the folder); ``baseline``,
+``description`` and ``placebo`` are optional. Runs that no such file lists are grouped by their
+configurations: those that differ only in seed and name are one arm.
 
 Beside its ``run.json`` a run may hold ``eval_samples.jsonl``, one held-out text a line
 (``sample_id``, ``nll`` in nats, ``num_tokens``, ``num_chars``, optionally ``correct``), which
@@ -25,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,18 +34,6 @@ NOT_OF_AN_ARM: Final = ("name", "seed", "output_dir", "slurm", "store")
 
 
 @dataclass(frozen=True)
-class SampleScore:
-    """A student's predictions of one held-out text."""
-
-    nll: float
-    """Negative log-likelihood of its tokens, nats."""
-    num_tokens: int
-    num_chars: int
-    correct: bool | None = None
-    """Whether the generated answer is correct; None if none was generated."""
-
-
-@dataclass(frozen=True)
 class Run:
     """A finished run, read from its folder."""
 
@@ -64,7 +45,8 @@ class Run:
     logs: list[dict[str, Any]]
     diagnostics: dict[str, Any]
     """Layer maps, errors and weights by layer; empty for a run without teachers."""
-    samples: dict[str, SampleScore] = field(default_factory=dict)
+    samples: dict[str, dict[str, Any]]
+    """Scores of each held-out text, by ``sample_id``; empty if the run recorded none."""
 
     @property
     def seed(self) -> int:
@@ -197,14 +179,18 @@ def read_run(path: Path) -> Run:
     return run
 
 
-def _read_or_reason(path: Path) -> Run | str:
-    """A run, or the reason why it cannot be read."""
+def _read_or_reason(path: Path, *, comparable: bool = False) -> Run | str:
+    """A run, or the reason why it cannot be read (or compared, if its metrics are not finite)."""
     folder = RunFolder(path)
     record = folder.read_record()
     if not record:
         return "has no run.json: not a run, or one that has not started"
     if not record["finished"]:
         return "has not finished; run `kvdistill train` or `kvdistill ablate` with its config again"
+    if comparable:
+        bad = [key for key, value in record["metrics"].items() if not math.isfinite(value)]
+        if bad:
+            return f"ended with non-finite {', '.join(bad)}"
     return Run(
         path,
         record["name"],
@@ -212,21 +198,8 @@ def _read_or_reason(path: Path) -> Run | str:
         record,
         _json_lines(folder.log),
         json.loads(folder.diagnostics.read_text(encoding="utf-8")),
-        {
-            row["sample_id"]: SampleScore(
-                row["nll"], row["num_tokens"], row["num_chars"], row.get("correct")
-            )
-            for row in _json_lines(folder.eval_samples)
-        },
+        {row["sample_id"]: row for row in _json_lines(folder.eval_samples)},
     )
-
-
-def _comparable_or_reason(path: Path) -> Run | str:
-    run = _read_or_reason(path)
-    if isinstance(run, str):
-        return run
-    bad = [key for key, value in run.metrics.items() if not math.isfinite(value)]
-    return f"ended with non-finite {', '.join(bad)}" if bad else run
 
 
 def _read_ablation(path: Path) -> dict[str, Any]:
@@ -252,7 +225,10 @@ def _run_folders(path: Path) -> list[Path]:
 def _arms_of_ablation(path: Path, body: dict[str, Any], notes: list[str]) -> list[Arm]:
     arms = []
     for entry in body["arms"]:
-        found = {run["seed"]: _comparable_or_reason(path / run["path"]) for run in entry["runs"]}
+        found = {
+            run["seed"]: _read_or_reason(path / run["path"], comparable=True)
+            for run in entry["runs"]
+        }
         runs = tuple(run for _, run in sorted(found.items()) if isinstance(run, Run))
         missing: dict[str, list[str]] = {}
         for seed, run in found.items():
@@ -270,7 +246,7 @@ def _group_by_settings(paths: Sequence[Path], notes: list[str]) -> list[Arm]:
     """Arms of loose runs: runs whose settings differ only in ``NOT_OF_AN_ARM`` are one."""
     groups: dict[str, list[Run]] = {}
     for path in paths:
-        run = _comparable_or_reason(path)
+        run = _read_or_reason(path, comparable=True)
         if isinstance(run, str):
             notes.append(f"{path} {run}")
             continue

@@ -129,25 +129,12 @@ def _folder_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-@dataclass(frozen=True)
-class TeacherCost:
-    """One teacher: read once into the store, used in many epochs of many runs."""
+def savings_table(study: Study) -> tuple[Table | None, list[str]]:
+    """Extraction cost of each teacher, the time it saved, and notes on stores that are gone.
 
-    teacher: str
-    seconds: float
-    """Extraction time of all shards."""
-    disk_bytes: int
-    passes: float
-    """Epochs over the corpus, of all runs of the study that learned from it."""
-
-    @property
-    def saved_seconds(self) -> float:
-        """Time the teacher would take to read the corpus again in every other epoch."""
-        return max(self.passes - 1, 0.0) * self.seconds
-
-
-def teacher_costs(study: Study) -> tuple[list[TeacherCost], list[str]]:
-    """Cost of each teacher in each store that still exists, and notes on stores that do not."""
+    A teacher is read once into the store; without one it would be read again in every epoch over
+    the corpus of every run that learned from it.
+    """
     passes: dict[Path, dict[str, float]] = {}
     for arm in study.arms:
         for run in arm.runs:
@@ -155,20 +142,26 @@ def teacher_costs(study: Study) -> tuple[list[TeacherCost], list[str]]:
             epochs = max((row["epoch"] for row in run.logs if row.get("epoch")), default=1.0)
             for teacher in arm.teachers:
                 of_store[teacher] = of_store.get(teacher, 0.0) + float(epochs)
-    costs, notes = [], []
+    cells, notes = [], []
     for path, of_store in sorted(passes.items()):
         try:
             store = KVStore.open(path)
         except StoreError:
             notes.append(f"no store at {path}: the cost of its extraction is unknown")
             continue
-        for name in store.teachers():
-            if name in of_store:
-                commits = [store.commit(name, shard_id) for shard_id in store.committed(name)]
-                size = sum(file.size_bytes for commit in commits for file in commit.files.values())
-                seconds = sum(commit.seconds for commit in commits)
-                costs.append(TeacherCost(name, seconds, size, of_store[name]))
-    return costs, notes
+        for name in (name for name in store.teachers() if name in of_store):
+            commits = [store.commit(name, shard_id) for shard_id in store.committed(name)]
+            seconds = sum(commit.seconds for commit in commits)
+            size = sum(file.size_bytes for commit in commits for file in commit.files.values())
+            line = {
+                "teacher": name,
+                "extraction time": format_duration(seconds),
+                "store size": format_bytes(size),
+                "epochs trained from it": format_number(of_store[name], 1),
+                "teacher time saved": format_duration(max(of_store[name] - 1, 0.0) * seconds),
+            }
+            cells.append(line)
+    return _table("Teachers: cost of extraction and time saved", cells), notes
 
 
 def _store_path(run: Run) -> Path:
@@ -178,21 +171,6 @@ def _store_path(run: Run) -> Path:
     start = Path(*parts[: -len(own.parts)])
     is_there = parts[-len(own.parts) :] == own.parts and (start / store).is_dir()
     return start / store if is_there else store
-
-
-def savings_table(costs: Sequence[TeacherCost]) -> Table | None:
-    """Per teacher: what its extraction cost, and the teacher time it saved."""
-    cells = [
-        {
-            "teacher": cost.teacher,
-            "extraction time": format_duration(cost.seconds),
-            "store size": format_bytes(cost.disk_bytes),
-            "epochs trained from it": format_number(cost.passes, 1),
-            "teacher time saved": format_duration(cost.saved_seconds),
-        }
-        for cost in costs
-    ]
-    return _table("Teachers: cost of extraction and time saved", cells)
 
 
 def settings_table(study: Study) -> Table | None:

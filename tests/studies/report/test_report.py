@@ -22,7 +22,7 @@ from kvdistill.studies.report.comparison import Comparison, unfair_arms
 from kvdistill.studies.report.page import write_plots, write_report
 from kvdistill.studies.report.reading import read_study
 from kvdistill.studies.report.results import Row, result_rows, summary
-from kvdistill.studies.report.tables import teacher_costs
+from kvdistill.studies.report.tables import savings_table
 from tests.studies.report.fabricate import ARMS, MadeUp, rewrite, write_ablation, write_run
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -283,10 +283,10 @@ def test_a_relative_store_is_looked_for_where_training_began(tmp_path: Path) -> 
     create(
         tmp_path / "moved/stores/x", list(cut_into_shards([Sample("0", (("text", "words"),))], 100))
     )
-    costs, notes = teacher_costs(read_study([run]))
-    assert (costs, notes) == ([], [])  # found, and it has no teacher yet
+    savings, notes = savings_table(read_study([run]))
+    assert (savings, notes) == (None, [])  # found, and it has no teacher yet
     shutil.rmtree(tmp_path / "moved/stores")
-    assert "no store at stores/x" in teacher_costs(read_study([run]))[1][0]
+    assert "no store at stores/x" in savings_table(read_study([run]))[1][0]
 
 
 def test_a_seed_that_comes_twice_counts_once(tmp_path: Path) -> None:
