@@ -1,8 +1,12 @@
-"""What latents learn from: the teacher tokens that an eviction keeps, re-derived at every reading.
+"""``LatentDistiller``: the losses of a latent student.
 
-Nothing about the eviction is in the store: keys, importance and segments are, so another method,
-budget or λ is another run and no new extraction. Scores are taken where their papers take them,
-on rotated keys, of the teacher's own rotary embedding at the teacher's own positions.
+    CE(answer | latents, question) + CE(rationale, answer | question) + CODI + keys and values
+
+after *KaVa: Latent Reasoning via Compressed KV-Cache Distillation* (arXiv 2510.02312). It is a
+``Distiller`` whose student is captured at its latent positions, and whose targets are the teacher
+tokens that an eviction keeps. The store holds keys, importance and segments but no eviction, so
+another method, budget or λ needs no new extraction. Keys are ranked as in the papers: rotated with
+the teacher's own rotary embedding, at the teacher's own positions.
 """
 
 from __future__ import annotations
@@ -40,50 +44,51 @@ from kvdistill.types import KINDS, Kind
 
 
 def nearest_layers(mapping: LayerMap) -> LayerMap:
-    """A layer map without mixing: two layers keep different tokens, and their mean is neither."""
+    """Round a layer map to whole layers, since two layers keep different tokens."""
     rows = zip(mapping.lower, mapping.upper, mapping.fraction, strict=True)
     layers = tuple(up if part >= 0.5 else low for low, up, part in rows)
     return LayerMap(layers, layers, (0.0,) * len(layers))
 
 
 @dataclass(frozen=True)
-class Rationales:
-    """Chooses the tokens of one teacher's rationale, for one group of its layers."""
+class RationaleEviction:
+    """Evicts tokens of one teacher's rationales, down to the latents' budget."""
 
     latent: LatentConfig
     rotary: Mapping[int, RotarySpec]
     """Per stored layer; empty where keys are not rotated."""
 
     @staticmethod
-    def of(latent: LatentConfig, manifest: TeacherManifest) -> Rationales:
-        """For a stored teacher.
+    def of(latent: LatentConfig, manifest: TeacherManifest) -> RationaleEviction:
+        """Set up the eviction for a stored teacher.
 
-        One that was evicted when it was read has slots for tokens, other tokens in every head, in
-        order: where they are no more than the latents, they are taken as they are.
+        A teacher that was extracted with eviction has ordered slots, whose tokens differ between
+        heads: slots that fit into the budget are all kept.
 
         Raises:
-            ConfigError: more slots than the budget, and a method that needs the tokens' positions.
+            ConfigError: more slots than the budget, and a method that needs token positions.
         """
         stored, method = manifest.eviction, latent.eviction.method
         if stored is None:
-            return Rationales(latent, manifest.rotary)
+            return RationaleEviction(latent, manifest.rotary)
         if stored.budget <= latent.budget:
             first = latent.eviction.model_copy(update={"method": "right_crop"})
-            return Rationales(latent.model_copy(update={"eviction": first}), {})
+            return RationaleEviction(latent.model_copy(update={"eviction": first}), {})
         if method.startswith("rkv"):
             raise ConfigError(
-                f"teacher {manifest.name!r} was extracted with {stored.budget} slots, and {method} "
-                f"cannot choose {latent.budget} among them: its keys are ranked at the tokens' "
-                "own positions; use importance, random or uniform, or that budget at extraction"
+                f"latent.eviction.method {method} ranks keys at their tokens' positions, which "
+                f"teacher {manifest.name!r}, extracted with eviction to {stored.budget} slots, no "
+                f"longer has; use importance, random or uniform to keep {latent.budget} of them, "
+                "or that budget at extraction"
             )
-        return Rationales(latent, {})
+        return RationaleEviction(latent, {})
 
-    def choose(self, group: GroupSpace, key_BLHTD: Tensor, teacher: Batch) -> Eviction:
-        """The kept tokens per layer and head, padded to the number of latents.
+    def select(self, group: GroupSpace, key_BLHTD: Tensor, teacher: Batch) -> Eviction:
+        """Select the kept tokens per layer and head, padded to the number of latents.
 
         Args:
-            group: whose layers ``key`` holds.
-            key_BLHTD: stored keys, decoded, not rotated.
+            group: the layers of ``key_BLHTD``.
+            key_BLHTD: stored keys, decoded, unrotated.
             teacher: the teacher's part of a batch.
         """
         eviction = self.latent.eviction
@@ -135,7 +140,9 @@ class LatentDistiller(Distiller):
     ) -> None:
         super().__init__(student, teachers, **settings)
         self.latent: LatentConfig = student.config
-        self.rationales = {name: Rationales.of(self.latent, m) for name, m in manifests.items()}
+        self.evictions = {
+            name: RationaleEviction.of(self.latent, m) for name, m in manifests.items()
+        }
         self.cues = nn.ModuleDict()
         if self.losses.codi:
             ours = self.capture.geometry
@@ -146,12 +153,12 @@ class LatentDistiller(Distiller):
                 )
 
     def capture_of(self, student: LatentStudent) -> KVCapture:
-        """Reads the language model inside."""
+        """Capture of the language model inside the student."""
         return KVCapture(student.backbone)
 
     @staticmethod
     def count(batch: Batch) -> dict[str, Tensor]:
-        """As ``Distiller.count``; the rationale's labels, and samples for the CODI term."""
+        """As ``Distiller.count``, with labels of the full text and samples for the CODI term."""
         counts = {"num_labels": num_predicted(batch["labels"]), "num_covered": num_covered(batch)}
         words = batch.get("rationale_labels")
         none = torch.zeros_like(counts["num_labels"])
@@ -160,7 +167,7 @@ class LatentDistiller(Distiller):
         return counts
 
     def run_student(self, batch: Batch) -> LatentOutput:
-        """Think and read the answer; what is captured is the last pass, which the answer sees."""
+        """Run latents and answer, capturing the last pass, which the answer attends to."""
         prefix, x_BME = self.student.think(batch["question_ids"], batch["question_mask"])
         with self.capture() as captured:
             thought = self.student.conclude(
@@ -171,7 +178,7 @@ class LatentDistiller(Distiller):
         return LatentOutput(thought.answer_logits, query, key, value, thought.latents, thought.cue)
 
     def text_losses(self, batch: Batch, view: StudentOutput, counts: Counts) -> dict[str, Tensor]:
-        """Cross-entropy of the answer after thinking; of rationale and answer in words; CODI."""
+        """Cross-entropy of the answer after the latents, and of the full text; CODI."""
         parts = super().text_losses(batch, view, counts)
         if self.losses.rationale:
             logits = self.student.backbone(
@@ -187,7 +194,7 @@ class LatentDistiller(Distiller):
 
     @property
     def needs_all_layers(self) -> bool:
-        """An eviction ranks tokens by all layers' keys."""
+        """True: an eviction ranks tokens by the keys of all layers."""
         return True
 
     def targets(self, teachers: Batch) -> dict[Kind, list[list[Tensor]]]:
@@ -197,7 +204,7 @@ class LatentDistiller(Distiller):
             teacher, keys = teachers[space.name], self.head(space.name, "key")
             with torch.no_grad():
                 kept = [
-                    self.rationales[space.name].choose(
+                    self.evictions[space.name].select(
                         group, keys.decode(teacher["key"], group), teacher
                     )
                     for group in space.groups
@@ -234,9 +241,9 @@ class LatentDistiller(Distiller):
 
 
 class CueMap(nn.Module):
-    """The student's layer outputs beside the teacher's, mapped to its width where they differ.
+    """Pairs the student's layer outputs with the teacher's, at the teacher's width.
 
-    The map goes from student to teacher, so that the target cannot come to the student.
+    The learned map goes from student to teacher, so that training cannot move the target.
     """
 
     def __init__(
@@ -247,13 +254,13 @@ class CueMap(nn.Module):
         self.widen = nn.ModuleList()
         if width != hidden_size:
             self.widen = nn.ModuleList(nn.Linear(hidden_size, width) for _ in range(num_layers))
-        # Stored are inputs of the kept layers and the final output: row i + 1 is what layer i gave.
+        # Stored are the kept layers' inputs and the final output: row i + 1 is layer i's output.
         stored = sorted(teacher.layers)
         nearest = [min(range(len(stored)), key=lambda i: abs(stored[i] - d)) for d in depths]
         self.rows = [i + 1 for i in nearest[:-1]] + [len(stored)]
 
     def forward(self, student_BLE: Tensor, stored_BLE: Tensor) -> tuple[Tensor, Tensor]:
-        """Both as ``[B, L_s, E_t]``, the last layer's being the final output."""
+        """Outputs of both, ``[B, L_s, E_t]``; the last layer's is the final output."""
         if len(self.widen):
             layers = zip(self.widen, student_BLE.unbind(1), strict=True)
             student_BLE = torch.stack([widen(x) for widen, x in layers], 1)
@@ -261,7 +268,7 @@ class CueMap(nn.Module):
 
 
 def eviction_statistics(batch: Batch, budget: int) -> dict[str, Tensor]:
-    """Share of samples with a rationale longer than the budget, and of tokens that are dropped."""
+    """Share of samples whose rationale exceeds the budget, and share of evicted tokens."""
     masks = [teacher["rationale"] for teacher in batch["teachers"].values()]
     lengths = torch.cat([mask.sum(1) for mask in masks])
     dropped = torch.cat([num_evicted(mask, budget) for mask in masks])
@@ -272,17 +279,6 @@ def eviction_statistics(batch: Batch, budget: int) -> dict[str, Tensor]:
 
 
 def _answered(batch: Batch) -> Tensor:
-    """Samples whose answer counts, ``[B]``."""
+    """Samples with answer labels, ``[B]``."""
     answered: Tensor = (batch["labels"] != IGNORED_LABEL).any(1)
     return answered
-
-
-# MERGED-DOC distill.latent.distiller
-# A latent student's losses.
-#
-#     CE(answer | latents, question) + CE(rationale, answer | question) + codi + keys and values
-#
-# KaVa: Latent Reasoning via Compressed KV-Cache Distillation (arXiv 2510.02312). It is a
-# ``Distiller`` whose student is looked at on its latent positions and whose teachers are looked at
-# on the tokens that an eviction keeps; what lies between (projection, fusion of several teachers by
-# given weights or by similarity, errors, figures) is the distiller's own.

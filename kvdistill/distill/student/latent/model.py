@@ -1,9 +1,8 @@
-"""``LatentStudent``: any Hugging Face causal LM, with latent positions between question and answer.
+"""``LatentStudent``: a Hugging Face causal LM with latent positions between question and answer.
 
-The language model stays an ordinary one, in an ordinary folder that ``AutoModelForCausalLM``
-loads; what latents need (their first inputs, two marks, the projector) is three tensors and a
-small network of its own, saved beside it. The marks are embeddings, not tokens, so the tokenizer
-does not change.
+The language model is saved as an ordinary folder, which ``AutoModelForCausalLM`` loads. What
+latents need (their initial inputs, the marks bot and eot, the projector) is saved beside it. The
+marks are embeddings, not tokens, so the tokenizer does not change.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from kvdistill.attention.padded_generation import pad_left, through_first
 from kvdistill.config.distill import LatentConfig
+from kvdistill.distill.student.build import prompt_ids
 from kvdistill.distill.student.latent.iteration import (
     LatentPass,
     LatentProjector,
@@ -33,21 +33,17 @@ from kvdistill.distill.student.latent.iteration import (
 from kvdistill.errors import StudentError
 
 LATENT_FILE: Final = "latent.safetensors"
-
-
-SETTINGS: Final = "latent.json"
-
-
-BACKBONE: Final = "backbone."
+SETTINGS_FILE: Final = "latent.json"
+BACKBONE_PREFIX: Final = "backbone."
 
 
 @dataclass(frozen=True, eq=False)
 class Thought:
-    """What thinking came to: the pass over latents, eot and (in training) the answer."""
+    """The last pass of a latent student: over latents, eot and (in training) the answer."""
 
     run: LatentPass
     mask_BT: Tensor
-    """Long; everything that the cache holds."""
+    """Long; covers all positions of the cache."""
     num_latents: int
     num_tail: int
 
@@ -70,12 +66,12 @@ class Thought:
 
     @property
     def columns(self) -> slice:
-        """Where the latents are among the columns of the last pass."""
+        """The latents' columns in the last pass."""
         return slice(-self.num_tail - self.num_latents, -self.num_tail)
 
 
 class LatentStudent(nn.Module):
-    """A causal LM that reads a question, thinks in latent positions and then answers."""
+    """A causal LM that reads a question, reasons in latent positions and then answers."""
 
     def __init__(self, backbone: Any, config: LatentConfig) -> None:
         super().__init__()
@@ -93,12 +89,12 @@ class LatentStudent(nn.Module):
             ).to(**like)
 
     def get_input_embeddings(self) -> Any:
-        """The language model's own."""
+        """The language model's."""
         return self.backbone.get_input_embeddings()
 
     @property
     def num_passes(self) -> int:
-        """Forward passes up to the one that gives the answer's first token, which is counted."""
+        """Forward passes up to and including the one that gives the answer's first token."""
         if self.config.method == "codi":
             return 1 + self.config.num_latents
         return 1 + (self.config.iterations if self.config.method == "pccot" else 0)
@@ -110,19 +106,19 @@ class LatentStudent(nn.Module):
         answer_BA: Tensor | None = None,
         answer_mask_BA: Tensor | None = None,
     ) -> Thought:
-        """Think, and read the answer where there is one.
+        """Run the latents, and the answer if given (teacher forcing).
 
         Args:
-            question_BT: token ids, padded on the left.
-            question_mask_BT: 1 where a token counts.
-            answer_BA: token ids of the answer, padded on the right.
-            answer_mask_BA: 1 where a token counts.
+            question_BT: token ids, left-padded.
+            question_mask_BT: 0 on padding.
+            answer_BA: token ids of the answer, right-padded.
+            answer_mask_BA: 0 on padding.
         """
         prefix, x_BME = self.think(question_BT, question_mask_BT)
         return self.conclude(prefix, x_BME, answer_BA, answer_mask_BA)
 
     def think(self, question_BT: Tensor, question_mask_BT: Tensor) -> tuple[Prefix, Tensor]:
-        """The question's cache, and the inputs ``[B, M, E]`` of the latent positions."""
+        """The prefix with its cache, and the inputs ``[B, M, E]`` of the latent positions."""
         embeds = self.get_input_embeddings()(question_BT)
         bot = self.bot_E.expand(embeds.shape[0], 1, -1).to(embeds.dtype)
         mask = torch.cat([question_mask_BT.long(), question_mask_BT.new_ones(len(bot), 1)], 1)
@@ -141,7 +137,7 @@ class LatentStudent(nn.Module):
         answer_BA: Tensor | None = None,
         answer_mask_BA: Tensor | None = None,
     ) -> Thought:
-        """The last run of the latents, with eot and the answer behind them."""
+        """Run the latents for the last time, followed by eot and the answer."""
         tail = self.eot_E.expand(x_BME.shape[0], 1, -1).to(x_BME.dtype)
         mask = torch.ones(tail.shape[:2], dtype=torch.long, device=tail.device)
         if answer_BA is not None:
@@ -154,21 +150,25 @@ class LatentStudent(nn.Module):
     def generate(
         self, tokenizer: Any, questions: Sequence[str], max_new_tokens: int | None = None
     ) -> list[str]:
-        """Answers to questions, greedily: what follows the thinking, without special tokens."""
+        """Greedy answers to questions, as text without special tokens."""
         found = answer(self, tokenizer, questions, max_new_tokens or self.config.max_new_tokens)
         return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
 
     def save_pretrained(
         self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None
     ) -> None:
-        """The language model as an ordinary folder, what latents need beside it."""
+        """Write the language model as an ordinary folder, and the latents' weights beside it."""
         folder = Path(folder)
         state = self.state_dict() if state_dict is None else state_dict
-        backbone = {k.removeprefix(BACKBONE): v for k, v in state.items() if k.startswith(BACKBONE)}
-        rest = {k: v.contiguous() for k, v in state.items() if not k.startswith(BACKBONE)}
+        backbone, latent = {}, {}
+        for name, value in state.items():
+            if name.startswith(BACKBONE_PREFIX):
+                backbone[name.removeprefix(BACKBONE_PREFIX)] = value
+            else:
+                latent[name] = value.contiguous()
         self.backbone.save_pretrained(folder, state_dict=backbone)
-        save_file(rest, folder / LATENT_FILE)
-        (folder / SETTINGS).write_text(self.config.model_dump_json(indent=1), encoding="utf-8")
+        save_file(latent, folder / LATENT_FILE)
+        (folder / SETTINGS_FILE).write_text(self.config.model_dump_json(indent=1), encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> LatentStudent:
@@ -182,17 +182,17 @@ class LatentStudent(nn.Module):
         folder = Path(folder)
         if not is_latent(folder):
             raise StudentError(
-                f"{folder} holds no latent student (it has no {SETTINGS}); give the `student` "
+                f"{folder} holds no latent student (it has no {SETTINGS_FILE}); give the `student` "
                 "folder of a run with a `latent` section"
             )
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
         backbone = AutoModelForCausalLM.from_pretrained(folder, **options)
         student = cls(backbone, LatentConfig.model_validate(settings))
         found = student.load_state_dict(load_file(folder / LATENT_FILE), strict=False)
-        missing = [name for name in found.missing_keys if not name.startswith(BACKBONE)]
+        missing = [name for name in found.missing_keys if not name.startswith(BACKBONE_PREFIX)]
         if missing or found.unexpected_keys:
             raise StudentError(
-                f"{folder / LATENT_FILE} does not belong to the {SETTINGS} beside it: missing "
+                f"{folder / LATENT_FILE} does not belong to the {SETTINGS_FILE} beside it: missing "
                 f"{missing}, unexpected {found.unexpected_keys}; copy both from one run"
             )
         return student.eval()
@@ -200,10 +200,11 @@ class LatentStudent(nn.Module):
 
 def is_latent(folder: Path) -> bool:
     """Whether a folder holds a latent student."""
-    return (folder / SETTINGS).is_file()
+    return (folder / SETTINGS_FILE).is_file()
 
 
 Think = Callable[[Tensor, Tensor], Thought]
+"""From ``(question_BT, question_mask_BT)`` to a thought, as ``LatentStudent.forward``."""
 
 
 @torch.inference_mode()
@@ -214,18 +215,20 @@ def answer(
     max_new_tokens: int,
     think: Think | None = None,
 ) -> list[list[int]]:
-    """Token ids of an answer to every question, its end-of-text token included.
+    """Generate greedy answers, from the cache that the latents leave.
 
     Args:
         student: on any device.
-        tokenizer: its own.
-        questions: texts; one batch.
-        max_new_tokens: room for an answer.
-        think: how to get from ``(question_BT, mask_BT)`` to a thought; the student's own way if
-            not given (diagnostics tamper with it).
+        tokenizer: its tokenizer.
+        questions: one batch of texts.
+        max_new_tokens: token budget of an answer.
+        think: replaces the student's forward pass, such as one with tampered latents.
+
+    Returns:
+        Token ids of every answer, up to and including its first EOS token.
 
     Raises:
-        StudentError: no room for an answer.
+        StudentError: ``max_new_tokens`` is less than 1.
     """
     if max_new_tokens < 1:
         raise StudentError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
@@ -236,28 +239,24 @@ def answer(
     device = student.get_input_embeddings().weight.device
     ids, mask = left_padded(tokenizer, questions)
     thought = (think or student)(ids.to(device), mask.to(device))
-    written = _greedy(student, thought, max_new_tokens, tokenizer.eos_token_id)
+    generated = _continue_greedily(student, thought, max_new_tokens, tokenizer.eos_token_id)
     student.train(was_training)
-    return written
+    return generated
 
 
 def left_padded(tokenizer: Any, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """``BOS question`` of every text, padded on the left: ids and mask, ``[B, T]`` long."""
-    encoded = tokenizer(
-        list(questions), add_special_tokens=False, return_attention_mask=False, verbose=False
-    )
-    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return pad_left([before + row for row in encoded["input_ids"]], tokenizer.pad_token_id or 0)
+    """``BOS question`` of every text, left-padded: ids and mask, ``[B, T]`` long."""
+    return pad_left(prompt_ids(tokenizer, questions), tokenizer.pad_token_id or 0)
 
 
-def _greedy(
+def _continue_greedily(
     student: LatentStudent, thought: Thought, max_new_tokens: int, eos_id: int | None
 ) -> list[list[int]]:
     cache, mask = thought.run.cache, thought.mask_BT
     token_B = thought.answer_logits[:, 0].argmax(-1)
-    written = [token_B]
+    generated = [token_B]
     done = token_B == eos_id if eos_id is not None else torch.zeros_like(token_B, dtype=torch.bool)
-    while len(written) < max_new_tokens and not bool(done.all()):
+    while len(generated) < max_new_tokens and not bool(done.all()):
         mask = F.pad(mask, (0, 1), value=1)
         output = student.backbone(
             input_ids=token_B[:, None],
@@ -267,12 +266,7 @@ def _greedy(
             use_cache=True,
         )
         token_B = output.logits[:, -1].argmax(-1)
-        written.append(token_B)
+        generated.append(token_B)
         if eos_id is not None:
             done = done | (token_B == eos_id)
-    rows = torch.stack(written, 1).tolist()
-    return [through_first(row, [eos_id]) for row in rows]
-
-
-# MERGED-DOC distill.latent.generation
-# Answers of a latent student: think, then write greedily from the cache that thinking left.
+    return [through_first(row, [eos_id]) for row in torch.stack(generated, 1).tolist()]

@@ -1,12 +1,15 @@
-"""Are the latents load-bearing? What becomes of the answers when they are tampered with.
+"""Diagnostics of latents: are they load-bearing, and what can be read off them?
 
-Tampering happens where the answer looks: at the latents' keys and values, before rotation, in
-every layer. A student whose answers survive zeros, another order or another sample's latents has
-them for decoration, whatever its accuracy.
+Tampering changes what the answer attends to: the latents' unrotated keys and values, in every
+layer. If answers survive zeros, another order or another sample's latents, the latents carry
+nothing that the answer uses, whatever the accuracy.
 
 ``zeroed``    keys and values are zero
-``shuffled``  the latents' positions are permuted, the same way in every layer
+``shuffled``  the latents' positions are permuted, equally in every layer
 ``swapped``   each sample gets the latents of the next one in its batch
+
+A linear probe shows whether an intermediate result is linearly decodable from a latent, not that
+the answer uses it. Its accuracy is to be compared with that of guessing the most frequent value.
 """
 
 from __future__ import annotations
@@ -29,8 +32,16 @@ from kvdistill.distill.student.latent.questions import question_and_answer
 from kvdistill.errors import CorpusError, StudentError
 from kvdistill.types import Kind
 
+RESULT: Final = re.compile(r"=\s*\$?(-?\d[\d,]*(?:\.\d+)?)")
+
+RIDGE: Final = 1e-2
+"""Penalty of a probe, relative to its features' mean variance."""
+
+MIN_SAMPLES: Final = 20
+"""Steps that occur in fewer samples are not probed."""
+
 Tamper = Callable[[Tensor], Tensor]
-"""From the latents' keys or values ``[B, H, M, D]`` to what the answer sees of them."""
+"""From the latents' keys or values ``[B, H, M, D]`` to those that the answer attends to."""
 
 
 def _shuffled(x_BHMD: Tensor) -> Tensor:
@@ -45,27 +56,61 @@ TAMPERINGS: Final[dict[str, Tamper]] = {
 }
 
 
-def tampered(student: LatentStudent, tamper: Tamper) -> Think:
-    """A way of thinking whose latents are tampered with before the answer sees them."""
-    capture = KVCapture(student.backbone)
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """The latents of every sample, after the last layer."""
 
-    def think(question_BT: Tensor, mask_BT: Tensor) -> Thought:
-        prefix, x_BME = student.think(question_BT, mask_BT)
-        with capture() as captured:
-            thought = student.conclude(prefix, x_BME)
-        columns = thought.columns
-        own = [(tamper(layer.key[:, :, columns]), tamper(layer.value[:, :, columns]))
-               for layer in captured]  # fmt: skip
+    hidden_NME: Tensor
+    nearest_NMK: Tensor
+    """Ids of the likeliest tokens under the language-model head, best first."""
 
-        def rewrite(x_BHTD: Tensor, layer: int, kind: Kind) -> Tensor:
-            out = x_BHTD.clone()
-            out[:, :, columns] = own[layer][kind == "value"]
-            return out
 
-        with capture.rewriting(rewrite):
-            return student.conclude(prefix, x_BME)
+@dataclass(frozen=True)
+class Probes:
+    """Accuracy of linear probes for the intermediate results."""
 
-    return think
+    accuracy: list[list[float]]
+    """Per latent and step: share of held-out samples whose result is predicted."""
+    commonest: list[float]
+    """Per step: accuracy of guessing the most frequent result, on the same samples."""
+
+
+def diagnose_latents(
+    student: LatentStudent,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    found: HeldOut,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> HeldOut:
+    """Add tampering, probes and nearest tokens to an evaluation.
+
+    ``exact_match_zeroed``, ``…_shuffled``, ``…_swapped``   exact match under each tampering
+    ``probe_<step>``       accuracy of the best latent's probe for a step's result
+    ``commonest_<step>``   accuracy of guessing; both only where rationales have equations
+    Rows get ``nearest_tokens``: per latent its likeliest tokens, best first.
+
+    Raises:
+        StudentError: there are no latents.
+    """
+    gradable = [sample for sample in samples if is_gradable(sample)]
+    tampered_shares = tamper_with(
+        student, tokenizer, gradable, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+    metrics = found.metrics | {f"exact_match_{name}": x for name, x in tampered_shares.items()}
+    latents = read_latents(student, tokenizer, gradable, batch_size=batch_size)
+    if sum(bool(intermediate_results(sample)) for sample in gradable) >= MIN_SAMPLES:
+        probes = probe(latents, gradable)
+        for step, commonest in enumerate(probes.commonest, start=1):
+            best = max(row[step - 1] for row in probes.accuracy)
+            metrics |= {f"probe_{step}": best, f"commonest_{step}": commonest}
+    nearest = {
+        sample.sample_id: [tokenizer.batch_decode(ids.unsqueeze(-1)) for ids in row]
+        for sample, row in zip(gradable, latents.nearest_NMK, strict=True)
+    }
+    rows = [row | {"nearest_tokens": nearest[row["sample_id"]]} for row in found.rows]
+    return HeldOut(metrics, rows)
 
 
 def tamper_with(
@@ -84,48 +129,42 @@ def tamper_with(
     """
     if not student.config.positions:
         raise StudentError("a student with latent.method none has no latents to tamper with")
-    found = {}
-    for name, tamper in TAMPERINGS.items():
-        result = latent_exact_match(
+    return {
+        name: latent_exact_match(
             student,
             tokenizer,
             samples,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             think=tampered(student, tamper),
-        )
-        found[name] = result.share
-    return found
+        ).share
+        for name, tamper in TAMPERINGS.items()
+    }
 
 
-RESULT: Final = re.compile(r"=\s*\$?(-?\d[\d,]*(?:\.\d+)?)")
+def tampered(student: LatentStudent, tamper: Tamper) -> Think:
+    """The student's forward pass, with the latents' keys and values tampered with."""
+    capture = KVCapture(student.backbone)
 
+    def think(question_BT: Tensor, mask_BT: Tensor) -> Thought:
+        prefix, x_BME = student.think(question_BT, mask_BT)
+        with capture() as captured:
+            thought = student.conclude(prefix, x_BME)
+        columns = thought.columns
+        replacements = [
+            {kind: tamper(getattr(layer, kind)[:, :, columns]) for kind in ("key", "value")}
+            for layer in captured
+        ]
 
-RIDGE: Final = 1e-2
-"""Penalty of a probe, as a share of its features' mean variance."""
+        def rewrite(x_BHTD: Tensor, layer: int, kind: Kind) -> Tensor:
+            out = x_BHTD.clone()
+            out[:, :, columns] = replacements[layer][kind]
+            return out
 
+        with capture.rewriting(rewrite):
+            return student.conclude(prefix, x_BME)
 
-MIN_SAMPLES: Final = 20
-"""Steps that fewer samples have are not probed."""
-
-
-@dataclass(frozen=True, eq=False)
-class Latents:
-    """The latents of every sample, after the last layer."""
-
-    hidden_NME: Tensor
-    nearest_NMK: Tensor
-    """Ids of the likeliest tokens, best first, where the language model's head reads a latent."""
-
-
-@dataclass(frozen=True)
-class Probes:
-    """How well the result of a step can be read off a latent."""
-
-    accuracy: list[list[float]]
-    """Per latent and step: share of held-out samples whose result the probe gets right."""
-    commonest: list[float]
-    """Per step: what guessing the commonest result would score on the same samples."""
+    return think
 
 
 @torch.inference_mode()
@@ -137,7 +176,7 @@ def read_latents(
     batch_size: int,
     num_nearest: int = 3,
 ) -> Latents:
-    """Let a student think about every question, and keep what it thought.
+    """Run a student on every question and collect its latents, in the samples' order.
 
     Raises:
         CorpusError: a sample has no prompt or no answer.
@@ -158,15 +197,15 @@ def read_latents(
 
 
 def intermediate_results(sample: Sample) -> list[str]:
-    """What the rationale's steps come to, in order: the numbers after its equal signs."""
+    """Results of the rationale's steps, in order: the numbers after its equal signs."""
     rationale = dict(sample.segments).get("rationale", "")
     return [found.replace(",", "") for found in RESULT.findall(rationale)]
 
 
 def probe(latents: Latents, samples: Sequence[Sample]) -> Probes:
-    """Fit one linear probe per latent and step on every other sample, score it on the rest.
+    """Fit one linear probe per latent and step on every other sample, and score it on the rest.
 
-    Held-out samples count whose result occurs among the fitted ones; it cannot be learned else.
+    Only held-out samples whose result occurs among the fitted ones are scored.
 
     Raises:
         CorpusError: too few samples have equations in their rationales.
@@ -178,26 +217,26 @@ def probe(latents: Latents, samples: Sequence[Sample]) -> Probes:
         if len(rows) < MIN_SAMPLES:
             break
         values = [results[i][step] for i in rows]
-        fitted, tested = values[::2], values[1::2]
+        fitted, held_out = values[::2], values[1::2]
         classes = sorted(set(fitted))
-        known = [k for k, value in enumerate(tested) if value in classes]
-        if not known:
+        scored = [k for k, value in enumerate(held_out) if value in classes]
+        if not scored:
             break
         labels = torch.tensor([classes.index(value) for value in fitted])
-        wanted = torch.tensor([classes.index(tested[k]) for k in known])
+        expected = torch.tensor([classes.index(held_out[k]) for k in scored])
         hidden = latents.hidden_NME[rows]
         accuracy.append(
             [
-                _accuracy(hidden[::2, m], labels, hidden[1::2, m][known], wanted, len(classes))
+                _accuracy(hidden[::2, m], labels, hidden[1::2, m][scored], expected, len(classes))
                 for m in range(num_latents)
             ]
         )
         guess = Counter(fitted).most_common(1)[0][0]
-        commonest.append(sum(tested[k] == guess for k in known) / len(known))
+        commonest.append(sum(held_out[k] == guess for k in scored) / len(scored))
     if not accuracy:
         raise CorpusError(
-            f"probes need at least {MIN_SAMPLES} samples with equations (such as 3+4=7) in their "
-            f"rationales; of {len(samples)} samples {sum(bool(r) for r in results)} have any"
+            f"probes: expected at least {MIN_SAMPLES} samples with equations (such as 3+4=7) in "
+            f"their rationales, got {sum(bool(r) for r in results)} of {len(samples)}; use more"
         )
     return Probes([list(latent) for latent in zip(*accuracy, strict=True)], commonest)
 
@@ -213,53 +252,3 @@ def _accuracy(
     weight = torch.linalg.solve(gram + penalty * torch.eye(gram.shape[0]), x.T @ target)
     scores = (test_NE - mean).double() @ weight + target.mean(0)
     return float((scores.argmax(1) == test_labels).double().mean())
-
-
-def diagnose_latents(
-    student: LatentStudent,
-    tokenizer: Any,
-    samples: Sequence[Sample],
-    found: HeldOut,
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-) -> HeldOut:
-    """An evaluation with what tampering does to it, and what can be read off the latents.
-
-    ``exact_match_zeroed``, ``…_shuffled``, ``…_swapped``   see ``tampering``
-    ``probe_<step>``       share of right results of a step, read off the latent that knows it best
-    ``commonest_<step>``   what guessing would score; both only where rationales have equations
-    Rows get ``nearest_tokens``: per latent the tokens that it is nearest to, best first.
-
-    Raises:
-        StudentError: there are no latents.
-    """
-    asked = [sample for sample in samples if is_gradable(sample)]
-    tampered = tamper_with(
-        student, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size
-    )
-    metrics = found.metrics | {f"exact_match_{name}": share for name, share in tampered.items()}
-    latents = read_latents(student, tokenizer, asked, batch_size=batch_size)
-    if sum(bool(intermediate_results(sample)) for sample in asked) >= MIN_SAMPLES:
-        probes = probe(latents, asked)
-        for step, commonest in enumerate(probes.commonest, start=1):
-            best = max(row[step - 1] for row in probes.accuracy)
-            metrics |= {f"probe_{step}": best, f"commonest_{step}": commonest}
-    nearest = {
-        sample.sample_id: [tokenizer.batch_decode(ids.unsqueeze(-1)) for ids in row]
-        for sample, row in zip(asked, latents.nearest_NMK, strict=True)
-    }
-    rows = [row | {"nearest_tokens": nearest[row["sample_id"]]} for row in found.rows]
-    return HeldOut(metrics, rows)
-
-
-# MERGED-DOC distill.latent.reading
-# What can be read off the latents: intermediate results by linear probes, nearest tokens.
-#
-# A probe says whether a result is *there* in a form that one linear map can read; it does not say
-# that the answer uses it (that is what tampering is for). Its accuracy means something only against
-# the share of the commonest value, which is given beside it.
-
-
-# MERGED-DOC distill.latent.diagnose
-# All checks of a latent student at once, as figures and rows of an evaluation.

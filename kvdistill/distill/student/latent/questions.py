@@ -1,9 +1,8 @@
-"""Samples to a batch for a latent student: question, answer, words, and the teacher's rationale.
+"""Collation for a latent student: question, answer, full text, and the teachers' rationales.
 
-What a batch holds beside an ordinary one's ``teachers`` is cut at the segments: a latent student
-never reads question and answer as one text. Which teacher tokens latents learn from is decided on
-the device; how many there will be follows from the segments alone, so the count that the loss is
-divided by is known here.
+A batch is cut at the segments, because a latent student never reads question and answer as one
+text. Which teacher tokens an eviction keeps is decided on the device; how many there are follows
+from the segments, so the count that the loss is divided by is computed here.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from kvdistill.distill.data.collate import (
     tokenize,
 )
 from kvdistill.distill.losses.pointwise import IGNORED_LABEL
+from kvdistill.distill.student.build import prompt_ids, token_ids
 from kvdistill.distill.targets import TeacherSpace
 from kvdistill.errors import CorpusError
 from kvdistill.store.shard import EncodedShard
@@ -36,23 +36,23 @@ from kvdistill.types import KINDS, SEGMENT_IDS
 
 @dataclass(frozen=True, eq=False)
 class LatentCollate(Collate):
-    """Makes batches of questions and answers with the teachers' rationales beside them."""
+    """Collates questions and answers together with the teachers' rationales."""
 
     latent: LatentConfig
 
     def __call__(self, items: Sequence[Item]) -> Batch:
-        """A batch of tensors.
+        """Collate samples into a batch.
 
-        ``question_ids``, ``question_mask``   ``[B, Q]``, padded on the left
-        ``answer_ids``, ``answer_mask``       ``[B, A]``, padded on the right, ending with EOS
-        ``labels``         ``[B, 1 + A]``: what eot and the answer's tokens predict, shifted by one
-        ``input_ids``, ``attention_mask``, ``rationale_labels``   ``[B, T]``: the whole text, and
-                           the labels of what follows the question
+        ``question_ids``, ``question_mask``   ``[B, Q]``, left-padded
+        ``answer_ids``, ``answer_mask``       ``[B, A]``, right-padded, ending with EOS
+        ``labels``         ``[B, 1 + A]``: labels of eot and the answer's tokens, shifted by one
+        ``input_ids``, ``attention_mask``, ``rationale_labels``   ``[B, T]``: the full text, and
+                           labels after the question; only with ``losses.rationale``
         ``task``           ``[B]``: task ids, 0 where a sample has none
         ``teachers``       per teacher ``key`` and ``value`` parts as stored, by group;
-                           ``importance`` by group ``[B, L, H, T]``; ``rationale [B, T]``, the
-                           tokens to choose from; ``covered [B, M]``, latents that get one;
-                           ``seed [B]``; ``cue [B, L + 1, E]`` where the loss needs it
+                           ``importance`` by group ``[B, L, H, T]``; ``rationale [B, T]``, tokens
+                           that an eviction chooses from; ``covered [B, M]``, latents with a target;
+                           ``seed [B]``; ``cue [B, L + 1, E]`` with ``losses.codi``
 
         Raises:
             CorpusError: a sample has no question or no answer.
@@ -69,29 +69,30 @@ class LatentCollate(Collate):
         return batch
 
     def without_weight(self, batch: Batch) -> Batch:
-        """The same batch with nothing in it that a loss counts."""
+        """The same batch, masked so that no loss counts anything of it."""
         teachers = {
             name: {**teacher, "covered": torch.zeros_like(teacher["covered"])}
             for name, teacher in batch["teachers"].items()
         }
-        ignored = {
+        ignored: Batch = {
             name: torch.full_like(batch[name], IGNORED_LABEL)
             for name in ("labels", "rationale_labels")
+            if name in batch
         }
         return {**batch, **ignored, "teachers": teachers}
 
     def _student(self, samples: list[Sample]) -> Batch:
         pad_id = self.tokenizer.pad_token_id or 0
         questions, answers = zip(*(question_and_answer(sample) for sample in samples), strict=True)
-        before, after = (
-            [] if token is None else [token]
-            for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        )
-        asked = [before + ids for ids in self._ids(questions)]
-        question_ids, question_mask = pad_left([ids[-self.max_length :] for ids in asked], pad_id)
-        given = [np.array((ids + after)[: self.max_length], np.int64) for ids in self._ids(answers)]
-        answer_ids = padded(given, pad_id)
-        answer_mask = padded([np.ones_like(ids) for ids in given], 0).bool()
+        eos = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        prompts = [ids[-self.max_length :] for ids in prompt_ids(self.tokenizer, questions)]
+        question_ids, question_mask = pad_left(prompts, pad_id)
+        rows = [
+            np.array((ids + eos)[: self.max_length], np.int64)
+            for ids in token_ids(self.tokenizer, answers)
+        ]
+        answer_ids = padded(rows, pad_id)
+        answer_mask = padded([np.ones_like(ids) for ids in rows], 0).bool()
         labels = torch.cat(
             [
                 torch.full_like(answer_ids[:, :1], IGNORED_LABEL),
@@ -105,11 +106,11 @@ class LatentCollate(Collate):
             "answer_ids": answer_ids,
             "answer_mask": answer_mask,
             "labels": labels,
-            **(self._words(samples, pad_id) if self.losses.rationale else {}),
+            **(self._full_text(samples, pad_id) if self.losses.rationale else {}),
         }
 
-    def _words(self, samples: list[Sample], pad_id: int) -> Batch:
-        """The whole texts, with labels on what follows the question."""
+    def _full_text(self, samples: list[Sample], pad_id: int) -> Batch:
+        """Question, rationale and answer as one text, with labels after the question."""
         tokens = tokenize(self.tokenizer, samples, self.max_length)
         batch = student_batch(tokens, pad_id)
         length = batch["input_ids"].shape[1]
@@ -118,13 +119,6 @@ class LatentCollate(Collate):
         labels = batch["labels"].masked_fill(~follows, IGNORED_LABEL)
         names = ("input_ids", "attention_mask")
         return {name: batch[name] for name in names} | {"rationale_labels": labels}
-
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded = self.tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
 
     def _rationales(
         self, space: TeacherSpace, rows: list[tuple[EncodedShard, int]], samples: list[Sample]
@@ -165,8 +159,8 @@ def question_and_answer(sample: Sample) -> tuple[str, str]:
     parts = dict(sample.segments)
     if not parts.get("prompt") or not parts.get("answer"):
         raise CorpusError(
-            f"sample {sample.sample_id!r} has the segments {sorted(parts)}; a latent student needs "
-            "a prompt and an answer, and a rationale to learn from"
+            f"sample {sample.sample_id!r}: expected a prompt and an answer for a latent student, "
+            f"got the segments {sorted(parts)}; use rows of prompt/rationale/answer"
         )
     return parts["prompt"], parts["answer"]
 
@@ -174,7 +168,7 @@ def question_and_answer(sample: Sample) -> tuple[str, str]:
 def _padded_importance(
     rows: list[tuple[EncodedShard, int]], name: str, length: int
 ) -> torch.Tensor:
-    """Importance of every row, padded with zeros: ``[B, L, H, T]`` float32."""
+    """Importance of every row, zero-padded: ``[B, L, H, T]`` float32."""
     pieces = [shard.arrays[name][:, :, shard.tokens.span(idx)] for shard, idx in rows]
     out = np.zeros((len(pieces), *pieces[0].shape[:2], length), np.float32)
     for row, piece in enumerate(pieces):

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvdistill.attention.geometry import HeadShape
 from kvdistill.config.distill import LatentConfig
 from kvdistill.distill.align.layers import LayerMap
-from kvdistill.distill.student.latent.latent_distiller import Rationales, nearest_layers
+from kvdistill.distill.student.latent.latent_distiller import RationaleEviction, nearest_layers
 from kvdistill.distill.targets import GroupSpace, TargetStatistics
 from kvdistill.store.manifest import RotarySpec
 from kvdistill.types import KINDS
@@ -79,7 +79,7 @@ def by_hand(key: Tensor, importance: Tensor, tokens: list[int], layer: int, budg
 def chosen(**eviction: Any) -> Any:
     key, teacher = stored()
     latent = LatentConfig(num_latents=4, eviction=eviction)
-    return Rationales(latent, SPECS).choose(group(), key, teacher)
+    return RationaleEviction(latent, SPECS).select(group(), key, teacher)
 
 
 def test_rkv_ranks_rotated_keys_of_the_rationale_per_layer_and_head() -> None:
@@ -98,8 +98,8 @@ def test_rkv_ranks_rotated_keys_of_the_rationale_per_layer_and_head() -> None:
 def test_unrotated_keys_would_choose_otherwise() -> None:
     key, teacher = stored()
     latent = LatentConfig(num_latents=2)
-    rotated = Rationales(latent, SPECS).choose(group(), key, teacher)
-    plain = Rationales(latent, {}).choose(group(), key, teacher)
+    rotated = RationaleEviction(latent, SPECS).select(group(), key, teacher)
+    plain = RationaleEviction(latent, {}).select(group(), key, teacher)
     assert not torch.equal(rotated.index_BLHM, plain.index_BLHM)
 
 
@@ -116,7 +116,7 @@ def test_a_sample_without_a_rationale_teaches_nothing(method: str) -> None:
 def test_a_large_budget_keeps_the_rationale_in_order() -> None:
     key, teacher = stored()
     latent = LatentConfig(num_latents=7)
-    kept = Rationales(latent, SPECS).choose(group(), key, teacher)
+    kept = RationaleEviction(latent, SPECS).select(group(), key, teacher)
     assert (kept.index_BLHM[0, :, :, :5] == torch.arange(3, 8)).all()
     assert kept.covered[0].tolist() == [True] * 5 + [False] * 2
 
@@ -124,10 +124,10 @@ def test_a_large_budget_keeps_the_rationale_in_order() -> None:
 def test_random_depends_on_the_sample_alone() -> None:
     key, teacher = stored()
     latent = LatentConfig(num_latents=3, eviction={"method": "random"})
-    whole = Rationales(latent, SPECS).choose(group(), key, teacher)
+    whole = RationaleEviction(latent, SPECS).select(group(), key, teacher)
     alone = {**teacher, "rationale": teacher["rationale"][:1], "seed": teacher["seed"][:1]}
     alone["importance"] = {"": teacher["importance"][""][:1]}
-    one = Rationales(latent, SPECS).choose(group(), key[:1], alone)
+    one = RationaleEviction(latent, SPECS).select(group(), key[:1], alone)
     assert torch.equal(one.index_BLHM, whole.index_BLHM[:1])
 
 
