@@ -162,15 +162,12 @@ def largest_norms(
     import dask
     import dask.array as da
 
-    layers = store.teacher(teacher).layers
-    lazy = []
-    for layer in layers:
+    lazy = {}
+    for layer in store.teacher(teacher).layers:
         array = dask_array(store, teacher, kind, layer=layer, shard_ids=shard_ids)
-        lazy.append(da.sqrt((array**2).sum(axis=-1)).max(axis=-1))
-    return {
-        layer: [float(x) for x in row]
-        for layer, row in zip(layers, dask.compute(*lazy), strict=True)
-    }
+        lazy[layer] = da.sqrt((array**2).sum(axis=-1)).max(axis=-1)
+    (largest,) = dask.compute(lazy)
+    return {layer: norms.tolist() for layer, norms in largest.items()}
 
 
 def plot_teacher(
@@ -181,12 +178,10 @@ def plot_teacher(
     Raises:
         OSError: the file cannot be written.
     """
-    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    axes = figure.subplots(2, 2)
     for axis, kind in zip(axes[0], KINDS, strict=True):
         _plot_norms(axis, summary, kind)
     left, right = axes[1]
@@ -209,7 +204,6 @@ def plot_teacher(
         f"{summary.ratio:.2f} of bf16"
     )
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _plot_norms(axis: Axes, summary: TeacherSummary, kind: str) -> None:

@@ -178,7 +178,7 @@ def publish_shard(
     arrays |= {f"{name}_statistics": stats.to_array() for name, stats in statistics.items()}
     counts = Counts(shard.tokens.num_samples, shard.tokens.num_tokens, shard.tokens.num_blocks)
     specs = shard_arrays(manifest, counts)
-    _check_shard(manifest, store.plan(shard_id), shard.tokens, arrays, specs)
+    _validate_shard(manifest, store.plan(shard_id), shard.tokens, arrays, specs)
     with staging_folder(store.paths.temporary(teacher), shard_id) as folder:
         attributes = {"sample_ids": list(shard.tokens.sample_ids)}
         tensors = BACKENDS[manifest.backend].write(folder, arrays, specs, attributes)
@@ -212,7 +212,7 @@ def _raw_bytes(manifest: TeacherManifest, counts: Counts) -> int:
     return 2 * per_token * counts.num_tokens
 
 
-def _check_shard(
+def _validate_shard(
     manifest: TeacherManifest,
     plan: ShardPlan,
     tokens: TokenTable,

@@ -45,10 +45,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cast:
-    """fp16, or bf16 stored as its bits, since numpy and zarr lack the type.
-
-    Lossless for a teacher of the same dtype.
-    """
+    """fp16, or bf16 as its bits (numpy and zarr lack it); lossless for a teacher of that dtype."""
 
     name: CodecName
 

@@ -71,11 +71,8 @@ class Asymmetric:
         if kind == "key" or self.half_values:
             return (packed, half_part("scale", kind), half_part("zero", kind))
         scale = Part("scale", "uint8", _STEP, channels="all")
-        return (
-            packed,
-            scale,
-            Part("zero", "int8", "middle in quarters of a step", channels="all"),
-        )
+        zero = Part("zero", "int8", "middle in quarters of a step", channels="all")
+        return (packed, scale, zero)
 
     def encode(self, x: torch.Tensor, kind: Kind) -> dict[str, torch.Tensor]:
         """``[..., T, D]`` of one sample → packed codes ``[..., T, D/2]``, scales and zeros.
