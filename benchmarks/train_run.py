@@ -31,7 +31,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     experiment = parse_experiment(spec["experiment"])
     source_of = None
     if spec["live"]:
-        from kvdistill.pipelines.live import live_source
+        from live import live_source
 
         source_of = live_source(experiment)
     trainer = build_trainer(

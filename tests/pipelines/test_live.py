@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.live import LiveSource, live_source, only_layers
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import parse_experiment
 from kvdistill.corpus.readers import load_corpus
 from kvdistill.pipelines.extract import extract
-from kvdistill.pipelines.live import LiveSource, live_source, only_layers
 from kvdistill.pipelines.run_folder import begin
 from kvdistill.pipelines.train import build_trainer
 from kvdistill.store.reader import KVStore

@@ -1,7 +1,7 @@
 """Online distillation, for comparison: live teachers behind the interface of a store.
 
 Tests show with it that cached and live keys and values give equal losses, benchmarks measure what
-caching saves. ``kvdistill train`` never uses it: stage 2 loads no teacher.
+caching saves. ``kvdistill train`` cannot: stage 2 loads no teacher.
 
 The store gives the corpus, the plan and the manifests (geometry and statistics), and no shard.
 Every teacher reads every shard each time it is due, and encodes it as it would be stored.
