@@ -1,4 +1,4 @@
-"""Where a result came from: versions, commit, command, machine."""
+"""Provenance of a run: versions, commit, command, machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES: Final = ("torch", "transformers", "accelerate", "tokenizers", "zarr", 
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, kvdistill and of every package whose version can change a number."""
+    """Versions of Python, kvdistill and every package that can change a number."""
     found = {"python": platform.python_version(), "kvdistill": __version__}
     for package in PACKAGES:
         try:
@@ -44,7 +44,7 @@ def git_commit(folder: Path | None = None) -> str | None:
 
 
 def command(arguments: Sequence[str]) -> str:
-    """A process's arguments as one would type them again, wherever its program lies."""
+    """A process's arguments as they would be typed, without the program's folder."""
     program, package = Path(arguments[0]), Path(__file__).parent
     typed = [program.name]
     if program.is_relative_to(package):
@@ -54,7 +54,7 @@ def command(arguments: Sequence[str]) -> str:
 
 
 def describe() -> dict[str, Any]:
-    """Everything that ``run.json`` keeps about the process that made a run."""
+    """The process's entry in ``run.json``."""
     return {
         "command": command(sys.argv),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -67,5 +67,5 @@ def describe() -> dict[str, Any]:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    asked = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+    command_line = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command_line, check=True, capture_output=True, text=True).stdout.strip()

@@ -105,8 +105,19 @@ def evaluate_command(
     if (corpus is None) == (harness is None):
         raise click.UsageError("give either a CORPUS or --harness with tasks")
     if corpus is None:
+        from kvdistill.distill.evaluate.harness import run_harness
+
         tasks = [task.strip() for task in str(harness).split(",")]
-        _harness(student, tasks, max_samples, batch_size, max_length, as_json=as_json)
+        figures = run_harness(
+            student, tasks, limit=max_samples, batch_size=batch_size, max_length=max_length
+        )
+        if as_json:
+            click.echo(json.dumps([asdict(figure) for figure in figures]))
+            return
+        for figure in figures:
+            error = figure.standard_error
+            margin = "" if error is None else f" ± {error:.3g}"
+            click.echo(f"{figure.task} {figure.metric}: {figure.value:.6g}{margin}")
         return
     from kvdistill.pipelines.evaluate import evaluate_folder, write_rows
 
@@ -127,27 +138,6 @@ def evaluate_command(
         return
     for name, value in found.metrics.items():
         click.echo(f"{name.replace('_', ' ')}: {value:.6g}")
-
-
-def _harness(
-    student: Path,
-    tasks: list[str],
-    limit: int | None,
-    batch_size: int,
-    max_length: int,
-    *,
-    as_json: bool,
-) -> None:
-    from kvdistill.distill.evaluate.harness import run_harness
-
-    found = run_harness(student, tasks, limit=limit, batch_size=batch_size, max_length=max_length)
-    if as_json:
-        click.echo(json.dumps([asdict(figure) for figure in found]))
-        return
-    for figure in found:
-        error = figure.standard_error
-        spread = "" if error is None else f" ± {error:.3g}"
-        click.echo(f"{figure.task} {figure.metric}: {figure.value:.6g}{spread}")
 
 
 def _print_training(report: TrainingReport) -> None:

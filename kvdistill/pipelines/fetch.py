@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 from kvdistill.config.experiment import Experiment
+from kvdistill.corpus.readers import load_corpus
 from kvdistill.errors import TeacherError
 
 TOKENIZER_FILES: Final = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -30,11 +31,6 @@ class Need:
         return Path(self.source).exists()
 
 
-def needs(experiment: Experiment) -> list[Need]:
-    """Every model, tokenizer and data set that the config names, once each."""
-    return list(dict.fromkeys(_needs(experiment)))
-
-
 def fetch(
     experiment: Experiment, report: Callable[[Need, str], None] = lambda need, state: None
 ) -> list[Need]:
@@ -47,8 +43,6 @@ def fetch(
     wanted = needs(experiment)
     for need in wanted:
         if need.kind == "dataset":
-            from kvdistill.corpus.readers import load_corpus
-
             report(need, "fetching")
             load_corpus(experiment.corpus)
         elif not need.is_local:
@@ -58,21 +52,22 @@ def fetch(
     return wanted
 
 
-def _needs(experiment: Experiment) -> Iterator[Need]:
-    for source in experiment.corpus.sources.values():
-        if source.dataset is not None:
-            yield Need("dataset", source.dataset)
+def needs(experiment: Experiment) -> list[Need]:
+    """Every model, tokenizer and data set that the config names, once each."""
+    sources = experiment.corpus.sources.values()
+    found = [Need("dataset", source.dataset) for source in sources if source.dataset is not None]
     for teacher in experiment.teachers.values():
         code = CODE_FILES if teacher.trust_remote_code else ()
         weights = (teacher.gguf_file, *TOKENIZER_FILES) if teacher.gguf_file else MODEL_FILES
-        yield Need("model", teacher.model, teacher.revision, (*weights, *code))
+        found.append(Need("model", teacher.model, teacher.revision, (*weights, *code)))
         if teacher.tokenizer is not None:
-            yield Need("tokenizer", teacher.tokenizer, None, TOKENIZER_FILES)
+            found.append(Need("tokenizer", teacher.tokenizer, None, TOKENIZER_FILES))
     student = experiment.student
     if student.model is not None:
-        yield Need("model", student.model, None, MODEL_FILES)
+        found.append(Need("model", student.model, None, MODEL_FILES))
     if student.tokenizer is not None:
-        yield Need("tokenizer", student.tokenizer, None, TOKENIZER_FILES)
+        found.append(Need("tokenizer", student.tokenizer, None, TOKENIZER_FILES))
+    return list(dict.fromkeys(found))
 
 
 def _download(need: Need) -> None:

@@ -98,8 +98,8 @@ def estimate_extraction(
     samples = load_corpus(experiment.corpus).train
     characters = sum(len(sample.text) for sample in samples)
     pilot = _spread(samples, num_samples)
-    shared = _PilotSetup(
-        experiment, pilot, num_sized, _student_spans(experiment, pilot), characters
+    shared = _Pilot(
+        experiment, pilot, num_sized, _tokenise_for_student(experiment, pilot), characters
     )
     # One teacher in memory at a time.
     teachers = [
@@ -120,7 +120,7 @@ def array_size(plan: ExtractionEstimate, parallelism: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class _PilotSetup:
+class _Pilot:
     experiment: Experiment
     samples: Sequence[Sample]
     num_sized: int
@@ -129,7 +129,7 @@ class _PilotSetup:
     """Of the whole corpus."""
 
 
-def _estimate_teacher(pilot: _PilotSetup, teacher: Teacher) -> TeacherEstimate:
+def _estimate_teacher(pilot: _Pilot, teacher: Teacher) -> TeacherEstimate:
     encoded = teacher.tokenise(pilot.samples)
     lengths = np.array([sample.max_tokens for sample in encoded])
     pilot_characters = sum(len(sample.text) for sample in pilot.samples)
@@ -195,7 +195,9 @@ def _measure_size(
     return size, extracted.seconds, extracted.num_read
 
 
-def _student_spans(experiment: Experiment, pilot: Sequence[Sample]) -> list[TokenisedSample] | None:
+def _tokenise_for_student(
+    experiment: Experiment, pilot: Sequence[Sample]
+) -> list[TokenisedSample] | None:
     from kvdistill.distill.student.build import load_student_tokenizer
     from kvdistill.errors import StudentError
 

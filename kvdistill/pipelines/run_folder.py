@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,51 +30,19 @@ from kvdistill.errors import ConfigError
 from kvdistill.store.manifest import TeacherManifest
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Every path of one run."""
+    """Every path of one run, listed above."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The whole experiment, as YAML."""
-        return self.path / "config.yaml"
-
-    @property
-    def record(self) -> Path:
-        """Provenance and outcome."""
-        return self.path / "run.json"
-
-    @property
-    def log(self) -> Path:
-        """One JSON object per log of the trainer."""
-        return self.path / "training_log.jsonl"
-
-    @property
-    def human_log(self) -> Path:
-        """The same as text, with warnings."""
-        return self.path / "training.log"
-
-    @property
-    def student(self) -> Path:
-        """The final student."""
-        return self.path / "student"
-
-    @property
-    def best(self) -> Path:
-        """The best student so far, while the run goes on."""
-        return self.path / "best"
-
-    @property
-    def eval_samples(self) -> Path:
-        """The final evaluation, sample by sample."""
-        return self.path / "eval_samples.jsonl"
-
-    @property
-    def diagnostics(self) -> Path:
-        """Data for the report's figures."""
-        return self.path / "diagnostics.json"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.record = path / "run.json"
+        self.log = path / "training_log.jsonl"
+        self.human_log = path / "training.log"
+        self.best = path / "best"
+        self.student = path / "student"
+        self.eval_samples = path / "eval_samples.jsonl"
+        self.diagnostics = path / "diagnostics.json"
 
     def read_record(self) -> dict[str, Any]:
         """``run.json``; empty if the run has not begun."""
@@ -113,14 +80,8 @@ def begin(experiment: Experiment) -> RunFolder:
     record = folder.read_record()
     if not record.get("finished"):
         attempts = [*record.get("attempts", []), provenance.describe()]
-        folder.write_record(
-            {
-                "name": experiment.name,
-                "seed": experiment.seed,
-                "finished": False,
-                "attempts": attempts,
-            }
-        )
+        head = {"name": experiment.name, "seed": experiment.seed, "finished": False}
+        folder.write_record({**head, "attempts": attempts})
     return folder
 
 
@@ -134,16 +95,16 @@ def refuse_other_config(folder: RunFolder, experiment: Experiment) -> None:
     written = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     earlier = parse_experiment(current_names(written, warn=False))
     stored = flatten(earlier.model_dump(mode="json"))
-    asked = flatten(experiment.model_dump(mode="json"))
+    expected = flatten(experiment.model_dump(mode="json"))
     # Slurm's resources change no number, and may change between two attempts.
-    keys = {key for key in stored | asked if not key.startswith("slurm.")}
-    different = sorted(key for key in keys if stored.get(key) != asked.get(key))
+    keys = {key for key in stored | expected if not key.startswith("slurm.")}
+    different = sorted(key for key in keys if stored.get(key) != expected.get(key))
     if different:
         key = different[0]
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
         raise ConfigError(
             f"{folder.path} holds a run with {key}={stored.get(key)!r}, this config has "
-            f"{asked.get(key)!r}{more}; choose another name (--set name=…) or remove the folder"
+            f"{expected.get(key)!r}{more}; choose another name (--set name=…) or remove the folder"
         )
 
 

@@ -5,6 +5,7 @@ No teacher is loaded and no code that could load one is imported.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import resource
@@ -14,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -61,7 +62,7 @@ def train(experiment: Experiment) -> TrainingReport:
         return TrainingReport(folder.path, record["metrics"], False, already_finished=True)
     checkpoint = folder.checkpoint()
     began = time.monotonic()
-    forget_peak()
+    reset_peak_memory()
     trainer = build_trainer(experiment, store, splits, folder)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -216,43 +217,41 @@ def _write_outcome(
 ) -> None:
     rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in trainer.evaluated_samples]
     folder.eval_samples.write_text("".join(rows), encoding="utf-8")
-    record = folder.read_record()
-    folder.write_record(
-        record
-        | {
-            "finished": True,
-            "metrics": metrics,
-            "calibration": trainer.evaluated_calibration,
-            "steps": trainer.state.global_step,
-            "best": None if trainer.best is None else asdict(trainer.best),
-            "seconds": seconds,
-            **resource_usage(),
-            "controls": recorded_controls(trainer, splits.train, splits.evaluation),
-        }
-    )
+    outcome = {
+        "finished": True,
+        "metrics": metrics,
+        "calibration": trainer.evaluated_calibration,
+        "steps": trainer.state.global_step,
+        "best": None if trainer.best is None else asdict(trainer.best),
+        "seconds": seconds,
+        **resource_usage(),
+        "controls": recorded_controls(trainer, splits.train, splits.evaluation),
+    }
+    folder.write_record(folder.read_record() | outcome)
 
 
-CLEAR_PEAK: Final = Path("/proc/self/clear_refs")
-STATUS: Final = Path("/proc/self/status")
-
-
-def forget_peak() -> None:
-    """Reset the peak of memory, where the system can: many runs may share one process."""
+def reset_peak_memory() -> None:
+    """Start a new measurement of peak memory: many runs may share one process."""
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    try:
-        CLEAR_PEAK.write_text("5", encoding="ascii")
-    except OSError:
-        return  # not Linux, or not permitted: the peak is then that of the whole process
+    # Not Linux, or not permitted: the peak is then that of the whole process.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def resource_usage() -> dict[str, float]:
     """``peak_memory_bytes`` of this process and ``peak_device_bytes`` of its GPU, if any."""
     import torch
 
-    found = {"peak_memory_bytes": float(_peak_memory_bytes())}
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    found = {"peak_memory_bytes": float(peak)}
     if torch.cuda.is_available():
         found["peak_device_bytes"] = float(torch.cuda.max_memory_allocated())
     return found
@@ -283,13 +282,3 @@ def recorded_controls(
         "order": trainer.stream.order.fingerprint,
         "steps": trainer.state.global_step,
     }
-
-
-def _peak_memory_bytes() -> int:
-    try:
-        lines = STATUS.read_text(encoding="ascii").splitlines()
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
-    return int(peak) * 1024

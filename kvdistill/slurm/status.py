@@ -5,7 +5,7 @@ running       a live worker holds it
 stale         its worker crashed or stopped sending heartbeats
 quarantined   failed too often to be retried automatically
 failed        failed, and will be retried
-pending       nobody has started it, or it was put back
+pending       not started, or abandoned by a stopped worker
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a profile of the config asks of Slurm: arrays, single jobs, batch scripts, Dask workers.
+"""From a profile of the config to Slurm: arrays, single jobs, batch scripts, Dask workers.
 
 submitit submits: it pickles one callable per array element and runs it under srun. Its view of a
 job's state, signals and results is not used: an element installs its own signal handlers, its
@@ -116,9 +116,9 @@ def batch_script(
     profile: SlurmProfile, name: str, command: str, ledger: Ledger, *, elements: int | None = None
 ) -> str:
     """The text of a batch script; ``elements`` makes it an array. Needs no Slurm."""
-    asked = _parameters(profile, name)
+    parameters = _parameters(profile, name)
     log = f"{ledger.jobs.absolute()}/{'%j' if elements is None else '%A_%a'}"
-    options = {key: value for key, value in asked.items() if key not in _NO_OPTIONS}
+    options = {key: value for key, value in parameters.items() if key not in _NO_OPTIONS}
     options |= {
         "signal": f"USR2@{profile.signal_delay_s}",
         "output": f"{log}_0_log.out",
@@ -127,7 +127,7 @@ def batch_script(
     }
     if elements is not None:
         options["array"] = f"0-{elements - 1}%{min(elements, profile.array_parallelism)}"
-    options |= asked["additional_parameters"]
+    options |= parameters["additional_parameters"]
     directives = [
         f"--{key.replace('_', '-')}" + ("" if value is True else f"={shlex.quote(str(value))}")
         for key, value in options.items()
@@ -138,7 +138,7 @@ def batch_script(
         "#!/bin/bash",
         *(f"#SBATCH {directive}" for directive in sorted(directives)),
         *profile.setup,
-        f"{shlex.join(['srun', '--unbuffered', *logs, *asked['srun_args']])} {command}",
+        f"{shlex.join(['srun', '--unbuffered', *logs, *parameters['srun_args']])} {command}",
     ]
     return "\n".join(lines) + "\n"
 

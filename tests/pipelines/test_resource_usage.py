@@ -1,4 +1,4 @@
-"""What a run costs is its own, although many runs may share a process."""
+"""Resource usage of a run, although many runs may share a process."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from kvdistill.pipelines.train import forget_peak, resource_usage, weights_hash
+from kvdistill.pipelines.train import reset_peak_memory, resource_usage, weights_hash
 
 SIZE = 200_000_000
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can begin a new peak")
-def test_a_peak_is_seen_and_forgotten() -> None:
-    forget_peak()
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the peak")
+def test_a_peak_is_measured_and_reset() -> None:
+    reset_peak_memory()
     before = resource_usage()["peak_memory_bytes"]
     held = np.ones(SIZE, np.uint8)
     during = resource_usage()["peak_memory_bytes"]
     assert during > before + 0.9 * SIZE
     del held
     assert resource_usage()["peak_memory_bytes"] >= 0.9 * during  # a peak, not what is held now
-    forget_peak()
+    reset_peak_memory()
     assert resource_usage()["peak_memory_bytes"] < during - 0.8 * SIZE
 
 
