@@ -91,7 +91,7 @@ def test_wrong_requests_name_the_remedy(
     for asked in ([str(student)], [str(student), "corpus.jsonl", "--harness", "x"]):
         done = CliRunner().invoke(evaluate_command, asked)
         assert done.exit_code == 2
-        assert "give a CORPUS, or --harness" in done.output
+        assert "give either a CORPUS or --harness" in done.output
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(MissingExtra, match=r"pip install 'kvdistill\[harness\]'"):
         run_harness(student, ["any.yaml"])
