@@ -1,3 +1,5 @@
+"""Prototypes: k-means on known clusters, and what is computed from hidden summaries."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -19,7 +21,7 @@ def test_kmeans_finds_separate_clouds_and_orders_them_by_size() -> None:
     np.testing.assert_allclose(share, [0.5, 0.3, 0.2])
 
 
-def test_no_centre_beats_what_lloyd_converged_to() -> None:
+def test_every_centre_is_the_mean_of_its_points() -> None:
     generator = np.random.default_rng(2)
     points = generator.normal(size=(200, 5))
     centres, _ = kmeans(points, 7)
@@ -44,3 +46,15 @@ def test_prototypes() -> None:
     assert {array.dtype for array in found.values()} == {np.dtype(np.float32)}
     again = prototypes(mean, first, 5)
     np.testing.assert_array_equal(found["kmeans"], again["kmeans"])
+    assert found["kmeans_share"].sum() == np.float32(1)
+    assert (np.diff(found["kmeans_share"]) <= 0).all()
+
+
+def test_clusters_that_run_empty_are_dropped() -> None:
+    """Lloyd's algorithm may take all points from a centre; its share must not be zero."""
+    for seed in range(30):
+        points = np.random.default_rng(seed).integers(0, 3, (12, 2)).astype(np.float64)
+        centres, share = kmeans(points, 9)
+        assert (share > 0).all()
+        np.testing.assert_allclose(share.sum(), 1)
+        assert len(centres) == len(share) <= len(np.unique(points, axis=0))

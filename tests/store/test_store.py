@@ -146,7 +146,7 @@ def test_creating_adding_and_publishing_twice_changes_nothing(
     assert store.teacher("tiny") == teacher
 
 
-def test_an_interrupted_extraction_knows_what_is_missing(tmp_path: Any, build: Any) -> None:
+def test_missing_shards_of_an_interrupted_extraction_are_listed(tmp_path: Any, build: Any) -> None:
     shards = build.corpus(4)
     store = create(tmp_path / "store", shards)
     teacher = add_teacher(store, build.teacher())
