@@ -6,6 +6,7 @@ One JSON object per line on standard input, for example ``{"store": "s", "codec"
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import time
@@ -20,6 +21,7 @@ from kvdistill.store.reader import KVStore
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 KINDS = ("key", "value")
 ShardRequest = getattr(prefetching, "ShardRequest", None) or prefetching.Request
+_, _, _, DEPTH = inspect.signature(prefetching.prefetch).parameters  # has had other names
 
 
 def in_order(store: str, codec: str, threads: int) -> None:
@@ -30,7 +32,7 @@ def in_order(store: str, codec: str, threads: int) -> None:
             touch_all(opened.read_shard(codec, shard_id))
         return
     requests = [ShardRequest(codec, shard_id) for shard_id in opened.shard_ids]
-    for _, shard in prefetching.prefetch(opened, requests, threads=threads, ahead=threads):
+    for _, shard in prefetching.prefetch(opened, requests, threads=threads, **{DEPTH: threads}):
         touch_all(shard)
 
 

@@ -61,7 +61,9 @@ def build() -> Any:
     return Build
 
 
-@pytest.fixture(params=["zarr", "safetensors"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Each store backend in turn."""
-    return str(request.param)
+@pytest.fixture(params=["zarr", "zarr without zarrs", "safetensors"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each store backend in turn, zarr with either of its readers."""
+    if request.param == "zarr without zarrs":
+        monkeypatch.setattr("kvdistill.store.backends.zarr._HAS_ZARRS", False)
+    return str(request.param.partition(" ")[0])

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from kvdistill.errors import MissingExtra
-from kvdistill.store.lazy_arrays import committed_in_order
 from kvdistill.store.maintenance import Finding, verify_store
 from kvdistill.store.reader import KVStore
 from kvdistill.store.summary import (
@@ -50,7 +49,7 @@ def inspect_teacher(
     With ``plots`` also writes ``plots/TEACHER.png``.
     """
     summary = summarise_teacher(store, teacher)
-    read = committed_in_order(store, teacher)[:num_shards]
+    read = store.committed_in_order(teacher)[:num_shards]
     histogram = importance_histogram(store, teacher, read)
     report = {
         **asdict(summary),

@@ -1,7 +1,10 @@
-"""Files that survive a crash: written aside, flushed to disk, then renamed into place.
+"""Crash-safe publication of files and folders, and the checksums that prove them complete.
 
-A reader must see a whole thing or none. ``rename`` gives that within one file system, provided
-that the content reached the disk before the name did, hence the fsyncs.
+Everything is written into a staging folder, flushed to disk, then renamed into place. Within one
+file system a rename is atomic: readers see the whole or nothing, also after a crash, provided
+that the content reaches the disk before the name does, hence the fsyncs.
+
+Records of files are sizes and XXH3-64 checksums: faster than any disk, not cryptographic.
 """
 
 from __future__ import annotations
@@ -21,14 +24,17 @@ from kvdistill.errors import ShardCorrupt, StoreError
 from kvdistill.store.format import COMMIT
 from kvdistill.store.manifest import Commit, FileRecord
 
+REMEDY: Final = "run `kvdistill verify --repair`, then extract again"
+
+_READ_BYTES: Final = 1 << 22
+
 
 @contextmanager
 def staging_folder(parent: Path, stem: str) -> Iterator[Path]:
-    """A fresh folder under ``parent`` to build something in; removed on the way out.
+    """A new folder under ``parent`` to build something in; removed on exit.
 
     Raises:
-        StoreError: the folder cannot be created, or writing in it failed (disk full,
-            read-only); says which, and that nothing was published.
+        StoreError: the folder cannot be created, or writing in it failed (disk full, read-only).
     """
     folder = parent / f"{stem}.{uuid.uuid4().hex[:12]}"
     try:
@@ -38,8 +44,8 @@ def staging_folder(parent: Path, stem: str) -> Iterator[Path]:
         if isinstance(error, StoreError):
             raise
         raise StoreError(
-            f"{folder}: {error.strerror or error}; nothing was published, and what was there "
-            "before is untouched. Free space or fix permissions, then run the same command again"
+            f"{folder}: {error.strerror or error}; nothing was published and nothing existing was "
+            "changed: free space or fix permissions, then run the same command again"
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -64,7 +70,7 @@ def publish_folder(folder: Path, final: Path) -> bool:
 def publish_file(file: Path, final: Path) -> bool:
     """Flush ``file`` and link it to ``final``; False if something is already there.
 
-    For a folder that may already hold other things, where a rename of the folder would be refused.
+    For a target folder that may already hold other files, onto which no folder can be renamed.
     """
     flush(file)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +83,7 @@ def publish_file(file: Path, final: Path) -> bool:
 
 
 def flush(path: Path) -> None:
-    """Force one file or folder to the disk."""
+    """Fsync one file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -85,14 +91,8 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-_READ_BYTES: Final = 1 << 22
-
-
-REMEDY: Final = "run `kvdistill verify --repair`, then extract again"
-
-
 def file_record(path: Path) -> FileRecord:
-    """Size and checksum of one file, read in pieces."""
+    """Size and checksum of one file."""
     digest = xxhash.xxh3_64()
     size_bytes = 0
     with path.open("rb") as file:
@@ -103,7 +103,7 @@ def file_record(path: Path) -> FileRecord:
 
 
 def folder_records(folder: Path) -> dict[str, FileRecord]:
-    """Records of every file under ``folder`` but the commit itself, by relative path."""
+    """Records of every file under ``folder`` except the commit, by relative path."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {
         path.relative_to(folder).as_posix(): file_record(path)
@@ -113,7 +113,7 @@ def folder_records(folder: Path) -> dict[str, FileRecord]:
 
 
 def check_size(folder: Path, name: str, commit: Commit) -> None:
-    """Refuse a file that is missing or has another size than committed.
+    """Refuse a file that is missing or does not have the committed size.
 
     Raises:
         ShardCorrupt: names the file, both sizes and the remedy.
@@ -126,12 +126,12 @@ def check_size(folder: Path, name: str, commit: Commit) -> None:
     if found != record.size_bytes:
         state = "missing" if found is None else f"{found} bytes"
         raise ShardCorrupt(
-            f"{path}: {state}, but {record.size_bytes} bytes were committed; {REMEDY}"
+            f"{path}: {state}, expected the committed {record.size_bytes} bytes; {REMEDY}"
         )
 
 
 def checked_bytes(folder: Path, name: str, commit: Commit) -> bytes:
-    """A small file's content, after its size and checksum were compared with the committed ones.
+    """A small file's content, verified against its committed size and checksum.
 
     Raises:
         ShardCorrupt: names the file and the remedy.
@@ -139,9 +139,5 @@ def checked_bytes(folder: Path, name: str, commit: Commit) -> bytes:
     check_size(folder, name, commit)
     content = (folder / name).read_bytes()
     if xxhash.xxh3_64_hexdigest(content) != commit.files[name].xxh3:
-        raise ShardCorrupt(f"{folder / name}: its checksum is not the committed one; {REMEDY}")
+        raise ShardCorrupt(f"{folder / name}: does not match its committed checksum; {REMEDY}")
     return content
-
-
-# MERGED-DOC store.integrity
-# Sizes and checksums of a shard's files (XXH3-64: faster than the disk, not cryptographic).

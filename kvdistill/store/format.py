@@ -1,13 +1,17 @@
-"""Where everything in a store lives. The only file that knows folder names.
+"""The layout of a store: its folders, and the arrays of a shard.
 
     STORE/kvstore.json
     STORE/corpus/<shard>.jsonl
     STORE/teachers/<teacher>/teacher.json
     STORE/teachers/<teacher>/shards/<shard>/     committed shards, and nothing else
     STORE/teachers/<teacher>/tmp/                shards being written
-    STORE/teachers/<teacher>/aside/              shards that ``verify --repair`` took out
+    STORE/teachers/<teacher>/aside/              shards that ``verify --repair`` moved away
 
-Names reach a path only after ``checked_name``, so no manifest can point outside the store.
+Names reach a path only through ``checked_name``, so no manifest can point outside the store.
+
+``shard_arrays`` derives names, axes, shapes and dtypes of a shard's arrays from the teacher's
+manifest. The writer refuses what deviates from it, the reader compares files with it before
+allocating, and ``verify`` compares both with the disk.
 """
 
 from __future__ import annotations
@@ -27,15 +31,18 @@ from kvdistill.types import KINDS, Kind, LayerGroup
 
 MANIFEST: Final = "kvstore.json"
 
-
 TEACHER: Final = "teacher.json"
-
 
 COMMIT: Final = "COMMIT.json"
 
-
 TEXTS: Final = "texts.jsonl"
 
+TOKEN_COLUMNS: Final = {
+    "token_ids": "int32",
+    "char_start": "int32",
+    "char_end": "int32",
+    "segment": "int8",
+}
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -66,7 +73,7 @@ class StorePaths:
         return self.corpus / f"{checked_name(shard_id)}.jsonl"
 
     def teacher(self, teacher: str) -> Path:
-        """Everything of one teacher."""
+        """The folder of one teacher."""
         return self.teachers / checked_name(teacher)
 
     def teacher_manifest(self, teacher: str) -> Path:
@@ -74,7 +81,7 @@ class StorePaths:
         return self.teacher(teacher) / TEACHER
 
     def prototypes(self, teacher: str) -> Path:
-        """A few vectors that stand for one teacher, for routers."""
+        """Prototype vectors of one teacher, for routers."""
         return self.teacher(teacher) / "prototypes.safetensors"
 
     def shards(self, teacher: str) -> Path:
@@ -86,19 +93,19 @@ class StorePaths:
         return self.shards(teacher) / checked_name(shard_id)
 
     def temporary(self, teacher: str) -> Path:
-        """Where shards are written before they are published."""
+        """Shards that are being written."""
         return self.teacher(teacher) / "tmp"
 
     def aside(self, teacher: str) -> Path:
-        """Where a repair moves bad shards, so that nothing is ever deleted by a check."""
+        """Damaged shards, moved here by a repair so that no check deletes anything."""
         return self.teacher(teacher) / "aside"
 
 
 def checked_name(name: str) -> str:
-    """Return ``name`` if it is usable as a folder inside the store.
+    """Return ``name`` if it is a valid folder name inside the store.
 
     Raises:
-        StoreFormatError: it has separators, a leading dot, or other characters than
+        StoreFormatError: it does not begin with a letter or digit, has characters other than
             letters, digits, ``.``, ``_`` and ``-``, or more than 100 of them.
     """
     if not _NAME.fullmatch(name):
@@ -109,17 +116,9 @@ def checked_name(name: str) -> str:
     return name
 
 
-TOKEN_COLUMNS: Final = {
-    "token_ids": "int32",
-    "char_start": "int32",
-    "char_end": "int32",
-    "segment": "int8",
-}
-
-
 @dataclass(frozen=True)
 class Counts:
-    """What fixes a shard's shapes besides the manifest."""
+    """The sizes of a shard that are not in its teacher's manifest."""
 
     num_samples: int
     num_tokens: int
@@ -139,7 +138,7 @@ class ArraySpec:
 
 
 def group_prefix(manifest: TeacherManifest, group_idx: int) -> str:
-    """``"g0/"`` … where a teacher has several geometries, else empty."""
+    """``"g0/"`` … if a teacher has several geometries, else empty."""
     return f"g{group_idx}/" if len(manifest.groups) > 1 else ""
 
 
@@ -207,10 +206,3 @@ def _attributes(part: Part, codec: str) -> dict[str, str | int]:
     if part.per == "block":
         attributes["block_tokens"] = BLOCK_TOKENS
     return attributes
-
-
-# MERGED-DOC store.schema
-# Which arrays a shard has: names, axes, shapes and dtypes, derived from the teacher's manifest.
-#
-# One function answers for everybody: the writer refuses what deviates from it, the reader checks
-# what it finds against it before a byte is allocated, and ``verify`` compares both with the disk.

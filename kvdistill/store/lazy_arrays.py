@@ -1,8 +1,8 @@
-"""A store as lazy dask and xarray objects: nothing is read until something is computed.
+"""A store as lazy dask and xarray arrays: data is read when something is computed.
 
 One dask chunk is one layer of one shard, decoded to float32, so a reduction over a store of any
-size runs in the memory of a few chunks, on threads or on a distributed cluster: a task carries
-only the store's path.
+size needs the memory of a few chunks, on threads or on a distributed cluster: tasks carry only
+the store's path.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdistill.errors import GeometryError, ShardNotFound
+from kvdistill.errors import GeometryError
 from kvdistill.store.reader import KVStore
 from kvdistill.types import KINDS, Kind, LayerGroup
 
@@ -37,7 +37,7 @@ def dask_array(
 
     Raises:
         ShardNotFound: nothing is committed.
-        GeometryError: no such layer or head; or the layers differ in geometry and none is named.
+        GeometryError: no such layer or head; or ``layer`` is None and layers differ in geometry.
     """
     group = _group(store, teacher, None if layer is None else [layer])
     _refuse_head(group, head)
@@ -62,11 +62,11 @@ def dataset(
 
     Dimensions ``layer, head, token, key_dim, value_dim``; coordinates ``layer`` (the teacher's
     own index) and per token ``sample``, ``token_id``, ``segment``, ``char_start``, ``char_end``.
-    The token table is read at once, everything else when it is computed.
+    The token table is read immediately, everything else when it is computed.
 
     Raises:
         ShardNotFound: nothing is committed.
-        GeometryError: the layers differ in geometry; name some of one group.
+        GeometryError: the layers differ in geometry.
     """
     import xarray
 
@@ -85,18 +85,6 @@ def dataset(
     return xarray.Dataset(variables, coordinates, {"teacher": teacher})
 
 
-def committed_in_order(store: KVStore, teacher: str) -> list[str]:
-    """Committed shards in the order of the plan.
-
-    Raises:
-        ShardNotFound: there is none.
-    """
-    committed = store.committed(teacher)
-    if not committed:
-        raise ShardNotFound(f"{store.paths.root}: teacher {teacher!r} has no shard yet")
-    return [shard_id for shard_id in store.shard_ids if shard_id in committed]
-
-
 Selection = tuple[str, tuple[int, ...], list[int] | None]
 
 
@@ -112,7 +100,7 @@ def _stack(
     import dask.array as da
 
     name, layers, heads = selection
-    shards = committed_in_order(store, teacher) if shard_ids is None else list(shard_ids)
+    shards = store.committed_in_order(teacher) if shard_ids is None else list(shard_ids)
     counts = {shard_id: store.commit(teacher, shard_id).num_tokens for shard_id in shards}
     read, root = dask.delayed(_read_chunk, pure=True), store.paths.root.absolute()
     rows = []
@@ -144,7 +132,7 @@ def _read_chunk(
 def _token_coordinates(
     store: KVStore, teacher: str, shard_ids: Sequence[str] | None
 ) -> dict[str, tuple[str, np.ndarray]]:
-    chosen = committed_in_order(store, teacher) if shard_ids is None else shard_ids
+    chosen = store.committed_in_order(teacher) if shard_ids is None else shard_ids
     tables = [store.token_table(teacher, shard_id) for shard_id in chosen]
     sample = [
         np.repeat(np.array(table.sample_ids, object), np.diff(table.sample_ptr)) for table in tables
@@ -168,7 +156,7 @@ def _group(store: KVStore, teacher: str, layers: Sequence[int] | None) -> LayerG
         if layers and set(layers) <= set(group.layers):
             return group
     raise GeometryError(
-        f"teacher {teacher!r}: layers {'all' if layers is None else list(layers)} are not one "
+        f"teacher {teacher!r}: layers {'all' if layers is None else list(layers)} are not of one "
         f"geometry; choose from one of {[list(group.layers) for group in groups]}"
     )
 
@@ -176,5 +164,5 @@ def _group(store: KVStore, teacher: str, layers: Sequence[int] | None) -> LayerG
 def _refuse_head(group: LayerGroup, head: int | None) -> None:
     if head is not None and not 0 <= head < group.num_key_value_heads:
         raise GeometryError(
-            f"head {head} asked of layers with {group.num_key_value_heads} key/value heads"
+            f"head {head} requested of layers with {group.num_key_value_heads} key/value heads"
         )

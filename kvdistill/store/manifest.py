@@ -1,12 +1,12 @@
-"""What a store says about itself: three small JSON documents.
+"""The three JSON documents of a store, as frozen pydantic models.
 
-``kvstore.json``                      the frozen plan: corpus fingerprint and shards. Written once.
-``teachers/<name>/teacher.json``      where a teacher's numbers came from and their geometry.
-``teachers/<name>/shards/<shard>/COMMIT.json``   counts and checksums; its presence is the commit.
+``kvstore.json``                   the plan: corpus fingerprint and shards. Written once.
+``teachers/<name>/teacher.json``   provenance and geometry of a teacher's keys and values.
+``teachers/<name>/shards/<shard>/COMMIT.json``   counts and checksums of a committed shard.
 
-Teachers are found by listing folders rather than listed in ``kvstore.json``: array tasks of
-several teachers start at once, and concurrent rewrites of one file lose updates.
-Every document carries a checksum of itself, so a flipped byte is an error and not a surprise.
+Teachers are found by listing folders and not recorded in ``kvstore.json``: array tasks of several
+teachers start at once, and concurrent rewrites of one file lose updates. Every document carries
+a checksum of itself, so a flipped byte is an error.
 """
 
 from __future__ import annotations
@@ -23,21 +23,17 @@ from kvdistill.types import Backend, CodecSpec, LayerGroup, Name, StoredEviction
 FORMAT_VERSION: Final = 2
 """2: values in int4 have scales and zeros of a byte (``int4_v1`` is what 1 called ``int4``)."""
 
-
 MAX_AXIS: Final = 2**31 - 1
-
 
 MAX_LAYERS: Final = 4096
 
-
 MAX_SIZE: Final = 65_536
-
 
 Axis = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 
 
 class Document(BaseModel):
-    """A frozen JSON document that refuses unknown fields and carries its own checksum."""
+    """A frozen JSON document without unknown fields, with a checksum of itself."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -50,7 +46,7 @@ class Document(BaseModel):
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Self:
-        """Parse and check; ``where`` names the file in errors.
+        """Parse and validate; ``where`` names the file in errors.
 
         Raises:
             StoreFormatError: not JSON, a wrong checksum, unknown fields, impossible values,
@@ -132,7 +128,7 @@ class TeacherManifest(Document):
     tokenizer_fingerprint: str
     template: str | None
     extraction_fingerprint: str
-    """Hash of every setting that changes the stored numbers; differing extractions never mix."""
+    """Hash of every setting that changes stored numbers; different extractions never mix."""
     versions: dict[str, str]
     dtype: Literal["float32", "bfloat16", "float16"]
     attn_implementation: str
@@ -140,31 +136,32 @@ class TeacherManifest(Document):
     codec: CodecSpec
     groups: tuple[LayerGroup, ...]
     kept_heads: tuple[int, ...] | None = None
-    """Where only some KV heads are stored: position ``i`` of the head axis is ``kept_heads[i]``."""
+    """If only some KV heads are stored: position ``i`` of the head axis is ``kept_heads[i]``."""
     eviction: StoredEviction | None = None
-    """Where only some tokens are stored: shards then have slots for tokens (``kept``)."""
+    """If only some tokens are stored: token axes of shards are then slots (``kept``)."""
     skipped_layers: dict[int, str] = {}
     """Layers without keys and values, and why (hybrid models)."""
     position_encoding: Literal["rotary", "absolute", "relative", "none"]
     rotary: dict[int, RotarySpec] = {}
     """Per stored layer; empty where positions are not rotary."""
     key_norm: bool = False
-    """True where keys are normed before the rotation (Qwen3, Gemma 3); they are stored normed."""
+    """Keys are normed before the rotation (Qwen3, Gemma 3), and stored normed."""
     hidden_size: Axis
     has_importance: bool = False
     has_hidden_at_cue: bool = False
     has_summaries: bool = False
-    """True where shards hold ``hidden_summary``: every sample's mean and first hidden state."""
+    """Shards hold ``hidden_summary``: every sample's mean and first hidden state."""
     own_text: bool = False
-    """True where the teacher wrote its own rationales; its shards carry that text."""
+    """The teacher generated its own rationales; its shards carry that text."""
     adapter: str
-    """Which capture adapter was used, and with what error it was verified."""
+    """The capture adapter."""
     adapter_error: float
+    """Relative error with which the adapter was verified."""
 
     @model_validator(mode="before")
     @classmethod
     def _from_format_1(cls, body: Any) -> Any:
-        """What was read is of the newest format, so that copies of it are written as such."""
+        """Upgrade on reading, so that copies are written in the newest format."""
         if not isinstance(body, dict) or body.get("format_version") != 1:
             return body
         codecs = body.get("codec")
@@ -175,7 +172,7 @@ class TeacherManifest(Document):
     @field_validator("groups")
     @classmethod
     def _plausible(cls, groups: tuple[LayerGroup, ...]) -> tuple[LayerGroup, ...]:
-        """Bound what a reader may be made to allocate, and name every layer once."""
+        """Refuse repeated layers, and sizes that would make a reader allocate absurdly."""
         layers = [layer for group in groups for layer in group.layers]
         if (
             not layers
@@ -224,11 +221,11 @@ class Commit(Document):
     files: dict[str, FileRecord]
     """Every other file of the shard, by path relative to the shard's folder."""
     tensors: dict[str, str] = {}
-    """safetensors only: xxh3 of every tensor's bytes, so that one can be checked by itself."""
+    """safetensors only: XXH3 of every tensor's bytes, so that each can be verified by itself."""
     seconds: float = 0.0
-    """Wall time that extraction of this shard took."""
+    """Wall time of this shard's extraction."""
     attempt: dict[str, Any] = {}
-    """Where it was made: host, pid, Slurm ids. Information only."""
+    """Where it was made (host, pid, Slurm ids). Informational."""
 
 
 def _document_checksum(body: dict[str, Any]) -> str:

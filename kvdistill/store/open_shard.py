@@ -1,4 +1,8 @@
-"""One committed shard, open: which arrays it has, and how to select and decode them."""
+"""One committed shard, open for reading: select its arrays, and decode them.
+
+Two levels are read: ``read`` returns stored codes of whole layers and heads, ``decode`` and
+``decode_shard`` return float32 keys or values of a sample or of the shard.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from numpy.typing import NDArray
 
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import GeometryError, ShardCorrupt
-from kvdistill.store.backends import Backend, OpenShard
+from kvdistill.store.backends import ArrayReader, Backend
 from kvdistill.store.backends.safetensors import SafetensorsBackend
 from kvdistill.store.backends.zarr import ZarrBackend
 from kvdistill.store.channel_statistics import ChannelStatistics
@@ -37,31 +41,60 @@ BACKENDS: Final[dict[str, Backend]] = {
     "safetensors": SafetensorsBackend(),
 }
 
-
 Positions = tuple[list[int] | None, list[int] | None]
+
+
+def open_shard(folder: Path, manifest: TeacherManifest, commit: Commit) -> OpenedShard:
+    """Open a committed shard after checking its metadata against manifest and commit.
+
+    Raises:
+        ShardCorrupt: metadata or token boundaries do not match.
+    """
+    counts = Counts(commit.num_samples, commit.num_tokens, commit.num_blocks)
+    specs = shard_arrays(manifest, counts)
+    data = BACKENDS[manifest.backend].open(folder, commit, specs)
+    ptr = data.read("sample_ptr")
+    if ptr[0] != 0 or bool((np.diff(ptr) < 0).any()) or ptr[-1] != counts.num_tokens:
+        raise ShardCorrupt(
+            f"{folder}: sample_ptr does not rise from 0 to {counts.num_tokens}; {REMEDY}"
+        )
+    if block_ptr(ptr)[-1] != counts.num_blocks:
+        raise ShardCorrupt(
+            f"{folder}: sample_ptr gives {block_ptr(ptr)[-1]} blocks, expected the committed "
+            f"{counts.num_blocks}; {REMEDY}"
+        )
+    return OpenedShard(folder, manifest, commit, specs, data, ptr)
+
+
+def read_samples(text: str) -> tuple[Sample, ...]:
+    """Samples from JSON lines."""
+    return tuple(Sample.from_json(line) for line in text.split("\n") if line)
 
 
 @dataclass(frozen=True, eq=False)
 class OpenedShard:
-    """An open shard with what is needed to make sense of its arrays."""
+    """An open shard: its files, and the manifest and commit that describe them."""
 
     folder: Path
     manifest: TeacherManifest
     commit: Commit
     specs: dict[str, ArraySpec]
-    data: OpenShard
+    data: ArrayReader
     sample_ptr: NDArray[np.int64]
 
     def token_table(self) -> TokenTable:
-        """The token table, read anew."""
+        """The token table; read from disk at every call."""
         sample_ids = self.data.attributes["sample_ids"]
         if not isinstance(sample_ids, list) or len(sample_ids) != self.commit.num_samples:
-            raise ShardCorrupt(f"{self.folder}: its sample ids do not match its commit; {REMEDY}")
+            raise ShardCorrupt(
+                f"{self.folder}: sample_ids is not a list of the committed "
+                f"{self.commit.num_samples}; {REMEDY}"
+            )
         columns = {name: self.data.read(name) for name in TOKEN_COLUMNS}
         return TokenTable(tuple(sample_ids), self.sample_ptr, **columns)
 
     def own_texts(self) -> tuple[Sample, ...] | None:
-        """The teacher's own text, where it generated its rationales."""
+        """The teacher's own text if it generated its rationales, else None."""
         if not self.manifest.own_text:
             return None
         return read_samples(checked_bytes(self.folder, TEXTS, self.commit).decode("utf-8"))
@@ -77,6 +110,16 @@ class OpenedShard:
             if positions is not None:
                 arrays[name] = self.data.read(name, *positions)
         return arrays
+
+    def decode_shard(
+        self, kind: Kind, layers: Sequence[int] | None, heads: Sequence[int] | None
+    ) -> NDArray[np.float32]:
+        """Decoded float32 ``[L, H, T, D]``. See ``KVStore.read_decoded``."""
+        _refuse_unknown_layers(self.manifest, layers)
+        stem = self._stem(kind, layers)
+        arrays = self.read(layers, heads, [kind])
+        codec = CODECS[getattr(self.manifest.codec, kind)]
+        return codec.decode(parts_of(arrays, stem), kind, block_idx(self.sample_ptr))
 
     def decode(
         self,
@@ -107,40 +150,6 @@ class OpenedShard:
         token_blocks = np.arange(start, stop) // BLOCK_TOKENS - start // BLOCK_TOKENS
         return codec.decode(parts, kind, token_blocks)
 
-    @cached_property
-    def _bounds(self) -> list[int]:
-        return [int(i) for i in self.sample_ptr]
-
-    @cached_property
-    def _blocks(self) -> list[int]:
-        return [int(i) for i in block_ptr(self.sample_ptr)]
-
-    def _stem(self, kind: Kind, layers: Sequence[int] | None) -> str:
-        """The array that holds a kind of these layers.
-
-        Raises:
-            GeometryError: no one array does.
-        """
-        chosen = self.manifest.layers if layers is None else layers
-        groups = [i for i, g in enumerate(self.manifest.groups) if set(g.layers) & set(chosen)]
-        if len(groups) != 1:
-            raise GeometryError(
-                f"teacher {self.manifest.name!r}: these layers lie in {len(groups)} arrays of "
-                f"different heads or dims; choose layers of one of "
-                f"{[group.layers for group in self.manifest.groups]}"
-            )
-        return f"{group_prefix(self.manifest, groups[0])}{kind}"
-
-    def decode_shard(
-        self, kind: Kind, layers: Sequence[int] | None, heads: Sequence[int] | None
-    ) -> NDArray[np.float32]:
-        """Decoded float32 ``[L, H, T, D]``. See ``KVStore.read_decoded``."""
-        _refuse_unknown_layers(self.manifest, layers)
-        stem = self._stem(kind, layers)
-        arrays = self.read(layers, heads, [kind])
-        codec = CODECS[getattr(self.manifest.codec, kind)]
-        return codec.decode(parts_of(arrays, stem), kind, block_idx(self.sample_ptr))
-
     def statistics(self) -> dict[str, ChannelStatistics]:
         """This shard's statistics by ``"key"``, ``"value"`` (``"g0/key"`` …)."""
         end = "_statistics"
@@ -150,9 +159,33 @@ class OpenedShard:
             if name.endswith(end)
         }
 
+    @cached_property
+    def _bounds(self) -> list[int]:
+        return [int(i) for i in self.sample_ptr]
+
+    @cached_property
+    def _blocks(self) -> list[int]:
+        return [int(i) for i in block_ptr(self.sample_ptr)]
+
+    def _stem(self, kind: Kind, layers: Sequence[int] | None) -> str:
+        """Name of the array that holds a kind of these layers.
+
+        Raises:
+            GeometryError: the layers are in several arrays.
+        """
+        chosen = self.manifest.layers if layers is None else layers
+        groups = [i for i, g in enumerate(self.manifest.groups) if set(g.layers) & set(chosen)]
+        if len(groups) != 1:
+            raise GeometryError(
+                f"teacher {self.manifest.name!r}: these layers are in {len(groups)} arrays of "
+                f"different heads or dims; choose layers of one of "
+                f"{[group.layers for group in self.manifest.groups]}"
+            )
+        return f"{group_prefix(self.manifest, groups[0])}{kind}"
+
     def _names(self, kinds: Sequence[Kind]) -> list[str]:
-        """What ``read`` returns: parts of the kinds asked for, importance, kept, hidden states."""
-        stems = [f"{group_prefix(self.manifest, i)}" for i in range(len(self.manifest.groups))]
+        """Arrays that ``read`` returns: parts of the kinds, importance, kept, hidden states."""
+        stems = [group_prefix(self.manifest, i) for i in range(len(self.manifest.groups))]
         names = [
             part_name(f"{stem}{kind}", part.suffix)
             for stem in stems
@@ -164,33 +197,10 @@ class OpenedShard:
         return [name for name in names if name in self.specs]
 
 
-def open_shard(folder: Path, manifest: TeacherManifest, commit: Commit) -> OpenedShard:
-    """Open a committed shard after checking that its metadata is what manifest and commit say.
-
-    Raises:
-        ShardCorrupt: metadata or token boundaries do not match.
-    """
-    counts = Counts(commit.num_samples, commit.num_tokens, commit.num_blocks)
-    specs = shard_arrays(manifest, counts)
-    data = BACKENDS[manifest.backend].open(folder, commit, specs)
-    sample_ptr = data.read("sample_ptr")
-    rising = sample_ptr[0] == 0 and bool((np.diff(sample_ptr) >= 0).all())
-    if not rising or sample_ptr[-1] != counts.num_tokens:
-        raise ShardCorrupt(f"{folder}: sample_ptr does not rise from 0 to {counts.num_tokens}")
-    if block_ptr(sample_ptr)[-1] != counts.num_blocks:
-        raise ShardCorrupt(f"{folder}: its blocks do not match its commit; {REMEDY}")
-    return OpenedShard(folder, manifest, commit, specs, data, sample_ptr)
-
-
-def read_samples(text: str) -> tuple[Sample, ...]:
-    """Samples from JSON lines."""
-    return tuple(Sample.from_json(line) for line in text.split("\n") if line)
-
-
 def _axis_positions(
     spec: ArraySpec, layers: Sequence[int] | None, heads: Sequence[int] | None
 ) -> Positions | None:
-    """Positions on the layer and head axes; None if this array has none of the layers."""
+    """Ascending positions on the layer and head axes; None if the array has none of the layers."""
     if spec.group is None:
         return (None, None)
     num_heads = spec.group.num_key_value_heads
@@ -198,8 +208,8 @@ def _axis_positions(
         not heads or len(set(heads)) != len(heads) or not set(heads) <= set(range(num_heads))
     ):
         raise GeometryError(
-            f"heads {list(heads)} asked of layers with {num_heads} key/value heads: expected "
-            f"different numbers from 0 to {num_heads - 1}"
+            f"heads {list(heads)} requested of layers with {num_heads} key/value heads; expected "
+            f"distinct numbers from 0 to {num_heads - 1}"
         )
     head_idx = None if heads is None else sorted(heads)
     if layers is None:
@@ -213,6 +223,6 @@ def _refuse_unknown_layers(manifest: TeacherManifest, layers: Sequence[int] | No
         return
     if not layers or len(set(layers)) != len(layers) or not set(layers) <= set(manifest.layers):
         raise GeometryError(
-            f"teacher {manifest.name!r} stores the layers {list(manifest.layers)}; asked for "
-            f"{list(layers)}"
+            f"teacher {manifest.name!r} stores the layers {list(manifest.layers)}; layers "
+            f"{list(layers)} were requested"
         )

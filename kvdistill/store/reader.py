@@ -1,8 +1,8 @@
 """Reading a store: whole shards in order, or any sample × layer × head × kind × tokens.
 
-Opening reads ``kvstore.json`` and nothing else; teachers and committed shards are found by
-listing folders, and a shard's own manifest is read when the shard is. Nothing is cached without
-a bound, so a process can stream a store of any size.
+Opening reads only ``kvstore.json``; teachers and committed shards are found by listing folders,
+and a shard's commit is read together with the shard. Every cache of shards is bounded, so a
+process can stream a store of any size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +28,11 @@ from kvdistill.store.shard import EncodedShard, TokenTable
 from kvdistill.types import KINDS, Kind
 
 OPEN_SHARDS: Final = 16
-"""How many shards stay open for random access."""
+"""Shards that stay open for random access."""
 
 
 class KVStore:
-    """A store, opened for reading. Safe to share between threads."""
+    """A store, opened for reading. Safe to share between threads; pickled by its path."""
 
     def __init__(self, paths: StorePaths, manifest: StoreManifest) -> None:
         self.paths = paths
@@ -66,7 +66,7 @@ class KVStore:
 
     @property
     def shard_ids(self) -> tuple[str, ...]:
-        """All shards of the plan, in the order of the corpus."""
+        """All shards of the plan, in corpus order."""
         return tuple(self._plans)
 
     def plan(self, shard_id: str) -> ShardPlan:
@@ -97,7 +97,7 @@ class KVStore:
 
         Raises:
             ShardNotFound: no such teacher; names those that exist.
-            StoreFormatError: its manifest is malformed, newer, or of another name.
+            StoreFormatError: its manifest is malformed, newer, or of another teacher.
         """
         if name not in self._teachers:
             path = self.paths.teacher_manifest(name)
@@ -107,19 +107,30 @@ class KVStore:
                 )
             manifest = TeacherManifest.from_json(path.read_bytes(), str(path))
             if manifest.name != name:
-                raise StoreFormatError(f"{path}: names {manifest.name!r}, but lies under {name!r}")
+                raise StoreFormatError(f"{path}: of teacher {manifest.name!r}, expected {name!r}")
             self._teachers[name] = manifest
         return self._teachers[name]
 
     def committed(self, teacher: str) -> frozenset[str]:
-        """Shards of the plan that this teacher has. Lists one folder; reads no file."""
+        """Shards of the plan that this teacher has committed. Lists one folder, reads no file."""
         folder = self.paths.shards(teacher)
         found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
         return frozenset(found & self._plans.keys())
 
     def is_committed(self, teacher: str, shard_id: str) -> bool:
-        """Whether this one shard is there. Cheaper than ``committed`` for one question."""
+        """Whether one shard is committed; cheaper than ``committed``."""
         return self.paths.shard(teacher, self.plan(shard_id).shard_id).is_dir()
+
+    def committed_in_order(self, teacher: str) -> list[str]:
+        """Committed shards in the order of the plan.
+
+        Raises:
+            ShardNotFound: there is none.
+        """
+        committed = self.committed(teacher)
+        if not committed:
+            raise ShardNotFound(f"{self.paths.root}: teacher {teacher!r} has no shard yet")
+        return [shard_id for shard_id in self._plans if shard_id in committed]
 
     def missing(self, teacher: str) -> list[str]:
         """Shards of the plan that this teacher lacks, in order."""
@@ -127,20 +138,21 @@ class KVStore:
         return [shard_id for shard_id in self._plans if shard_id not in committed]
 
     def samples(self, shard_id: str) -> tuple[Sample, ...]:
-        """The samples of a shard, as the corpus has them.
+        """The corpus samples of a shard.
 
         Raises:
-            ShardCorrupt: the file is missing, or is not the one that the plan was made from.
+            ShardCorrupt: the file is missing, or does not have the plan's checksum.
         """
         plan = self.plan(shard_id)
         path = self.paths.samples(shard_id)
         text = path.read_bytes() if path.is_file() else b""
         if sha256(text).hexdigest() != plan.sha256:
-            raise ShardCorrupt(f"{path}: missing, or not what the plan was made from")
+            state = "does not match the plan's checksum" if text else "missing or empty"
+            raise ShardCorrupt(f"{path}: {state}; restore it from a copy of the store")
         return read_samples(text.decode("utf-8"))
 
     def commit(self, teacher: str, shard_id: str) -> Commit:
-        """The commit of a shard: counts and checksums.
+        """Counts and checksums of a committed shard.
 
         Raises:
             ShardNotFound: it is not committed.
@@ -157,16 +169,16 @@ class KVStore:
         heads: Sequence[int] | None = None,
         kinds: Sequence[Kind] = KINDS,
     ) -> EncodedShard:
-        """A whole shard, or some layers, heads and kinds of it, as stored codes.
+        """A shard, or some layers, heads and kinds of it, as stored codes.
 
-        ``layers`` are the teacher's own layer indices, all when None; the arrays' layer axis
-        then holds these, ascending, and groups without any of them are left out. ``heads`` are
-        key/value head indices, ascending on the head axis.
+        ``layers`` are the teacher's own layer indices, ``heads`` key/value head indices; None
+        selects all. The layer and head axes hold the selected ones, ascending; arrays of groups
+        without any selected layer are left out.
 
         Raises:
             ShardNotFound: it is not committed.
             ShardCorrupt: bytes are missing, truncated or flipped.
-            GeometryError: a layer or head that the teacher does not have.
+            GeometryError: the teacher has no such layer or head.
         """
         opened = self._opened(teacher, shard_id)
         return EncodedShard(
@@ -185,7 +197,7 @@ class KVStore:
     ) -> NDArray[np.float32]:
         """Decoded keys or values of one sample, layer and head: float32 ``[tokens, D]``.
 
-        ``read_sample`` reads several layers and heads by one call, many times faster.
+        ``read_sample`` reads several layers and heads in one call, many times faster.
 
         Raises:
             ShardNotFound, ShardCorrupt, GeometryError: as ``read_sample``.
@@ -212,14 +224,14 @@ class KVStore:
         Raises:
             ShardNotFound: no such sample, or its shard is not committed.
             ShardCorrupt: bytes are missing, truncated or flipped.
-            GeometryError: no such layer or head, layers without a common array, or a slice with
-                a step.
+            GeometryError: no such layer or head, layers of different geometries, or a slice
+                with a step.
         """
         shard_id, sample_idx = self.find(sample_id)
         return self._opened(teacher, shard_id).decode(sample_idx, kind, layers, heads, tokens)
 
     def token_table(self, teacher: str, shard_id: str) -> TokenTable:
-        """The tokens of a shard, without its keys and values."""
+        """The token table of a shard, without its keys and values."""
         return self._opened(teacher, shard_id).token_table()
 
     def read_decoded(
@@ -233,24 +245,10 @@ class KVStore:
         """Decoded keys or values of a whole shard: float32 ``[L, H, T, D]``, keys not rotated.
 
         Raises:
-            GeometryError: the layers differ in geometry and have no common array.
+            GeometryError: the layers are of different geometries.
             ShardNotFound, ShardCorrupt: as ``read_shard``.
         """
         return self._opened(teacher, shard_id).decode_shard(kind, layers, heads)
-
-    def dask(
-        self, teacher: str, kind: Kind, *, layer: int | None = None, head: int | None = None
-    ) -> Any:
-        """A lazy dask array of all committed shards, decoded. See ``views.dask_array``."""
-        from kvdistill.store.lazy_arrays import dask_array
-
-        return dask_array(self, teacher, kind, layer=layer, head=head)
-
-    def xarray(self, teacher: str, *, layers: Sequence[int] | None = None) -> Any:
-        """A lazy xarray dataset with named dimensions. See ``views.dataset``."""
-        from kvdistill.store.lazy_arrays import dataset
-
-        return dataset(self, teacher, layers=layers)
 
     def find(self, sample_id: str) -> tuple[str, int]:
         """The shard of a sample, and its position in it.
@@ -270,18 +268,14 @@ class KVStore:
         return self._index[sample_id]
 
     def statistics(self, teacher: str) -> dict[str, ChannelStatistics]:
-        """Merged over all committed shards, by ``"key"``, ``"value"`` (``"g0/key"`` …).
+        """Statistics of all committed shards, by ``"key"``, ``"value"`` (``"g0/key"`` …).
 
         Raises:
-            ShardNotFound: nothing is committed yet.
+            ShardNotFound: nothing is committed.
         """
-        committed = self.committed(teacher)
-        if not committed:
-            raise ShardNotFound(f"{self.paths.root}: teacher {teacher!r} has no shard yet")
-        shard_ids = [shard_id for shard_id in self._plans if shard_id in committed]
         return cached_statistics(
             self.paths.teacher(teacher),
-            shard_ids,
+            self.committed_in_order(teacher),
             lambda shard_id: self.shard_statistics(teacher, shard_id),
         )
 
@@ -290,7 +284,7 @@ class KVStore:
         return self._opened(teacher, shard_id).statistics()
 
     def forget(self, teacher: str, shard_id: str | None = None) -> None:
-        """Drop what is kept open of a teacher, or of one of its shards, after it was moved."""
+        """Close a teacher's shards, or one of them, whose files have moved."""
         with self._lock:
             for key in [key for key in self._open if key == (teacher, shard_id or key[1])]:
                 del self._open[key]
@@ -322,14 +316,14 @@ class KVStore:
                 raise ShardCorrupt(f"{path}: missing; {REMEDY}") from None
             raise ShardNotFound(
                 f"{self.paths.root}: teacher {manifest.name!r} has not committed shard "
-                f"{shard_id}; `kvdistill extract` makes it"
+                f"{shard_id}; run `kvdistill extract`"
             ) from None
         commit = Commit.from_json(text, str(path))
         found = (commit.teacher, commit.shard_id, commit.num_samples, commit.extraction_fingerprint)
-        asked = (manifest.name, shard_id, plan.num_samples, manifest.extraction_fingerprint)
-        if found != asked:
+        expected = (manifest.name, shard_id, plan.num_samples, manifest.extraction_fingerprint)
+        if found != expected:
             raise ShardCorrupt(
-                f"{path}: (teacher, shard, samples, extraction) is {found}, expected {asked}; "
+                f"{path}: (teacher, shard, samples, extraction) is {found}, expected {expected}; "
                 f"{REMEDY}"
             )
         return commit

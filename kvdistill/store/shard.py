@@ -22,7 +22,7 @@ BLOCK_TOKENS: Final = 64
 
 @dataclass(frozen=True, eq=False)
 class TokenTable:
-    """What a shard's tokens are.
+    """The tokens of a shard.
 
     ``sample_ids``  one per sample, in the order of the corpus
     ``sample_ptr``  int64 ``[num_samples + 1]``: sample ``i`` owns tokens ``ptr[i]:ptr[i+1]``
@@ -40,17 +40,17 @@ class TokenTable:
 
     @property
     def num_samples(self) -> int:
-        """How many samples."""
+        """Number of samples."""
         return len(self.sample_ids)
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens, all samples together."""
+        """Number of tokens of all samples."""
         return int(self.token_ids.shape[0])
 
     @property
     def num_blocks(self) -> int:
-        """How many quantisation blocks, all samples together."""
+        """Number of quantisation blocks of all samples."""
         return int(block_ptr(self.sample_ptr)[-1])
 
     def span(self, sample_idx: int) -> slice:
@@ -67,9 +67,9 @@ class TokenTable:
 class EncodedShard:
     """A shard as it is stored: codes, scales and importance, not yet decoded.
 
-    ``arrays`` maps names to arrays as ``schema.shard_arrays`` describes them. When only some
+    ``arrays`` holds the arrays that ``format.shard_arrays`` describes, by name. When only some
     layers or heads were read, the layer and head axes hold those, ascending.
-    ``texts`` is the teacher's own text where it generated its rationales, otherwise None.
+    ``texts`` is the teacher's own text if it generated its rationales, otherwise None.
     """
 
     tokens: TokenTable
@@ -86,6 +86,5 @@ def block_ptr(sample_ptr: NDArray[np.int64]) -> NDArray[np.int64]:
 def block_idx(sample_ptr: NDArray[np.int64]) -> NDArray[np.int64]:
     """The block of every token of a packed shard: int64 ``[T]``."""
     lengths = np.diff(sample_ptr)
-    num_tokens = int(sample_ptr[-1])
-    within = np.arange(num_tokens) - np.repeat(sample_ptr[:-1], lengths)
+    within = np.arange(int(sample_ptr[-1])) - np.repeat(sample_ptr[:-1], lengths)
     return np.repeat(block_ptr(sample_ptr)[:-1], lengths) + within // BLOCK_TOKENS

@@ -16,7 +16,7 @@ import numpy as np
 
 from kvdistill.store.channel_statistics import ChannelStatistics
 from kvdistill.store.format import group_prefix
-from kvdistill.store.lazy_arrays import committed_in_order, dask_array, dataset
+from kvdistill.store.lazy_arrays import dask_array, dataset
 from kvdistill.store.manifest import Commit, TeacherManifest
 from kvdistill.store.reader import KVStore
 from kvdistill.types import KINDS, Kind
@@ -76,7 +76,7 @@ def summarise_teacher(store: KVStore, teacher: str) -> TeacherSummary:
         ShardNotFound: nothing is committed yet.
     """
     manifest = store.teacher(teacher)
-    shard_ids = committed_in_order(store, teacher)
+    shard_ids = store.committed_in_order(teacher)
     commits = [store.commit(teacher, shard_id) for shard_id in shard_ids]
     by_array = _bytes_by_array(commits)
     statistics = store.statistics(teacher)

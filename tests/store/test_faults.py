@@ -11,9 +11,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvdistill.errors import KVDistillError, ShardCorrupt, StoreError, StoreFormatError
@@ -304,14 +306,31 @@ def test_documents_are_frozen_and_checked() -> None:
         Commit.from_json("[]", "here")
 
 
-def test_a_child_process_reads_what_its_parent_had_open(
+def test_threads_and_a_forked_child_read_what_their_parent_had_open(
     tmp_path: Path, build: Any, backend: str
 ) -> None:
-    store, _ = build.store(tmp_path / "store", build.teacher(backend=backend))
-    touch_everything(store)
+    store, made = build.store(tmp_path / "store", build.teacher(backend=backend))
 
     def read() -> int:
-        touch_everything(store)
+        for shard_id, one in made.items():
+            found = store.read_shard("tiny", shard_id).arrays
+            for name, array in one.shard.arrays.items():
+                np.testing.assert_array_equal(found[name], array)
         return 0
 
-    assert exit_code(in_child(read)) == 0
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: read(), range(16))) == [0] * 16
+        pid = in_child(read)
+        assert list(pool.map(lambda _: read(), range(4))) == [0] * 4
+    assert exit_code(pid) == 0
+
+
+def test_a_file_that_vanishes_after_opening_is_an_error_and_never_fill_values(
+    tmp_path: Path, build: Any
+) -> None:
+    store, _ = build.store(tmp_path / "store", build.teacher(), num_shards=1)
+    touch_everything(store)
+    (data,) = (store.paths.shard("tiny", "00000") / "value").glob("c/*/*/*/*")
+    data.unlink()
+    with pytest.raises(ShardCorrupt, match=r"value/c/0/0/0/0: missing"):
+        store.read("tiny", "s0", 0, 0, "value")

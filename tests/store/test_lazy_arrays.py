@@ -11,6 +11,7 @@ import pytest
 from kvdistill.errors import GeometryError, ShardNotFound
 from kvdistill.store.codecs import CODECS
 from kvdistill.store.codecs.parts import parts_of
+from kvdistill.store.lazy_arrays import dask_array, dataset
 from kvdistill.store.shard import block_idx
 from kvdistill.store.summary import (
     importance_histogram,
@@ -35,19 +36,21 @@ def whole(made: Any, kind: str, stem: str = "") -> np.ndarray:
 def test_dask_is_all_shards_in_order(tmp_path: Path, build: Any, backend: str) -> None:
     store, made = build.store(tmp_path / "store", build.teacher(backend=backend), num_shards=3)
     key = whole(made, "key")
-    lazy = store.dask("tiny", "key")
+    lazy = dask_array(store, "tiny", "key")
     assert lazy.dtype == np.float32
     assert lazy.shape == key.shape
     np.testing.assert_array_equal(lazy.compute(), key)
-    np.testing.assert_array_equal(store.dask("tiny", "key", layer=3, head=1).compute(), key[2, 1])
-    np.testing.assert_array_equal(store.dask("tiny", "key", layer=1).compute(), key[1])
+    np.testing.assert_array_equal(
+        dask_array(store, "tiny", "key", layer=3, head=1).compute(), key[2, 1]
+    )
+    np.testing.assert_array_equal(dask_array(store, "tiny", "key", layer=1).compute(), key[1])
     assert max(lazy.chunks[2]) == 194
     assert set(lazy.chunks[0]) == {1}
 
 
 def test_xarray_names_every_dimension(tmp_path: Path, build: Any) -> None:
     store, made = build.store(tmp_path / "store", build.teacher(has_importance=True))
-    data = store.xarray("tiny")
+    data = dataset(store, "tiny")
     assert data["key"].dims == ("layer", "head", "token", "key_dim")
     assert data["value"].sizes["value_dim"] == 4
     assert data["layer"].values.tolist() == [0, 1, 3]
@@ -56,26 +59,26 @@ def test_xarray_names_every_dimension(tmp_path: Path, build: Any) -> None:
     np.testing.assert_array_equal(mine.values, whole(made, "value")[2, 0, 194:324])
     importance = np.concatenate([m.shard.arrays["importance"] for m in made.values()], axis=2)
     np.testing.assert_array_equal(data["importance"].values, importance.astype(np.float32))
-    assert store.xarray("tiny", layers=[1])["key"].sizes["layer"] == 1
+    assert dataset(store, "tiny", layers=[1])["key"].sizes["layer"] == 1
 
 
 def test_layers_of_different_geometry_are_asked_for_by_name(tmp_path: Path, build: Any) -> None:
     store, made = build.store(tmp_path / "store", build.teacher(groups=build.two_groups))
-    with pytest.raises(GeometryError, match=r"not one geometry; choose from one of \[\[0, 2\]"):
-        store.dask("tiny", "key")
-    got = store.dask("tiny", "key", layer=1).compute()
+    with pytest.raises(GeometryError, match=r"not of one geometry; choose from one of \[\[0, 2\]"):
+        dask_array(store, "tiny", "key")
+    got = dask_array(store, "tiny", "key", layer=1).compute()
     np.testing.assert_array_equal(got, whole(made, "key", "g1/")[0])
     with pytest.raises(GeometryError, match="head 3"):
-        store.dask("tiny", "key", layer=1, head=3)
+        dask_array(store, "tiny", "key", layer=1, head=3)
 
 
-def test_an_empty_teacher_has_no_view(tmp_path: Path, build: Any) -> None:
+def test_a_teacher_without_shards_has_no_array(tmp_path: Path, build: Any) -> None:
     from kvdistill.store.writer import add_teacher
 
     store = create(tmp_path / "store", build.corpus())
     add_teacher(store, build.teacher())
     with pytest.raises(ShardNotFound, match="no shard yet"):
-        store.dask("tiny", "key")
+        dask_array(store, "tiny", "key")
 
 
 def test_the_summary_tells_what_is_there(tmp_path: Path, build: Any, backend: str) -> None:

@@ -171,7 +171,7 @@ def test_prefetch_keeps_the_order_and_its_bound(tmp_path: Path, build: Any, back
             yield ShardRequest("tiny", shard_id, layers=[1], kinds=["key"])
 
     seen = []
-    for request, shard in prefetch(store, requests(), threads=3, ahead=3):
+    for request, shard in prefetch(store, requests(), threads=3, depth=3):
         seen.append(request.shard_id)
         assert asked - len(seen) <= 3
         want = store.read_shard("tiny", request.shard_id, [1], kinds=["key"])
@@ -182,7 +182,7 @@ def test_prefetch_keeps_the_order_and_its_bound(tmp_path: Path, build: Any, back
 def test_prefetch_keeps_no_shard_that_the_caller_let_go(tmp_path: Path, build: Any) -> None:
     store, _ = build.store(tmp_path / "store", build.teacher(), num_shards=4)
     requests = [ShardRequest("tiny", shard_id) for shard_id in store.shard_ids]
-    stream = prefetch(store, requests, threads=1, ahead=1)
+    stream = prefetch(store, requests, threads=1, depth=1)
     _, shard = next(stream)
     gone = weakref.ref(shard)
     del shard
@@ -209,7 +209,7 @@ def test_prefetch_raises_at_the_turn_of_the_bad_shard(tmp_path: Path, build: Any
     store, _ = build.store(tmp_path / "store", build.teacher(), num_shards=3)
     shutil.rmtree(store.paths.shard("tiny", "00001"))
     stream = prefetch(
-        store, [ShardRequest("tiny", shard_id) for shard_id in store.shard_ids], ahead=3
+        store, [ShardRequest("tiny", shard_id) for shard_id in store.shard_ids], depth=3
     )
     assert next(stream)[0].shard_id == "00000"
     with pytest.raises(ShardNotFound, match="00001"):

@@ -107,7 +107,7 @@ class StoreSource:
             for name, layers in self.layers.items()
         )
         depth = num_ahead * len(self.layers)
-        with closing(prefetch(self.store, requests, threads=threads, ahead=depth)) as reads:
+        with closing(prefetch(self.store, requests, threads=threads, depth=depth)) as reads:
             for teachers in zip(*[reads] * len(self.layers), strict=True):
                 found = {request.teacher: shard for request, shard in teachers}
                 yield self._loaded(teachers[0][0].shard_id, found)

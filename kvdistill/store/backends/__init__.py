@@ -1,6 +1,6 @@
-"""What a backend must do: write a shard's arrays into a folder, and read pieces of them back.
+"""The contract of a backend: write a shard's arrays into a folder, and read parts of them back.
 
-A backend knows nothing of teachers, codecs or publication. The same contract tests run for all.
+Teachers, codecs and publication lie above it. The same contract tests run for every backend.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from kvdistill.store.manifest import Commit
 Specs = Mapping[str, ArraySpec]
 
 
-class OpenShard(Protocol):
-    """A committed shard, open for reading. Safe to use from several threads."""
+class ArrayReader(Protocol):
+    """A committed shard, open for reading. Safe to share between threads and after a fork."""
 
     @property
     def attributes(self) -> Mapping[str, object]:
@@ -32,7 +32,9 @@ class OpenShard(Protocol):
         heads: Sequence[int] | None = None,
         span: slice | None = None,
     ) -> np.ndarray:
-        """One array, or the given positions on its first, second and third axis.
+        """One array, or ascending positions on its first and second axis and a span of its third.
+
+        The result may be a strided view of a private memory map, and is writable.
 
         Raises:
             ShardCorrupt: bytes are missing, truncated or flipped.
@@ -50,13 +52,17 @@ class Backend(Protocol):
         specs: Specs,
         attributes: Mapping[str, object],
     ) -> dict[str, str]:
-        """Write all arrays into ``folder``; return checksums per tensor, where it keeps them."""
+        """Write all arrays into ``folder``; return a checksum per tensor if the format needs one.
+
+        Raises:
+            OSError: the disk is full, or the folder cannot be written.
+        """
         ...
 
-    def open(self, folder: Path, commit: Commit, specs: Specs) -> OpenShard:
+    def open(self, folder: Path, commit: Commit, specs: Specs) -> ArrayReader:
         """Open a committed shard after checking its metadata against ``commit`` and ``specs``.
 
         Raises:
-            ShardCorrupt: a file is missing, or shapes or dtypes are not the expected ones.
+            ShardCorrupt: a file is missing, or shapes or dtypes are not the declared ones.
         """
         ...

@@ -26,7 +26,7 @@ import numpy as np
 import xxhash
 
 from kvdistill.errors import ShardCorrupt
-from kvdistill.store.backends import OpenShard, Specs
+from kvdistill.store.backends import ArrayReader, Specs
 from kvdistill.store.commit import REMEDY, check_size
 from kvdistill.store.format import ArraySpec
 from kvdistill.store.manifest import Commit
@@ -73,7 +73,7 @@ class SafetensorsBackend:
         checksums[HEADER] = _checksum(np.fromfile(folder / FILE, np.uint8, start))
         return checksums
 
-    def open(self, folder: Path, commit: Commit, specs: Specs) -> OpenShard:
+    def open(self, folder: Path, commit: Commit, specs: Specs) -> ArrayReader:
         """See ``Backend.open``."""
         from safetensors import safe_open
 
@@ -119,7 +119,7 @@ class _MappedShard:
         heads: Sequence[int] | None = None,
         span: slice | None = None,
     ) -> np.ndarray:
-        """See ``OpenShard.read``. A view of the map where the tensors lie at equal distances."""
+        """See ``ArrayReader.read``. A view of the map where the tensors lie at equal distances."""
         spec, names = self.specs[name], self.names[name]
         if layers is not None:
             names = names[layers]

@@ -26,13 +26,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from kvdistill.errors import ShardCorrupt
-from kvdistill.store.backends import OpenShard, Specs
+from kvdistill.store.backends import ArrayReader, Specs
 from kvdistill.store.commit import REMEDY, check_size, checked_bytes
 from kvdistill.store.format import ArraySpec
 from kvdistill.store.manifest import Commit
 
 if TYPE_CHECKING:
     from zarr import Array
+    from zarr.abc.buffer import Buffer
 
 CHUNK_TOKENS: Final = 1024
 
@@ -67,12 +68,14 @@ class ZarrBackend:
         """See ``Backend.write``. zarr files are checked as files, so nothing is returned."""
         import zarr
         from zarr.codecs import Crc32cCodec, ZstdCodec
+        from zarr.storage import MemoryStore
 
-        group = zarr.create_group(folder, attributes=dict(attributes))
+        # zarr's threads may still write after an error has been raised, so they write to memory.
+        files: dict[str, Buffer] = {}
+        group = zarr.create_group(MemoryStore(files), attributes=dict(attributes))
         for name, spec in specs.items():
             chunk = _chunk_shape(spec)
             compressed = spec.attributes.get("codec") in COMPRESSED_CODECS
-            zstd = (ZstdCodec(level=1, checksum=False),) if compressed else ()
             array = group.create_array(
                 name,
                 shape=spec.shape,
@@ -82,7 +85,7 @@ class ZarrBackend:
                     -(-max(n, 1) // c) * c for n, c in zip(spec.shape, chunk, strict=True)
                 ),
                 filters=None,
-                compressors=(*zstd, Crc32cCodec()),
+                compressors=[*([ZstdCodec(level=1)] if compressed else []), Crc32cCodec()],
                 fill_value=FILL_VALUES[spec.dtype],
                 attributes=dict(spec.attributes),
                 dimension_names=spec.axes,
@@ -90,9 +93,12 @@ class ZarrBackend:
             )
             if math.prod(spec.shape):
                 array[...] = arrays[name]
+                _write_file(folder / _data_file(spec), files.pop(_data_file(spec)))
+        for path, content in files.items():
+            _write_file(folder / path, content)
         return {}
 
-    def open(self, folder: Path, commit: Commit, specs: Specs) -> OpenShard:
+    def open(self, folder: Path, commit: Commit, specs: Specs) -> ArrayReader:
         """See ``Backend.open``."""
         group = json.loads(checked_bytes(folder, "zarr.json", commit))
         return _ZarrShard(folder, commit, specs, group["attributes"])
@@ -113,7 +119,7 @@ class _ZarrShard:
         heads: Sequence[int] | None = None,
         span: slice | None = None,
     ) -> np.ndarray:
-        """See ``OpenShard.read``."""
+        """See ``ArrayReader.read``."""
         spec = self._specs[name]
         rest = [slice(0, size) for size in spec.shape[1:]]
         if heads is not None:
@@ -228,6 +234,11 @@ def _zarrs_is_usable() -> bool:
     They do not survive a fork, so a child of a process that has used zarrs would wait for ever.
     """
     return _HAS_ZARRS and _zarrs_process.setdefault("pid", os.getpid()) == os.getpid()
+
+
+def _write_file(path: Path, content: Buffer) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.as_numpy_array().data)
 
 
 def _data_file(spec: ArraySpec) -> str:
