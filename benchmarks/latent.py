@@ -29,8 +29,7 @@ from kvdistill.config.load import parse_experiment
 from kvdistill.corpus.readers import read_jsonl
 from kvdistill.corpus.recipes import arithmetic_samples
 from kvdistill.corpus.samples import Sample
-from kvdistill.distill.evaluate.generation import generate_and_grade
-from kvdistill.distill.evaluate.held_out import latent_exact_match
+from kvdistill.distill.evaluate.held_out import generate_and_grade, latent_exact_match
 from kvdistill.distill.student.build import character_tokenizer, load_student_tokenizer
 from kvdistill.distill.student.latent.model import LatentStudent
 from kvdistill.distill.student.latent.probes import tamper_with

@@ -1,23 +1,33 @@
 """Evaluation of a student on held-out samples: one set of metrics, one row per sample.
 
-A text student is scored by perplexity, bits per character and calibration (``perplexity.py``) and,
-on request, by exact match of generated answers (``generation.py``). A latent student is scored by
-exact match alone: it generates no rationale whose tokens could have a likelihood. Rows are kept
-because runs are compared sample by sample.
+A text student is scored by likelihood (``perplexity.py``) and, on request, by exact match of greedy
+answers. A latent student is scored by exact match alone: it generates no rationale whose tokens
+could have a likelihood. Rows are kept because runs are compared sample by sample.
+
+Prompts are batched by length and left-padded. A sample's answer does not depend on its batch (up to
+rounding): all samples have the same token budget, and a prompt that does not fit into the model's
+positions beside it is left-truncated. Forward passes are those that wait for one another, counted
+for the sample alone, as in KaVa (arXiv 2510.02312): one over the prompt (of a latent student, the
+passes over its latents), which gives the first token, and one for each further token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from transformers import GenerationConfig
+
+from kvdistill.attention.padded_generation import generate_padded
 from kvdistill.corpus.samples import Sample
-from kvdistill.distill.evaluate.answers import Answer, ExactMatch, grade, is_gradable
-from kvdistill.distill.evaluate.generation import generate_and_grade
+from kvdistill.distill.evaluate.answers import Answer, ExactMatch, grade, is_gradable, target
 from kvdistill.distill.evaluate.perplexity import score_texts
+from kvdistill.distill.student.build import prompt_ids
 from kvdistill.distill.student.latent.model import LatentStudent, Think, answer
 from kvdistill.distill.student.latent.questions import question_and_answer
+from kvdistill.errors import StudentError
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ def score_held_out(
         metrics |= answers.to_dict()
         for row in answers.rows():
             rows[row["sample_id"]] |= row
-    return HeldOut(metrics, list(rows.values()), [asdict(found) for found in scores.calibration])
+    return HeldOut(metrics, list(rows.values()), scores.calibration)
 
 
 def score_latent(
@@ -89,6 +99,45 @@ def score_latent(
     return HeldOut(found.to_dict(), found.rows())
 
 
+@torch.inference_mode()
+def generate_and_grade(
+    student: Any,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    *,
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
+) -> ExactMatch:
+    """Generate and grade a text student's answers, on the student's device.
+
+    Args:
+        student: a transformers causal LM.
+        tokenizer: its tokenizer; a BOS token precedes the prompt, as in training.
+        samples: with prompt and answer segments.
+        max_new_tokens: token budget of the rationale and the answer together.
+        batch_size: prompts per batch.
+
+    Raises:
+        CorpusError: a sample has no prompt or no answer.
+        StudentError: the model has too few positions for ``max_new_tokens``.
+    """
+    for sample in samples:
+        target(sample)
+    prompts = _truncated_prompts(student, tokenizer, samples, max_new_tokens) if samples else []
+    settings = _greedy_settings(student, tokenizer, max_new_tokens)
+    was_training = student.training
+    student.eval()
+    found = _grade_in_batches(
+        samples,
+        tokenizer,
+        lambda chosen: generate_padded(student, [prompts[i] for i in chosen], settings),
+        lengths=[len(ids) for ids in prompts],
+        batch_size=batch_size,
+    )
+    student.train(was_training)
+    return found
+
+
 def latent_exact_match(
     student: LatentStudent,
     tokenizer: Any,
@@ -99,9 +148,6 @@ def latent_exact_match(
     think: Think | None = None,
 ) -> ExactMatch:
     """Generate and grade a latent student's answers, on the student's device.
-
-    Forward passes are those that wait for one another: the passes of thinking, and one for each
-    token of the answer after the first.
 
     Args:
         student: any latent student.
@@ -115,15 +161,68 @@ def latent_exact_match(
         CorpusError: a sample has no prompt or no answer.
     """
     questions = [question_and_answer(sample)[0] for sample in samples]
-    order = sorted(range(len(samples)), key=lambda i: len(questions[i]))
+    return _grade_in_batches(
+        samples,
+        tokenizer,
+        lambda chosen: answer(
+            student, tokenizer, [questions[i] for i in chosen], max_new_tokens, think
+        ),
+        lengths=[len(question) for question in questions],
+        batch_size=batch_size,
+        extra_forwards=student.num_passes - 1,
+    )
+
+
+def _grade_in_batches(
+    samples: Sequence[Sample],
+    tokenizer: Any,
+    generate: Callable[[list[int]], list[list[int]]],
+    *,
+    lengths: Sequence[int],
+    batch_size: int,
+    extra_forwards: int = 0,
+) -> ExactMatch:
+    """Grade answers in the samples' order; ``generate`` maps sample indices to new token ids."""
+    order = sorted(range(len(samples)), key=lengths.__getitem__)
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        generated = answer(
-            student, tokenizer, [questions[i] for i in chosen], max_new_tokens, think
-        )
-        for i, ids in zip(chosen, generated, strict=True):
+        for i, ids in zip(chosen, generate(chosen), strict=True):
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            num_forwards = student.num_passes + len(ids) - 1
+            num_forwards = len(ids) + extra_forwards
             answers[i] = grade(samples[i], text, num_new_tokens=len(ids), num_forwards=num_forwards)
     return ExactMatch(tuple(answers[i] for i in range(len(samples))))
+
+
+def _truncated_prompts(
+    student: Any, tokenizer: Any, samples: Sequence[Sample], max_new_tokens: int
+) -> list[list[int]]:
+    """Token ids of every prompt, left-truncated after BOS to the model's positions."""
+    prompts = prompt_ids(tokenizer, [dict(sample.segments)["prompt"] for sample in samples])
+    positions = getattr(student.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return prompts
+    budget = positions - max_new_tokens
+    if budget < 1:
+        raise StudentError(
+            f"max_new_tokens: expected fewer than the student's {positions} positions, got "
+            f"{max_new_tokens}, which leaves none for a prompt; generate fewer"
+        )
+    num_bos = int(tokenizer.bos_token_id is not None)
+    kept = max(budget - num_bos, 0)
+    return [ids[:num_bos] + ids[max(len(ids) - kept, num_bos) :] for ids in prompts]
+
+
+def _greedy_settings(student: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+    """Greedy decoding; of the model's own generation config only its EOS tokens are used."""
+    own = student.generation_config.eos_token_id if student.can_generate() else None
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    pad_id = tokenizer.pad_token_id
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=min(ends, default=0) if pad_id is None else pad_id,
+        eos_token_id=sorted(ends) or None,
+    )

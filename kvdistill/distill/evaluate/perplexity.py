@@ -37,25 +37,15 @@ class TextScore:
 
 
 @dataclass(frozen=True)
-class CalibrationBin:
-    """Predicted tokens of similar confidence."""
-
-    num_tokens: int
-    confidence: float
-    """Mean probability of the likeliest token."""
-    accuracy: float
-    """Share of tokens for which the likeliest one is right."""
-
-
-@dataclass(frozen=True)
 class Metrics:
     """Scores of a set of texts, in their order; special tokens (BOS, EOS) are not counted."""
 
     samples: tuple[TextScore, ...]
     calibration_error: float
     """Expected calibration error of the next token, over 15 bins of confidence."""
-    calibration: tuple[CalibrationBin, ...] = ()
-    """The non-empty bins, by ascending confidence."""
+    calibration: list[dict[str, float]]
+    """``num_tokens``, ``confidence`` (mean probability of the likeliest token) and ``accuracy``
+    (how often it is right) of every non-empty bin, by ascending confidence."""
 
     @property
     def nll(self) -> float:
@@ -163,13 +153,13 @@ class Calibration:
         return float((confidence - right).abs().sum() / num.sum().clamp_min(1))
 
     @property
-    def bins(self) -> tuple[CalibrationBin, ...]:
-        """The non-empty bins."""
-        return tuple(
-            CalibrationBin(int(num), confidence / num, right / num)
+    def bins(self) -> list[dict[str, float]]:
+        """The non-empty bins: ``num_tokens``, ``confidence``, ``accuracy``."""
+        return [
+            {"num_tokens": int(num), "confidence": confidence / num, "accuracy": right / num}
             for num, confidence, right in self._sums.T.tolist()
             if num
-        )
+        ]
 
 
 def _nll(logits: Tensor, labels: Tensor) -> Tensor:

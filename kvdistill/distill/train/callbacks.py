@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a progress bar, and logs for scripts and for people."""
+"""Progress of a run: a progress bar, and logs for scripts and for people."""
 
 from __future__ import annotations
 
@@ -23,89 +23,88 @@ from transformers import TrainerCallback
 from kvdistill.text import format_duration
 
 PACKAGE: Final = "kvdistill"
-
-
-TIME: Final = "%Y-%m-%d %H:%M:%S"
+TIME_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
 
 
 class JsonLines(TrainerCallback):  # type: ignore[misc]
-    """Appends every log of the trainer to ``training_log.jsonl``, one object per line."""
+    """Appends every log of the Trainer to ``training_log.jsonl``, one object per line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Write one line."""
+        """Append one line."""
         if state.is_world_process_zero:
             row = {"step": state.global_step, "epoch": state.epoch, "time": time.time(), **logs}
             with self.path.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(row) + "\n")
 
 
+class _StepRate:
+    """Steps per second since training began or was resumed."""
+
+    def __init__(self, step: int) -> None:
+        self._start = (time.monotonic(), step)
+
+    def at(self, step: int) -> float:
+        return (step - self._start[1]) / max(time.monotonic() - self._start[0], 1e-9)
+
+
 class HumanLog(TrainerCallback):  # type: ignore[misc]
-    """Appends to ``training.log`` what a person wants to read: losses, evaluations, warnings."""
+    """Appends losses, evaluations and the package's warnings to ``training.log``."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
         self._handlers: list[logging.Handler] = []
-        self._start = (0.0, 0)
+        self._rate = _StepRate(0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Say that it starts, and take warnings of this package into the file from now on."""
-        self._start = (time.monotonic(), state.global_step)
+        """Log the start, and send warnings of this package to the file from now on."""
+        self._rate = _StepRate(state.global_step)
         if state.is_world_process_zero:
             self.write(f"{self.name}: from step {state.global_step} to {state.max_steps}")
             file = logging.FileHandler(self.path, encoding="utf-8", delay=True)
-            file.setFormatter(logging.Formatter("%(asctime)s  %(levelname)s: %(message)s", TIME))
-            self._listen(file)
-            if not logging.getLogger().handlers:  # a handler silences Python's own last resort
-                self._listen(logging.StreamHandler(sys.stderr))
+            line = "%(asctime)s  %(levelname)s: %(message)s"
+            file.setFormatter(logging.Formatter(line, TIME_FORMAT))
+            self._handlers = [file]
+            if not logging.getLogger().handlers:  # a handler silences Python's last resort
+                self._handlers.append(logging.StreamHandler(sys.stderr))
+            for handler in self._handlers:
+                handler.setLevel(logging.WARNING)
+                logging.getLogger(PACKAGE).addHandler(handler)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """One line per log."""
+        """Append one line."""
         if state.is_world_process_zero and logs:
             self.write(f"step {state.global_step}/{state.max_steps}  {self._figures(state, logs)}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Let go of the package's warnings."""
-        logger = logging.getLogger(PACKAGE)
+        """Detach from the package's warnings."""
         for handler in self._handlers:
-            logger.removeHandler(handler)
+            logging.getLogger(PACKAGE).removeHandler(handler)
             handler.close()
         self._handlers = []
 
     def write(self, text: str) -> None:
         """Append a line with the time."""
         with self.path.open("a", encoding="utf-8") as lines:
-            lines.write(f"{time.strftime(TIME)}  {text}\n")
+            lines.write(f"{time.strftime(TIME_FORMAT)}  {text}\n")
 
     def _figures(self, state: Any, logs: dict[str, Any]) -> str:
-        if "loss" not in logs:
-            return "  ".join(f"{_spoken(key)} {_short_value(value)}" for key, value in logs.items())
-        seconds = max(time.monotonic() - self._start[0], 1e-9)
-        rate = (state.global_step - self._start[1]) / seconds
-        left = (state.max_steps - state.global_step) / rate if rate else 0.0
+        loss = logs.get("loss")
+        shown = logs if loss is None else {k: logs[k] for k in logs if k not in ("loss", "epoch")}
         parts = "  ".join(
-            f"{_spoken(key.removeprefix('loss_'))} {_short_value(value)}"
-            for key, value in logs.items()
-            if key not in ("loss", "epoch")
+            f"{key.removeprefix('loss_').removeprefix('eval_').replace('_', ' ')} {_short(value)}"
+            for key, value in shown.items()
         )
-        return (
-            f"loss {_short_value(logs['loss'])}  ({parts})  {rate:.2f} steps/s, "
-            f"{format_duration(left)} left"
-        )
-
-    def _listen(self, handler: logging.Handler) -> None:
-        handler.setLevel(logging.WARNING)
-        logging.getLogger(PACKAGE).addHandler(handler)
-        self._handlers.append(handler)
+        if loss is None:
+            return parts
+        rate = self._rate.at(state.global_step)
+        left = format_duration((state.max_steps - state.global_step) / rate if rate else 0.0)
+        return f"loss {_short(loss)}  ({parts})  {rate:.2f} steps/s, {left} left"
 
 
-def _spoken(key: str) -> str:
-    return key.removeprefix("eval_").replace("_", " ")
-
-
-def _short_value(value: Any) -> str:
+def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -113,7 +112,6 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
     """One line per run: steps, rate, time left, the loss and the last evaluation."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
         self.status: dict[str, str] = {}
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -127,20 +125,19 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
             console=Console(stderr=True),
         )
         self.task = self.progress.add_task(f"train {name}", total=None, rate="", status="")
-        self._start = (0.0, 0)
+        self._rate = _StepRate(0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Show the bar."""
         if state.is_world_process_zero:
-            self._start = (time.monotonic(), state.global_step)
+            self._rate = _StepRate(state.global_step)
             self.progress.update(self.task, total=state.max_steps, completed=state.global_step)
             self.progress.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Move the bar."""
-        seconds = time.monotonic() - self._start[0]
-        rate = (state.global_step - self._start[1]) / max(seconds, 1e-9)
-        self.progress.update(self.task, completed=state.global_step, rate=f"{rate:.2f} steps/s")
+        """Advance the bar."""
+        rate = f"{self._rate.at(state.global_step):.2f} steps/s"
+        self.progress.update(self.task, completed=state.global_step, rate=rate)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Show the newest loss and bits per character."""
@@ -150,5 +147,5 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
         self.progress.update(self.task, status="  ".join(self.status.values()))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take the bar down."""
+        """Remove the bar."""
         self.progress.stop()

@@ -87,8 +87,11 @@ def test_calibration_equals_its_definition_over_several_batches() -> None:
         calibration.add(logits[half], labels[half])
     assert calibration.error == pytest.approx(calibration_by_hand(logits, labels), abs=1e-6)
     assert calibration.error > 0.1
-    total = sum(found.num_tokens for found in calibration.bins)
-    gaps = [found.num_tokens * abs(found.confidence - found.accuracy) for found in calibration.bins]
+    total = sum(found["num_tokens"] for found in calibration.bins)
+    gaps = [
+        found["num_tokens"] * abs(found["confidence"] - found["accuracy"])
+        for found in calibration.bins
+    ]
     assert sum(gaps) / total == pytest.approx(calibration.error)
     assert total == int((labels != -100).sum())
 

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.data.collate import student_batch, tokenize
-from kvdistill.distill.evaluate.generation import generate_and_grade
+from kvdistill.distill.evaluate.held_out import generate_and_grade
 from kvdistill.distill.student.build import train_tokenizer
 from kvdistill.errors import CorpusError, StudentError
 
