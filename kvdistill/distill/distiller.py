@@ -97,14 +97,10 @@ class Distiller(nn.Module):
         if not teachers:
             return
         for teacher in teachers:
-            self.heads[_module_name(teacher.name)] = nn.ModuleDict(
-                {
-                    kind: TeacherHead(
-                        teacher, kind, geometry.heads, projection, projects=self.projects
-                    )
-                    for kind in KINDS
-                }
-            )
+            heads = nn.ModuleDict()
+            for kind in KINDS:
+                heads[kind] = TeacherHead(teacher, kind, geometry.heads, projection, self.projects)
+            self.heads[_module_name(teacher.name)] = heads
         self.weigh = FusionWeights(
             fusion, teachers, geometry.hidden_size, geometry.num_layers, num_tasks
         )
@@ -204,26 +200,28 @@ class Distiller(nn.Module):
         # A router that learns from the task must not be drawn to what is easy to imitate.
         kv_alpha = alpha.detach() if self.losses.inject else alpha
         projected = self.projected(targets) if self.projects else {}
-        weights = self.losses.weights()
-        covered = counts.get("num_covered", covered_BT.sum())
+        fused = {}
         parts = {}
+        covered = counts.get("num_covered", covered_BT.sum())
         if self.regresses:
             sums = self.regression_sums(output, batch["teachers"], targets, kv_alpha)
             parts = {name: total / covered.clamp_min(1) for name, total in sums.items()}
-        maps = self.kv_errors(output, targets, projected, kv_alpha, covered_BT)
+        else:
+            fused = {kind: fuse(kv_alpha, teachers) for kind, teachers in projected.items()}
+        maps = self.kv_errors(output, targets, fused, kv_alpha, covered_BT)
         if self.losses.entropy:
             sign = 1.0 if self.fusion.entropy == "specialized" else -1.0
             maps["entropy"] = sign * entropy(alpha).expand_as(covered_BT)
-        parts |= {
-            name: reduce_tokens(error, covered_BT, covered)
-            for name, error in maps.items()
-            if weights[name]
-        }
+        weights = self.losses.weights()
+        for name, error in maps.items():
+            if weights[name]:
+                parts[name] = reduce_tokens(error, covered_BT, covered)
         if self.losses.inject:
             parts["inject"] = self._inject(batch, projected, alpha, covered_NBT, counts)
         if not figures:
             return parts, {}
-        variance = self._variance(targets, projected, kv_alpha, covered_BT)
+        compared = fused.values() or [x for ts in targets.values() for groups in ts for x in groups]
+        variance = torch.stack([target_variance(x, covered_BT) for x in compared]).mean()
         return parts, {"alpha": mean_weights(alpha), "target_variance": variance}
 
     def head(self, name: str, kind: Kind) -> TeacherHead:
@@ -254,10 +252,7 @@ class Distiller(nn.Module):
     def projected(self, targets: Targets) -> dict[Kind, list[Tensor]]:
         """Every teacher as ``[B, L_s, H, T, D]`` in the student's or shared space, by kind."""
         return {
-            kind: [
-                head.projected(target)
-                for head, target in zip(self.heads_of(kind), targets[kind], strict=True)
-            ]
+            kind: [h.projected(x) for h, x in zip(self.heads_of(kind), targets[kind], strict=True)]
             for kind in KINDS
         }
 
@@ -287,7 +282,7 @@ class Distiller(nn.Module):
         self,
         output: StudentOutput,
         targets: Targets,
-        projected: Mapping[Kind, list[Tensor]],
+        fused: Mapping[Kind, Tensor],
         alpha: Tensor,
         covered_BT: Tensor,
     ) -> dict[str, Tensor]:
@@ -296,13 +291,10 @@ class Distiller(nn.Module):
             if not (self.losses.cosine or self.losses.relation):
                 return {}
             keys, values = (
-                teacher_errors(
-                    output.kind(kind), self.heads_of(kind), targets[kind], alpha, self.losses
-                )
-                for kind in KINDS
+                teacher_errors(output.kind(k), self.heads_of(k), targets[k], alpha, self.losses)
+                for k in KINDS
             )
             return {name: (keys[name] + values[name]) / len(KINDS) for name in keys}
-        fused = {kind: fuse(alpha, teachers) for kind, teachers in projected.items()}
         if self.projection.mode != "joint":
             fused = {kind: target.detach() for kind, target in fused.items()}
         ours = {kind: self._in_target_space(output.kind(kind), kind) for kind in KINDS}
@@ -374,21 +366,6 @@ class Distiller(nn.Module):
                 ]
                 lost.append(weight_NBT[i] * torch.stack(errors).mean(0))
         return torch.stack(lost).sum(0) / len(KINDS)
-
-    @torch.no_grad()
-    def _variance(
-        self,
-        targets: Targets,
-        projected: Mapping[Kind, list[Tensor]],
-        alpha: Tensor,
-        covered_BT: Tensor,
-    ) -> Tensor:
-        """Variance of what the student is compared with; it falls when the target collapses."""
-        if self.regresses:
-            found = [x for kind in KINDS for groups in targets[kind] for x in groups]
-        else:
-            found = [fuse(alpha, teachers) for teachers in projected.values()]
-        return torch.stack([target_variance(x, covered_BT) for x in found]).mean()
 
 
 def _refuse_injection_of_encoders(teachers: list[TeacherSpace]) -> None:

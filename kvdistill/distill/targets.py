@@ -220,7 +220,6 @@ class TeacherHead(nn.Module):
         kind: Kind,
         student: HeadShape,
         projection: ProjectionConfig,
-        *,
         projects: bool,
     ) -> None:
         super().__init__()

@@ -77,16 +77,24 @@ class _FusedRegression(torch.autograd.Function):
         device = student.device.type
         mixed = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if mixed else student.dtype
-        gradients = [_Gradients(regression, dtype) for regression in regressions]
-        sums = _Sums(student, gradients, distance, differentiates=any(ctx.needs_input_grad))
+        terms = [_Term(regression, distance, dtype) for regression in regressions]
+        b, num_layers, heads, t, dim = student.shape
+        differentiates = any(ctx.needs_input_grad)
+        exact = torch.promote_types(student.dtype, torch.float32)
+        total = student.new_zeros((), dtype=exact)
+        gradient = torch.zeros_like(student, memory_format=torch.contiguous_format)
         with torch.autocast(device, enabled=False):
-            for layer in range(student.shape[1]):
-                sums.add(layer, student[:, layer])
-        found = [sums.student]
-        for one in gradients:
-            found += [one.weight, one.bias, one.alpha]
-        ctx.save_for_backward(*found)
-        return sums.total
+            for layer in range(num_layers):
+                x_BTI = student[:, layer].transpose(1, 2).reshape(b, t, heads * dim)
+                grad_NI = student.new_zeros(b * t, heads * dim, dtype=exact)
+                for term in terms:
+                    if layer in term.rows:
+                        total += term.add(
+                            layer, x_BTI, grad_NI if differentiates else None, num_layers
+                        )
+                gradient[:, layer] = grad_NI.view(b, t, heads, dim).transpose(1, 2)
+        ctx.save_for_backward(gradient, *(x for term in terms for x in term.gradients))
+        return total
 
     @staticmethod
     @once_differentiable
@@ -99,89 +107,55 @@ class _FusedRegression(torch.autograd.Function):
         return student, None, None, *parameters
 
 
-class _Gradients:
-    """One regression's gradients for an upstream gradient of 1, filled layer by layer."""
+class _Term:
+    """One regression, and its gradients for an upstream gradient of 1, filled layer by layer."""
 
-    def __init__(self, regression: Regression, dtype: torch.dtype) -> None:
-        self.of = regression
-        exact = torch.promote_types(dtype, torch.float32)
+    def __init__(self, regression: Regression, distance: Distance, dtype: torch.dtype) -> None:
+        self._of, self._distance = regression, distance
         self.rows = {layer: row for row, layer in enumerate(regression.student_layers)}
-        self.weight_LIO = regression.weight_LIO.to(dtype)
-        self.bias_LO = regression.bias_LO.to(dtype)
-        self.weight = torch.zeros_like(regression.weight_LIO, dtype=exact)
-        self.bias = torch.zeros_like(regression.bias_LO, dtype=exact)
-        self.alpha = torch.zeros_like(regression.alpha_BLT, dtype=exact)
+        self._weight_LIO = regression.weight_LIO.to(dtype)
+        self._bias_LO = regression.bias_LO.to(dtype)
+        self._exact = torch.promote_types(dtype, torch.float32)
+        self.gradients = [
+            torch.zeros_like(x, dtype=self._exact)
+            for x in (regression.weight_LIO, regression.bias_LO, regression.alpha_BLT)
+        ]
 
-    def residual(self, row: int, x_NI: Tensor, shape: tuple[int, int]) -> Tensor:
+    def add(
+        self, layer: int, student_BTI: Tensor, grad_NI: Tensor | None, num_layers: int
+    ) -> Tensor:
+        """The error of one student layer; its gradient is added to ``grad_NI`` if there is one."""
+        weight_grad, bias_grad, alpha_grad = self.gradients
+        row, alpha_row = self.rows[layer], layer if alpha_grad.shape[1] > 1 else 0
+        x_NI = student_BTI.flatten(0, 1).to(self._weight_LIO.dtype)
+        residual = self._residual(row, x_NI, student_BTI.shape[:2])
+        share = 1 / (residual.shape[1] * num_layers)
+        alpha = self._of.alpha_BLT[:, alpha_row].reshape(-1, 1).to(residual.dtype)
+        error_N = share * _token_error(residual, self._distance)
+        if grad_NI is not None:
+            alpha_grad[:, alpha_row] += error_N.view(student_BTI.shape[:2])
+            if self._distance == "mse":
+                slope, scale = residual.mul_(alpha), 2 * share
+            else:
+                slope, scale = residual.clamp_(-1, 1).mul_(alpha), share
+            bias_grad[row] = scale * slope.sum(0)
+            _add_product(weight_grad[row], x_NI.T, slope, scale)
+            _add_product(grad_NI, slope, self._weight_LIO[row].T, scale)
+        return torch.dot(error_N, alpha.squeeze(1))
+
+    def _residual(self, row: int, x_NI: Tensor, shape: torch.Size) -> Tensor:
         """``x W + b − y`` of one layer, ``[N, O]`` in at least float32."""
-        target_BHTD = self.of.target(row)
+        target_BHTD = self._of.target(row)
         samples, heads, tokens, dim = target_BHTD.shape
-        expected = (*shape, self.bias_LO.shape[1])
+        expected = (*shape, self._bias_LO.shape[1])
         if (samples, tokens, heads * dim) != expected:
             raise GeometryError(
                 f"regression: expected a target of (samples, tokens, channels) {expected}, got "
                 f"{(samples, tokens, heads * dim)}; align and layer-map first"
             )
-        predicted = torch.addmm(self.bias_LO[row], x_NI, self.weight_LIO[row])
-        residual = predicted.to(self.weight.dtype)
-        residual.view(*shape, heads, dim).sub_(target_BHTD.transpose(1, 2))
+        residual = torch.addmm(self._bias_LO[row], x_NI, self._weight_LIO[row]).to(self._exact)
+        residual.view(samples, tokens, heads, dim).sub_(target_BHTD.transpose(1, 2))
         return residual
-
-
-class _Sums:
-    """The total error, and its gradient on the student, accumulated layer by layer."""
-
-    def __init__(
-        self,
-        student: Tensor,
-        gradients: list[_Gradients],
-        distance: Distance,
-        *,
-        differentiates: bool,
-    ) -> None:
-        self._gradients, self._distance = gradients, distance
-        self._differentiates = differentiates
-        self._num_layers = student.shape[1]
-        self._exact = torch.promote_types(student.dtype, torch.float32)
-        self.total = student.new_zeros((), dtype=self._exact)
-        self.student = torch.zeros_like(student, memory_format=torch.contiguous_format)
-
-    def add(self, layer: int, student_BHTD: Tensor) -> None:
-        """Add one student layer."""
-        b, heads, t, dim = student_BHTD.shape
-        x = student_BHTD.transpose(1, 2).reshape(b * t, heads * dim)
-        grad = torch.zeros_like(x, dtype=self._exact)
-        for gradients in self._gradients:
-            if layer in gradients.rows:
-                self._add(gradients, layer, x, grad, (b, t))
-        self.student[:, layer] = grad.view(b, t, heads, dim).transpose(1, 2)
-
-    def _add(
-        self,
-        gradients: _Gradients,
-        layer: int,
-        x_NI: Tensor,
-        grad_NI: Tensor,
-        shape: tuple[int, int],
-    ) -> None:
-        row = gradients.rows[layer]
-        x = x_NI.to(gradients.weight_LIO.dtype)
-        residual = gradients.residual(row, x, shape)
-        share = 1 / (residual.shape[1] * self._num_layers)
-        alpha_row = layer if gradients.alpha.shape[1] > 1 else 0
-        alpha = gradients.of.alpha_BLT[:, alpha_row].reshape(-1, 1).to(residual.dtype)
-        error_N = share * _token_error(residual, self._distance)
-        self.total += torch.dot(error_N, alpha.squeeze(1))
-        if not self._differentiates:
-            return
-        gradients.alpha[:, alpha_row] += error_N.view(shape)
-        if self._distance == "mse":
-            slope, share = residual.mul_(alpha), 2 * share
-        else:
-            slope = residual.clamp_(-1, 1).mul_(alpha)
-        gradients.bias[row] = share * slope.sum(0)
-        _add_product(gradients.weight[row], x.T, slope, share)
-        _add_product(grad_NI, slope, gradients.weight_LIO[row].T, share)
 
 
 def _token_error(residual_NO: Tensor, distance: Distance) -> Tensor:

@@ -34,8 +34,8 @@ EIGENVALUE_FLOOR: Final = 1e-6
 class PilotMoments:
     """Joint moments per layer of source ``x`` (width I) and target ``y`` (width O).
 
-    ``count`` tokens, ``mean_x [L, I]``, ``mean_y [L, O]``, and the centred products
-    ``xx [L, I, I]`` and ``xy [L, I, O]``; float64, on the CPU.
+    Both are kept side by side, the source first: means ``[L, I + O]``, and centred products of the
+    source with both, ``[L, I, I + O]``; float64, on the CPU.
     """
 
     def __init__(self, num_layers: int, width_x: int, width_y: int) -> None:
@@ -55,28 +55,12 @@ class PilotMoments:
             (joint_LNC.shape[1], mean, centred[..., : self._width_x].mT @ centred),
         )
 
-    @property
-    def mean_x(self) -> Tensor:
-        """Mean of the source ``[L, I]``."""
-        return self._mean[:, : self._width_x]
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Means of source ``[L, I]`` and target ``[L, O]``."""
+        return self._mean[:, : self._width_x], self._mean[:, self._width_x :]
 
-    @property
-    def mean_y(self) -> Tensor:
-        """Mean of the target ``[L, O]``."""
-        return self._mean[:, self._width_x :]
-
-    @property
-    def xx(self) -> Tensor:
-        """Centred products of the source with itself ``[L, I, I]``."""
-        return self._products[..., : self._width_x]
-
-    @property
-    def xy(self) -> Tensor:
-        """Centred products of source and target ``[L, I, O]``."""
-        return self._products[..., self._width_x :]
-
-    def covariance(self) -> Tensor:
-        """Covariance of the source, ``[L, I, I]`` float64.
+    def covariances(self) -> tuple[Tensor, Tensor]:
+        """Covariance of the source, ``[L, I, I]``, and of source and target, ``[L, I, O]``.
 
         Raises:
             ConfigError: no token has been added.
@@ -86,7 +70,8 @@ class PilotMoments:
                 "projection.init: no token of the pilot is covered by the teacher; raise "
                 "projection.pilot_batches"
             )
-        return self.xx / self.count
+        xx, xy = self._products[..., : self._width_x], self._products[..., self._width_x :]
+        return xx / self.count, xy / self.count
 
 
 @torch.no_grad()
@@ -109,13 +94,15 @@ def initialise(
     Raises:
         ConfigError: the pilot is empty.
     """
-    covariance = moments.covariance()
-    mean_y = moments.mean_y if init == "ridge" else torch.zeros_like(moments.mean_y)
+    covariance, _ = moments.covariances()
+    mean_x, mean_y = moments.means()
+    if init == "pca":
+        mean_y = torch.zeros_like(mean_y)
     if isinstance(projection, FullProjection):
         width = projection.target.width
         weight = ridge(moments) if init == "ridge" else whitened_pca(covariance, width)
         projection.weight_LIO.copy_(weight)
-        projection.bias_LO.copy_(mean_y - torch.einsum("li,lio->lo", moments.mean_x, weight))
+        projection.bias_LO.copy_(mean_y - torch.einsum("li,lio->lo", mean_x, weight))
         return
     if init == "ridge":
         heads, dims = nearest_two_step(projection, ridge(moments))
@@ -123,8 +110,7 @@ def initialise(
         heads, dims = _pooled_pca(projection, covariance)
     projection.head_LHG.copy_(heads)
     projection.dim_LDE.copy_(dims)
-    mean_x = moments.mean_x.view(-1, *projection.source)
-    image = torch.einsum("lhd,lhg,lde->lge", mean_x, heads, dims)
+    image = torch.einsum("lhd,lhg,lde->lge", mean_x.view(-1, *projection.source), heads, dims)
     projection.bias_LGE.copy_(mean_y.view_as(image) - image)
 
 
@@ -152,11 +138,11 @@ def ridge(moments: PilotMoments, penalty: float = RIDGE) -> Tensor:
     Raises:
         ConfigError: the pilot is empty.
     """
-    covariance = moments.covariance()
+    covariance, cross = moments.covariances()
     scale = covariance.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
     eye = torch.eye(covariance.shape[-1], dtype=torch.float64)
     loaded = covariance + penalty * scale[:, None, None] * eye
-    weight: Tensor = torch.linalg.solve(loaded, moments.xy / moments.count)
+    weight: Tensor = torch.linalg.solve(loaded, cross)
     return weight
 
 

@@ -80,12 +80,8 @@ class LinearProjection(nn.Module):
         self.bias_LGE = nn.Parameter(torch.zeros(num_layers, *target))
 
     def forward(self, x_BLHTD: Tensor) -> Tensor:
-        """``[B, L, H_t, T, D_t]`` to ``[B, L, H_s, T, D_s]``.
-
-        Raises:
-            GeometryError: layers, heads or dim are not the declared ones.
-        """
-        check_kv(x_BLHTD, self.num_layers, self.source, "projection")
+        """As ``JointMap.forward``."""
+        check_kv(x_BLHTD, self.num_layers, self.source, "LinearProjection")
         b, num_layers, num_heads, t, dim = x_BLHTD.shape
         # Both products read the heads in place; an einsum would first permute all of x.
         rows = x_BLHTD.reshape(b, num_layers, num_heads * t, dim) @ self.dim_LDE
@@ -94,7 +90,26 @@ class LinearProjection(nn.Module):
         return mixed + self.bias_LGE[:, :, None]
 
 
-class FullProjection(nn.Module):
+class JointMap(nn.Module):
+    """One matrix per layer over heads and channels, ``H·D → G·E``, and a bias."""
+
+    def __init__(self, weight_LIO: Tensor, source: HeadShape, target: HeadShape) -> None:
+        super().__init__()
+        self.num_layers, self.source, self.target = len(weight_LIO), source, target
+        self.weight_LIO = nn.Parameter(weight_LIO)
+        self.bias_LO = nn.Parameter(torch.zeros(self.num_layers, target.width))
+
+    def forward(self, x_BLHTD: Tensor) -> Tensor:
+        """``[B, L, H, T, D]`` to ``[B, L, G, T, E]``.
+
+        Raises:
+            GeometryError: layers, heads or dim are not the declared ones.
+        """
+        check_kv(x_BLHTD, self.num_layers, self.source, type(self).__name__)
+        return layerwise(x_BLHTD, self.weight_LIO, self.bias_LO, self.target)
+
+
+class FullProjection(JointMap):
     """One joint map ``H_t·D_t → H_s·D_s``: the richest linear map, and the largest.
 
     It starts as the same map as ``LinearProjection``.
@@ -107,21 +122,26 @@ class FullProjection(nn.Module):
         target: HeadShape,
         init: ProjectionInit = "grouped_mean",
     ) -> None:
-        super().__init__()
-        self.num_layers, self.source, self.target = num_layers, source, target
         if init == "orthogonal":
             maps = [orthogonal(source.width, target.width) for _ in range(num_layers)]
         else:
             heads = grouped_mean(source.num_heads, target.num_heads)
             # The Kronecker product is the joint map of applying dims, then heads.
             maps = [torch.kron(heads, torch.eye(source.head_dim, target.head_dim))] * num_layers
-        self.weight_LIO = nn.Parameter(torch.stack(maps))
-        self.bias_LO = nn.Parameter(torch.zeros(num_layers, target.width))
+        super().__init__(torch.stack(maps), source, target)
 
-    def forward(self, x_BLHTD: Tensor) -> Tensor:
-        """As ``LinearProjection.forward``."""
-        check_kv(x_BLHTD, self.num_layers, self.source, "full projection")
-        return layerwise(x_BLHTD, self.weight_LIO, self.bias_LO, self.target)
+
+class StudentToTeacher(JointMap):
+    """Regression of the student's KV onto a teacher's fixed one, discarded after training.
+
+    The target is the teacher's standardised KV and holds no parameter: it cannot move towards the
+    student, and a constant student scores exactly its variance, 1 (FitNets, arXiv 1412.6550).
+    """
+
+    def __init__(self, num_layers: int, source: HeadShape, target: HeadShape) -> None:
+        bound = 1 / math.sqrt(source.width)  # as nn.Linear initialises its own
+        weight = torch.empty(num_layers, source.width, target.width).uniform_(-bound, bound)
+        super().__init__(weight, source, target)
 
 
 class BottleneckProjection(nn.Module):
@@ -147,35 +167,10 @@ class BottleneckProjection(nn.Module):
         self.up_bias_LO = nn.Parameter(torch.zeros(num_layers, target.width))
 
     def forward(self, x_BLHTD: Tensor) -> Tensor:
-        """As ``LinearProjection.forward``."""
-        check_kv(x_BLHTD, self.num_layers, self.source, "bottleneck projection")
+        """As ``JointMap.forward``."""
+        check_kv(x_BLHTD, self.num_layers, self.source, "BottleneckProjection")
         inner = F.gelu(layerwise(x_BLHTD, self.down_LIO, self.down_bias_LO, self.inner))
         return layerwise(inner, self.up_LIO, self.up_bias_LO, self.target)
-
-
-class StudentToTeacher(nn.Module):
-    """Regression of the student's KV onto a teacher's fixed one, discarded after training.
-
-    The target is the teacher's standardised KV and holds no parameter: it cannot move towards the
-    student, and a constant student scores exactly its variance, 1 (FitNets, arXiv 1412.6550).
-    """
-
-    def __init__(self, num_layers: int, source: HeadShape, target: HeadShape) -> None:
-        super().__init__()
-        self.num_layers, self.source, self.target = num_layers, source, target
-        bound = 1 / math.sqrt(source.width)  # as nn.Linear initialises its own
-        weight = torch.empty(num_layers, source.width, target.width).uniform_(-bound, bound)
-        self.weight_LIO = nn.Parameter(weight)
-        self.bias_LO = nn.Parameter(torch.zeros(num_layers, target.width))
-
-    def forward(self, student_BLHTD: Tensor) -> Tensor:
-        """``[B, L, H_s, T, D_s]`` to a prediction of ``[B, L, H_t, T, D_t]``.
-
-        Raises:
-            GeometryError: layers, heads or dim are not the declared ones.
-        """
-        check_kv(student_BLHTD, self.num_layers, self.source, "student-to-teacher regression")
-        return layerwise(student_BLHTD, self.weight_LIO, self.bias_LO, self.target)
 
 
 class SpaceAdapter(nn.Module):

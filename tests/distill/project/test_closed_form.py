@@ -38,14 +38,15 @@ def test_merged_moments_equal_those_of_all_tokens():
     batches = list(teacher_batches())
     pairs = [(x, x[:, :, :2, :, :3] ** 2, mask) for x, mask in batches]
     moments = moments_of(pairs)
+    (_, mean_y), (xx, xy) = moments.means(), moments.covariances()
     for layer in range(LAYERS):
         x = torch.cat([flat(x, mask, layer) for x, _, mask in pairs])
         y = torch.cat([flat(y, mask, layer) for _, y, mask in pairs])
         assert moments.count == len(x)
-        torch.testing.assert_close(moments.mean_y[layer], y.mean(0))
+        torch.testing.assert_close(mean_y[layer], y.mean(0))
         centred = x - x.mean(0)
-        torch.testing.assert_close(moments.xx[layer], centred.T @ centred)
-        torch.testing.assert_close(moments.xy[layer], centred.T @ (y - y.mean(0)))
+        torch.testing.assert_close(xx[layer], centred.T @ centred / len(x))
+        torch.testing.assert_close(xy[layer], centred.T @ (y - y.mean(0)) / len(x))
 
 
 @pytest.mark.parametrize("target", [TARGET, HeadShape(2, 9)])
