@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from kvdistill.attention.adapters import QKV, Adapter
+from kvdistill.attention.adapters import QKV, Adapter, fused_per_head
 from kvdistill.attention.geometry import Heads, read_heads
 from kvdistill.errors import AdapterError
 
@@ -61,6 +61,10 @@ def find_sites(model: nn.Module, adapter: Adapter) -> tuple[list[Site], dict[int
             skipped[layer_idx] = f"{type(layer).__name__} without {adapter.attention}"
             continue
         heads = read_heads(attention, config.get_text_config())
+        if (
+            adapter.cut is fused_per_head
+        ):  # a key/value head per query head, whatever a config holds
+            heads = heads._replace(num_key_value=heads.num_query)
         found.append(Site(layer_idx, layer, attention, present, heads, adapter))
     if not found:
         wanted = f"{adapter.attention}.{{{','.join(adapter.taps)}}}"

@@ -13,8 +13,7 @@ multiplied with the keys, so the cost is linear in the text's length. Additive p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -30,8 +29,7 @@ CHUNK: Final = 64
 """Queries at a time: bounds the scores in memory to ``[B, H·G, 64, T]``."""
 
 
-@dataclass(frozen=True, eq=False)
-class QueriesAndKeys:
+class QueriesAndKeys(NamedTuple):
     """Which tokens of a batch are queries, and which are keys."""
 
     query_idx_BQ: Tensor
@@ -41,20 +39,13 @@ class QueriesAndKeys:
     key_span: slice
     """The range of tokens that holds the keys of all samples."""
 
-    def to(self, device: torch.device) -> QueriesAndKeys:
-        """The same on another device."""
-        query_idx, query_mask = self.query_idx_BQ.to(device), self.query_mask_BQ.to(device)
-        return QueriesAndKeys(query_idx, query_mask, self.key_mask_BT.to(device), self.key_span)
-
 
 def queries_and_keys(segments: Sequence[NDArray[np.int8]]) -> QueriesAndKeys:
     """Queries and keys of a right-padded batch, from every sample's segments ``[T]``."""
     queries = [np.flatnonzero(_is_query(segment)) for segment in segments]
-    num_queries = max(1, *(len(q) for q in queries))
-    num_tokens = max(1, *(len(segment) for segment in segments))
-    query_idx = np.zeros((len(segments), num_queries), np.int64)
+    query_idx = np.zeros((len(segments), max(1, *map(len, queries))), np.int64)
     query_mask = np.zeros(query_idx.shape, bool)
-    key_mask = np.zeros((len(segments), num_tokens), bool)
+    key_mask = np.zeros((len(segments), max(1, *map(len, segments))), bool)
     for row, (segment, query) in enumerate(zip(segments, queries, strict=True)):
         query_idx[row, : len(query)] = query
         query_mask[row, : len(query)] = True

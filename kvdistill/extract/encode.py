@@ -13,10 +13,11 @@ depend on the batches either.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,7 +33,7 @@ from kvdistill.store.codecs.parts import part_name
 from kvdistill.store.format import Counts, group_prefix, shard_arrays
 from kvdistill.store.manifest import TeacherManifest
 from kvdistill.store.shard import EncodedShard, TokenTable, block_ptr
-from kvdistill.types import KINDS, SEGMENT_SPECIAL, Kind, LayerGroup
+from kvdistill.types import KINDS, SEGMENT_SPECIAL, Kind
 
 
 class ShardPacker:
@@ -63,7 +64,16 @@ class ShardPacker:
             for row, layer_idx in enumerate(group.layers)
         }
         self.codecs = {"key": CODECS[manifest.codec.key], "value": CODECS[manifest.codec.value]}
-        self.moments = SampleMoments(manifest.groups, tokens.num_samples)
+        self.text_counts = np.zeros(tokens.num_samples, np.int64)
+        self.moments = {
+            (group_idx, kind): np.zeros(
+                (2, tokens.num_samples, len(group.layers), group.num_key_value_heads, dim)
+            )
+            for group_idx, group in enumerate(manifest.groups)
+            for kind in KINDS
+            for dim in (group.head_dim(kind),)
+        }
+        """Mean and M2 per sample: ``[2, N, L, H, D]`` of every group and kind."""
 
     def begin(self, batch: TeacherBatch) -> BatchPacker:
         """Start a batch, of which nothing is kept before its ``finish``."""
@@ -75,19 +85,19 @@ class ShardPacker:
 
     def statistics(self) -> dict[str, ChannelStatistics]:
         """Channel statistics over the tokens of text, by array prefix and kind."""
-        return {
-            f"{group_prefix(self.manifest, group_idx)}{kind}": self.moments.merged(group_idx, kind)
-            for group_idx in range(len(self.manifest.groups))
-            for kind in KINDS
-        }
+        merged = {}
+        for (group_idx, kind), (mean, m2) in self.moments.items():
+            samples = zip(self.text_counts.tolist(), mean, m2, strict=True)
+            prefix = group_prefix(self.manifest, group_idx)
+            merged[f"{prefix}{kind}"] = ChannelStatistics(*merge_moments(*samples))
+        return merged
 
     def segments(self, batch: TeacherBatch) -> list[NDArray[np.int8]]:
         """Segments of a batch's samples, ``[T]`` each."""
         return [self.tokens_read.segment[self.tokens_read.span(i)] for i in batch.sample_idx]
 
 
-@dataclass(frozen=True, eq=False)
-class _LayerRow:
+class _LayerRow(NamedTuple):
     """Where a layer is stored: its group, and its row on the group's layer axis."""
 
     group_idx: int
@@ -96,8 +106,7 @@ class _LayerRow:
     layer: VerifiedLayer
 
 
-@dataclass(frozen=True, eq=False)
-class _BatchMasks:
+class _BatchMasks(NamedTuple):
     """Which tokens of a batch are counted, stored, queries and keys; on one device."""
 
     text_mask_BT: Tensor
@@ -116,20 +125,11 @@ class _BatchMasks:
         if shard.manifest.eviction is not None:
             sample_ids = [shard.tokens.sample_ids[i] for i in batch.sample_idx]
             slots = Slots.of(shard.manifest.eviction, segments, sample_ids, width)
-            lengths, width = slots.count, shard.manifest.eviction.budget
+            lengths, width = slots.lengths, shard.manifest.eviction.budget
         stored_mask = torch.arange(width) < lengths[:, None]
         chosen = queries_and_keys(segments) if shard.manifest.has_importance else None
         last_idx = (lengths - 1).clamp_min(0)
         return _BatchMasks(text_mask(segments, batch), stored_mask, last_idx, chosen, slots)
-
-    def to(self, device: torch.device) -> _BatchMasks:
-        return _BatchMasks(
-            self.text_mask_BT.to(device),
-            self.stored_mask_BT.to(device),
-            self.last_idx_B.to(device),
-            None if self.queries_and_keys is None else self.queries_and_keys.to(device),
-            None if self.slots is None else self.slots.to(device),
-        )
 
 
 class BatchPacker:
@@ -147,7 +147,7 @@ class BatchPacker:
         """Encode one layer on the device it was computed on, without waiting for the device."""
         row, device = self._shard.rows[layer_idx], qkv.key.device
         if device not in self._masks_on:
-            self._masks_on[device] = self._masks.to(device)
+            self._masks_on[device] = send_to_device(self._masks, device)
         masks = self._masks_on[device]
         qkv = keep_heads(qkv, self._shard.manifest.kept_heads)
         received = kept = None
@@ -184,12 +184,12 @@ class BatchPacker:
             NonFiniteError: NaN or infinity; names layer, head and sample.
         """
         _synchronise(self._masks_on)
-        index = list(self._batch.sample_idx)
-        count = self._masks.text_mask_BT.sum(dim=1).numpy()
+        sample_idx = list(self._batch.sample_idx)
+        self._shard.text_counts[sample_idx] = self._masks.text_mask_BT.sum(dim=1).numpy()
         for row, kind, mean, m2 in self._moments:
             self._refuse_non_finite(row.layer, kind, mean)
-            found = count, mean.double().numpy(), m2.double().numpy()
-            self._shard.moments.put(row.group_idx, row.row, kind, index, found)
+            target = self._shard.moments[row.group_idx, kind]
+            target[0, sample_idx, row.row], target[1, sample_idx, row.row] = mean, m2
         for row, name, per, codes in self._codes:
             self._scatter(codes.numpy(), self._shard.arrays[name][row.row], self._shard.ptr[per])
 
@@ -274,36 +274,3 @@ def moments(x_BHTD: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
     m2 = weight_B1T @ (flat - mean).square_()
     shape = (num_samples, num_heads, head_dim)
     return mean.reshape(shape), m2.reshape(shape)
-
-
-Moments = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
-"""Per sample: count ``[B]``, mean and M2 ``[B, H, D]``."""
-
-
-class SampleMoments:
-    """Per group, kind and sample: count, mean and M2 of every (layer, head, channel)."""
-
-    def __init__(self, groups: Sequence[LayerGroup], num_samples: int) -> None:
-        self._count = np.zeros(num_samples, np.int64)
-        heads = [(len(group.layers), group.num_key_value_heads) for group in groups]
-        shapes = {
-            (group_idx, kind): (num_samples, *heads[group_idx], group.head_dim(kind))
-            for group_idx, group in enumerate(groups)
-            for kind in KINDS
-        }
-        self._mean = {key: np.zeros(shape) for key, shape in shapes.items()}
-        self._m2 = {key: np.zeros(shape) for key, shape in shapes.items()}
-
-    def put(
-        self, group_idx: int, row: int, kind: Kind, sample_idx: list[int], found: Moments
-    ) -> None:
-        """Keep the moments of a batch's samples, of one layer (``row`` of its group)."""
-        count, mean, m2 = found
-        self._count[sample_idx] = count
-        self._mean[group_idx, kind][sample_idx, row] = mean
-        self._m2[group_idx, kind][sample_idx, row] = m2
-
-    def merged(self, group_idx: int, kind: Kind) -> ChannelStatistics:
-        """Statistics of all samples together."""
-        mean, m2 = self._mean[group_idx, kind], self._m2[group_idx, kind]
-        return ChannelStatistics(*merge_moments(*zip(self._count.tolist(), mean, m2, strict=True)))

@@ -24,6 +24,7 @@ from kvdistill.attention.hooks import Site, attached
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
 from kvdistill.extract.encode import ShardPacker, text_mask
+from kvdistill.extract.generate import generate_rationales
 from kvdistill.extract.teacher import Teacher
 from kvdistill.extract.tokenise import (
     TeacherBatch,
@@ -70,17 +71,16 @@ def extract_samples(
         NonFiniteError: NaN or infinity; names layer, head and sample.
     """
     started = time.monotonic()
-    own_texts = teacher.generate_rationales(samples, batch_tokens)
-    samples = samples if own_texts is None else own_texts
+    own_texts = None
+    if teacher.generate is not None:
+        samples = own_texts = generate_rationales(teacher, samples, teacher.generate, batch_tokens)
     tokenised, truncated, skipped = _tokenise(teacher, samples, long_text)
     table = token_table(samples, tokenised)
     packer = ShardPacker(teacher.manifest, teacher.layers, table)
-    pad_id = teacher.tokenizer.pad_token_id or 0
     for sample_idx in batch_by_tokens([sample.num_tokens for sample in tokenised], batch_tokens):
-        batch = collate_teacher_batch(tokenised, sample_idx, pad_id, teacher.device)
-        _run_batch(teacher, batch, packer)
+        _run_batch(teacher, tokenised, sample_idx, packer)
         if on_batch is not None:
-            on_batch(sum(batch.lengths))
+            on_batch(sum(tokenised[i].num_tokens for i in sample_idx))
     seconds = time.monotonic() - started
     shard = replace(packer.shard(), texts=None if own_texts is None else tuple(own_texts))
     return ExtractedShard(shard, packer.statistics(), truncated, skipped, seconds, table.num_tokens)
@@ -125,19 +125,27 @@ def _tokenise(
     return tokenised, ids, ()
 
 
-def _run_batch(teacher: Teacher, batch: TeacherBatch, packer: ShardPacker) -> None:
+def _run_batch(
+    teacher: Teacher,
+    tokenised: Sequence[TokenisedSample],
+    sample_idx: Sequence[int],
+    packer: ShardPacker,
+) -> None:
     """One forward pass; a batch that does not fit into memory is halved."""
+    pad_id = teacher.tokenizer.pad_token_id or 0
     try:
+        batch = collate_teacher_batch(tokenised, sample_idx, pad_id, teacher.device)
         _run_whole(teacher, batch, packer)
     except torch.OutOfMemoryError:
-        if len(batch.sample_idx) == 1:
+        if len(sample_idx) == 1:
             raise
     else:
         return
     # Outside the handler: the error's traceback keeps the failed pass's tensors alive.
     torch.cuda.empty_cache()
-    for half in batch.halves():
-        _run_batch(teacher, half, packer)
+    middle = len(sample_idx) // 2
+    for half in (sample_idx[:middle], sample_idx[middle:]):
+        _run_batch(teacher, tokenised, half, packer)
 
 
 def _run_whole(teacher: Teacher, batch: TeacherBatch, packer: ShardPacker) -> None:

@@ -23,20 +23,15 @@ from kvdistill.attention.padded_generation import generate_padded
 from kvdistill.config.extraction import GenerateConfig
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
-from kvdistill.extract.tokenise import PromptTokenizer, TokenisedSample, batch_by_tokens
+from kvdistill.extract.teacher import Teacher
+from kvdistill.extract.tokenise import TokenisedSample, batch_by_tokens
 from kvdistill.types import SegmentName
 
 
 def generate_rationales(
-    model: Any,
-    prompt_tokenizer: PromptTokenizer,
-    samples: Sequence[Sample],
-    config: GenerateConfig,
-    *,
-    batch_tokens: int,
-    max_length: int | None,
+    teacher: Teacher, samples: Sequence[Sample], config: GenerateConfig, batch_tokens: int
 ) -> list[Sample]:
-    """The same samples with the model's rationales in place of the corpus's.
+    """The same samples with the teacher's rationales in place of the corpus's.
 
     Prompt, answer, id and task stay; the answer is the corpus's, so that importance has queries.
 
@@ -49,32 +44,23 @@ def generate_rationales(
                 f"sample {sample.sample_id!r} has no prompt to continue; generated rationales "
                 "need a corpus of prompts"
             )
-    tokenizer = prompt_tokenizer.tokenizer
-    before = prompt_tokenizer.template.before("rationale")
-    prompts = [
-        _without_end(prompt, tokenizer)
-        for prompt in replace(prompt_tokenizer, template=before).tokenise(samples)
-    ]
+    tokenizer, limit = teacher.tokenizer, teacher.max_length
+    template = teacher.prompt_tokenizer.template.before("rationale")
+    prompt_tokenizer = replace(teacher.prompt_tokenizer, template=template)
+    prompts = [_without_end(prompt, tokenizer) for prompt in prompt_tokenizer.tokenise(samples)]
     texts = [""] * len(samples)
     lengths = [prompt.num_tokens + config.max_new_tokens for prompt in prompts]
     for chosen in batch_by_tokens(lengths, batch_tokens):
         max_new_tokens = config.max_new_tokens
-        if max_length is not None:
+        if limit is not None:
             longest = max(prompts[i].num_tokens for i in chosen)
-            max_new_tokens = min(max_new_tokens, max_length - longest)
+            max_new_tokens = min(max_new_tokens, limit - longest)
         if max_new_tokens < 1:
             continue
-        settings = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-            eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
-            stop_strings=list(config.stop) or None,
-        )
         written = generate_padded(
-            model,
+            teacher.causal_lm,
             [prompts[i].token_ids for i in chosen],
-            settings,
+            _settings(teacher, config, max_new_tokens),
             logits_processor=_sampler(config, [samples[i].sample_id for i in chosen]),
             tokenizer=tokenizer,
         )
@@ -84,6 +70,17 @@ def generate_rationales(
     return [_with_rationale(sample, text) for sample, text in zip(samples, texts, strict=True)]
 
 
+def _settings(teacher: Teacher, config: GenerateConfig, max_new_tokens: int) -> GenerationConfig:
+    tokenizer, own = teacher.tokenizer, teacher.causal_lm.generation_config
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        eos_token_id=own.eos_token_id or tokenizer.eos_token_id,
+        stop_strings=list(config.stop) or None,
+    )
+
+
 def _sampler(config: GenerateConfig, sample_ids: Sequence[str]) -> LogitsProcessorList:
     """Logits processors after which greedy decoding samples; none at temperature 0."""
     processors = LogitsProcessorList()
@@ -91,7 +88,11 @@ def _sampler(config: GenerateConfig, sample_ids: Sequence[str]) -> LogitsProcess
         processors.append(TemperatureLogitsWarper(config.temperature))
         if config.top_p < 1:
             processors.append(TopPLogitsWarper(config.top_p))
-        processors.append(GumbelNoise([_seed(config, sample_id) for sample_id in sample_ids]))
+        digests = (
+            hashlib.sha256(f"{config.seed}/{config.draw}/{sample_id}".encode()).digest()
+            for sample_id in sample_ids
+        )
+        processors.append(GumbelNoise([int.from_bytes(d[:8], "big") >> 1 for d in digests]))
     return processors
 
 
@@ -111,11 +112,6 @@ class GumbelNoise:
         )
         gumbel = -torch.log(-torch.log(uniform.clamp_min(1e-300)))
         return scores + gumbel.to(scores.device, scores.dtype)
-
-
-def _seed(config: GenerateConfig, sample_id: str) -> int:
-    digest = hashlib.sha256(f"{config.seed}/{config.draw}/{sample_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def _without_end(prompt: TokenisedSample, tokenizer: Any) -> TokenisedSample:

@@ -9,8 +9,7 @@ same number of slots, so a shard stays packed by ``sample_ptr``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -30,8 +29,7 @@ NO_TOKEN: Final = -1
 """``token_ids`` of a slot: which token it holds depends on layer and head."""
 
 
-@dataclass(frozen=True, eq=False)
-class Slots:
+class Slots(NamedTuple):
     """The tokens that a batch's slots are chosen from, and how many slots they fill."""
 
     spec: StoredEviction
@@ -55,13 +53,9 @@ class Slots:
         return Slots(spec, torch.from_numpy(mask), seed)
 
     @property
-    def count(self) -> Tensor:
+    def lengths(self) -> Tensor:
         """Slots of each sample, ``[B]`` long."""
         return self.mask_BT.sum(dim=1).clamp_max(self.spec.budget)
-
-    def to(self, device: torch.device) -> Slots:
-        """The same on another device."""
-        return Slots(self.spec, self.mask_BT.to(device), self.seed_B.to(device))
 
     def choose(
         self, key_BHTD: Tensor, importance_BHT: Tensor | None, rotary: RotarySpec | None, layer: int

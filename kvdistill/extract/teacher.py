@@ -28,7 +28,6 @@ from kvdistill.config.experiment import Experiment
 from kvdistill.config.extraction import ExtractionConfig, GenerateConfig, TeacherConfig
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
-from kvdistill.extract.generate import generate_rationales
 from kvdistill.extract.loading import (
     load_teacher_model,
     load_teacher_tokenizer,
@@ -93,25 +92,6 @@ class Teacher:
         )
         return [replace(t.with_first(start), source_ids=s.token_ids) for s, t in pairs]
 
-    def generate_rationales(
-        self, samples: Sequence[Sample], batch_tokens: int
-    ) -> list[Sample] | None:
-        """The samples with this teacher's own rationales; None if it does not generate any.
-
-        Raises:
-            TeacherError: a sample has no prompt to continue.
-        """
-        if self.generate is None:
-            return None
-        return generate_rationales(
-            self.causal_lm,
-            self.prompt_tokenizer,
-            samples,
-            self.generate,
-            batch_tokens=batch_tokens,
-            max_length=self.max_length,
-        )
-
     def run(self, batch: TeacherBatch, on_layer: OnLayer) -> Tensor:
         """A forward pass that hands ``on_layer`` every kept layer's Q, K and V."""
         if self.manifest.adapter == CACHE.name:
@@ -173,12 +153,17 @@ def load_teacher(name: str, experiment: Experiment) -> Teacher:
     layers = tuple(layer for layer in verified.layers if layer.layer_idx in chosen)
     _refuse_unavailable(name, extraction, model, verified)
     _refuse_unstorable(name, config, verified.adapter, layers)
+    fingerprints = {
+        "weights_fingerprint": weights_fingerprint(model, missing),
+        "tokenizer_fingerprint": tokenizer_fingerprint(prompt_tokenizer.tokenizer),
+        "template": prompt_tokenizer.template.source,
+    }
     return Teacher(
         model,
         prompt_tokenizer,
         tuple(site for site in verified.sites if site.layer_idx in chosen),
         layers,
-        _manifest(name, experiment, prompt_tokenizer, _Loaded(model, missing, verified, layers)),
+        _manifest(name, experiment, model, verified, layers=layers, **fingerprints),
         max_positions(model, extraction.max_length),
         None if config.generate is None else whole,
         config.generate,
@@ -246,20 +231,15 @@ def _refuse_unstorable(
         )
 
 
-@dataclass(frozen=True, eq=False)
-class _Loaded:
-    """A model, the parameters that its checkpoint lacks, and the layers of it that are kept."""
-
-    model: Any
-    missing: set[str]
-    verified: Verified
-    layers: tuple[VerifiedLayer, ...]
-
-
 def _manifest(
-    name: str, experiment: Experiment, prompt_tokenizer: PromptTokenizer, loaded: _Loaded
+    name: str,
+    experiment: Experiment,
+    model: Any,
+    verified: Verified,
+    *,
+    layers: Sequence[VerifiedLayer],
+    **fingerprints: Any,
 ) -> TeacherManifest:
-    model, verified, layers = loaded.model, loaded.verified, loaded.layers
     config, extraction, adapter = experiment.teachers[name], experiment.extraction, verified.adapter
     return TeacherManifest(
         name=name,
@@ -268,9 +248,7 @@ def _manifest(
         model_type=model.config.model_type,
         kind=adapter.kind,
         stream=adapter.stream,
-        weights_fingerprint=weights_fingerprint(model, loaded.missing),
-        tokenizer_fingerprint=tokenizer_fingerprint(prompt_tokenizer.tokenizer),
-        template=prompt_tokenizer.template.source,
+        **fingerprints,
         extraction_fingerprint=experiment.extraction_fingerprint(name),
         versions=provenance.versions(),
         dtype=config.dtype,

@@ -193,18 +193,6 @@ class TeacherBatch:
             return None
         return _length_mask(self.source_ids, self.source_lengths).long()
 
-    def halves(self) -> tuple[TeacherBatch, TeacherBatch]:
-        """The same samples in two batches, for when one does not fit into memory."""
-        middle = len(self.sample_idx) // 2
-        return self._part(slice(None, middle)), self._part(slice(middle, None))
-
-    def _part(self, part: slice) -> TeacherBatch:
-        lengths, source_lengths = self.lengths[part], self.source_lengths[part]
-        input_ids, source_ids = self.input_ids[part, : max(lengths)], self.source_ids
-        if source_ids is not None:
-            source_ids = source_ids[part, : max(source_lengths)]
-        return TeacherBatch(self.sample_idx[part], lengths, input_ids, source_lengths, source_ids)
-
 
 def batch_by_tokens(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Positions of samples per batch, longest first; at most ``batch_tokens`` with padding.

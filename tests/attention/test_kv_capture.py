@@ -1,0 +1,98 @@
+"""A student's adapter is verified on the student in hand, be its model type known or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kvdistill.attention.adapters import PLAIN
+from kvdistill.attention.kv_capture import KVCapture, verify_student
+from kvdistill.attention.verification import fit_adapter
+from kvdistill.errors import StudentError
+from tests.attention.families import DECODERS
+from tests.extract.models import tiny_model
+
+CAUSAL = [name for name in DECODERS if name != "lfm2, hybrid"]
+
+
+def student(name: str) -> Any:
+    model_type, options = DECODERS[name]
+    return tiny_model(model_type, head=True, **options).requires_grad_(True).train()
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_every_family_is_read_as_student_as_it_is_as_teacher(name: str) -> None:
+    model = student(name)
+    verified = verify_student(model)
+    as_teacher = fit_adapter("t", model.base_model.eval(), None)
+    capture = KVCapture(model)
+    assert capture.adapter == verified.adapter == as_teacher.adapter
+    heads = {(layer.num_key_value_heads, layer.key_head_dim) for layer in as_teacher.layers}
+    assert capture.geometry.num_layers == len(as_teacher.layers)
+    assert {tuple(capture.geometry.heads)} == heads
+    with capture() as found:
+        model(torch.arange(3, 16)[None], use_cache=False)
+    for qkv in found:
+        assert qkv.key.shape == (1, *next(iter(heads))[:1], 13, next(iter(heads))[1])
+    sum(key.square().sum() for _, key, _ in found).backward()
+    taps = [tap for site in capture.sites for tap in site.taps]
+    gradients = [p.grad for tap in taps for p in tap.parameters() if p.grad is not None]
+    assert any(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+def test_random_states_and_training_modes_are_left_alone() -> None:
+    model = student("gpt2, fused")  # with dropout
+    model.transformer.h[1].eval()
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    verify_student(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_an_unknown_student_is_read_with_the_adapter_that_fits() -> None:
+    known = KVCapture(student("qwen3"))
+    model = student("qwen3")
+    for layer in model.model.layers:
+        torch.nn.init.uniform_(layer.self_attn.k_norm.weight, 0.5, 2.0)
+    model.config.model_type = "never_heard_of"
+    capture = KVCapture(model)
+    assert capture.adapter == verify_student(model).adapter
+    assert capture.adapter.key_norm
+    assert capture.geometry == known.geometry
+
+
+def test_an_unknown_student_is_located_before_its_weights_are_loaded() -> None:
+    with torch.device("meta"):
+        model = student("llama")
+        model.config.model_type = "never_heard_of"
+        assert KVCapture(model).geometry.num_layers == 3
+
+
+def test_a_student_whose_taps_are_not_its_keys_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a new version of transformers moves a norm between tap and attention."""
+    model = student("qwen3")
+    for layer in model.model.layers:
+        torch.nn.init.uniform_(layer.self_attn.k_norm.weight, 0.5, 2.0)
+    monkeypatch.setattr("kvdistill.attention.kv_capture.adapters_for", lambda model: [PLAIN])
+    with pytest.raises(StudentError, match=r"type 'qwen3' cannot be read.*layer 0") as caught:
+        verify_student(model)
+    assert "\n" not in str(caught.value)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (lambda: tiny_model("bert", **DECODERS["llama"][1]), "an encoder cannot be a student"),
+        (lambda: student("lfm2, hybrid"), r"every layer, but layers \[0, 2\] have none"),
+    ],
+)
+def test_a_model_that_cannot_be_a_student_is_refused(model: Any, words: str) -> None:
+    with pytest.raises(StudentError, match=words):
+        KVCapture(model())
