@@ -93,27 +93,24 @@ def _teacher_table(reports: Sequence[dict[str, Any]]) -> Table:
     """One column per teacher, which stays readable on a narrow terminal."""
     from rich.table import Table
 
-    table = Table("", *(report["teacher"] for report in reports))
-    columns = [_teacher_figures(report) for report in reports]
-    for name in columns[0]:
-        table.add_row(name, *(column[name] for column in columns))
-    return table
-
-
-def _teacher_figures(report: dict[str, Any]) -> dict[str, str]:
-    heads = "/".join(str(n) for n in report["key_value_heads"])
-    return {
-        "model": report["model"],
-        "backend": report["backend"],
-        "codec of K / V": f"{report['codec']['key']} / {report['codec']['value']}",
-        "layers × KV heads": f"{report['layers']} × {heads}",
-        "shards": f"{report['shards']:,} of {report['planned_shards']:,}",
-        "samples": f"{report['samples']:,}",
-        "tokens": f"{report['tokens']:,}",
-        "stored": format_bytes(report["stored_bytes"]),
-        "bytes, of bf16 K and V": f"{report['ratio']:.3f}",
-        "extraction": format_duration(report["extraction_seconds"]),
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        "model": lambda r: r["model"],
+        "backend": lambda r: r["backend"],
+        "codec of K / V": lambda r: f"{r['codec']['key']} / {r['codec']['value']}",
+        "layers × KV heads": lambda r: (
+            f"{r['layers']} × {'/'.join(map(str, r['key_value_heads']))}"
+        ),
+        "shards": lambda r: f"{r['shards']:,} of {r['planned_shards']:,}",
+        "samples": lambda r: f"{r['samples']:,}",
+        "tokens": lambda r: f"{r['tokens']:,}",
+        "stored": lambda r: format_bytes(r["stored_bytes"]),
+        "bytes, of bf16 K and V": lambda r: f"{r['ratio']:.3f}",
+        "extraction": lambda r: format_duration(r["extraction_seconds"]),
     }
+    table = Table("", *(report["teacher"] for report in reports))
+    for name, figure in rows.items():
+        table.add_row(name, *(figure(report) for report in reports))
+    return table
 
 
 def _norm_table(report: dict[str, Any]) -> Table:

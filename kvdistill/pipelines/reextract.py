@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,12 +13,13 @@ from kvdistill.config.experiment import Experiment
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import ShardNotFound, StoreMismatch
 from kvdistill.extract.extract_shard import extract_samples
-from kvdistill.extract.teacher import Teacher, load_teacher
+from kvdistill.pipelines.extract import open_teacher
 from kvdistill.store.codecs import CODECS
 from kvdistill.store.codecs.parts import parts_of
 from kvdistill.store.format import group_prefix
+from kvdistill.store.manifest import TeacherManifest
 from kvdistill.store.reader import KVStore
-from kvdistill.store.writer import add_teacher
+from kvdistill.store.shard import EncodedShard
 from kvdistill.types import KINDS, Kind
 
 TOLERANCE: Final = {"float32": 0.01, "float16": 0.03, "bfloat16": 0.05}
@@ -59,13 +60,11 @@ def reextract(store: KVStore, experiment: Experiment, name: str, count: int) -> 
             differently.
     """
     chosen = _spread_samples(store, name, count)
-    teacher = load_teacher(name, experiment)
-    add_teacher(store, teacher.manifest)
-    errors: dict[Kind, list[float]] = {kind: [0.0] for kind in KINDS}
-    moved = [0.0]
-    num_tokens = 0
+    teacher = open_teacher(store, experiment, name)
+    errors: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
+    moved, num_tokens = 0.0, 0
     for shard_id, sample_idx, sample in chosen:
-        again = extract_samples(
+        fresh = extract_samples(
             teacher,
             [sample],
             batch_tokens=experiment.extraction.batch_tokens,
@@ -73,26 +72,22 @@ def reextract(store: KVStore, experiment: Experiment, name: str, count: int) -> 
         ).shard
         table = store.token_table(name, shard_id)
         stored_ids = table.token_ids[table.span(sample_idx)]
-        if not np.array_equal(stored_ids, again.tokens.token_ids):
+        if not np.array_equal(stored_ids, fresh.tokens.token_ids):
             raise StoreMismatch(
                 f"{store.paths.root}: teacher {name!r} tokenises sample {sample.sample_id!r} "
-                f"differently ({again.tokens.num_tokens} tokens, stored {stored_ids.size}); its "
+                f"differently ({fresh.tokens.num_tokens} tokens, stored {stored_ids.size}); its "
                 "tokenizer or template changed"
             )
         num_tokens += stored_ids.size
-        same = _same_slots(store, teacher, shard_id, sample_idx, again.arrays)
-        moved += [1 - float(heads.mean()) for heads in same.values() if heads.size]
+        same = _same_slots(store, teacher.manifest, shard_id, sample_idx, fresh)
+        layers = [layer_HT for group in same for layer_HT in group if layer_HT.size]
+        moved = max([moved, *(1 - float(layer_HT.mean()) for layer_HT in layers)])
         for kind in KINDS:
-            fresh = _decode_layers(teacher, again.arrays, kind)
-            errors[kind].append(_relative_error(store, (name, sample.sample_id, kind), fresh, same))
+            error = _relative_error(store, teacher.manifest, sample, kind, fresh=fresh, same=same)
+            errors[kind] = max(errors[kind], error)
+    tolerance = TOLERANCE[teacher.manifest.dtype]
     return Reextraction(
-        name,
-        len(chosen),
-        num_tokens,
-        max(errors["key"]),
-        max(errors["value"]),
-        TOLERANCE[teacher.manifest.dtype],
-        max(moved),
+        name, len(chosen), num_tokens, errors["key"], errors["value"], tolerance, moved
     )
 
 
@@ -114,54 +109,36 @@ def _spread_samples(store: KVStore, name: str, count: int) -> list[tuple[str, in
     return chosen
 
 
-Decoded = dict[int, NDArray[np.float32]]
-"""Per layer, ``[H, T, D]``."""
-
-
-def _decode_layers(teacher: Teacher, arrays: Mapping[str, np.ndarray], kind: Kind) -> Decoded:
-    manifest = teacher.manifest
-    codec = CODECS[manifest.codec.key if kind == "key" else manifest.codec.value]
-    layers: Decoded = {}
-    for i, group in enumerate(manifest.groups):
-        parts = parts_of(arrays, f"{group_prefix(manifest, i)}{kind}")
-        layers.update(zip(group.layers, codec.decode(parts, kind), strict=True))
-    return layers
-
-
 def _same_slots(
-    store: KVStore,
-    teacher: Teacher,
-    shard_id: str,
-    sample_idx: int,
-    fresh: Mapping[str, np.ndarray],
-) -> dict[int, NDArray[np.bool]]:
-    """Per layer of an evicted teacher, ``[H, T]``: slots that hold the stored token."""
-    manifest = teacher.manifest
+    store: KVStore, manifest: TeacherManifest, shard_id: str, sample_idx: int, fresh: EncodedShard
+) -> list[NDArray[np.bool]]:
+    """Per group of an evicted teacher, ``[L, H, T]``: slots that hold the stored token."""
     if manifest.eviction is None:
-        return {}
+        return []
     shard = store.read_shard(manifest.name, shard_id, kinds=())
     span = shard.tokens.span(sample_idx)
-    layers: dict[int, NDArray[np.bool]] = {}
-    for i, group in enumerate(manifest.groups):
-        name = f"{group_prefix(manifest, i)}kept"
-        same = shard.arrays[name][:, :, span] == fresh[name]
-        layers.update(zip(group.layers, same, strict=True))
-    return layers
+    names = [f"{group_prefix(manifest, i)}kept" for i in range(len(manifest.groups))]
+    return [shard.arrays[name][:, :, span] == fresh.arrays[name] for name in names]
 
 
 def _relative_error(
     store: KVStore,
-    place: tuple[str, str, Kind],
-    fresh: Decoded,
-    same: Mapping[int, NDArray[np.bool]],
+    manifest: TeacherManifest,
+    sample: Sample,
+    kind: Kind,
+    *,
+    fresh: EncodedShard,
+    same: Sequence[NDArray[np.bool]],
 ) -> float:
-    name, sample_id, kind = place
+    """Frobenius norm of the difference over that of the fresh values, in the ``same`` slots."""
+    codec = CODECS[manifest.codec.key if kind == "key" else manifest.codec.value]
     difference, size = 0.0, 0.0
-    for layer, heads in fresh.items():
-        for head, want_TD in enumerate(heads):
-            rows = same[layer][head] if layer in same else slice(None)
-            want = want_TD[rows]
-            stored = store.read(name, sample_id, layer, head, kind)[rows]
-            difference += float(np.square(stored - want, dtype=np.float64).sum())
-            size += float(np.square(want, dtype=np.float64).sum())
+    for i, group in enumerate(manifest.groups):
+        parts = parts_of(fresh.arrays, f"{group_prefix(manifest, i)}{kind}")
+        slots = same[i] if same else ...
+        fresh_LHTD = codec.decode(parts, kind)
+        stored_LHTD = store.read_sample(manifest.name, sample.sample_id, kind, group.layers)
+        apart = (stored_LHTD - fresh_LHTD)[slots]
+        difference += float(np.square(apart, dtype=np.float64).sum())
+        size += float(np.square(fresh_LHTD[slots], dtype=np.float64).sum())
     return (difference / size) ** 0.5 if size else 0.0

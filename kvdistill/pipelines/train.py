@@ -80,16 +80,7 @@ def train(experiment: Experiment) -> TrainingReport:
     if experiment.training.keep_best and best.step != trainer.state.global_step:
         metrics = trainer.evaluate_best()
     trainer.save_model(str(folder.student))
-    diagnostics = _diagnose(trainer)
-    if trainer.is_world_process_zero():
-        folder.diagnostics.write_text(json.dumps(diagnostics), encoding="utf-8")
-        shutil.rmtree(folder.best, ignore_errors=True)  # saved as the student
-        _write_outcome(folder, trainer, splits, metrics, time.monotonic() - began)
-        names = experiment.teachers if experiment.losses.uses_teachers else ()
-        teachers = {name: store.teacher(name) for name in names}
-        corpus = store.manifest.corpus_fingerprint
-        card = model_card(experiment, teachers, corpus, folder.read_record())
-        (folder.student / "README.md").write_text(card, encoding="utf-8")
+    _write_outcome(folder, trainer, store, splits, metrics=metrics, began=began)
     return TrainingReport(folder.path, metrics, checkpoint is not None)
 
 
@@ -213,8 +204,20 @@ def _diagnose(trainer: Any) -> dict[str, Any]:
 
 
 def _write_outcome(
-    folder: RunFolder, trainer: Any, splits: Splits, metrics: dict[str, float], seconds: float
+    folder: RunFolder,
+    trainer: Any,
+    store: KVStore,
+    splits: Splits,
+    *,
+    metrics: dict[str, float],
+    began: float,
 ) -> None:
+    """Everything that a finished run leaves beside its student; all ranks call it."""
+    diagnostics = _diagnose(trainer)
+    if not trainer.is_world_process_zero():
+        return
+    folder.diagnostics.write_text(json.dumps(diagnostics), encoding="utf-8")
+    shutil.rmtree(folder.best, ignore_errors=True)  # saved as the student
     rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in trainer.evaluated_samples]
     folder.eval_samples.write_text("".join(rows), encoding="utf-8")
     outcome = {
@@ -223,11 +226,17 @@ def _write_outcome(
         "calibration": trainer.evaluated_calibration,
         "steps": trainer.state.global_step,
         "best": None if trainer.best is None else asdict(trainer.best),
-        "seconds": seconds,
+        "seconds": time.monotonic() - began,
         **resource_usage(),
         "controls": recorded_controls(trainer, splits.train, splits.evaluation),
     }
     folder.write_record(folder.read_record() | outcome)
+    experiment: Experiment = trainer.experiment
+    names = experiment.teachers if experiment.losses.uses_teachers else ()
+    teachers = {name: store.teacher(name) for name in names}
+    corpus = store.manifest.corpus_fingerprint
+    card = model_card(experiment, teachers, corpus, folder.read_record())
+    (folder.student / "README.md").write_text(card, encoding="utf-8")
 
 
 def reset_peak_memory() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,13 +32,15 @@ def test_changed_codes_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     save_teacher(tmp_path / "t")
     experiment = make(tmp_path, {})
     extract(experiment)
-    original = KVStore.read
+    original = KVStore.read_sample
 
-    def forged(self: KVStore, *args: object, **kwargs: object) -> object:
-        stored = original(self, *args, **kwargs)  # type: ignore[arg-type]
-        return np.roll(stored, 1, axis=-1) if args[2:] == (1, 0, "value") else stored
+    def forged(self: KVStore, *args: Any, **kwargs: Any) -> Any:
+        stored = original(self, *args, **kwargs)
+        if args[2] == "value":
+            stored[1, 0] = np.roll(stored[1, 0], 1, axis=-1)
+        return stored
 
-    monkeypatch.setattr(KVStore, "read", forged)
+    monkeypatch.setattr(KVStore, "read_sample", forged)
     found = reextract(KVStore.open(experiment.store), experiment, "t", 1)
     assert found.key_error < 1e-3
     assert found.value_error > 0.1
