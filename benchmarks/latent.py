@@ -37,13 +37,13 @@ from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.extract_tasks import prepare_store
 from kvdistill.pipelines.train import train
 
-THINK = {"losses": {"codi": 10.0}}
+LATENT_LOSSES = {"losses": {"codi": 10.0}}
 KAVA = {"losses": {"codi": 10.0, "key": 0.5, "value": 0.5, "layer_std": True}}
 ARMS: dict[str, dict[str, Any]] = {
     "answer only": {"latent": {"method": "none"}},
     "pause tokens": {"latent": {"method": "pause"}},
-    "CODI": {**THINK, "latent": {"method": "codi"}},
-    "PCCoT": {**THINK, "latent": {"method": "pccot"}},
+    "CODI": {**LATENT_LOSSES, "latent": {"method": "codi"}},
+    "PCCoT": {**LATENT_LOSSES, "latent": {"method": "pccot"}},
     "KaVa, R-KV": {**KAVA, "latent": {"eviction": {"method": "rkv"}}},
     "KaVa, random": {**KAVA, "latent": {"eviction": {"method": "random"}}},
     "KaVa, shuffled targets": {**KAVA, "latent": {"shuffle_targets": True}},
@@ -172,7 +172,7 @@ def run_arm(folder: Path, size: Size, arm: str, seed: int) -> None:
     report = train(experiment)
     samples = read_jsonl(folder / "held-out.jsonl")
     student = report.folder / "student"
-    found = answer(student, samples, thinks=experiment.latent is not None)
+    found = answer(student, samples, has_latents=experiment.latent is not None)
     record = {"arm": arm, "seed": seed, "size": asdict(size), **found}
     record["seconds"] = json.loads((report.folder / "run.json").read_text())["seconds"]
     result.parent.mkdir(exist_ok=True)
@@ -182,10 +182,10 @@ def run_arm(folder: Path, size: Size, arm: str, seed: int) -> None:
     print(arm, seed, {k: v for k, v in record.items() if k != "size"}, flush=True)
 
 
-def answer(folder: Path, samples: Sequence[Sample], *, thinks: bool) -> dict[str, Any]:
+def answer(folder: Path, samples: Sequence[Sample], *, has_latents: bool) -> dict[str, Any]:
     """Metrics of one student's answers."""
     tokenizer = load_student_tokenizer(str(folder))
-    if not thinks:
+    if not has_latents:
         from transformers import AutoModelForCausalLM
 
         student = AutoModelForCausalLM.from_pretrained(folder)
