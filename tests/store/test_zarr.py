@@ -51,3 +51,24 @@ def test_reading_and_writing_load_neither_zarr_nor_torch() -> None:
         "sys.exit(bool({'zarr', 'torch', 'transformers', 'dask'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_threads_that_read_first_import_zarr_together(tmp_path: Path, build: Any) -> None:
+    build.store(tmp_path / "store", build.teacher(), num_shards=4)
+    code = (
+        "import sys, threading; from concurrent.futures import ThreadPoolExecutor;"
+        "from kvdistill.store.reader import KVStore;"
+        "sys.setswitchinterval(1e-5); store = KVStore.open(sys.argv[1]);"
+        "start = threading.Barrier(4);"
+        "read = lambda i: (start.wait(), store.read_shard('tiny', i))[1].tokens.num_tokens;"
+        "print(list(ThreadPoolExecutor(4).map(read, store.shard_ids)))"
+    )
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", code, tmp_path / "store"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.stdout == "[194, 194, 194, 194]\n", done.stderr

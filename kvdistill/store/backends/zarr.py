@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -100,6 +101,7 @@ class ZarrBackend:
 
     def open(self, folder: Path, commit: Commit, specs: Specs) -> ArrayReader:
         """See ``Backend.open``."""
+        _import_libraries()
         group = json.loads(checked_bytes(folder, "zarr.json", commit))
         return _ZarrShard(folder, commit, specs, group["attributes"])
 
@@ -226,6 +228,21 @@ class _ZarrArray:
 _HAS_ZARRS: Final = find_spec("zarrs") is not None
 
 _zarrs_process: Final[dict[str, int]] = {}
+
+_IMPORT_LOCK: Final = Lock()
+
+
+def _import_libraries() -> None:
+    """Import what shards are read with, in one thread at a time.
+
+    zarr's modules import each other in a circle: threads that import it together find them half
+    initialised, or a deadlock of Python's module locks.
+    """
+    with _IMPORT_LOCK:
+        import zarr.storage  # noqa: F401
+
+        if _HAS_ZARRS:
+            import zarrs._internal  # noqa: F401
 
 
 def _zarrs_is_usable() -> bool:
