@@ -39,9 +39,6 @@ def teacher_errors(
     alpha = alpha_NBLT.expand(-1, -1, num_layers, -1)
     maps: dict[str, Tensor] = {}
 
-    def add(name: str, error: Tensor) -> None:
-        maps[name] = maps[name] + error if name in maps else error
-
     for i, head in enumerate(heads):
         groups = zip(head.groups, head.predictions(student_BLHTD), targets[i], strict=True)
         for group_idx, (group, ours, target) in enumerate(groups):
@@ -53,12 +50,14 @@ def teacher_errors(
                 for start in range(0, len(layers), step):
                     rows = slice(start, start + step)
                     weight = weight_BLT[:, start] * (step / num_layers)
-                    add("cosine", weight * cosine_error(ours[:, rows], target[:, rows]))
+                    error = weight * cosine_error(ours[:, rows], target[:, rows])
+                    maps["cosine"] = maps.get("cosine", 0) + error
             if losses.relation:
                 own = head.of_group(student_BLHTD, group_idx)
                 mask_BT = weight_BLT[:, 0] > 0
                 error = relation_error(own, target, mask_BT, losses.relation_heads)
-                add("relation", weight_BLT.mean(1) * error * (len(layers) / num_layers))
+                error = weight_BLT.mean(1) * error * (len(layers) / num_layers)
+                maps["relation"] = maps.get("relation", 0) + error
     return maps
 
 

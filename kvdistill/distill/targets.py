@@ -298,12 +298,10 @@ class LayerTargets:
 
     def __init__(self, head: TeacherHead, group_idx: int, parts: Parts, band: Band) -> None:
         group = head.groups[group_idx]
-        self._parts = parts[group.prefix]
-        self._codec, self._kind = head.codec, head.kind
+        self._codec, self._kind, self._parts = head.codec, head.kind, parts[group.prefix]
         self._standardise: Any = head.standardise[group_idx]
         self._mapping, self._stored = group.layer_map, group.layer_map.needed
-        _, _, num_heads, num_columns, _ = self._parts[""].shape
-        self._product = BandProduct(band, num_heads, num_columns)
+        self._product = BandProduct(band, *self._parts[""].shape[2:4])
         self._placed: dict[int, Tensor] = {}
 
     @torch.no_grad()

@@ -1,4 +1,6 @@
-"""Targets made by layer, and the banded product, against dense forms of everything at once."""
+"""Standardising, the banded product and targets by layer, against dense forms of everything."""
+
+from __future__ import annotations
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from kvdistill.distill.align.resample import align_global
 from kvdistill.distill.targets import (
     BandProduct,
     GroupSpace,
+    Standardise,
     TargetStatistics,
     TeacherHead,
     TeacherSpace,
@@ -20,6 +23,8 @@ from kvdistill.types import CodecSpec
 from tests.distill.dense import place
 
 SAMPLES, COLUMNS, ROWS, HEADS, DIM = 2, 70, 9, 3, 8
+
+
 MAPS = {
     "mixed": layer_map("uniform", 4, (2, 5, 6, 9, 11)),
     "more student layers": layer_map("ratio", 7, (0, 1)),
@@ -123,3 +128,26 @@ def test_targets_by_layer_equal_everything_placed_at_once(case, kind, codec):
     (layers,) = head.layers(parts, band)
     for row in reversed(range(len(mapping.lower))):  # in any order
         torch.testing.assert_close(layers(row), expected[:, row])
+
+
+def test_standardised_channels_have_unit_variance():
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 3, 50, 5) * torch.rand(2, 3, 1, 5) * 10 + torch.randn(2, 3, 1, 5)
+    channels = x.transpose(2, 3).transpose(1, 2).flatten(0, 1)  # [B·T, L, H, D]
+    module = Standardise(TargetStatistics(channels.mean(0), channels.var(0, correction=0)))
+    out = module(x)
+    torch.testing.assert_close(out.mean(dim=(0, 3)), torch.zeros(2, 3, 5), atol=1e-4, rtol=0)
+    std = out.std(dim=(0, 3), correction=0)
+    assert bool((std <= 1 + 1e-4).all())
+    torch.testing.assert_close(std.median(), torch.tensor(1.0), atol=1e-4, rtol=0)
+    assert not list(module.parameters())
+
+
+def test_nearly_constant_channels_and_layers_are_not_amplified():
+    variance = torch.ones(2, 1, 4)
+    variance[0, 0, 1] = 0
+    variance[1] = 0
+    module = Standardise(TargetStatistics(torch.zeros(2, 1, 4), variance))
+    out = module(torch.full((1, 2, 1, 3, 4), 1e-3))
+    assert bool((out[:, 0].abs() <= 0.2).all())
+    assert not out[:, 1].any()

@@ -135,7 +135,7 @@ def _shuffler(source: Source, shuffled: Sequence[str], seed: int) -> Distort:
         lengths = [len(sample.text) for sample in shard.samples]
         lender = shard
         if len(lengths) > 1:
-            found = partners(lengths, _seed(f"{seed}/{shard.samples[0].sample_id}"))
+            found = partners(lengths, _hash_to_int(f"{seed}/{shard.samples[0].sample_id}"))
         else:
             lender = source.load(shard_idx - 1 if shard_idx else 1)
             gaps = [abs(len(sample.text) - lengths[0]) for sample in lender.samples]
@@ -186,7 +186,7 @@ def noise(
             arrays[array] = arrays[array].copy()
     for sample_idx, sample_id in enumerate(tokens.sample_ids):
         span = tokens.span(sample_idx)
-        generator = torch.Generator().manual_seed(_seed(f"{seed}/{sample_id}"))
+        generator = torch.Generator().manual_seed(_hash_to_int(f"{seed}/{sample_id}"))
         for name, (mean_LHD, std_LHD) in moments.items():
             kind, coder = coders[name]
             shape = (*mean_LHD.shape[:2], span.stop - span.start, mean_LHD.shape[2])
@@ -215,5 +215,5 @@ def _moments(
     return found
 
 
-def _seed(text: str) -> int:
+def _hash_to_int(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

@@ -132,15 +132,6 @@ class Rank:
     world_size: int = 1
 
 
-@dataclass(frozen=True)
-class _Resumed:
-    """Batches of the epoch in which a stream was restored."""
-
-    epoch: int
-    batches_done: int
-    batches_left: int
-
-
 class KVStream(IterableDataset[Batch]):
     """One rank's batches, epoch after epoch; ``state_dict`` restores it at any batch.
 
@@ -163,15 +154,11 @@ class KVStream(IterableDataset[Batch]):
         self.rank = rank or Rank()
         self.epoch = 0
         self.position = 0
-        self._units_per_batch = batch_size if order.buckets is None else 1
+        units_per_batch = batch_size if order.buckets is None else 1
+        self._global_batch = units_per_batch * self.rank.world_size
         self._num_units: dict[int, int] = {}
-        self._resumed = _Resumed(0, 0, 0)
+        self._resumed = 0, 0, 0  # the epoch that was restored, its batches done and left
         self._skip = 0
-
-    @property
-    def global_batch(self) -> int:
-        """Units of the order that all ranks take together per batch."""
-        return self._units_per_batch * self.rank.world_size
 
     def __len__(self) -> int:
         """Batches of the present epoch; the last may be smaller."""
@@ -179,15 +166,16 @@ class KVStream(IterableDataset[Batch]):
 
     def num_batches(self, epoch: int) -> int:
         """Batches of an epoch; of the resumed one, those that count as done and those left."""
-        resumed = self._resumed
-        if resumed.batches_done and epoch == resumed.epoch:
-            return resumed.batches_done + resumed.batches_left
-        return ceil(self._units(epoch) / self.global_batch)
+        resumed, done, left = self._resumed
+        if done and epoch == resumed:
+            return done + left
+        return ceil(self._units(epoch) / self._global_batch)
 
     @property
     def batches_done(self) -> int:
         """Batches of the present epoch that counted as done when the stream was restored."""
-        return self._resumed.batches_done if self.epoch == self._resumed.epoch else 0
+        resumed, done, _ = self._resumed
+        return done if self.epoch == resumed else 0
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is: the epoch, and the units that all ranks have consumed of it.
@@ -220,11 +208,11 @@ class KVStream(IterableDataset[Batch]):
                 "same seed, store, window, batching and task weights, or start anew"
             )
         self.epoch, self.position = state["epoch"], state["position"]
-        left = ceil((self._units(self.epoch) - self.position) / self.global_batch)
-        done = ceil(self._units(self.epoch) / self.global_batch) - left
+        left = ceil((self._units(self.epoch) - self.position) / self._global_batch)
+        done = ceil(self._units(self.epoch) / self._global_batch) - left
         if self.position:
             done = batches_per_step * max(1, ceil(done / batches_per_step))
-        self._resumed = _Resumed(self.epoch, done, left)
+        self._resumed = self.epoch, done, left
         self._skip = done
 
     def __iter__(self) -> Iterator[Batch]:
@@ -250,7 +238,7 @@ class KVStream(IterableDataset[Batch]):
         with closing(self._items(self.epoch, self.position)) as units:
             for unit in units:
                 pending.append(unit)
-                if len(pending) == self.global_batch:
+                if len(pending) == self._global_batch:
                     yield self._batch(pending), len(pending)
                     pending = []
         if pending:

@@ -12,6 +12,7 @@ Only one layer's maps exist at a time: the backward pass recomputes them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -89,18 +90,8 @@ def attention_kl(
             f"{tuple(student_k_BLHTD.shape)}, target keys {tuple(target_k_BLHTD.shape)}; the keys "
             "must agree and query heads be a multiple of KV heads"
         )
-    visible = _valid_pairs(mask_BT).tril()
-    layers = zip(
-        query_BLQTD.unbind(1),
-        student_k_BLHTD.unbind(1),
-        target_k_BLHTD.detach().unbind(1),
-        strict=True,
-    )
-    maps = [
-        checkpoint(_attention_layer, q, own, target, visible, use_reentrant=False)
-        for q, own, target in layers
-    ]
-    return torch.stack(maps).mean(0)
+    tensors = query_BLQTD, student_k_BLHTD, target_k_BLHTD.detach()
+    return _mean_over_layers(_attention_layer, tensors, _valid_pairs(mask_BT).tril())
 
 
 def _attention_layer(
@@ -138,13 +129,8 @@ def relation_error(
             f"relation loss: student {tuple(ours)} and teacher {tuple(theirs)} must share B, L "
             f"and T, and H·D of both be a multiple of {num_relations} relation heads"
         )
-    visible = _valid_pairs(mask_BT)
-    layers = zip(student_BLHTD.unbind(1), teacher_BLHTD.detach().unbind(1), strict=True)
-    maps = [
-        checkpoint(_relation_layer, own, teacher, visible, num_relations, use_reentrant=False)
-        for own, teacher in layers
-    ]
-    return torch.stack(maps).mean(0)
+    tensors = student_BLHTD, teacher_BLHTD.detach()
+    return _mean_over_layers(_relation_layer, tensors, _valid_pairs(mask_BT), num_relations)
 
 
 def _relation_layer(
@@ -160,6 +146,15 @@ def _relation_logits(x_BHTD: Tensor, num_relations: int) -> Tensor:
     x = joined.reshape(*joined.shape[:2], num_relations, -1).transpose(1, 2)
     logits: Tensor = (x * x.shape[-1] ** -0.5) @ x.mT
     return logits
+
+
+def _mean_over_layers(
+    layer_kl: Callable[..., Tensor], tensors_BLHTD: Sequence[Tensor], *shared: Any
+) -> Tensor:
+    """Mean of ``layer_kl(*tensors of a layer, *shared)``, each recomputed in the backward pass."""
+    layers = zip(*(x.unbind(1) for x in tensors_BLHTD), strict=True)
+    maps = [checkpoint(layer_kl, *layer, *shared, use_reentrant=False) for layer in layers]
+    return torch.stack(maps).mean(0)
 
 
 def _valid_pairs(mask_BT: Tensor) -> Tensor:

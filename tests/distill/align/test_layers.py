@@ -1,13 +1,18 @@
-"""Layer maps: where student layers look, and that mixing them is a plain weighted sum."""
+"""Layer maps, groups of unequal geometry, and layers matched by CKA."""
+
+from __future__ import annotations
+
+from itertools import combinations_with_replacement
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvdistill.distill.align.layers import layer_map
+from kvdistill.distill.align.layers import by_group, layer_map, linear_cka, monotone_map
 from kvdistill.distill.align.resample import align_global
 from kvdistill.errors import ConfigError, GeometryError
+from kvdistill.types import LayerGroup
 from tests.distill.dense import place
 
 
@@ -93,3 +98,82 @@ def test_bands_and_layer_maps_commute(num_student):
     band = align_global(torch.ones(2, 6).bool(), torch.ones(2, 8).bool())
     expected = place(band, mapping.apply(x))
     torch.testing.assert_close(mapping.apply(place(band, x)), expected)
+
+
+def groups(*layers):
+    return [LayerGroup(tuple(chosen), 2, 64, 64) for chosen in layers]
+
+
+def test_one_group_is_the_map_itself():
+    mapping = layer_map("uniform", 4, range(10))
+    (only,) = by_group(mapping, groups(range(10)))
+    assert only.mapping == mapping
+    assert only.student_layers == (0, 1, 2, 3)
+
+
+def test_a_layer_between_groups_takes_the_nearer():
+    mapping = layer_map("explicit", 4, range(4), explicit=[0.5, 1.25, 1.75, 3])
+    first, second = by_group(mapping, groups([0, 1], [2, 3]))
+    assert (first.student_layers, first.mapping.lower) == ((0, 1), (0, 1))
+    assert first.mapping.fraction == (0.5, 0.0)
+    assert (second.student_layers, second.mapping.lower) == ((2, 3), (2, 3))
+
+
+@given(st.integers(1, 12), st.lists(st.integers(0, 2), min_size=1, max_size=16))
+def test_every_student_layer_is_served_once(num_student, owners):
+    members = [[i for i, owner in enumerate(owners) if owner == g] for g in range(3)]
+    split = by_group(layer_map("ratio", num_student, range(len(owners))), groups(*members))
+    served = [layer for part in split for layer in part.student_layers]
+    assert sorted(served) == list(range(num_student))
+    for part in split:
+        assert set(part.mapping.needed) <= set(members[part.group_idx])
+
+
+def kernel_cka(x, y):
+    """HSIC of linear kernels, the definition."""
+    n = len(x)
+    centre = torch.eye(n, dtype=torch.float64) - 1 / n
+    k, m = (centre @ (z.double() @ z.double().T) @ centre for z in (x, y))
+    return float((k * m).sum() / ((k * k).sum() * (m * m).sum()).sqrt())
+
+
+def test_linear_cka_equals_the_kernel_form():
+    torch.manual_seed(0)
+    x, y = torch.randn(3, 40, 5), torch.randn(4, 40, 7) + 2
+    got = linear_cka(x, y)
+    for i in range(3):
+        for j in range(4):
+            assert float(got[i, j]) == pytest.approx(kernel_cka(x[i], y[j]), rel=1e-4)
+
+
+def test_a_rotated_and_scaled_layer_is_itself():
+    torch.manual_seed(0)
+    teacher = torch.randn(5, 300, 6)
+    turn = torch.linalg.qr(torch.randn(6, 6)).Q
+    similarity = linear_cka(3 * teacher[[0, 2, 3]] @ turn + 1, teacher)
+    torch.testing.assert_close(similarity[[0, 1, 2], [0, 2, 3]], torch.ones(3))
+    assert monotone_map(similarity, [1, 2, 4, 6, 9]).lower == (1, 4, 6)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_assignment_is_the_best_monotone_one(seed):
+    similarity = torch.rand(4, 5, generator=torch.Generator().manual_seed(seed))
+    best = max(
+        combinations_with_replacement(range(5), 4),
+        key=lambda way: sum(float(similarity[i, j]) for i, j in enumerate(way)),
+    )
+    assert monotone_map(similarity, range(5)).lower == best
+
+
+def test_fewer_teacher_layers_than_student_layers():
+    mapping = monotone_map(torch.rand(6, 2), [3, 7])
+    assert len(mapping.lower) == 6
+    assert list(mapping.lower) == sorted(mapping.lower)
+    assert set(mapping.needed) <= {3, 7}
+
+
+def test_cka_refuses_unaligned_tokens_and_undefined_similarities():
+    with pytest.raises(GeometryError, match="align them first"):
+        linear_cka(torch.zeros(1, 3, 2), torch.zeros(1, 4, 2))
+    with pytest.raises(ConfigError, match="finite similarities"):
+        monotone_map(torch.full((2, 2), float("nan")), [0, 1])

@@ -54,7 +54,7 @@ class FakeCollate:
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         self.calls += 1
         if self.calls == self.fails_at:
-            raise OSError("this one is gone")
+            raise OSError("shard is unreadable")
         names = [item.sample.sample_id for item in items]
         return {"ids": names, "labels": torch.zeros(len(names), 1, dtype=torch.long)}
 
@@ -157,7 +157,7 @@ def test_other_numbers_of_ranks_go_on_with_what_is_left(ranks: tuple[int, ...], 
     assert sorted(done + counted(list(rest))) == wanted
 
 
-def test_the_state_is_of_what_was_handed_out_not_of_what_is_ready() -> None:
+def test_the_state_counts_yielded_batches_not_prefetched_ones() -> None:
     one = stream(batch_size=1)
     batches = iter(one)
     for number in range(1, 8):
@@ -196,7 +196,7 @@ def test_an_error_while_collating_ahead_comes_at_its_turn_and_ends_the_thread() 
     batches = iter(one)
     next(batches)
     next(batches)
-    with pytest.raises(OSError, match="this one is gone"):
+    with pytest.raises(OSError, match="shard is unreadable"):
         next(batches)
     assert threads() == []
     assert one.state_dict()["position"] == 4
@@ -216,7 +216,7 @@ def test_an_error_while_reading_reaches_the_reader() -> None:
     assert threads() == []
 
 
-def test_letting_go_of_a_stream_midway_ends_its_threads() -> None:
+def test_dropping_a_stream_midway_ends_its_threads() -> None:
     batches = iter(stream())
     next(batches)
     assert threads() == ["kvdistill-collate_0"]

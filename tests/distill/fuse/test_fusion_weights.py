@@ -1,7 +1,8 @@
-"""Teachers with student layers of their own: who counts where, and what is refused."""
+"""Fusion weights: teachers with student layers of their own, and weights by similarity."""
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,8 @@ import pytest
 import torch
 
 from kvdistill.config.distill import FusionConfig
-from kvdistill.distill.fuse.fusion_weights import FusionWeights
-from kvdistill.errors import ConfigError
+from kvdistill.distill.fuse.fusion_weights import FusionWeights, similarity_weights
+from kvdistill.errors import ConfigError, GeometryError
 
 LAYERS = 3
 
@@ -51,3 +52,44 @@ def test_a_router_chooses_among_a_layers_teachers_alone() -> None:
 def test_an_unknown_teacher_or_layer_is_refused(layers: dict[str, list[int]]) -> None:
     with pytest.raises(ConfigError, match="count from 0 to 2"):
         weights(layers=layers)
+
+
+def similarity_of(query, prototype, similarity):
+    if similarity == "l2":
+        return -math.dist(query, prototype)
+    dot = sum(a * b for a, b in zip(query, prototype, strict=True))
+    return dot if similarity == "dot" else dot / (math.hypot(*query) * math.hypot(*prototype))
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "l2"])
+@pytest.mark.parametrize("temperature", [0.3, 2.0])
+def test_similarity_weights_against_the_definition(similarity, temperature):
+    torch.manual_seed(0)
+    queries = [torch.randn(4, 3), torch.randn(4, 5), torch.randn(4, 3)]
+    prototypes = [torch.randn(2, 3), torch.randn(1, 5), torch.randn(4, 3)]
+    alpha = similarity_weights(queries, prototypes, similarity, temperature)
+    assert alpha.shape == (3, 4, 1, 1)
+    for b in range(4):
+        scores = [
+            math.exp(
+                max(similarity_of(q[b].tolist(), p.tolist(), similarity) for p in ps) / temperature
+            )
+            for q, ps in zip(queries, prototypes, strict=True)
+        ]
+        expected = torch.tensor(scores) / sum(scores)
+        torch.testing.assert_close(alpha[:, b, 0, 0], expected)
+
+
+def test_a_text_at_one_teachers_prototype_gets_that_teacher():
+    prototypes = torch.eye(3).unsqueeze(1).unbind()
+    alpha = similarity_weights([torch.eye(3)] * 3, prototypes, "cosine", 0.01)
+    torch.testing.assert_close(alpha[:, :, 0, 0], torch.eye(3))
+
+
+def test_similarity_refuses_what_cannot_be_compared():
+    with pytest.raises(ConfigError, match="expected > 0, got 0"):
+        similarity_weights([torch.ones(1, 2)], [torch.ones(1, 2)], temperature=0)
+    with pytest.raises(GeometryError, match="width 2 and prototypes of width 3"):
+        similarity_weights([torch.ones(1, 2)], [torch.ones(1, 3)])
+    with pytest.raises(GeometryError, match="1 queries for 2 teachers"):
+        similarity_weights([torch.ones(1, 2)], [torch.ones(1, 2)] * 2)

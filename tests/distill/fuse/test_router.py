@@ -1,4 +1,4 @@
-"""Routers: shapes, sums, near-uniform starts, and that they can learn to tell teachers apart."""
+"""Routers: shapes, sums, near-uniform starts, and that they can learn to distinguish teachers."""
 
 import math
 
@@ -98,7 +98,7 @@ def test_entropy_by_hand():
     assert bool(alpha.grad.isfinite().all())
 
 
-def test_dropped_teachers_are_silent_where_another_speaks():
+def test_teacher_dropout_leaves_no_token_without_a_teacher():
     covered = torch.rand(3, 400, 5) < 0.7
     covered[1, :200] = False
     dropped = drop_teachers(covered, 0.5)

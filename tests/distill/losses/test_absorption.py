@@ -45,12 +45,12 @@ def test_gradient_share_by_hand_and_the_graph_survives():
 
 def test_one_warning_when_a_figure_stays_low_none_for_one_odd_batch():
     monitor = AbsorptionMonitor(settle=2)
-    told = [monitor.update(target_variance=v) for v in (1, 1, 1, 0.01, 1, 0.9, 0.8)]
-    assert not any(told)
-    told = [monitor.update(target_variance=v) for v in (0.1, 0.1, 0.1, 0.1)]
-    assert [len(warnings) for warnings in told] == [1, 0, 0, 0]
-    assert "fell from 1 to 0.45" in told[0][0]
-    assert "student_to_teacher or frozen" in told[0][0]
+    warned = [monitor.update(target_variance=v) for v in (1, 1, 1, 0.01, 1, 0.9, 0.8)]
+    assert not any(warned)
+    warned = [monitor.update(target_variance=v) for v in (0.1, 0.1, 0.1, 0.1)]
+    assert [len(warnings) for warnings in warned] == [1, 0, 0, 0]
+    assert "fell from 1 to 0.45" in warned[0][0]
+    assert "student_to_teacher or frozen" in warned[0][0]
     with pytest.raises(ConfigError, match=r"unknown figures \['loss'\]"):
         monitor.update(loss=1.0)
     with pytest.raises(ConfigError, match="settle"):
@@ -61,8 +61,8 @@ def test_a_share_that_halves_is_no_alarm_but_one_that_vanishes_is():
     """Cross-entropy gradients grow while a student learns; that alone is not absorption."""
     monitor = AbsorptionMonitor(settle=2)
     assert not any(monitor.update(gradient_share=s) for s in (0.3, 0.3, 0.1, 0.07, 0.06))
-    told = [monitor.update(gradient_share=s) for s in (0.01, 0.005, 0.005)]
-    assert sum(map(len, told)) == 1
+    warned = [monitor.update(gradient_share=s) for s in (0.01, 0.005, 0.005)]
+    assert sum(map(len, warned)) == 1
 
 
 def train(joint, steps=200):

@@ -1,4 +1,4 @@
-"""The one sweep over layers against guess, difference and norm: values and gradients."""
+"""The fused regression against prediction, difference and norm: values and gradients."""
 
 import pytest
 import torch
@@ -37,9 +37,9 @@ def reference(student, maps, targets, alpha, distance):
     """One layer at a time, so that each has its own weight."""
     total = 0
     for one, target, weight in zip(maps, targets, alpha.expand(-1, -1, LAYERS, -1), strict=True):
-        guess = one(student)
+        predicted = one(student)
         for layer in range(LAYERS):
-            ours, theirs = guess[:, layer].double(), target[:, layer].double()
+            ours, theirs = predicted[:, layer].double(), target[:, layer].double()
             if distance == "mse":
                 error = (ours - theirs).square()
             else:
@@ -51,7 +51,7 @@ def reference(student, maps, targets, alpha, distance):
 @pytest.mark.parametrize("distance", ["mse", "smooth_l1"])
 @pytest.mark.parametrize("by_layer", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equals_guess_and_difference(dtype, by_layer, distance):
+def test_equals_prediction_and_difference(dtype, by_layer, distance):
     student, maps, targets, alpha = setting(dtype, by_layer)
     leaves = [student, alpha, *(p for one in maps for p in one.parameters())]
     mine = 3 * regression_error(student, regressions(maps, targets, alpha), distance)

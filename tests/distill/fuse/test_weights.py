@@ -1,4 +1,4 @@
-"""Weighted sums of teachers, and what happens where one is silent."""
+"""Weighted sums of teachers, and what happens where one covers nothing."""
 
 import pytest
 import torch
@@ -33,22 +33,22 @@ def test_one_teacher_fused_equals_itself():
 def test_a_teacher_that_covers_nothing_changes_nothing():
     torch.manual_seed(0)
     a, b = teachers(2)
-    silent = torch.full(SHAPE, 1e6)
+    absent = torch.full(SHAPE, 1e6)
     covered = everywhere(3)
     covered[2] = False
-    with_silent = fuse(renormalise(fixed_weights([1, 2, 5]), covered), [a, b, silent])
+    with_absent = fuse(renormalise(fixed_weights([1, 2, 5]), covered), [a, b, absent])
     without = fuse(renormalise(fixed_weights([1, 2]), everywhere(2)), [a, b])
-    torch.testing.assert_close(with_silent, without)
+    torch.testing.assert_close(with_absent, without)
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any), st.integers(0, 2**20))
-def test_weights_sum_to_one_where_anyone_speaks(weights, seed):
+def test_weights_sum_to_one_over_the_teachers_that_cover(weights, seed):
     generator = torch.Generator().manual_seed(seed)
     n = len(weights)
     covered = torch.rand(n, 2, 5, generator=generator) < 0.5
     alpha = renormalise(fixed_weights(weights), covered)
-    speaks = (covered & (torch.tensor(weights) > 0)[:, None, None]).any(0)
-    torch.testing.assert_close(alpha.sum(0)[:, 0], speaks.float())
+    covered_by_any = (covered & (torch.tensor(weights) > 0)[:, None, None]).any(0)
+    torch.testing.assert_close(alpha.sum(0)[:, 0], covered_by_any.float())
     assert not alpha.masked_fill(covered.unsqueeze(2), 0).any()
 
 

@@ -1,4 +1,6 @@
-"""Per-token losses against loops, and their one reduction."""
+"""Errors per token against loops; cross-entropy against its definition."""
+
+from __future__ import annotations
 
 import math
 
@@ -6,7 +8,14 @@ import pytest
 import torch
 
 from kvdistill.attention.geometry import HeadShape
-from kvdistill.distill.losses.pointwise import cosine_error, kv_error, layer_std
+from kvdistill.distill.losses.pointwise import (
+    IGNORED_LABEL,
+    cosine_error,
+    cross_entropy,
+    kv_error,
+    layer_std,
+    num_predicted,
+)
 from kvdistill.distill.losses.weighting import reduce_tokens
 from kvdistill.distill.project.projections import StudentToTeacher
 from kvdistill.errors import GeometryError
@@ -105,22 +114,6 @@ def test_shapes_that_would_broadcast_are_refused():
             loss(student, target[:, :1])
 
 
-def test_reduction_does_not_depend_on_the_cut():
-    torch.manual_seed(0)
-    losses, mask = torch.rand(6, 7), torch.rand(6, 7) < 0.5
-    whole = reduce_tokens(losses, mask)
-    torch.testing.assert_close(whole, losses[mask].mean())
-    count = mask.sum()
-    parts = sum(reduce_tokens(losses[i:j], mask[i:j], count) for i, j in [(0, 1), (1, 4), (4, 6)])
-    torch.testing.assert_close(parts, whole)
-
-
-def test_reduction_of_nothing_is_zero_and_masked_nan_is_not_read():
-    nothing = torch.zeros(2, 3, dtype=torch.bool)
-    assert float(reduce_tokens(torch.full((2, 3), float("nan")), nothing)) == 0.0
-    assert float(reduce_tokens(torch.ones(2, 3), nothing, num_valid=8)) == 0.0
-
-
 def test_under_autocast_errors_are_float32_and_gradients_finite():
     torch.manual_seed(0)
     student, target = torch.randn(2, 2, 2, 7, 4, requires_grad=True), torch.randn(2, 2, 3, 7, 6)
@@ -134,3 +127,22 @@ def test_under_autocast_errors_are_float32_and_gradients_finite():
     reduce_tokens(error, torch.ones(2, 7).bool()).backward()
     assert bool(student.grad.isfinite().all())
     assert bool(student.grad.any())
+
+
+def test_cross_entropy_predicts_the_next_label_and_skips_ignored_ones():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 7, requires_grad=True)
+    labels = torch.tensor(
+        [[1, 2, IGNORED_LABEL, 3], [4, IGNORED_LABEL, IGNORED_LABEL, IGNORED_LABEL]]
+    )
+    wanted = [(0, 0, 2), (0, 2, 3)]  # the first label has no token before it
+    log_p = logits.log_softmax(-1)
+    expected = -sum(log_p[b, t, label] for b, t, label in wanted)
+    assert int(num_predicted(labels)) == len(wanted)
+    torch.testing.assert_close(cross_entropy(logits, labels, None), expected / 2)
+    loss = cross_entropy(logits, labels, torch.tensor(8))
+    torch.testing.assert_close(loss, expected / 8)
+    loss.backward()
+    assert bool(logits.grad[0, [0, 2]].all())
+    assert not logits.grad[1].any()
+    assert not logits.grad[0, [1, 3]].any()

@@ -1,4 +1,6 @@
-"""Full, bottleneck and shared-space maps: shapes, references, gradients."""
+"""Full, bottleneck, student-to-teacher and shared-space maps: shapes, references, gradients."""
+
+from __future__ import annotations
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from kvdistill.distill.project.projections import (
     FullProjection,
     LinearProjection,
     SpaceAdapter,
+    StudentToTeacher,
 )
 from kvdistill.errors import ConfigError, GeometryError
 
@@ -86,3 +89,33 @@ def test_every_map_refuses_query_heads():
     ):
         with pytest.raises(GeometryError, match="query heads"):
             module(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_student_to_teacher_equals_one_linear_layer_per_layer(dtype):
+    torch.manual_seed(0)
+    source, target = HeadShape(2, 4), HeadShape(3, 5)
+    head = StudentToTeacher(2, source, target).to(dtype)
+    with torch.no_grad():
+        head.bias_LO.normal_()
+    x = torch.randn(2, 2, 2, 6, 4, dtype=dtype, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    out = head(x)
+    assert out.shape == (2, 2, 3, 6, 5)
+    expected = torch.zeros_like(out)
+    for layer in range(2):
+        flat = torch.cat([y[:, layer, h] for h in range(2)], dim=-1)
+        guess = flat @ head.weight_LIO[layer] + head.bias_LO[layer]
+        for h in range(3):
+            expected[:, layer, h] = guess[..., 5 * h : 5 * h + 5]
+    torch.testing.assert_close(out, expected)
+    upstream = torch.randn_like(out)
+    mine = torch.autograd.grad((out * upstream).sum(), [x, *head.parameters()])
+    theirs = torch.autograd.grad((expected * upstream).sum(), [y, *head.parameters()])
+    for got, want in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_student_to_teacher_refuses_query_heads():
+    with pytest.raises(GeometryError, match="query heads"):
+        StudentToTeacher(1, HeadShape(2, 4), HeadShape(3, 5))(torch.zeros(1, 1, 8, 3, 4))
