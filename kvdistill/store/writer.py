@@ -36,7 +36,6 @@ from kvdistill.store.manifest import Commit, ShardPlan, StoreManifest, TeacherMa
 from kvdistill.store.open_shard import BACKENDS
 from kvdistill.store.reader import KVStore
 from kvdistill.store.shard import EncodedShard, TokenTable, block_ptr
-from kvdistill.types import KINDS
 
 _INFORMATIONAL: Final = {"versions", "adapter_error", "model", "revision"}
 """Teacher fields that may differ between tasks; fingerprints identify what was extracted."""
@@ -76,9 +75,7 @@ def create(path: Path | str, shards: Sequence[Shard]) -> KVStore:
 def _plan(shards: Sequence[Shard]) -> StoreManifest:
     return StoreManifest(
         created_by=f"kvdistill {__version__}",
-        corpus_fingerprint=corpus_fingerprint(
-            sample for shard in shards for sample in shard.samples
-        ),
+        corpus_fingerprint=corpus_fingerprint(s for shard in shards for s in shard.samples),
         shards=tuple(
             ShardPlan(
                 shard_id=shard.shard_id,
@@ -205,9 +202,8 @@ def publish_shard(
 def _raw_bytes(manifest: TeacherManifest, counts: Counts) -> int:
     """Size of the keys and values in bf16."""
     per_token = sum(
-        len(group.layers) * group.num_key_value_heads * group.head_dim(kind)
+        len(group.layers) * group.num_key_value_heads * (group.key_head_dim + group.value_head_dim)
         for group in manifest.groups
-        for kind in KINDS
     )
     return 2 * per_token * counts.num_tokens
 
