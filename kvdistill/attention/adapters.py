@@ -222,6 +222,12 @@ STRANGERS: Final[tuple[Adapter, ...]] = tuple(
 fits the same modules and fails verification."""
 
 
+def known_adapters(model: Any) -> tuple[Adapter, ...]:
+    """Adapters of a model's type in the table; none for an unknown type."""
+    text_type = model.config.get_text_config().model_type
+    return ADAPTERS.get(model.config.model_type, ADAPTERS.get(text_type, ()))
+
+
 def adapters_for(model: Any, stream: Stream | None = None) -> list[Adapter]:
     """Candidate adapters of a model, likeliest first.
 
@@ -232,7 +238,7 @@ def adapters_for(model: Any, stream: Stream | None = None) -> list[Adapter]:
     model_type = model.config.get_text_config().model_type
     if model_type in REFUSED:
         raise AdapterError(f"model type {model_type!r} cannot be read: {REFUSED[model_type]}")
-    known = ADAPTERS.get(model.config.model_type, ADAPTERS.get(model_type, ()))
+    known = known_adapters(model)
     streams = {adapter.stream: adapter for adapter in known}
     if "self" in streams or not known:
         if stream is not None:
@@ -247,10 +253,3 @@ def adapters_for(model: Any, stream: Stream | None = None) -> list[Adapter]:
             f"{', '.join(streams)}"
         )
     return [streams[stream]]
-
-
-def is_known(model: Any) -> bool:
-    """Whether the model type has an adapter in the table."""
-    return not {model.config.model_type, model.config.get_text_config().model_type}.isdisjoint(
-        ADAPTERS
-    )

@@ -21,7 +21,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from kvdistill.attention.adapters import QKV, Adapter, adapters_for, is_known, separate
+from kvdistill.attention.adapters import QKV, Adapter, adapters_for, known_adapters, separate
 from kvdistill.attention.geometry import VerifiedLayer
 from kvdistill.attention.hooks import (
     AttentionInputs,
@@ -64,7 +64,7 @@ def fit_adapter(name: str, model: Any, stream: Stream | None) -> Verified:
     try:
         return first_fitting(model, adapters_for(model, stream))
     except AdapterError as error:
-        if is_known(model) or model.config.is_encoder_decoder:
+        if known_adapters(model) or model.config.is_encoder_decoder:
             raise TeacherError(f"teacher {name!r}: {error}") from None
     try:
         layers, without = verify_cache(model, _probe_ids(model))

@@ -32,19 +32,25 @@ def load_teacher_model(
     from transformers import AutoModel, AutoModelForCausalLM
 
     kind = AutoModel if config.generate is None else AutoModelForCausalLM
-    options: dict[str, Any] = {"gguf_file": config.gguf_file} if config.gguf_file else {}
-    if config.device_map is not None:
-        options["device_map"] = config.device_map
+    options: dict[str, Any] = {
+        "trust_remote_code": config.trust_remote_code,
+        "dtype": getattr(torch, config.dtype),
+        # None makes transformers choose sdpa, or eager where sdpa cannot compute the model.
+        "attn_implementation": (
+            None if config.attn_implementation == "sdpa" else config.attn_implementation
+        ),
+    }
     try:
         if config.weights == "random":
-            return _random_model(kind, config).to(device), set()
+            return _random_model(kind, config, options).to(device), set()
+        if config.gguf_file:
+            options["gguf_file"] = config.gguf_file
+        if config.device_map is not None:
+            options["device_map"] = config.device_map
         with _without_progress_bars():
             model, info = kind.from_pretrained(
                 config.model,
                 revision=config.revision,
-                trust_remote_code=config.trust_remote_code,
-                dtype=getattr(torch, config.dtype),
-                attn_implementation=_attn_implementation(config),
                 use_safetensors=None if config.gguf_file else True,
                 output_loading_info=True,
                 **options,
@@ -63,7 +69,7 @@ def load_teacher_model(
     return model if config.device_map is not None else model.to(device), missing
 
 
-def _random_model(kind: Any, config: TeacherConfig) -> Any:
+def _random_model(kind: Any, config: TeacherConfig, options: dict[str, Any]) -> Any:
     """The model's architecture with random weights: a placebo for what it has learned.
 
     The seed is fixed, so that every process of an extraction reads with the same teacher.
@@ -75,18 +81,8 @@ def _random_model(kind: Any, config: TeacherConfig) -> Any:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = kind.from_config(
-            architecture,
-            trust_remote_code=config.trust_remote_code,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=_attn_implementation(config),
-        )
+        model = kind.from_config(architecture, **options)
     return model.eval().requires_grad_(False)
-
-
-def _attn_implementation(config: TeacherConfig) -> str | None:
-    """None makes transformers choose sdpa, or eager where sdpa cannot compute the model."""
-    return None if config.attn_implementation == "sdpa" else config.attn_implementation
 
 
 def load_teacher_tokenizer(name: str, config: TeacherConfig) -> Any:

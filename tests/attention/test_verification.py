@@ -133,7 +133,7 @@ def stranger(name: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tupl
     model = tiny_model(model_type, **{**own, **options})
     known = fit_adapter("t", model, None)
     monkeypatch.setattr(verification, "adapters_for", lambda *args: [])
-    monkeypatch.setattr(verification, "is_known", lambda model: False)
+    monkeypatch.setattr(verification, "known_adapters", lambda model: ())
     return model, known
 
 

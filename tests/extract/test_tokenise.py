@@ -21,18 +21,18 @@ PLAIN = Sample("b", (("text", "Natalia sold clips."),))
 EMPTY = Sample("c", (("text", ""),))
 TOKENIZER = tiny_tokenizer()
 BOS_TOKENIZER = tiny_tokenizer(bos=True)
-VIEW = parse_template("Q: {prompt}\nA:{rationale}{answer} END")
+TEMPLATE = parse_template("Q: {prompt}\nA:{rationale}{answer} END")
 
 
 def encode(
-    tokenizer: object, samples: list[Sample], view: PromptTemplate, limit: int | None = None
+    tokenizer: object, samples: list[Sample], template: PromptTemplate, limit: int | None = None
 ) -> list[TokenisedSample]:
-    return PromptTokenizer(tokenizer, view).tokenise(samples, limit)
+    return PromptTokenizer(tokenizer, template).tokenise(samples, limit)
 
 
-def covered(sample: Sample, view: PromptTemplate, tokenizer: object = TOKENIZER) -> list[int]:
+def covered(sample: Sample, template: PromptTemplate, tokenizer: object = TOKENIZER) -> list[int]:
     """How often every character of the sample is inside a text token."""
-    (encoded,) = encode(tokenizer, [sample], view)
+    (encoded,) = encode(tokenizer, [sample], template)
     counts = [0] * len(sample.text)
     for start, end in zip(encoded.char_start, encoded.char_end, strict=True):
         for position in range(start, end):
@@ -45,8 +45,8 @@ def test_without_a_template_every_character_is_read_once() -> None:
 
 
 def test_template_words_are_special_and_the_text_still_maps() -> None:
-    (encoded,) = encode(TOKENIZER, [GSM], VIEW)
-    assert covered(GSM, VIEW) == [1] * len(GSM.text)
+    (encoded,) = encode(TOKENIZER, [GSM], TEMPLATE)
+    assert covered(GSM, TEMPLATE) == [1] * len(GSM.text)
     text = encoded.segment >= 0
     assert (encoded.char_start[~text] == encoded.char_end[~text]).all()
     assert encoded.segment[0] == -1
@@ -55,17 +55,17 @@ def test_template_words_are_special_and_the_text_still_maps() -> None:
 
 
 def test_segments_follow_the_first_character() -> None:
-    (encoded,) = encode(TOKENIZER, [GSM], VIEW)
+    (encoded,) = encode(TOKENIZER, [GSM], TEMPLATE)
     for start, segment in zip(encoded.char_start, encoded.segment, strict=True):
         if segment >= 0:
             owner = next(i for a, b, i in GSM.spans if a <= start < b)
             assert segment == owner
 
 
-def test_views_may_leave_parts_out_and_change_their_order() -> None:
-    view = parse_template("{answer} because {rationale}")
-    (encoded,) = encode(TOKENIZER, [GSM], view)
-    counts = covered(GSM, view)
+def test_templates_may_leave_parts_out_and_change_their_order() -> None:
+    template = parse_template("{answer} because {rationale}")
+    (encoded,) = encode(TOKENIZER, [GSM], template)
+    counts = covered(GSM, template)
     prompt = len(GSM.segments[0][1])
     assert counts[:prompt] == [0] * prompt
     assert counts[prompt:] == [1] * (len(GSM.text) - prompt)
@@ -98,8 +98,8 @@ def test_multi_byte_characters_are_covered_by_each_of_their_tokens() -> None:
 def test_any_text_is_covered_and_in_order(parts: list[str]) -> None:
     prompt, rationale, answer = parts
     sample = Sample("h", (("prompt", prompt), ("rationale", rationale), ("answer", answer)))
-    (encoded,) = encode(TOKENIZER, [sample], VIEW)
-    assert all(count >= 1 for count in covered(sample, VIEW))
+    (encoded,) = encode(TOKENIZER, [sample], TEMPLATE)
+    assert all(count >= 1 for count in covered(sample, TEMPLATE))
     assert (encoded.char_end <= len(sample.text)).all()
     assert (np.diff(encoded.char_start) >= 0).all()
     assert ((encoded.segment >= 0) == (encoded.char_end > encoded.char_start)).all()
@@ -119,7 +119,7 @@ def test_bad_templates(template: str) -> None:
 
 def test_a_template_of_segments_needs_segments() -> None:
     with pytest.raises(TeacherError, match="'b' is plain text"):
-        encode(TOKENIZER, [PLAIN], VIEW)
+        encode(TOKENIZER, [PLAIN], TEMPLATE)
 
 
 class _Backwards:
@@ -149,13 +149,13 @@ CHAT = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content | trim 
 def test_the_chat_template_is_cut_at_the_turns() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT
-    view = chat_template(tokenizer, "Be brief.")
-    assert view.render(GSM).text == (
+    template = chat_template(tokenizer, "Be brief.")
+    assert template.render(GSM).text == (
         "<s><system>Be brief.</s><user>How many?</s><assistant>48+24=72.\n#### 72</s>"
     )
-    (encoded,) = PromptTokenizer(tokenizer, view, add_special_tokens=False).tokenise([GSM])
+    (encoded,) = PromptTokenizer(tokenizer, template, add_special_tokens=False).tokenise([GSM])
     assert (encoded.token_ids[0], encoded.token_ids[-1]) == (1, 2)
-    counts = covered(GSM, view, tokenizer)
+    counts = covered(GSM, template, tokenizer)
     assert [i for i, count in enumerate(counts) if count != 1] == [len("How many?")]
 
 
@@ -203,6 +203,6 @@ def test_rendering(template: str, text: str) -> None:
 
 
 def test_what_stands_before_a_slot() -> None:
-    assert VIEW.before("rationale").render(GSM).text == "Q: How many?\nA:"
+    assert TEMPLATE.before("rationale").render(GSM).text == "Q: How many?\nA:"
     with pytest.raises(TeacherError, match="to generate"):
         PLAIN_TEXT.before("rationale")

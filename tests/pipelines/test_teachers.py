@@ -1,4 +1,4 @@
-"""What teachers of every kind leave in the store: streams, views, hidden states, importance."""
+"""The store of teachers of every kind: streams, templates, hidden states, importance."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_only_an_encoder_decoder_has_streams(tmp_path: Path) -> None:
         extract(make(tmp_path, {"stream": "encoder"}))
 
 
-def test_a_view_is_another_teacher(tmp_path: Path) -> None:
+def test_a_prompt_template_makes_another_teacher(tmp_path: Path) -> None:
     save_teacher(tmp_path / "t")
     template = "Q: {prompt}\nA: {rationale:strip}{answer}"
     store, shard = only_shard(make(tmp_path, {"template": template}))
@@ -212,7 +212,9 @@ def test_a_text_may_fill_every_position(
         ({"stream": "decoder", "template": "{text}"}, "takes neither `template` nor `chat`"),
     ],
 )
-def test_views_that_cannot_be(tmp_path: Path, teacher: dict[str, Any], message: str) -> None:
+def test_prompt_templates_that_contradict(
+    tmp_path: Path, teacher: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         make(tmp_path, teacher)
 
