@@ -1,25 +1,24 @@
-"""Speed and size of stores: one run, everything as a ratio taken on the same machine.
+"""Speed and size of stores, as ratios measured in one run on one machine.
 
     python benchmarks/store.py --kv kv.pt            # real keys and values
     python benchmarks/store.py                       # synthetic ones of SmolLM2's shape
     python benchmarks/store.py --against ../before   # ratios to another checkout of kvdistill
 
 ``--kv`` is a file of ``torch.save({"key": [...], "value": [...]})``, one ``[L, H, T, D]`` per
-sample. Speeds are elements of K and V per second, so that codecs compare; every figure is the
-best of interleaved rounds, because other load only ever slows one down. ``--clock cpu`` counts
-processor seconds of all threads instead of wall time. Files are in the page cache, and where
-they lie matters: a map of a file in tmpfs costs a page fault every few pages, one on ext4
-hardly any. ``--folder`` chooses. Every checkout reads in a process of its own (``store_reads.py``)
-a store that it has converted itself.
+sample. Speeds are elements of K and V per second, so that codecs are comparable; every figure is
+the best of interleaved rounds, since other load can only slow a round down. ``--clock cpu`` counts
+CPU seconds of all threads instead of wall time. Files are in the page cache. The file system
+matters (``--folder``): a mapped file in tmpfs page-faults every few pages, one on ext4 hardly ever.
+Each checkout reads stores that it has converted itself, in a process of its own
+(``store_reads.py``).
 
-    1 thread    shard after shard; checksums are verified anew in every round. The targets are
-                for this one: torch.load and the copies run in one thread as well, although the
-                zarr backend decodes on all cores
+    1 thread    shard after shard, checksums verified in every round. The targets apply to this row:
+                torch.load and the copies run in one thread as well. zarr decodes on all cores
     2 threads   the same through ``prefetch``
-    .pt         one file per sample, bf16, ``torch.load``; a shard's worth is held at a time
-    copy        ``array.copy()`` of the stored arrays: the cost of any reader that owns its result
+    .pt         one file per sample, bf16, ``torch.load``; as many in memory as a shard has samples
+    copy        ``array.copy()`` of the stored arrays: the minimum for a reader that owns its result
     into        the same bytes copied into memory that is already mapped
-    zarr-python, zarrs   the store's own zarr files through these, array by array
+    zarr-python, zarrs   the same zarr files, read with these libraries; both use all cores
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ NUM_SHARDS = 4
 
 
 def synthetic(num_samples: int) -> Samples:
-    """SmolLM2's shape, GSM8K's lengths, channels of unequal size."""
+    """Random KV with SmolLM2's shape, GSM8K's lengths and channels of unequal scale."""
     rng = torch.Generator().manual_seed(0)
     lengths = torch.randint(80, 320, (num_samples,), generator=rng).tolist()
     size = torch.rand(30, 3, 1, 64, generator=rng).exp() * 2
@@ -73,7 +72,7 @@ def synthetic(num_samples: int) -> Samples:
 
 
 def make_store(root: Path, samples: Samples) -> tuple[KVStore, dict[str, float]]:
-    """A store with a teacher per codec; seconds that publication of all shards took, by codec."""
+    """A store with one teacher per codec, and the seconds to publish all shards, by codec."""
     ids = [f"s{i}" for i in range(len(samples["key"]))]
     cuts = np.array_split(np.arange(len(ids)), NUM_SHARDS)
     text = {i: Sample(i, (("text", "x" * 4000),)) for i in ids}
@@ -136,12 +135,12 @@ def encode(
             pieces = [parts[part.suffix].numpy() for parts in encoded]
             arrays[part_name(kind, part.suffix)] = np.concatenate(pieces, axis=2)
         num_layers, num_heads, _, dim = samples[kind][0].shape
-        stats[kind] = ChannelStatistics.empty((num_layers, num_heads, dim))
+        stats[kind] = ChannelStatistics(0, *np.zeros((2, num_layers, num_heads, dim)))
     return EncodedShard(tokens, arrays), stats
 
 
 class Checkout:
-    """Another process, which reads stores with the kvdistill of one checkout."""
+    """A process that reads stores with the kvdistill of one checkout."""
 
     def __init__(self, path: Path, zarr_store: Path, stores: Path) -> None:
         self.environment = {**os.environ, "PYTHONPATH": str(path.resolve())}
@@ -161,7 +160,7 @@ class Checkout:
         )
 
     def task(self, backend: str, **arguments: Any) -> Callable[[], float]:
-        """Something that makes the process read, and returns how long it took."""
+        """A function that has the process read once and returns the seconds it took."""
         line = json.dumps({"store": str(self.stores[backend]), "clock": clock_name, **arguments})
 
         def work() -> float:
@@ -193,7 +192,7 @@ def through_zarr(store: KVStore, codec: str, pipeline: str) -> None:
 
 
 def pt_files(folder: Path, chosen: list[int]) -> None:
-    """One file after the other; as many as a shard has samples are held at a time."""
+    """Load one file after the other; as many in memory as a shard has samples."""
     for some in np.array_split(chosen, NUM_SHARDS):
         held = [torch.load(folder / f"{i}.pt") for i in some.tolist()]
         for tensors in held:
@@ -205,7 +204,7 @@ clock_name = "wall"
 
 
 def rates(tasks: Tasks, rounds: int) -> dict[str, float]:
-    """Best elements per second of every task, the rounds of all tasks interleaved."""
+    """Best elements per second of every task, over interleaved rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(rounds):
         for name, (work, _) in tasks.items():
@@ -256,7 +255,7 @@ def copy_tasks(store: KVStore, elements: int) -> Tasks:
 
 
 def print_order(speed: dict[str, float]) -> None:
-    print("\nreading in order, millions of elements of K and V per second, warm")
+    print("\nsequential reads, millions of elements of K and V per second, warm")
     print(f"  .pt per sample, bf16 {speed['.pt'] / 1e6:8,.0f}")
     for codec in CODEC_NAMES:
         own = {name: speed[f"{codec} {name}"] for name in ("zarr-python", "zarrs", "copy", "into")}
@@ -301,14 +300,14 @@ def random_access(
         if there:
             tasks[f"{name} there"] = there.task(backend, **arguments), useful
     speed = rates(tasks, rounds)
-    print("\nreading at random: 8 samples × 8 layers, useful elements per second, warm")
+    print("\nrandom access: 8 samples × 8 layers, requested elements per second, warm")
     for name in (name for name in speed if not name.endswith("there")):
         ratios = [f"{speed[name] / speed['.pt']:4.2f} × .pt", *before(speed, name)]
         print(f"  {name:34} {speed[name] / 1e6:8,.0f} M/s = " + " = ".join(ratios))
 
 
 def sizes(here: Checkout, written: dict[str, float], elements: int) -> None:
-    print("\nsize and writing (fsync included)")
+    print("\nsize, and write speed (fsync included)")
     for codec in CODEC_NAMES:
         bits = {
             name: 8 * _key_value_bytes(StorePaths(path).shards(codec), name) / elements
@@ -333,7 +332,7 @@ def _key_value_bytes(shards: Path, backend: str) -> int:
 
 
 def opening(root: Path, num_shards: int = 10_000, num_teachers: int = 5) -> None:
-    """Open a large store: only folder names matter, so the shards are empty folders."""
+    """Open a large store. Only folder names matter here, so the shards are empty folders."""
     shards = [Shard(f"{i:05d}", i, (Sample(f"s{i}", (("text", "x"),)),)) for i in range(num_shards)]
     store = create(root / "large", shards)
     one = teacher("int8", {"key": [torch.zeros(2, 1, 1, 4)], "value": [torch.zeros(2, 1, 1, 4)]})
@@ -355,12 +354,14 @@ def opening(root: Path, num_shards: int = 10_000, num_teachers: int = 5) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kv", type=Path, help="torch.save of real keys and values")
-    parser.add_argument("--samples", type=int, default=128, help="how many synthetic ones")
+    parser.add_argument("--kv", type=Path, help="file of real keys and values (torch.save)")
+    parser.add_argument("--samples", type=int, default=128, help="number of synthetic samples")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where to write (a disk, or memory)")
+    parser.add_argument("--folder", type=Path, help="parent folder of the stores (disk or tmpfs)")
     parser.add_argument("--against", type=Path, help="another checkout, read in the same rounds")
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu where shared")
+    parser.add_argument(
+        "--clock", choices=list(CLOCKS), default="wall", help="cpu on a shared machine"
+    )
     arguments = parser.parse_args()
     global clock_name  # noqa: PLW0603
     clock_name = arguments.clock

@@ -25,7 +25,7 @@ _, _, _, DEPTH = inspect.signature(prefetching.prefetch).parameters  # has had o
 
 
 def in_order(store: str, codec: str, threads: int) -> None:
-    """All shards, as an epoch reads them, from a store that is opened anew."""
+    """Read all shards in order, as an epoch does, from a newly opened store."""
     opened = KVStore.open(store)
     if threads == 1:
         for shard_id in opened.shard_ids:
@@ -39,7 +39,7 @@ def in_order(store: str, codec: str, threads: int) -> None:
 def at_random(
     store: str, codec: str, sample_ids: list[str], layers: list[int], one_by_one: bool
 ) -> None:
-    """Keys and values of some samples and layers; by one call each, or one per layer and head."""
+    """Read some samples and layers, with one call per sample or one per layer and head."""
     opened = KVStore.open(store)
     heads = range(opened.teacher(codec).groups[0].num_key_value_heads)
     for sample_id, kind in product(sample_ids, KINDS):
@@ -51,7 +51,7 @@ def at_random(
 
 
 def touch_all(shard: Any) -> None:
-    """Read one element of every page: a memory map is read only when it is used."""
+    """Read every page, so that memory-mapped arrays are actually loaded."""
     for array in shard.arrays.values():
         touch(array)
 

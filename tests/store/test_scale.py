@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import tracemalloc
 from pathlib import Path
@@ -59,6 +60,7 @@ def test_memory_does_not_grow_with_the_shards_read(
     def read(some: tuple[str, ...]) -> int:
         for shard_id in some:
             store.read_shard("tiny", shard_id)
+        gc.collect()
         return tracemalloc.get_traced_memory()[0]
 
     tracemalloc.start()

@@ -125,14 +125,13 @@ class _MappedShard:
             names = names[layers]
         if heads is not None:
             names = names[:, heads]
-        offsets = np.array([self._verified_offset(tensor, spec) for tensor in names.flat])
-        steps = _equal_steps(offsets.reshape(names.shape))
+        offsets = [self._verified_offset(tensor, spec) for tensor in names.flat]
+        steps = _equal_steps(offsets, names.shape)
         if steps is not None:
-            array = self._view(spec, int(offsets[0]), names.shape, steps)
+            array = self._view(spec, offsets[0], names.shape, steps)
             return array if span is None else array[:, :, span]
-        span = slice(None) if span is None else span
-        tensors = np.stack([self._view(spec, int(offset))[span] for offset in offsets])
-        return tensors.reshape(*names.shape, *tensors.shape[1:])
+        tensors = [self._view(spec, offset)[span or slice(None)] for offset in offsets]
+        return np.stack(tensors).reshape(*names.shape, *tensors[0].shape)
 
     def _verified_offset(self, tensor: str, spec: ArraySpec) -> int:
         """First byte of a tensor, which is compared with its checksum when it is first read.
@@ -160,15 +159,14 @@ class _MappedShard:
         return np.ndarray((*lead, *inner), spec.dtype, self.data, offset, (*steps, *strides))
 
 
-def _equal_steps(offsets: np.ndarray) -> list[int] | None:
-    """Distance of neighbours along each axis; None where it is not the same throughout."""
-    steps = []
-    for axis in range(offsets.ndim):
-        distances = np.unique(np.diff(offsets, axis=axis))
-        if distances.size > 1:
-            return None
-        steps.append(int(distances.sum()))
-    return steps
+def _equal_steps(offsets: Sequence[int], shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Distance of neighbours along each axis of ``shape``; None where it varies."""
+    if len(offsets) == 1:
+        return (0,) * len(shape)
+    grid = np.reshape(offsets, shape) - offsets[0]
+    layer_step, head_step = int(grid[:2, 0][-1]), int(grid[0, :2][-1])
+    regular = np.add.outer(np.arange(shape[0]) * layer_step, np.arange(shape[1]) * head_step)
+    return (layer_step, head_step) if (grid == regular).all() else None
 
 
 def _tensor_names(spec: ArraySpec) -> np.ndarray:

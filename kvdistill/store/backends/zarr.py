@@ -18,7 +18,6 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
@@ -131,12 +130,11 @@ class _ZarrShard:
         boxes = [(run, *rest) for run in _contiguous_runs(layers, spec.shape[0])]
         length = sum(run.stop - run.start for run, *_ in boxes)
         shape = (length, *(axis.stop - axis.start for axis in rest))
-        if not math.prod(shape):
-            out = np.empty(shape, spec.dtype)
-        else:
-            out = self._open(spec).read(boxes, shape)
-            # Only now: of a file that vanished before the read, zarr makes fill values.
-            check_size(self._folder, _data_file(spec), self._commit)
+        # Opened before ``out`` is allocated: the sizes of a damaged commit may be absurd.
+        array = self._open(spec) if math.prod(shape) else None
+        out = np.empty(shape, spec.dtype)
+        if array is not None:
+            array.read_into(out, boxes)
         if heads is not None and len(heads) < shape[1]:
             out = out[:, [head - heads[0] for head in heads]]
         return out
@@ -145,84 +143,84 @@ class _ZarrShard:
         """Open an array once, after checking its metadata and its file's size."""
         if spec.name not in self._arrays:
             metadata = checked_bytes(self._folder, f"{spec.name}/zarr.json", self._commit)
-            found = json.loads(metadata)
-            if (found["shape"], found["data_type"]) != (list(spec.shape), spec.dtype):
-                raise ShardCorrupt(
-                    f"{self._folder / spec.name}: {found['data_type']} {found['shape']}, but the "
-                    f"manifest declares {spec.dtype} {list(spec.shape)}; {REMEDY}"
-                )
-            check_size(self._folder, _data_file(spec), self._commit)
-            self._arrays[spec.name] = _ZarrArray(self._folder, spec, metadata.decode())
+            array = _ZarrArray(self._folder, spec, metadata.decode())
+            check_size(self._folder, array.key, self._commit)
+            self._arrays[spec.name] = array
         return self._arrays[spec.name]
 
 
 class _ZarrArray:
-    """One array of one file, read by zarrs, or by zarr-python where zarrs cannot be used."""
+    """One array in one file, read by zarrs, or by zarr-python where zarrs cannot be used."""
 
     def __init__(self, folder: Path, spec: ArraySpec, metadata: str) -> None:
-        self._folder, self._spec, self._metadata = folder, spec, metadata
-        self._file_shape: list[int] = json.loads(metadata)["chunk_grid"]["configuration"][
-            "chunk_shape"
-        ]
+        found = json.loads(metadata)
+        if (found["shape"], found["data_type"]) != (list(spec.shape), spec.dtype):
+            raise ShardCorrupt(
+                f"{folder / spec.name}: {found['data_type']} {found['shape']}, but the manifest "
+                f"declares {spec.dtype} {list(spec.shape)}; {REMEDY}"
+            )
+        self.key = _data_file(spec)
+        self._folder, self._name, self._metadata = folder, spec.name, metadata
+        self._path = folder / self.key
+        self._file_shape = found["chunk_grid"]["configuration"]["chunk_shape"]
+        self._zarrs_pipeline: Any = None
+        self._zarr_array: Array[Any] | None = None
 
-    def read(self, boxes: Sequence[tuple[slice, ...]], shape: tuple[int, ...]) -> np.ndarray:
-        """Read boxes, one after the other along the first axis, into an array of ``shape``.
+    def read_into(self, out: np.ndarray, boxes: Sequence[tuple[slice, ...]]) -> None:
+        """Read boxes, one after the other along the first axis of ``out``.
 
         Raises:
-            ShardCorrupt: the file is truncated, or a checksum does not match.
+            ShardCorrupt: the file is missing or truncated, or a checksum does not match.
         """
-        out, stop = np.empty(shape, self._spec.dtype), 0
-        targets = []
+        targets, stop = [], 0
         for run, *_ in boxes:
             start, stop = stop, stop + run.stop - run.start
-            targets.append((slice(start, stop), *(slice(0, size) for size in shape[1:])))
+            targets.append((slice(start, stop), *(slice(0, size) for size in out.shape[1:])))
         try:
             if _zarrs_is_usable():
-                self._read_with_zarrs(boxes, targets, out)
+                self._read_with_zarrs(out, boxes, targets)
             else:
-                for box, target in zip(boxes, targets, strict=True):
-                    out[target] = self._zarr_array[box]
+                self._read_with_zarr(out, boxes, targets)
         except (RuntimeError, ValueError, OSError) as error:
-            raise ShardCorrupt(f"{self._folder / self._spec.name}: {error}; {REMEDY}") from error
-        return out
+            raise ShardCorrupt(f"{self._path}: {error}; {REMEDY}") from error
+        # After the read, because zarr takes a file that has vanished for one of fill values.
+        if not self._path.exists():
+            raise ShardCorrupt(f"{self._path}: missing; {REMEDY}")
 
     def _read_with_zarrs(
-        self,
-        boxes: Sequence[tuple[slice, ...]],
-        targets: Sequence[tuple[slice, ...]],
-        out: np.ndarray,
+        self, out: np.ndarray, boxes: Sequence[tuple[slice, ...]], targets: Sequence[Any]
     ) -> None:
-        from zarrs._internal import ChunkItem
+        from zarrs._internal import ChunkItem, CodecPipelineImpl
 
-        self._zarrs_pipeline.retrieve_chunks_and_apply_index(
-            [
-                ChunkItem(
-                    key=_data_file(self._spec),
-                    chunk_subset=box,
-                    chunk_shape=self._file_shape,
-                    subset=target,
-                    shape=out.shape,
-                )
-                for box, target in zip(boxes, targets, strict=True)
-            ],
-            out,
-        )
+        if self._zarrs_pipeline is None:
+            from zarr.storage import LocalStore
 
-    @cached_property
-    def _zarrs_pipeline(self) -> Any:
-        from zarr.storage import LocalStore
-        from zarrs._internal import CodecPipelineImpl
+            self._zarrs_pipeline = CodecPipelineImpl(
+                self._metadata, store_config=LocalStore(self._folder), validate_checksums=True
+            )
+        items = [
+            ChunkItem(
+                key=self.key,
+                chunk_subset=box,
+                chunk_shape=self._file_shape,
+                subset=target,
+                shape=out.shape,
+            )
+            for box, target in zip(boxes, targets, strict=True)
+        ]
+        self._zarrs_pipeline.retrieve_chunks_and_apply_index(items, out)
 
-        store = LocalStore(self._folder)
-        return CodecPipelineImpl(self._metadata, store_config=store, validate_checksums=True)
+    def _read_with_zarr(
+        self, out: np.ndarray, boxes: Sequence[tuple[slice, ...]], targets: Sequence[Any]
+    ) -> None:
+        if self._zarr_array is None:
+            import zarr
+            from zarr.storage import LocalStore, StorePath
 
-    @cached_property
-    def _zarr_array(self) -> Array[Any]:
-        import zarr
-        from zarr.storage import LocalStore, StorePath
-
-        store = LocalStore(self._folder, read_only=True)
-        return zarr.Array.from_dict(StorePath(store, self._spec.name), json.loads(self._metadata))
+            path = StorePath(LocalStore(self._folder, read_only=True), self._name)
+            self._zarr_array = zarr.Array.from_dict(path, json.loads(self._metadata))
+        for box, target in zip(boxes, targets, strict=True):
+            out[target] = self._zarr_array[box]
 
 
 _HAS_ZARRS: Final = find_spec("zarrs") is not None
