@@ -79,6 +79,13 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_source_files_named_on_a_page_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py)`", text):
+        assert (ROOT / name).exists() or (ROOT / "kvdistill" / name).exists(), name
+
+
 def test_the_config_reference_is_up_to_date() -> None:
     written = (ROOT / "docs/config.md").read_text(encoding="utf-8")
     assert written == reference(), "run: python docs/make_config_reference.py"
