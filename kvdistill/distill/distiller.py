@@ -154,12 +154,12 @@ class Distiller(nn.Module):
         counts = counts or {}
         output = self.run_student(batch)
         parts = self.text_losses(batch, output, counts)
-        shown: dict[str, Tensor] = {}
+        measured: dict[str, Tensor] = {}
         if self.teachers:
-            more, shown = self._teacher_losses(batch, output, counts, figures=figures)
+            more, measured = self._teacher_losses(batch, output, counts, figures=figures)
             parts |= more
         loss, kv = weighted_sum(parts, self.losses, self.kv_scale)
-        return {"loss": loss, "kv": kv, "parts": parts, "figures": shown}
+        return {"loss": loss, "kv": kv, "parts": parts, "figures": measured}
 
     @staticmethod
     def count(batch: Batch) -> dict[str, Tensor]:
@@ -193,7 +193,7 @@ class Distiller(nn.Module):
     def _teacher_losses(
         self, batch: Batch, output: StudentOutput, counts: Counts, *, figures: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Losses against teachers by name, and the figures if asked for."""
+        """Losses against teachers by name, and what ``figures`` of ``forward`` requests."""
         alpha, covered_NBT = self.weigh(batch, output.hidden)
         covered_BT = covered_NBT.any(0)
         targets = self.targets(batch["teachers"]) if figures or self.needs_all_layers else {}

@@ -61,7 +61,7 @@ def align_tokens(
         method: ``iou``: characters shared over characters in either. ``overlap``: characters
             shared. ``nearest``: the one teacher token of largest IoU, the later one of equals.
         causal: keep only teacher tokens that end no later than the student's token. Others carry
-            text that the student has not read, and matching them asks it to guess.
+            text that the student has not read and can only guess.
 
     Returns:
         A band whose rows sum to one, or are all zero and not ``covered``. Build it where the

@@ -1,7 +1,7 @@
 """Student layers as real-valued depths of the teacher.
 
 Every student layer gets a depth between two stored teacher layers and the linear mix of both.
-Depths count *stored* layers, so a hybrid model whose 8 attention layers lie among 32, or a store
+Depths count *stored* layers, so a hybrid model whose 8 attention layers are among 32, or a store
 that kept every other layer, is still read from bottom to top. Choosing layers cleverly rarely
 pays (arXiv 2502.04499, "Revisiting Intermediate-Layer Matching in Knowledge Distillation"), so
 ``ratio`` is the default. ``cka`` matches layers by their similarity on a pilot:
@@ -155,7 +155,7 @@ class GroupMap:
     group_idx: int
     student_layers: tuple[int, ...]
     mapping: LayerMap
-    """One entry per ``student_layers``; ``needed`` lies within the group."""
+    """One entry per ``student_layers``; ``needed`` is within the group."""
 
 
 def by_group(mapping: LayerMap, groups: Sequence[LayerGroup]) -> tuple[GroupMap, ...]:

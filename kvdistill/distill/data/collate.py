@@ -18,7 +18,6 @@ from torch import Tensor
 
 from kvdistill.config.distill import AlignmentConfig, LossConfig
 from kvdistill.corpus.samples import Sample
-from kvdistill.distill.align.band import Band
 from kvdistill.distill.align.character_iou import Spans, align_tokens
 from kvdistill.distill.align.resample import align_global, align_segments
 from kvdistill.distill.losses.pointwise import IGNORED_LABEL
@@ -129,7 +128,14 @@ class Collate:
             segment,
             segment >= 0,
         )
-        band = self._align(student, teacher)
+        match self.alignment.time:
+            case "segments":
+                band = align_segments(student, teacher)
+            case "global":
+                band = align_global(student.mask, teacher.mask)
+            case _:
+                method, causal = self.alignment.tokens, self.alignment.causal
+                band = align_tokens(student, teacher, method, causal)
         batch: Batch = {"start": band.start, "weight": band.weight, "covered": band.covered}
         for kind in KINDS:
             batch[kind] = {
@@ -140,15 +146,6 @@ class Collate:
             means = [shard.arrays["hidden_summary"][0, idx] for shard, idx in rows]
             batch["summary"] = torch.from_numpy(np.stack(means))
         return batch
-
-    def _align(self, student: Spans, teacher: Spans) -> Band:
-        match self.alignment.time:
-            case "segments":
-                return align_segments(student, teacher)
-            case "global":
-                return align_global(student.mask, teacher.mask)
-            case _:
-                return align_tokens(student, teacher, self.alignment.tokens, self.alignment.causal)
 
 
 def tokenize(tokenizer: Any, samples: Sequence[Sample], max_length: int) -> list[StudentTokens]:

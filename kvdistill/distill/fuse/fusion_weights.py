@@ -1,6 +1,6 @@
 """Fusion weights of a batch, by the configured method.
 
-``fixed``       given weights; nothing is learned and nothing looked at
+``fixed``       given weights; nothing is learned
 ``similarity``  how close the text, as each teacher represents it in its own hidden space (stored
                 with its shards), is to that teacher's prototypes:
                 α = softmax_i( max_k sim(query_i, prototype_ik) / τ ); nothing is learned

@@ -132,7 +132,7 @@ def whitened_pca(covariance_LII: Tensor, width: int) -> Tensor:
     return white
 
 
-def ridge(moments: PilotMoments, penalty: float = RIDGE) -> Tensor:
+def ridge(moments: PilotMoments) -> Tensor:
     """Regression of the centred target on the centred source: ``[L, I, O]`` float64.
 
     Raises:
@@ -141,7 +141,7 @@ def ridge(moments: PilotMoments, penalty: float = RIDGE) -> Tensor:
     covariance, cross = moments.covariances()
     scale = covariance.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
     eye = torch.eye(covariance.shape[-1], dtype=torch.float64)
-    loaded = covariance + penalty * scale[:, None, None] * eye
+    loaded = covariance + RIDGE * scale[:, None, None] * eye
     weight: Tensor = torch.linalg.solve(loaded, cross)
     return weight
 
