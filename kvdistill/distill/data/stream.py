@@ -158,7 +158,6 @@ class KVStream(IterableDataset[Batch]):
         self._global_batch = units_per_batch * self.rank.world_size
         self._num_units: dict[int, int] = {}
         self._resumed = 0, 0, 0  # the epoch that was restored, its batches done and left
-        self._skip = 0
 
     def __len__(self) -> int:
         """Batches of the present epoch; the last may be smaller."""
@@ -193,9 +192,8 @@ class KVStream(IterableDataset[Batch]):
     def load_state_dict(self, state: Mapping[str, Any], *, batches_per_step: int = 1) -> None:
         """Continue from a state, on this or another number of ranks.
 
-        The next iteration first yields ``batches_done`` empty batches, because a trainer that
-        resumes discards as many. On another number of ranks that number is a substitute: whole
-        steps of ``batches_per_step``, so that accumulation starts afresh.
+        ``batches_done`` counts the epoch's batches before the state. On another number of ranks it
+        is a substitute: whole steps of ``batches_per_step``, so that accumulation starts afresh.
 
         Raises:
             StoreMismatch: the state belongs to another corpus, seed or way of batching.
@@ -213,13 +211,9 @@ class KVStream(IterableDataset[Batch]):
         if self.position:
             done = batches_per_step * max(1, ceil(done / batches_per_step))
         self._resumed = self.epoch, done, left
-        self._skip = done
 
     def __iter__(self) -> Iterator[Batch]:
         """This rank's batches from the current position to the epoch's end."""
-        for _ in range(self._skip):
-            yield {}
-        self._skip = 0
         num_units = self._units(self.epoch)
         for batch, taken in prefetch_items(self._batches(), self.batches_ahead):
             self.position += taken

@@ -40,8 +40,7 @@ def diagnose(distiller: Distiller, stream: KVStream) -> dict[str, Any]:
     was_training = distiller.training
     distiller.eval()
     device = next(distiller.parameters()).device
-    real = (batch for batch in stream if batch)  # a restored stream begins with empty batches
-    batches = [send_to_device(batch, device) for batch in islice(real, NUM_BATCHES)]
+    batches = [send_to_device(batch, device) for batch in islice(stream, NUM_BATCHES)]
     figures = {
         "error_by_layer": _errors_by_layer(distiller, batches),
         "weights": _mean_fusion_weights(distiller, batches, stream.collate.tasks),

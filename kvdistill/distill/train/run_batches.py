@@ -48,7 +48,7 @@ class RunBatches(IterableDataset[Batch]):
         while True:
             epoch, done = self.stream.epoch, self.stream.batches_done
             self.starts_epoch = not done
-            batches = (batch for batch in self.stream if batch)
+            batches = iter(self.stream)
             while step := list(islice(batches, self.accumulation)):
                 done += len(step)
                 self.epochs = epoch + done / self.stream.num_batches(epoch)

@@ -84,7 +84,12 @@ def assemble(
     verify_student(student)
     tasks = sorted({sample.task for sample in samples if sample.task is not None})
     task_ids = {task: number for number, task in enumerate(tasks, start=1)}
-    collate = _collate_without_teachers(experiment, tokenizer, task_ids)
+    settings = (tokenizer, training.max_length, experiment.alignment, experiment.losses)
+    collate = (
+        Collate(*settings, (), task_ids)
+        if experiment.latent is None
+        else LatentCollate(*settings, (), task_ids, experiment.latent)
+    )
     names = experiment.teachers if experiment.losses.uses_teachers else ()
     for name in names:
         check_alignment(store.teacher(name), experiment.alignment.time)
@@ -101,16 +106,6 @@ def assemble(
         initialise_projectors(distiller, pilot, init)
     stream = open_stream(source, collate, samples, training, seed=experiment.seed, rank=rank)
     return Assembled(distiller, stream, tokenizer)
-
-
-def _collate_without_teachers(
-    experiment: Experiment, tokenizer: Any, task_ids: dict[str, int]
-) -> Collate:
-    max_length, losses = experiment.training.max_length, experiment.losses
-    shared = (tokenizer, max_length, experiment.alignment, losses, (), task_ids)
-    if experiment.latent is None:
-        return Collate(*shared)
-    return LatentCollate(*shared, experiment.latent)
 
 
 def _distiller(
@@ -160,15 +155,13 @@ def _pilot_batches(
     source: Source, collate: Collate, batch_size: int, num_batches: int
 ) -> Iterator[Batch]:
     """The corpus's first batches, in the order of the shards."""
-
-    def all_batches() -> Iterator[Batch]:
-        for shard_idx in range(len(source.sizes)):
-            shard = source.load(shard_idx)
-            items = [shard.item(i) for i in range(len(shard.samples))]
-            for start in range(0, len(items), batch_size):
-                yield collate(items[start : start + batch_size])
-
-    return islice(all_batches(), num_batches)
+    shards = (source.load(shard_idx) for shard_idx in range(len(source.sizes)))
+    batches = (
+        collate([shard.item(i) for i in range(len(shard.samples))[start : start + batch_size]])
+        for shard in shards
+        for start in range(0, len(shard.samples), batch_size)
+    )
+    return islice(batches, num_batches)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -283,21 +283,15 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
     def score(self, student: Any) -> HeldOut:
         """Held-out likelihood and exact match; of a latent student exact match alone."""
         training = self.experiment.training
+        held_out = (student, self.processing_class, self.evaluation)
+        size, answers = training.batch_size, training.exact_match_samples
         if self.experiment.latent is not None:
-            return score_latent(
-                student,
-                self.processing_class,
-                self.evaluation,
-                batch_size=training.batch_size,
-                answer=training.exact_match_samples or None,
-            )
+            return score_latent(*held_out, batch_size=size, answer=answers or None)
         return score_held_out(
-            student,
-            self.processing_class,
-            self.evaluation,
+            *held_out,
             max_length=training.max_length,
-            batch_size=training.batch_size,
-            answer=training.exact_match_samples,
+            batch_size=size,
+            answer=answers,
             max_new_tokens=training.max_new_tokens,
         )
 
@@ -326,18 +320,23 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             )  # fmt: skip
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """AdamW that decays matrices alone; projectors have their own learning rate."""
+        """AdamW that decays matrices alone; all but the student has its own learning rate."""
         if self.optimizer is None:
             model = self.model if model is None else model
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            groups = parameter_groups(
-                model,
-                decaying=set(self.get_decay_parameter_names(model)),
-                weight_decay=self.args.weight_decay,
-                student_rate=self.args.learning_rate,
-                other_rate=self.experiment.projection.learning_rate or self.args.learning_rate,
+            decaying = set(self.get_decay_parameter_names(model))
+            student_rate = self.args.learning_rate
+            other_rate = self.experiment.projection.learning_rate or student_rate
+            groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    decay = self.args.weight_decay if name in decaying else 0.0
+                    rate = student_rate if name.startswith(STUDENT_PREFIX) else other_rate
+                    groups.setdefault((decay, rate), []).append(parameter)
+            self.optimizer = kind(
+                [{"params": p, "weight_decay": d, "lr": lr} for (d, lr), p in groups.items()],
+                **options,
             )
-            self.optimizer = kind(groups, **options)
         return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -353,32 +352,6 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         """Load student and projectors."""
         distiller: Any = self.accelerator.unwrap_model(model or self.model)
         load_weights(distiller, Path(resume_from_checkpoint))
-
-
-def parameter_groups(
-    model: nn.Module,
-    *,
-    decaying: Collection[str],
-    weight_decay: float,
-    student_rate: float,
-    other_rate: float,
-) -> list[dict[str, Any]]:
-    """Group trainable parameters by weight decay and learning rate, for a torch optimizer.
-
-    Args:
-        model: a distiller, or a wrapper that keeps its names.
-        decaying: names of parameters that decay.
-        weight_decay: of those.
-        student_rate: learning rate of the student.
-        other_rate: learning rate of projectors, routers and gates.
-    """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            rate = student_rate if name.startswith(STUDENT_PREFIX) else other_rate
-            key = (weight_decay if name in decaying else 0.0, rate)
-            groups.setdefault(key, []).append(parameter)
-    return [{"params": p, "weight_decay": d, "lr": lr} for (d, lr), p in groups.items()]
 
 
 def _read_json(path: Path) -> Any:

@@ -74,7 +74,7 @@ def stream(
 
 
 def counted(batches: Sequence[dict[str, Any]]) -> list[str]:
-    return [name for b in batches if b and (b["labels"] != -100).any() for name in b["ids"]]
+    return [name for b in batches if (b["labels"] != -100).any() for name in b["ids"]]
 
 
 def global_order(world_size: int, batch_size: int = 2, order: str = "plain") -> list[list[str]]:
@@ -127,11 +127,8 @@ def test_stopping_at_every_batch_and_restoring_gives_the_tail(order: str) -> Non
             next(batches)
         second = stream(order=order)
         second.load_state_dict(first.state_dict())
-        skipped = second.batches_done
-        rest = list(second)
-        assert skipped == stop  # as many empty batches first as the trainer throws away
-        assert rest[:skipped] == [{}] * skipped
-        assert [batch["ids"] for batch in rest[skipped:]] == whole[stop:]
+        assert second.batches_done == stop
+        assert [batch["ids"] for batch in second] == whole[stop:]
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -146,8 +143,6 @@ def test_other_numbers_of_ranks_go_on_with_what_is_left(ranks: tuple[int, ...], 
             if state is not None:
                 one.load_state_dict(state)
         running = [iter(one) for one in streams]
-        for _ in range(streams[0].batches_done):
-            assert [next(batches) for batches in running] == [{}] * world_size
         for _ in range(2):
             done += [name for batches in running for name in counted([next(batches)])]
         (state,) = {str(one.state_dict()): one.state_dict() for one in streams}.values()
@@ -256,6 +251,4 @@ def test_a_step_of_several_batches_starts_afresh_on_other_ranks(world_size: int)
     resumed.load_state_dict(state, batches_per_step=3)
     done = resumed.batches_done
     assert done % 3 == 0
-    batches = list(resumed)
-    assert [batch == {} for batch in batches].count(True) == done
-    assert len(batches) == done + ceil(11 / (2 * world_size))
+    assert len(list(resumed)) == ceil(11 / (2 * world_size)) == resumed.num_batches(0) - done
