@@ -31,11 +31,11 @@ from kvdistill.types import (
     TokenMethod,
 )
 
-OF_TEACHERS: Final = (
+TEACHER_LOSSES: Final = (
     "key", "value", "cosine", "attention_kl", "relation", "inject", "round_trip", "codi"
 )  # fmt: skip
 """Losses that read the store."""
-OF_TEXT: Final = ("cross_entropy", "rationale")
+TEXT_LOSSES: Final = ("cross_entropy", "rationale")
 """Losses on the text alone."""
 
 
@@ -220,7 +220,7 @@ class LossConfig(Section):
     @property
     def of_teachers(self) -> list[str]:
         """Enabled losses that need the store."""
-        return [name for name in OF_TEACHERS if getattr(self, name)]
+        return [name for name in TEACHER_LOSSES if getattr(self, name)]
 
     @property
     def of_kv(self) -> list[str]:
@@ -234,7 +234,7 @@ class LossConfig(Section):
 
     def weights(self) -> dict[str, float]:
         """Weight by name of loss."""
-        return {name: getattr(self, name) for name in (*OF_TEACHERS, "entropy", *OF_TEXT)}
+        return {name: getattr(self, name) for name in (*TEACHER_LOSSES, "entropy", *TEXT_LOSSES)}
 
 
 class EvictionConfig(Section):

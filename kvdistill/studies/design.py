@@ -26,7 +26,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from kvdistill.config.distill import OF_TEACHERS
+from kvdistill.config.distill import TEACHER_LOSSES
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import override, parse_experiment, put, read_yaml
 from kvdistill.config.study import AblationConfig, AblationPreset, ArmConfig
@@ -40,7 +40,7 @@ Arms = dict[str, ArmConfig]
 UNTRAINED: Final = "-untrained"
 """Suffix of the untrained twin of a teacher: the same architecture, random weights."""
 NO_TEACHER_LOSSES: Final[dict[str, Any]] = {
-    f"losses.{name}": 0.0 for name in (*OF_TEACHERS, "entropy")
+    f"losses.{name}": 0.0 for name in (*TEACHER_LOSSES, "entropy")
 }
 SETTINGS_BY_TEACHER: Final = (("fusion", "weights"), ("alignment", "explicit_layers"))
 ABLATION_FILE: Final = "ablation.json"

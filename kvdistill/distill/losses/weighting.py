@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvdistill.config.distill import OF_TEXT, LossConfig
+from kvdistill.config.distill import TEXT_LOSSES, LossConfig
 
 
 def reduce_tokens(
@@ -51,7 +51,7 @@ def weighted_sum(
         Two float32 scalars: the sum of all weighted parts, and of those that ``kv_scale`` scales.
     """
     weight = losses.weights()
-    of_teachers = [name for name in parts if name not in (*OF_TEXT, "inject")]
+    of_teachers = [name for name in parts if name not in (*TEXT_LOSSES, "inject")]
     weight |= {name: kv_scale * weight[name] for name in of_teachers}
     weighted = {name: weight[name] * value for name, value in parts.items()}
     kv = [weighted[name] for name in of_teachers] or [torch.zeros_like(parts["cross_entropy"])]
