@@ -58,7 +58,8 @@ def adapt(student: Any, config: LoraConfig, seed: int) -> Any:
             torch.manual_seed(seed)
             return peft.inject_adapter_in_model(settings, student, adapter_name=ADAPTER_NAME)
     except ValueError as error:
-        linear = (name for name, module in student.named_modules() if _is_adaptable(module))
+        modules = student.named_modules()
+        linear = (n for n, m in modules if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D")
         names = sorted({name.rpartition(".")[2] for name in linear})
         raise StudentError(
             f"student.lora.target_modules {list(targets or ())}: {str(error).strip()} "
@@ -157,10 +158,5 @@ def _adapter_state(student: Any, state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _adapted_model(student: Any) -> tuple[str, Any]:
     """The model that peft adapted and the prefix of its names; a latent student wraps one."""
-    found = ((n, m) for n, m in student.named_modules() if hasattr(m, "peft_config"))
-    name, model = next(found)
+    name, model = next((n, m) for n, m in student.named_modules() if hasattr(m, "peft_config"))
     return (f"{name}." if name else ""), model
-
-
-def _is_adaptable(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
