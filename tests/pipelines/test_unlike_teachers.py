@@ -122,7 +122,7 @@ def run_tokens(run: Any, item: Any) -> Any:
 
 def test_own_rationales_train_and_are_refused_by_characters(samples: Path, tmp_path: Path) -> None:
     changes = {**own(samples.parent), "preset": "phase-2"}
-    with pytest.raises(ConfigError, match=r"'own-0' wrote its own rationales.*segments"):
+    with pytest.raises(ConfigError, match=r"'own-0' generated its own rationales.*segments"):
         assembled(samples, tmp_path, **changes)
     changes |= {"alignment__time": "segments", "training__max_steps": 40}
     changes |= {"training__log_steps": 10, "training__learning_rate": 1e-2}
