@@ -213,8 +213,9 @@ def _pool_progress(teacher: str) -> Callable[[int, int], None]:
         nonlocal shown
         if done != shown:
             shown = done
-            start, end = ("\r" if terminal else ""), ("" if terminal and done < total else "\n")
-            print(f"{start}{teacher} {done}/{total} shards", end=end, file=sys.stderr, flush=True)
+            start = "\r" if terminal else ""
+            newline = not terminal or done >= total
+            click.echo(f"{start}{teacher} {done}/{total} shards", err=True, nl=newline)
 
     return show
 
@@ -223,13 +224,9 @@ def _pool_progress(teacher: str) -> Callable[[int, int], None]:
 def extraction_progress(quiet: bool = False) -> Iterator[Callable[[Any], None]]:
     """Yield the ``progress`` of ``pipelines.extract.extract``.
 
-    On a terminal, one bar per teacher with tokens/s and ETA; otherwise one line per committed
-    shard. The rate is the teacher's so far: a shard is written while the next one is read, so none
-    has a time of its own.
+    On a terminal, one bar per teacher; otherwise one line per committed shard. Both show the
+    teacher's rate so far: a shard is written while the next one is read, so none has a rate.
     """
-    if quiet:
-        yield lambda news: None
-        return
     tokens: dict[str, int] = {}
     began: dict[str, float] = {}
 
@@ -241,16 +238,20 @@ def extraction_progress(quiet: bool = False) -> Iterator[Callable[[Any], None]]:
     def print_line(news: Any) -> None:
         speed = rate(news)
         if news.committed:
-            print(
-                f"{news.teacher} {news.shards_done}/{news.shards_total} shard {news.shard_id} "
-                f"committed, {speed:,.0f} tokens/s",
-                file=sys.stderr,
-                flush=True,
-            )
+            done = f"{news.teacher} {news.shards_done}/{news.shards_total} shard {news.shard_id}"
+            click.echo(f"{done} committed, {speed:,.0f} tokens/s", err=True)
 
-    if not sys.stderr.isatty():
+    if quiet:
+        yield lambda news: None
+    elif sys.stderr.isatty():
+        with _bars(rate) as move_bar:
+            yield move_bar
+    else:
         yield print_line
-        return
+
+
+@contextmanager
+def _bars(rate: Callable[[Any], float]) -> Iterator[Callable[[Any], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars

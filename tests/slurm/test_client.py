@@ -1,4 +1,4 @@
-"""Talking to Slurm without one: fake commands, and what is said where there is none."""
+"""Slurm's commands, faked, and the messages where there is none."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_restarts_are_capped(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING", ""])
-def test_a_job_that_is_being_ended_does_not_come_back(fake: Fake, state: str) -> None:
+def test_a_job_that_is_being_ended_is_not_requeued(fake: Fake, state: str) -> None:
     fake("squeue", f"echo {state}")
     calls = fake("scontrol", "")
     assert not client.requeue("7")
@@ -142,13 +142,15 @@ def test_elements_are_named_outside_and_inside_arrays() -> None:
      ("*** STEP 7.0 ON n1 CANCELLED AT 2026-01-01T00:00:00 ***", None),
      ("bus error", "killed")],
 )  # fmt: skip
-def test_a_death_is_named_by_its_own_lines(tmp_path: Path, line: str, cause: str | None) -> None:
+def test_a_crash_is_named_by_its_own_log_lines(
+    tmp_path: Path, line: str, cause: str | None
+) -> None:
     log = ledger(tmp_path).log("7")
     log.parent.mkdir()
-    log.write_text("Out Of Memory, said an earlier attempt\n")
+    log.write_text("Out Of Memory, of an earlier attempt\n")
     attempt = new_attempt(0, 1, ledger(tmp_path), {"SLURM_JOB_ID": "7"})
     end_of_ours = log.stat().st_size + len(line) + 1
-    log.write_text(f"{log.read_text()}{line}\nDUE TO TIME LIMIT, says a later one\n")
+    log.write_text(f"{log.read_text()}{line}\nDUE TO TIME LIMIT, of a later one\n")
     assert crash_cause(attempt, end_of_ours) == cause
 
 
@@ -215,7 +217,7 @@ def test_a_warning_longer_than_the_limit_is_refused() -> None:
         SlurmProfile(time_min=1, signal_delay_s=60)
 
 
-def test_an_elements_pickle_says_nothing_but_names(tmp_path: Path) -> None:
+def test_an_elements_pickle_holds_names_only(tmp_path: Path) -> None:
     element = ArrayElement(toy_task(tmp_path, "a").to_json(), workers=1, max_restarts=3)
     assert pickle.loads(pickle.dumps(element)) == element
     assert b"tests.slurm.toy:toy" in pickle.dumps(element)
@@ -259,7 +261,7 @@ def test_a_closed_gate_keeps_its_exit_code() -> None:
 @pytest.mark.parametrize(
     "command", [["extract", "{}", "--slurm"], ["run", "{}", "--slurm"], ["dask", "{}"]]
 )
-def test_without_slurm_it_is_said_in_one_line(
+def test_without_slurm_the_error_is_one_line(
     no_slurm: None, tmp_path: Path, command: list[str]
 ) -> None:
     config = write_experiment(tmp_path, tmp_path)
@@ -299,7 +301,7 @@ def test_status_and_retry_need_no_slurm(no_slurm: None, tmp_path: Path) -> None:
     assert result.output.startswith("0 shards")
 
 
-def test_status_says_what_it_knows_when_slurm_does_not_answer(fake: Fake, tmp_path: Path) -> None:
+def test_status_is_complete_when_slurm_does_not_answer(fake: Fake, tmp_path: Path) -> None:
     fake("sbatch", "")
     fake("squeue", 'echo "Unable to contact slurm controller" >&2; exit 1')
     submission = Submission("7", "toy", 0.0, (("a",),))
@@ -324,7 +326,7 @@ def test_the_pages_profiles_are_valid_and_its_commands_exist() -> None:
         command.make_context(name, arguments)
 
 
-def test_a_bad_day_fits_a_screen(no_slurm: None, tmp_path: Path) -> None:
+def test_many_failures_fit_a_screen(no_slurm: None, tmp_path: Path) -> None:
     config = write_experiment(tmp_path, tmp_path)
     CliRunner().invoke(cli, ["run", str(config), "--write-sbatch", str(tmp_path / "scripts")])
     book = ledger(tmp_path / "store/teachers/llama")

@@ -1,7 +1,7 @@
-"""Everything that a cluster does to a job, done by a real Slurm to toy units.
+"""Every fault of a cluster, from a real Slurm, with toy units.
 
-After each blow the same two questions: does ``status`` tell the truth, and is everything there
-once at the end, with nothing half-made left behind.
+After each fault ``status`` must be right, and at the end every unit is done once and nothing
+unfinished is left.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def test_one_task_is_no_array_and_works_all_the_same(login: Cluster, tmp_path: P
     assert [f.job for f in ledger(tmp_path).failures("fail-1")] == [job_id] * 3
 
 
-def test_pending_elements_are_told_with_slurms_reason(login: Cluster, tmp_path: Path) -> None:
+def test_pending_elements_show_slurms_reason(login: Cluster, tmp_path: Path) -> None:
     job_id = submit(tmp_path, ["a"], tasks=1, seconds=0, extra={"hold": ""})
     wait_for("the held job", lambda: bool(look(tmp_path, ["a"]).waiting))
     status = look(tmp_path, ["a"])

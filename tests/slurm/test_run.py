@@ -1,4 +1,4 @@
-"""The real thing on a real Slurm: two teachers over GSM8K texts through every fault, then training.
+"""Extraction with two teachers on a real Slurm, through every fault, then training.
 
 Shards are held by a file that names them, so that "while it runs" does not depend on timing.
 """

@@ -1,4 +1,4 @@
-"""Extraction as work for tasks: what takes a dead worker's place must not harm a living one."""
+"""Staging folders of crashed workers are removed without harm to a live one."""
 
 from __future__ import annotations
 
