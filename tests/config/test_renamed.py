@@ -80,5 +80,5 @@ def test_earlier_run_with_former_keys_continues_without_a_warning(
         assert f"{new.rpartition('.')[2]}:" in written
         written = written.replace(f"{new.rpartition('.')[2]}:", f"{old.rpartition('.')[2]}:")
     folder.config.write_text(written, encoding="utf-8")
-    assert begin(experiment) == folder
+    assert begin(experiment).path == folder.path
     assert caplog.records == []
