@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from kvdistill.attention.adapters import PLAIN
 from kvdistill.config.load import dump_experiment
 from kvdistill.corpus.readers import load_corpus
 from kvdistill.errors import (
@@ -24,6 +26,7 @@ from kvdistill.errors import (
     NonFiniteError,
     StoreMismatch,
     StoreNotFound,
+    StudentError,
 )
 from kvdistill.pipelines.run_folder import RunFolder, begin
 from kvdistill.pipelines.train import build_trainer, train
@@ -265,3 +268,13 @@ def test_a_store_that_does_not_fit_is_refused_before_training(
         train(variant(extracted, tmp_path, teachers__third={"model": "x"}))
     assert caught.value.exit_code == 3
     assert not (tmp_path / "tiny").exists()
+
+
+def test_a_student_that_is_not_read_correctly_is_not_trained(
+    extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter is verified on the student in hand before the first step."""
+    wrong = replace(PLAIN, taps=("k_proj", "k_proj", "v_proj"))
+    monkeypatch.setattr("kvdistill.attention.kv_capture.adapters_for", lambda model: [wrong])
+    with pytest.raises(StudentError, match=r"type 'llama' cannot be read: .* does not fit"):
+        train(variant(extracted, tmp_path))
