@@ -17,12 +17,12 @@ allocating, and ``verify`` compares both with the disk.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from kvdistill.errors import StoreFormatError
+from kvdistill.errors import GeometryError, StoreFormatError
 from kvdistill.store.codecs import CODECS
 from kvdistill.store.codecs.parts import Part, part_name
 from kvdistill.store.manifest import TeacherManifest
@@ -140,6 +140,22 @@ class ArraySpec:
 def group_prefix(manifest: TeacherManifest, group_idx: int) -> str:
     """``"g0/"`` … if a teacher has several geometries, else empty."""
     return f"g{group_idx}/" if len(manifest.groups) > 1 else ""
+
+
+def common_group(manifest: TeacherManifest, layers: Sequence[int] | None) -> int:
+    """Index of the group that holds these layers (all when None), and so their arrays.
+
+    Raises:
+        GeometryError: they are of several geometries, or not stored.
+    """
+    chosen = set(manifest.layers if layers is None else layers)
+    for group_idx, group in enumerate(manifest.groups):
+        if chosen and chosen <= set(group.layers):
+            return group_idx
+    raise GeometryError(
+        f"teacher {manifest.name!r}: layers {sorted(chosen)} are not of one geometry; choose from "
+        f"one of {[list(group.layers) for group in manifest.groups]}"
+    )
 
 
 def shard_arrays(manifest: TeacherManifest, counts: Counts) -> dict[str, ArraySpec]:

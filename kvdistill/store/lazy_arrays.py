@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvdistill.errors import GeometryError
+from kvdistill.store.format import common_group
 from kvdistill.store.reader import KVStore
-from kvdistill.types import KINDS, Kind, LayerGroup
+from kvdistill.types import KINDS, Kind
 
 if TYPE_CHECKING:
     import xarray
@@ -39,8 +40,12 @@ def dask_array(
         ShardNotFound: nothing is committed.
         GeometryError: no such layer or head; or ``layer`` is None and layers differ in geometry.
     """
-    group = _group(store, teacher, None if layer is None else [layer])
-    _refuse_head(group, head)
+    manifest = store.teacher(teacher)
+    group = manifest.groups[common_group(manifest, None if layer is None else [layer])]
+    if head is not None and not 0 <= head < group.num_key_value_heads:
+        raise GeometryError(
+            f"head {head} requested of layers with {group.num_key_value_heads} key/value heads"
+        )
     layers = group.layers if layer is None else (layer,)
     heads = None if head is None else [head]
     num_heads = group.num_key_value_heads if head is None else 1
@@ -70,14 +75,15 @@ def dataset(
     """
     import xarray
 
-    group = _group(store, teacher, layers)
+    manifest = store.teacher(teacher)
+    group = manifest.groups[common_group(manifest, layers)]
     chosen = tuple(sorted(layers)) if layers is not None else group.layers
     variables: dict[str, Any] = {}
     for kind in KINDS:
         sizes: tuple[int, ...] = (group.num_key_value_heads, group.head_dim(kind))
         array = _stack(store, teacher, (kind, chosen, None), sizes, shard_ids)
         variables[kind] = (("layer", "head", "token", f"{kind}_dim"), array)
-    if store.teacher(teacher).has_importance:
+    if manifest.has_importance:
         sizes = (group.num_key_value_heads,)
         array = _stack(store, teacher, ("importance", chosen, None), sizes, shard_ids)
         variables["importance"] = (("layer", "head", "token"), array)
@@ -146,23 +152,3 @@ def _token_coordinates(
     ):
         columns[name] = [getattr(table, column) for table in tables]
     return {name: ("token", np.concatenate(parts)) for name, parts in columns.items()}
-
-
-def _group(store: KVStore, teacher: str, layers: Sequence[int] | None) -> LayerGroup:
-    groups = store.teacher(teacher).groups
-    if layers is None and len(groups) == 1:
-        return groups[0]
-    for group in groups:
-        if layers and set(layers) <= set(group.layers):
-            return group
-    raise GeometryError(
-        f"teacher {teacher!r}: layers {'all' if layers is None else list(layers)} are not of one "
-        f"geometry; choose from one of {[list(group.layers) for group in groups]}"
-    )
-
-
-def _refuse_head(group: LayerGroup, head: int | None) -> None:
-    if head is not None and not 0 <= head < group.num_key_value_heads:
-        raise GeometryError(
-            f"head {head} requested of layers with {group.num_key_value_heads} key/value heads"
-        )

@@ -29,6 +29,7 @@ from kvdistill.store.format import (
     TOKEN_COLUMNS,
     ArraySpec,
     Counts,
+    common_group,
     group_prefix,
     shard_arrays,
 )
@@ -168,20 +169,8 @@ class OpenedShard:
         return [int(i) for i in block_ptr(self.sample_ptr)]
 
     def _stem(self, kind: Kind, layers: Sequence[int] | None) -> str:
-        """Name of the array that holds a kind of these layers.
-
-        Raises:
-            GeometryError: the layers are in several arrays.
-        """
-        chosen = self.manifest.layers if layers is None else layers
-        groups = [i for i, g in enumerate(self.manifest.groups) if set(g.layers) & set(chosen)]
-        if len(groups) != 1:
-            raise GeometryError(
-                f"teacher {self.manifest.name!r}: these layers are in {len(groups)} arrays of "
-                f"different heads or dims; choose layers of one of "
-                f"{[group.layers for group in self.manifest.groups]}"
-            )
-        return f"{group_prefix(self.manifest, groups[0])}{kind}"
+        """Name of the array that holds a kind of these layers."""
+        return f"{group_prefix(self.manifest, common_group(self.manifest, layers))}{kind}"
 
     def _names(self, kinds: Sequence[Kind]) -> list[str]:
         """Arrays that ``read`` returns: parts of the kinds, importance, kept, hidden states."""

@@ -159,7 +159,26 @@ class KVStore:
             StoreFormatError: it is malformed or newer.
             ShardCorrupt: it belongs to another shard or another extraction.
         """
-        return self._read_commit(self.teacher(teacher), shard_id)
+        manifest, plan = self.teacher(teacher), self.plan(shard_id)
+        path = self.paths.shard(manifest.name, shard_id) / COMMIT
+        try:
+            text = path.read_bytes()
+        except FileNotFoundError:
+            if path.parent.is_dir():
+                raise ShardCorrupt(f"{path}: missing; {REMEDY}") from None
+            raise ShardNotFound(
+                f"{self.paths.root}: teacher {manifest.name!r} has not committed shard "
+                f"{shard_id}; run `kvdistill extract`"
+            ) from None
+        commit = Commit.from_json(text, str(path))
+        found = (commit.teacher, commit.shard_id, commit.num_samples, commit.extraction_fingerprint)
+        expected = (manifest.name, shard_id, plan.num_samples, manifest.extraction_fingerprint)
+        if found != expected:
+            raise ShardCorrupt(
+                f"{path}: (teacher, shard, samples, extraction) is {found}, expected {expected}; "
+                f"{REMEDY}"
+            )
+        return commit
 
     def read_shard(
         self,
@@ -297,33 +316,10 @@ class KVStore:
             if key in self._open:
                 self._open.move_to_end(key)
                 return self._open[key]
-        manifest = self.teacher(teacher)
-        commit = self._read_commit(manifest, shard_id)
-        opened = open_shard(self.paths.shard(teacher, shard_id), manifest, commit)
+        commit = self.commit(teacher, shard_id)
+        opened = open_shard(self.paths.shard(teacher, shard_id), self.teacher(teacher), commit)
         with self._lock:
             self._open[key] = opened
             while len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         return opened
-
-    def _read_commit(self, manifest: TeacherManifest, shard_id: str) -> Commit:
-        plan = self.plan(shard_id)
-        path = self.paths.shard(manifest.name, shard_id) / COMMIT
-        try:
-            text = path.read_bytes()
-        except FileNotFoundError:
-            if path.parent.is_dir():
-                raise ShardCorrupt(f"{path}: missing; {REMEDY}") from None
-            raise ShardNotFound(
-                f"{self.paths.root}: teacher {manifest.name!r} has not committed shard "
-                f"{shard_id}; run `kvdistill extract`"
-            ) from None
-        commit = Commit.from_json(text, str(path))
-        found = (commit.teacher, commit.shard_id, commit.num_samples, commit.extraction_fingerprint)
-        expected = (manifest.name, shard_id, plan.num_samples, manifest.extraction_fingerprint)
-        if found != expected:
-            raise ShardCorrupt(
-                f"{path}: (teacher, shard, samples, extraction) is {found}, expected {expected}; "
-                f"{REMEDY}"
-            )
-        return commit
