@@ -108,10 +108,9 @@ def teacher_space(
     manifest = store.teacher(name)
     stored = store.statistics(name)
     groups = []
-    for part in by_group(mapping, manifest.groups):
-        group = manifest.groups[part.group_idx]
-        prefix = group_prefix(manifest, part.group_idx)
-        rows = [group.layers.index(layer) for layer in part.mapping.needed]
+    for group_idx, student_layers, part in by_group(mapping, manifest.groups):
+        group, prefix = manifest.groups[group_idx], group_prefix(manifest, group_idx)
+        rows = [group.layers.index(layer) for layer in part.needed]
         heads = group.num_key_value_heads
         shapes = {kind: HeadShape(heads, group.head_dim(kind)) for kind in KINDS}
         statistics = {
@@ -121,7 +120,7 @@ def teacher_space(
             )
             for kind in KINDS
         }
-        groups.append(GroupSpace(prefix, part.student_layers, part.mapping, shapes, statistics))
+        groups.append(GroupSpace(prefix, student_layers, part, shapes, statistics))
     prototypes = None
     if fusion.method == "similarity":
         found = read_prototypes(store, name)[fusion.prototypes]

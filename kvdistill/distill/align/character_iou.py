@@ -14,14 +14,13 @@ spans of one text are then disjoint and ordered, as ``searchsorted`` requires.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kvdistill.distill.align.band import Band
-from kvdistill.errors import GeometryError
 from kvdistill.types import TokenMethod
 
 
@@ -38,11 +37,6 @@ class Spans:
     char_end: Tensor
     segment: Tensor
     mask: Tensor
-
-    def __post_init__(self) -> None:
-        shapes = {field.name: tuple(getattr(self, field.name).shape) for field in fields(self)}
-        if len(set(shapes.values())) != 1 or self.mask.dim() != 2:
-            raise GeometryError(f"spans: expected four tensors of one shape [B, T], got {shapes}")
 
     @property
     def real(self) -> Tensor:
@@ -66,15 +60,7 @@ def align_tokens(
     Returns:
         A band whose rows sum to one, or are all zero and not ``covered``. Build it where the
         offsets are (on the CPU, while collating): its width is synchronised once.
-
-    Raises:
-        GeometryError: the batches differ in their number of samples.
     """
-    if student.mask.shape[0] != teacher.mask.shape[0]:
-        raise GeometryError(
-            f"token alignment: {student.mask.shape[0]} student samples, but "
-            f"{teacher.mask.shape[0]} teacher samples; both must be the same batch"
-        )
     start, score = _scores(student, teacher, overlap=method == "overlap", causal=causal)
     if method == "nearest":
         last = score.shape[-1] - 1

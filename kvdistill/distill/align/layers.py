@@ -1,16 +1,9 @@
 """Student layers as real-valued depths of the teacher.
 
-Every student layer gets a depth between two stored teacher layers and the linear mix of both.
-Depths count *stored* layers, so a hybrid model whose 8 attention layers are among 32, or a store
-that kept every other layer, is still read from bottom to top. Choosing layers cleverly rarely
-pays (arXiv 2502.04499, "Revisiting Intermediate-Layer Matching in Knowledge Distillation"), so
-``ratio`` is the default. ``cka`` matches layers by their similarity on a pilot:
-
-    CKA(X, Y) = ‖Yᵀ X‖² / (‖Xᵀ X‖ · ‖Yᵀ Y‖),   X, Y centred, Frobenius norms
-
-(Similarity of Neural Network Representations Revisited, arXiv 1905.00414.) It needs no equal widths
-and is invariant to rotation and scale. An untrained student resembles nothing, so it is for
-pretrained ones.
+Every student layer gets a depth between two *stored* teacher layers and the linear mix of both, so
+a hybrid model whose 8 attention layers are among 32 is still read from bottom to top. Choosing
+layers cleverly rarely pays (Revisiting Intermediate-Layer Matching in Knowledge Distillation,
+arXiv 2502.04499), so ``ratio`` is the default; ``cka`` matches layers by ``linear_cka`` on a pilot.
 
 A teacher whose layers differ in heads or dims is stored in groups of equal geometry. Layers of
 different groups cannot be mixed, so each group acts as a teacher of its own for the student layers
@@ -20,13 +13,13 @@ that it serves; together the groups serve every student layer exactly once.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvdistill.errors import ConfigError, GeometryError
+from kvdistill.errors import ConfigError
 from kvdistill.types import LayerGroup, LayerMethod
 
 
@@ -49,17 +42,8 @@ class LayerMap:
         return tuple(sorted(used))
 
     def apply(self, x_BLHTD: Tensor) -> Tensor:
-        """Mix the layers ``needed`` into student layers, along axis 1.
-
-        Raises:
-            GeometryError: the axis has another length.
-        """
+        """Mix the layers ``needed`` into student layers, along axis 1."""
         position = {layer: i for i, layer in enumerate(self.needed)}
-        if x_BLHTD.shape[1] != len(position):
-            raise GeometryError(
-                f"layer map: expected teacher layers {list(self.needed)}, got an axis of "
-                f"{x_BLHTD.shape[1]}; read LayerMap.needed"
-            )
         low = x_BLHTD[:, [position[layer] for layer in self.lower]]
         if not any(self.fraction):
             return low
@@ -89,14 +73,9 @@ def layer_map(
     Raises:
         ConfigError: the method cannot map these layers.
     """
-    num_teacher = len(teacher_layers)
-    if num_student_layers < 1 or num_teacher < 1:
-        raise ConfigError(
-            f"layer map: {num_student_layers} student and {num_teacher} stored teacher layers; "
-            "both need at least one"
-        )
     if method == "explicit":
         return _explicit_map(explicit or (), num_student_layers, teacher_layers)
+    num_teacher = len(teacher_layers)
     depths = _depths(method, num_student_layers, num_teacher)
     lower = [math.floor(depth) for depth in depths]
     return LayerMap(
@@ -121,9 +100,7 @@ def _depths(method: LayerMethod, num_student: int, num_teacher: int) -> list[flo
         )
     if method == "skip":
         return [float(i * (num_teacher // num_student)) for i in student]
-    if method == "last_aligned":
-        return [float(num_teacher - num_student + i) for i in student]
-    raise ConfigError(f"alignment.layers: {method} needs a pilot; use linear_cka and monotone_map")
+    return [float(num_teacher - num_student + i) for i in student]  # last_aligned
 
 
 def _explicit_map(
@@ -148,21 +125,13 @@ def _explicit_map(
     return mapping
 
 
-@dataclass(frozen=True)
-class GroupMap:
-    """Which student layers one group of teacher layers serves, and how."""
+def by_group(
+    mapping: LayerMap, groups: Sequence[LayerGroup]
+) -> Iterator[tuple[int, tuple[int, ...], LayerMap]]:
+    """Split a layer map by groups: a group's index, the student layers it serves, and their map.
 
-    group_idx: int
-    student_layers: tuple[int, ...]
-    mapping: LayerMap
-    """One entry per ``student_layers``; ``needed`` is within the group."""
-
-
-def by_group(mapping: LayerMap, groups: Sequence[LayerGroup]) -> tuple[GroupMap, ...]:
-    """Split a layer map by groups; groups that serve no student layer are left out.
-
-    A student layer between two groups takes the nearer layer, unmixed. With one group the result
-    is that group with the whole map, unchanged.
+    A student layer between two groups takes the nearer layer, unmixed. Groups that serve no student
+    layer are left out.
     """
     group_of = {layer: idx for idx, group in enumerate(groups) for layer in group.layers}
     entries: dict[int, list[tuple[int, int, int, float]]] = {}
@@ -172,28 +141,23 @@ def by_group(mapping: LayerMap, groups: Sequence[LayerGroup]) -> tuple[GroupMap,
         if part and group_of[low] != group_of[up]:
             row = (low, low, 0.0) if part < 0.5 else (up, up, 0.0)
         entries.setdefault(group_of[row[0]], []).append((student_layer, *row))
-    out = []
     for group_idx, found in sorted(entries.items()):
         students, lowers, uppers, fractions = zip(*found, strict=True)
-        out.append(GroupMap(group_idx, students, LayerMap(lowers, uppers, fractions)))
-    return tuple(out)
+        yield group_idx, students, LayerMap(lowers, uppers, fractions)
 
 
 def linear_cka(student_LNC: Tensor, teacher_LNC: Tensor) -> Tensor:
     """Similarity of every student layer to every teacher layer: ``[L_s, L_t]`` in [0, 1].
 
+        CKA(X, Y) = ‖Yᵀ X‖² / (‖Xᵀ X‖ · ‖Yᵀ Y‖),   X, Y centred, Frobenius norms
+
+    (Similarity of Neural Network Representations Revisited, arXiv 1905.00414.) It needs no equal
+    widths and is invariant to rotation and scale. An untrained student resembles nothing.
+
     Args:
         student_LNC: ``[L_s, N, C_s]``: N aligned tokens, all heads and channels of a layer.
         teacher_LNC: ``[L_t, N, C_t]``: the same tokens.
-
-    Raises:
-        GeometryError: the numbers of tokens differ.
     """
-    if student_LNC.shape[1] != teacher_LNC.shape[1]:
-        raise GeometryError(
-            f"cka: {student_LNC.shape[1]} student tokens and {teacher_LNC.shape[1]} teacher "
-            "tokens; align them first"
-        )
     x = student_LNC.float() - student_LNC.float().mean(1, keepdim=True)
     y = teacher_LNC.float() - teacher_LNC.float().mean(1, keepdim=True)
     norm_x, norm_y = (
@@ -207,7 +171,7 @@ def monotone_map(similarity: Tensor, teacher_layers: Sequence[int]) -> LayerMap:
     """The non-decreasing assignment of student to teacher layers of largest total similarity.
 
     Args:
-        similarity: ``[L_s, L_t]``, such as the mean of keys' and values' ``linear_cka``.
+        similarity: ``[L_s, L_t]``.
         teacher_layers: which teacher layer each column is, ascending.
 
     Raises:

@@ -47,7 +47,8 @@ def _resample(
     segment = student_segment.clamp(0, NUM_SEGMENTS - 1)
     rank = (rows.cumsum(1) - 1).gather(2, segment.unsqueeze(-1)).squeeze(-1)
     num_rows = rows.sum(1).gather(1, segment)
-    num_columns = columns.sum(1).gather(1, segment)
+    counts = columns.sum(1)
+    num_columns = counts.gather(1, segment)
     covered = rows.sum(-1).bool() & (num_columns > 0)
     if teacher_mask.shape[1] == 0:
         return Band(torch.zeros_like(rank), rank.new_zeros(*rank.shape, 1).float(), covered)
@@ -57,8 +58,10 @@ def _resample(
     denominator = torch.where(single, 1, num_rows - 1)
     lower = torch.div(numerator, denominator, rounding_mode="floor")
     fraction = (numerator - lower * denominator).float() / denominator
-    order, first = _by_segment(columns)
-    base = first.gather(1, segment)
+    # Teacher positions sorted by segment, and where each segment begins in that order.
+    absent = ~columns.any(-1)
+    order = columns.argmax(-1).masked_fill(absent, NUM_SEGMENTS).argsort(dim=1, stable=True)
+    base = (counts.cumsum(1) - counts).gather(1, segment)
     last = order.shape[1] - 1
     start = order.gather(1, (base + lower).clamp(0, last))
     upper = torch.minimum(lower + 1, num_columns - 1)
@@ -74,11 +77,3 @@ def _one_hot(segment: Tensor, mask: Tensor) -> Tensor:
     """``[B, T, NUM_SEGMENTS]`` long; zero where a token does not count."""
     counts = mask & (segment >= 0) & (segment < NUM_SEGMENTS)
     return F.one_hot(segment.clamp(0, NUM_SEGMENTS - 1), NUM_SEGMENTS) * counts.unsqueeze(-1)
-
-
-def _by_segment(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Teacher positions sorted by segment, and where each segment begins in that order."""
-    absent = ~columns.any(-1)
-    key = columns.argmax(-1).masked_fill(absent, NUM_SEGMENTS)
-    counts = columns.sum(1)
-    return key.argsort(dim=1, stable=True), counts.cumsum(1) - counts

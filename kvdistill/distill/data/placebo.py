@@ -47,13 +47,7 @@ Distort = Callable[[int, LoadedShard], LoadedShard]
 def with_placebo(
     source: Source, store: KVStore, layers: Mapping[str, Sequence[int]], config: PlaceboConfig
 ) -> Source:
-    """The source unchanged, or its configured placebo.
-
-    Args:
-        source: shards of ``store``, with ``layers`` of each teacher.
-        store: whose statistics noise is drawn from.
-        layers: per teacher, the layers that are read.
-        config: which placebo, for which teachers.
+    """A source of ``layers`` per teacher of ``store``, unchanged, or its configured placebo.
 
     Raises:
         ConfigError: it names a teacher that is not read, or shuffles a corpus of one text.
@@ -208,10 +202,8 @@ def _moments(
         rows = [group.layers.index(layer) for layer in sorted(layers) if layer in group.layers]
         for kind in KINDS if rows else ():
             name = f"{group_prefix(manifest, group_idx)}{kind}"
-            mean, std = (
-                torch.from_numpy(x[rows]).float() for x in (stored[name].mean, stored[name].std)
-            )
-            found[name] = (mean, std)
+            mean, std = stored[name].mean[rows], stored[name].std[rows]
+            found[name] = torch.from_numpy(mean).float(), torch.from_numpy(std).float()
     return found
 
 

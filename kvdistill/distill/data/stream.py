@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from torch.utils.data import IterableDataset
 
@@ -26,9 +26,6 @@ from kvdistill.errors import IncompleteStore, StoreMismatch
 from kvdistill.store.prefetch import ShardRequest, prefetch, prefetch_items
 from kvdistill.store.reader import KVStore
 from kvdistill.store.shard import EncodedShard
-
-POSITION: Final = ("epoch", "position")
-"""The part of a stream's state that changes while it is read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +195,8 @@ class KVStream(IterableDataset[Batch]):
         Raises:
             StoreMismatch: the state belongs to another corpus, seed or way of batching.
         """
-        here = {name: value for name, value in self.state_dict().items() if name not in POSITION}
+        here = self.state_dict()
+        del here["epoch"], here["position"]
         there = {name: state.get(name) for name in here}
         if here != there:
             raise StoreMismatch(
@@ -269,15 +267,7 @@ def open_stream(
     seed: int,
     rank: Rank,
 ) -> KVStream:
-    """The stream of one rank, at its beginning.
-
-    Args:
-        source: the shards.
-        collate: makes batches; its tokenizer measures lengths.
-        samples: the corpus that the shards were cut from, in its order.
-        training: batch size, batching, task weights and windows.
-        seed: of the order.
-        rank: this process among those that train together.
+    """The stream of one rank, at its beginning; ``samples`` are the whole corpus in its order.
 
     Raises:
         ConfigError: weights of tasks that the corpus does not have.

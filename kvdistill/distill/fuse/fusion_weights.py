@@ -21,7 +21,7 @@ from kvdistill.distill.data.collate import Batch
 from kvdistill.distill.fuse.router import Router
 from kvdistill.distill.fuse.weights import drop_teachers, fixed_weights, renormalise
 from kvdistill.distill.targets import TeacherSpace
-from kvdistill.errors import ConfigError, GeometryError
+from kvdistill.errors import ConfigError
 from kvdistill.types import Similarity
 
 
@@ -117,18 +117,8 @@ def similarity_weights(
         queries_BE: per teacher, the text in that teacher's space, ``[B, E_i]``.
         prototypes_KE: per teacher, ``[K_i, E_i]``; the nearest counts.
         similarity: ``cosine``, ``dot`` or ``l2`` (negative distance).
-        temperature: τ; at a small one, one teacher takes all.
-
-    Raises:
-        ConfigError: τ is not positive.
-        GeometryError: a teacher's query and prototypes differ in width, or are not N of each.
+        temperature: τ > 0; at a small one, one teacher takes all.
     """
-    if temperature <= 0:
-        raise ConfigError(f"fusion.temperature: expected > 0, got {temperature}")
-    if len(queries_BE) != len(prototypes_KE):
-        raise GeometryError(
-            f"fusion: {len(queries_BE)} queries for {len(prototypes_KE)} teachers' prototypes"
-        )
     scores = [
         _nearest_prototype(query.float(), prototypes.float(), similarity)
         for query, prototypes in zip(queries_BE, prototypes_KE, strict=True)
@@ -138,11 +128,6 @@ def similarity_weights(
 
 def _nearest_prototype(query_BE: Tensor, prototypes_KE: Tensor, similarity: Similarity) -> Tensor:
     """Similarity ``[B]`` to the nearest prototype."""
-    if query_BE.shape[1] != prototypes_KE.shape[1]:
-        raise GeometryError(
-            f"fusion: a query of width {query_BE.shape[1]} and prototypes of width "
-            f"{prototypes_KE.shape[1]}; both must be in the teacher's own space"
-        )
     if similarity == "l2":
         return -torch.cdist(query_BE, prototypes_KE).amin(1)
     if similarity == "cosine":

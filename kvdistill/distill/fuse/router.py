@@ -17,7 +17,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kvdistill.errors import ConfigError, GeometryError
 from kvdistill.types import Granularity
 
 
@@ -36,8 +35,6 @@ class Router(nn.Module):
         width: int = 64,
     ) -> None:
         super().__init__()
-        if num_teachers < 1:
-            raise ConfigError("fusion: a router needs at least one teacher")
         self.method, self.granularity = method, granularity
         self.num_teachers = num_teachers
         self.num_outputs = num_layers if granularity == "layer" else 1
@@ -60,16 +57,7 @@ class Router(nn.Module):
 
         Returns:
             ``[N, B, 1, 1]`` (sample), ``[N, B, L, 1]`` (layer) or ``[N, B, 1, T]`` (token).
-
-        Raises:
-            GeometryError: hidden states of another shape than the granularity needs.
         """
-        if hidden.dim() != (3 if self.granularity == "token" else 2):
-            raise GeometryError(
-                f"router: granularity {self.granularity} needs hidden states "
-                f"{'[B, T, E]' if self.granularity == 'token' else '[B, E]'}, "
-                f"got {tuple(hidden.shape)}"
-            )
         with torch.autocast(hidden.device.type, enabled=False):
             logits = self._logits(hidden.float(), task_B)
         if self.method == "gate":

@@ -12,20 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvdistill.errors import ConfigError, GeometryError
-
 
 def fixed_weights(weights: Sequence[float]) -> Tensor:
-    """Given weights, scaled to sum to one: ``[N, 1, 1, 1]`` float32.
-
-    Raises:
-        ConfigError: no teacher, a negative or infinite weight, or only zeros.
-    """
+    """Given weights, at least one of them positive, scaled to sum to one: ``[N, 1, 1, 1]``."""
     alpha = torch.tensor(weights, dtype=torch.float32)
-    if not len(weights) or not torch.isfinite(alpha).all() or (alpha < 0).any() or not alpha.any():
-        raise ConfigError(
-            f"fusion.weights: expected finite weights >= 0, not all of them 0, got {list(weights)}"
-        )
     return (alpha / alpha.sum()).view(-1, 1, 1, 1)
 
 
@@ -39,14 +29,7 @@ def renormalise(alpha_NBLT: Tensor, covered_NBT: Tensor) -> Tensor:
     Returns:
         ``[N, B, L, T]`` (L may be 1): sums to one over teachers, or is all zero where no teacher
         with any weight covers the token.
-
-    Raises:
-        GeometryError: the numbers of teachers differ.
     """
-    if alpha_NBLT.shape[0] != covered_NBT.shape[0]:
-        raise GeometryError(
-            f"fusion: {alpha_NBLT.shape[0]} weights for {covered_NBT.shape[0]} teachers"
-        )
     present = torch.where(covered_NBT.unsqueeze(2), alpha_NBLT, 0.0)
     total = present.sum(0, keepdim=True)
     return present / torch.where(total > 0, total, 1.0)
@@ -61,16 +44,7 @@ def fuse(alpha_NBLT: Tensor, teachers_BLHTD: Sequence[Tensor]) -> Tensor:
 
     Returns:
         ``[B, L, H, T, D]``; zeros where no teacher covers a token.
-
-    Raises:
-        GeometryError: the teachers' shapes differ, or there are not N of them.
     """
-    shapes = {tuple(teacher.shape) for teacher in teachers_BLHTD}
-    if len(shapes) != 1 or len(teachers_BLHTD) != alpha_NBLT.shape[0]:
-        raise GeometryError(
-            f"fusion: expected {alpha_NBLT.shape[0]} teachers of one shape [B, L, H, T, D], "
-            f"got {[tuple(teacher.shape) for teacher in teachers_BLHTD]}; project them first"
-        )
     first, *others = teachers_BLHTD
     alpha_NBLHTD = alpha_NBLT[:, :, :, None, :, None].to(first.dtype)
     fused = first * alpha_NBLHTD[0]

@@ -67,10 +67,7 @@ class AttentionMaps(nn.Module):
 
 
 def attention_kl(
-    query_BLQTD: Tensor,
-    student_k_BLHTD: Tensor,
-    target_k_BLHTD: Tensor,
-    mask_BT: Tensor,
+    query_BLQTD: Tensor, student_k_BLHTD: Tensor, target_k_BLHTD: Tensor, mask_BT: Tensor
 ) -> Tensor:
     """KL per query token, the mean over layers and query heads: ``[B, T]`` float32.
 
@@ -79,17 +76,7 @@ def attention_kl(
         student_k_BLHTD: the student's keys.
         target_k_BLHTD: the target's keys in the student's space, detached here.
         mask_BT: tokens whose keys count on both sides; other queries score 0.
-
-    Raises:
-        GeometryError: the keys differ in shape, or Q is no multiple of H.
     """
-    num_heads, num_queries = student_k_BLHTD.shape[2], query_BLQTD.shape[2]
-    if student_k_BLHTD.shape != target_k_BLHTD.shape or num_queries % num_heads:
-        raise GeometryError(
-            f"attention KL: queries {tuple(query_BLQTD.shape)}, student keys "
-            f"{tuple(student_k_BLHTD.shape)}, target keys {tuple(target_k_BLHTD.shape)}; the keys "
-            "must agree and query heads be a multiple of KV heads"
-        )
     tensors = query_BLQTD, student_k_BLHTD, target_k_BLHTD.detach()
     return _mean_over_layers(_attention_layer, tensors, _valid_pairs(mask_BT).tril())
 
@@ -105,10 +92,7 @@ def _attention_layer(
 
 
 def relation_error(
-    student_BLHTD: Tensor,
-    teacher_BLHTD: Tensor,
-    mask_BT: Tensor,
-    num_relations: int = 1,
+    student_BLHTD: Tensor, teacher_BLHTD: Tensor, mask_BT: Tensor, num_relations: int
 ) -> Tensor:
     """KL of relation rows per token, the mean over layers and relation heads: ``[B, T]`` float32.
 
@@ -136,16 +120,13 @@ def relation_error(
 def _relation_layer(
     own_BHTD: Tensor, teacher_BHTD: Tensor, visible: Tensor, num_relations: int
 ) -> Tensor:
-    student, teacher = (_relation_logits(x, num_relations) for x in (own_BHTD, teacher_BHTD))
+    logits_BRTT = []
+    for x_BHTD in (own_BHTD, teacher_BHTD):
+        joined = x_BHTD.float().transpose(1, 2)
+        x = joined.reshape(*joined.shape[:2], num_relations, -1).transpose(1, 2)
+        logits_BRTT.append((x * x.shape[-1] ** -0.5) @ x.mT)
+    student, teacher = logits_BRTT
     return masked_kl(teacher, student, visible.unsqueeze(1)).mean(1)
-
-
-def _relation_logits(x_BHTD: Tensor, num_relations: int) -> Tensor:
-    """``[B, R, T, T]`` float32."""
-    joined = x_BHTD.float().transpose(1, 2)
-    x = joined.reshape(*joined.shape[:2], num_relations, -1).transpose(1, 2)
-    logits: Tensor = (x * x.shape[-1] ** -0.5) @ x.mT
-    return logits
 
 
 def _mean_over_layers(

@@ -75,17 +75,10 @@ def hidden_error(student_BLE: Tensor, target_BLE: Tensor) -> Tensor:
     this batch, the mean over layers (CODI, arXiv 2502.21074; used by KaVa, arXiv 2510.02312).
 
     Args:
-        student_BLE: the student's hidden states at the token that predicts the answer.
+        student_BLE: the student's hidden states at the token that predicts the answer, mapped to
+            the teacher's width.
         target_BLE: the teacher's (``hidden_at_cue`` of the store), layer-mapped; detached here.
-
-    Raises:
-        GeometryError: the shapes differ (a teacher of another width needs a map first).
     """
-    if student_BLE.shape != target_BLE.shape:
-        raise GeometryError(
-            f"hidden-state loss: student {tuple(student_BLE.shape)} and target "
-            f"{tuple(target_BLE.shape)} differ; map the student's states to the teacher's width"
-        )
     target = target_BLE.detach().float()
     error = F.smooth_l1_loss(student_BLE.float(), target, reduction="none").mean(2)
     std = target.std(dim=(0, 2), correction=0)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kvdistill.errors import GeometryError
 from kvdistill.types import Distance
 
 
@@ -52,9 +51,6 @@ def regression_error(
         student_BLHTD: the student's keys or values.
         regressions: of all teachers; any number of them may serve a layer.
         distance: ``mse`` or ``smooth_l1``.
-
-    Raises:
-        GeometryError: a target's samples, tokens or channels differ from its map's.
     """
     parameters = [x for r in regressions for x in (r.weight_LIO, r.bias_LO, r.alpha_BLT)]
     error: Tensor = _FusedRegression.apply(  # type: ignore[no-untyped-call]
@@ -128,7 +124,7 @@ class _Term:
         weight_grad, bias_grad, alpha_grad = self.gradients
         row, alpha_row = self.rows[layer], layer if alpha_grad.shape[1] > 1 else 0
         x_NI = student_BTI.flatten(0, 1).to(self._weight_LIO.dtype)
-        residual = self._residual(row, x_NI, student_BTI.shape[:2])
+        residual = self._residual(row, x_NI)
         share = 1 / (residual.shape[1] * num_layers)
         alpha = self._of.alpha_BLT[:, alpha_row].reshape(-1, 1).to(residual.dtype)
         error_N = share * _token_error(residual, self._distance)
@@ -143,16 +139,10 @@ class _Term:
             _add_product(grad_NI, slope, self._weight_LIO[row].T, scale)
         return torch.dot(error_N, alpha.squeeze(1))
 
-    def _residual(self, row: int, x_NI: Tensor, shape: torch.Size) -> Tensor:
+    def _residual(self, row: int, x_NI: Tensor) -> Tensor:
         """``x W + b − y`` of one layer, ``[N, O]`` in at least float32."""
         target_BHTD = self._of.target(row)
         samples, heads, tokens, dim = target_BHTD.shape
-        expected = (*shape, self._bias_LO.shape[1])
-        if (samples, tokens, heads * dim) != expected:
-            raise GeometryError(
-                f"regression: expected a target of (samples, tokens, channels) {expected}, got "
-                f"{(samples, tokens, heads * dim)}; align and layer-map first"
-            )
         residual = torch.addmm(self._bias_LO[row], x_NI, self._weight_LIO[row]).to(self._exact)
         residual.view(samples, tokens, heads, dim).sub_(target_BHTD.transpose(1, 2))
         return residual

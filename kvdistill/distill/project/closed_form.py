@@ -45,7 +45,10 @@ class PilotMoments:
 
     def add(self, x_BLHTD: Tensor, y_BLHTD: Tensor, mask_BT: Tensor) -> None:
         """Add the tokens of a batch where ``mask_BT`` is True; the two KVs must be aligned."""
-        joint_LNC = torch.cat([_tokens_float64(kv, mask_BT) for kv in (x_BLHTD, y_BLHTD)], dim=-1)
+        flat_NLC = [
+            kv.detach().permute(0, 3, 1, 2, 4).flatten(3)[mask_BT] for kv in (x_BLHTD, y_BLHTD)
+        ]
+        joint_LNC = torch.cat([x.transpose(0, 1).double().cpu() for x in flat_NLC], dim=-1)
         if joint_LNC.shape[1] == 0:
             return
         mean = joint_LNC.mean(1)
@@ -85,11 +88,6 @@ def initialise(
     A ``LinearProjection`` cannot represent every joint map. For ``ridge`` it takes the nearest one
     it can (``nearest_two_step``); for ``pca`` its dims whiten the covariance pooled over heads, its
     heads stay grouped means, and one factor per layer restores unit variance.
-
-    Args:
-        projection: from the source to the target of ``moments``.
-        moments: a pilot.
-        init: ``pca`` or ``ridge``.
 
     Raises:
         ConfigError: the pilot is empty.
@@ -169,9 +167,3 @@ def _pooled_pca(projection: LinearProjection, covariance: Tensor) -> tuple[Tenso
     variance = torch.einsum("lhg,lde,lhdif,lig,lfe->lge", heads, dims, blocks, heads, dims)
     scale = variance.mean(dim=(1, 2), keepdim=True).clamp_min(1e-12).rsqrt()
     return heads, dims * scale
-
-
-def _tokens_float64(x_BLHTD: Tensor, mask_BT: Tensor) -> Tensor:
-    """``[L, N, H·D]`` float64 on the CPU."""
-    flat = x_BLHTD.detach().permute(0, 3, 1, 2, 4).flatten(3)[mask_BT]
-    return flat.transpose(0, 1).double().cpu()

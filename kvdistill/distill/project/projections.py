@@ -155,8 +155,6 @@ class BottleneckProjection(nn.Module):
         self, num_layers: int, source: HeadShape, target: HeadShape, mlp_ratio: float = 0.5
     ) -> None:
         super().__init__()
-        if mlp_ratio <= 0:
-            raise ConfigError(f"projection.mlp_ratio: expected > 0, got {mlp_ratio}")
         self.num_layers, self.source, self.target = num_layers, source, target
         width = max(1, round(mlp_ratio * math.sqrt(source.width * target.width)))
         self.inner = HeadShape(1, width)

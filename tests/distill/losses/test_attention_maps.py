@@ -88,7 +88,7 @@ def test_relations_ignore_a_rotation_of_the_teacher():
     own, teacher = torch.randn(2, 1, 1, 6, 8), torch.randn(2, 1, 1, 6, 8)
     turn = torch.linalg.qr(torch.randn(8, 8)).Q
     torch.testing.assert_close(
-        relation_error(own, teacher, MASK), relation_error(own, teacher @ turn, MASK)
+        relation_error(own, teacher, MASK, 1), relation_error(own, teacher @ turn, MASK, 1)
     )
 
 
@@ -102,9 +102,5 @@ def test_hidden_error_against_its_definition():
 
 def test_errors():
     x = torch.zeros(2, 1, 2, 6, 4)
-    with pytest.raises(GeometryError, match="query heads be a multiple of KV heads"):
-        attention_kl(torch.zeros(2, 1, 3, 6, 4), x, x, MASK)
     with pytest.raises(GeometryError, match="a multiple of 3 relation heads"):
         relation_error(x, x, MASK, 3)
-    with pytest.raises(GeometryError, match="map the student's states"):
-        hidden_error(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))

@@ -14,7 +14,7 @@ from kvdistill.distill.project.projections import (
     SpaceAdapter,
     StudentToTeacher,
 )
-from kvdistill.errors import ConfigError, GeometryError
+from kvdistill.errors import GeometryError
 
 PAIRS = [((12, 8), (2, 8)), ((1, 16), (3, 4)), ((3, 4), (12, 2))]
 
@@ -50,8 +50,6 @@ def test_bottleneck_equals_a_loop_over_layers(source, target, dtype):
 
 def test_the_middle_follows_from_both_widths():
     assert BottleneckProjection(1, HeadShape(4, 16), HeadShape(2, 8), 0.5).inner == (1, 16)
-    with pytest.raises(ConfigError, match="mlp_ratio: expected > 0, got 0"):
-        BottleneckProjection(1, HeadShape(1, 2), HeadShape(1, 2), 0)
 
 
 def test_orthogonal_keeps_lengths():
