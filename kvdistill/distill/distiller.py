@@ -38,7 +38,7 @@ from kvdistill.distill.losses.pointwise import cross_entropy, num_predicted
 from kvdistill.distill.losses.regression import regression_error
 from kvdistill.distill.losses.weighting import num_covered, reduce_tokens, weighted_sum
 from kvdistill.distill.project.projections import SpaceAdapter
-from kvdistill.distill.student.injection import InjectionGate, KVInjection
+from kvdistill.distill.student.injection import InjectionGate, injecting
 from kvdistill.distill.targets import LayerTargets, TargetOf, TeacherHead, TeacherSpace
 from kvdistill.errors import ConfigError
 from kvdistill.types import KINDS, Kind
@@ -341,8 +341,7 @@ class Distiller(nn.Module):
         if self.projection.mode == "shared_space":
             fused = {kind: self.space[kind].out_of(z) for kind, z in fused.items()}
         mask_BT = batch["inject_mask"] & usable.any(0)
-        inject = KVInjection(self.capture)
-        with inject(fused["key"], fused["value"], mask_BT, self.gate):
+        with injecting(self.capture, fused["key"], fused["value"], mask_BT, self.gate):
             logits = self.student(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],

@@ -218,12 +218,12 @@ def _write_outcome(
         return
     folder.diagnostics.write_text(json.dumps(diagnostics), encoding="utf-8")
     shutil.rmtree(folder.best, ignore_errors=True)  # saved as the student
-    rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in trainer.evaluated_samples]
+    rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in trainer.held_out.rows]
     folder.eval_samples.write_text("".join(rows), encoding="utf-8")
     outcome = {
         "finished": True,
         "metrics": metrics,
-        "calibration": trainer.evaluated_calibration,
+        "calibration": trainer.held_out.calibration,
         "steps": trainer.state.global_step,
         "best": None if trainer.best is None else asdict(trainer.best),
         "seconds": time.monotonic() - began,

@@ -111,9 +111,9 @@ class Collate:
             name: {**teacher, "covered": torch.zeros_like(teacher["covered"])}
             for name, teacher in batch["teachers"].items()
         }
-        ignored = {
+        ignored: Batch = {
             name: torch.full_like(batch[name], IGNORED_LABEL)
-            for name in ("labels", "inject_labels")
+            for name in batch.keys() & {"labels", "inject_labels", "rationale_labels"}
         }
         return {**batch, **ignored, "teachers": teachers}
 

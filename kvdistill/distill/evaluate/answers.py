@@ -10,7 +10,6 @@ not stop may continue with a question of its own. Where the corpus has no marker
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from decimal import Decimal
 from typing import Any, Final
@@ -58,25 +57,22 @@ class ExactMatch:
     @property
     def share(self) -> float:
         """Share of right answers, 0 to 1."""
-        return self._mean([float(answer.correct) for answer in self.answers])
+        return sum(answer.correct for answer in self.answers) / max(len(self.answers), 1)
 
     def to_dict(self) -> dict[str, float]:
         """Figures for logs and JSON; tokens and forward passes are means per sample."""
+        number = max(len(self.answers), 1)
         return {
             "exact_match": self.share,
-            "answered": self._mean([float(a.predicted is not None) for a in self.answers]),
-            "new_tokens": self._mean([float(a.num_new_tokens) for a in self.answers]),
-            "forward_passes": self._mean([float(a.num_forwards) for a in self.answers]),
+            "answered": sum(a.predicted is not None for a in self.answers) / number,
+            "new_tokens": sum(a.num_new_tokens for a in self.answers) / number,
+            "forward_passes": sum(a.num_forwards for a in self.answers) / number,
             "num_answers": len(self.answers),
         }
 
     def rows(self) -> list[dict[str, Any]]:
         """One JSON-ready object per sample."""
         return [asdict(answer) for answer in self.answers]
-
-    @staticmethod
-    def _mean(values: Sequence[float]) -> float:
-        return sum(values) / max(len(values), 1)
 
 
 def is_gradable(sample: Sample) -> bool:
@@ -138,15 +134,12 @@ def _announced_answer(text: str, expected: Target) -> str | None:
         _, found, text = text.partition(expected.marker)
         if not found:
             return None
-    if expected.is_number:
-        numbers = NUMBER.findall(text)
-        if not numbers:
-            return None
-        return normalise_number(numbers[0] if expected.marker else numbers[-1])
     lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
+    candidates: list[str] = NUMBER.findall(text) if expected.is_number else lines
+    if not candidates:
         return None
-    return normalise_words(lines[0] if expected.marker else lines[-1])
+    normalise = normalise_number if expected.is_number else normalise_words
+    return normalise(candidates[0] if expected.marker else candidates[-1])
 
 
 def _is_plain(answer: str, last: re.Match[str]) -> bool:

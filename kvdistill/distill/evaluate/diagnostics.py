@@ -55,7 +55,6 @@ def diagnose(distiller: Distiller, stream: KVStream) -> dict[str, Any]:
 
 
 def _errors_by_layer(distiller: Distiller, batches: list[Batch]) -> dict[str, list[float]]:
-    """Per kind, mean squared error against the target, by student layer."""
     num_layers = distiller.capture.geometry.num_layers
     totals = {kind: torch.zeros(num_layers) for kind in KINDS}
     num_tokens = 0
@@ -77,7 +76,6 @@ def _errors_by_layer(distiller: Distiller, batches: list[Batch]) -> dict[str, li
 def _mean_fusion_weights(
     distiller: Distiller, batches: list[Batch], tasks: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Mean fusion weights of every teacher, by student layer and by task."""
     num_layers = distiller.capture.geometry.num_layers
     names = {number: name for name, number in tasks.items()}
     by_layer: list[Tensor] = []

@@ -37,14 +37,9 @@ def run_harness(
     batch_size: int = 8,
     max_length: int | None = None,
 ) -> list[TaskFigure]:
-    """Score a student's folder on tasks.
+    """Score a student's folder on tasks: names of the harness, or paths of task files (``.yaml``).
 
-    Args:
-        student: a Hugging Face folder.
-        tasks: names of the harness, or paths of task files (``.yaml``).
-        limit: only the first ``limit`` problems of each task.
-        batch_size: problems per forward pass.
-        max_length: tokens of a problem; the model's own limit if not given.
+    ``limit`` is a number of problems per task; ``max_length`` is the model's own if not given.
 
     Raises:
         MissingExtra: lm-evaluation-harness is not installed.
@@ -57,8 +52,7 @@ def run_harness(
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise MissingExtra(
-            "--harness needs lm-evaluation-harness; install it with: "
-            "pip install 'kvdistill[harness]'"
+            "--harness needs lm-evaluation-harness: pip install 'kvdistill[harness]'"
         ) from None
     if not (student / "config.json").is_file():
         raise StudentError(f"{student} is not a model folder (it has no config.json)")

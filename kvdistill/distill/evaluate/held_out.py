@@ -60,7 +60,7 @@ def score_held_out(
         samples: held-out samples.
         max_length: tokens per text that are scored.
         batch_size: samples per forward pass.
-        answer: number of samples to generate answers for; None for all that can be graded.
+        answer: number of gradable samples; all of them if None.
         max_new_tokens: token budget of a rationale and an answer.
     """
     scores = score_texts(student, tokenizer, samples, max_length=max_length, batch_size=batch_size)
@@ -73,7 +73,7 @@ def score_held_out(
         metrics |= answers.to_dict()
         for row in answers.rows():
             rows[row["sample_id"]] |= row
-    return HeldOut(metrics, list(rows.values()), scores.calibration)
+    return HeldOut(metrics, list(rows.values()), scores.calibration.bins)
 
 
 def score_latent(
@@ -82,19 +82,13 @@ def score_latent(
     samples: Sequence[Sample],
     *,
     batch_size: int,
+    max_new_tokens: int,
     answer: int | None = None,
-    max_new_tokens: int | None = None,
 ) -> HeldOut:
-    """Exact match on the first ``answer`` gradable samples; on all of them if None.
-
-    ``max_new_tokens`` defaults to the student's own setting.
-    """
+    """Exact match on the first ``answer`` gradable samples; on all of them if None."""
+    gradable = [sample for sample in samples if is_gradable(sample)][:answer]
     found = latent_exact_match(
-        student,
-        tokenizer,
-        [sample for sample in samples if is_gradable(sample)][:answer],
-        max_new_tokens=max_new_tokens or student.config.max_new_tokens,
-        batch_size=batch_size,
+        student, tokenizer, gradable, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
     return HeldOut(found.to_dict(), found.rows())
 
@@ -108,14 +102,10 @@ def generate_and_grade(
     max_new_tokens: int = 256,
     batch_size: int = 8,
 ) -> ExactMatch:
-    """Generate and grade a text student's answers, on the student's device.
+    """Generate and grade the answers of a transformers causal LM, on its device.
 
-    Args:
-        student: a transformers causal LM.
-        tokenizer: its tokenizer; a BOS token precedes the prompt, as in training.
-        samples: with prompt and answer segments.
-        max_new_tokens: token budget of the rationale and the answer together.
-        batch_size: prompts per batch.
+    A BOS token precedes the prompt, as in training. ``max_new_tokens`` is the budget of the
+    rationale and the answer together.
 
     Raises:
         CorpusError: a sample has no prompt or no answer.
@@ -130,8 +120,8 @@ def generate_and_grade(
     found = _grade_in_batches(
         samples,
         tokenizer,
-        lambda chosen: generate_padded(student, [prompts[i] for i in chosen], settings),
-        lengths=[len(ids) for ids in prompts],
+        prompts,
+        lambda batch: generate_padded(student, batch, settings),
         batch_size=batch_size,
     )
     student.train(was_training)
@@ -149,13 +139,7 @@ def latent_exact_match(
 ) -> ExactMatch:
     """Generate and grade a latent student's answers, on the student's device.
 
-    Args:
-        student: any latent student.
-        tokenizer: its tokenizer.
-        samples: with prompt and answer segments.
-        max_new_tokens: token budget of an answer.
-        batch_size: questions per batch.
-        think: replaces the student's forward pass; see ``answer`` in ``latent/model.py``.
+    ``think`` replaces the student's forward pass; see ``answer`` in ``latent/model.py``.
 
     Raises:
         CorpusError: a sample has no prompt or no answer.
@@ -164,10 +148,8 @@ def latent_exact_match(
     return _grade_in_batches(
         samples,
         tokenizer,
-        lambda chosen: answer(
-            student, tokenizer, [questions[i] for i in chosen], max_new_tokens, think
-        ),
-        lengths=[len(question) for question in questions],
+        questions,
+        lambda batch: answer(student, tokenizer, batch, max_new_tokens, think),
         batch_size=batch_size,
         extra_forwards=student.num_passes - 1,
     )
@@ -176,18 +158,18 @@ def latent_exact_match(
 def _grade_in_batches(
     samples: Sequence[Sample],
     tokenizer: Any,
-    generate: Callable[[list[int]], list[list[int]]],
+    prompts: Sequence[Any],
+    generate: Callable[[list[Any]], list[list[int]]],
     *,
-    lengths: Sequence[int],
     batch_size: int,
     extra_forwards: int = 0,
 ) -> ExactMatch:
-    """Grade answers in the samples' order; ``generate`` maps sample indices to new token ids."""
-    order = sorted(range(len(samples)), key=lengths.__getitem__)
+    """Grade answers in the samples' order; ``generate`` maps prompts to new token ids."""
+    order = sorted(range(len(samples)), key=lambda i: len(prompts[i]))
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        for i, ids in zip(chosen, generate(chosen), strict=True):
+        for i, ids in zip(chosen, generate([prompts[i] for i in chosen]), strict=True):
             text = tokenizer.decode(ids, skip_special_tokens=True)
             num_forwards = len(ids) + extra_forwards
             answers[i] = grade(samples[i], text, num_new_tokens=len(ids), num_forwards=num_forwards)

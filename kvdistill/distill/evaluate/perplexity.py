@@ -26,7 +26,7 @@ CALIBRATION_BINS: Final = 15
 
 @dataclass(frozen=True)
 class TextScore:
-    """Score of one text."""
+    """Likelihood of one text; special tokens (BOS, EOS) are not counted."""
 
     sample_id: str
     nll: float
@@ -38,49 +38,23 @@ class TextScore:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Scores of a set of texts, in their order; special tokens (BOS, EOS) are not counted."""
+    """Scores of a set of texts, in their order."""
 
     samples: tuple[TextScore, ...]
-    calibration_error: float
-    """Expected calibration error of the next token, over 15 bins of confidence."""
-    calibration: list[dict[str, float]]
-    """``num_tokens``, ``confidence`` (mean probability of the likeliest token) and ``accuracy``
-    (how often it is right) of every non-empty bin, by ascending confidence."""
-
-    @property
-    def nll(self) -> float:
-        """Negative log-likelihood of all predicted tokens, nats."""
-        return math.fsum(sample.nll for sample in self.samples)
-
-    @property
-    def num_tokens(self) -> int:
-        """Predicted tokens of all texts."""
-        return sum(sample.num_tokens for sample in self.samples)
-
-    @property
-    def num_chars(self) -> int:
-        """Characters that these tokens span."""
-        return sum(sample.num_chars for sample in self.samples)
-
-    @property
-    def perplexity(self) -> float:
-        """Exponential of the negative log-likelihood per token."""
-        return math.exp(min(self.nll / max(self.num_tokens, 1), 700.0))
-
-    @property
-    def bits_per_character(self) -> float:
-        """Negative log-likelihood in bits, per character of text."""
-        return self.nll / math.log(2) / max(self.num_chars, 1)
+    calibration: Calibration
 
     def to_dict(self) -> dict[str, float]:
-        """All figures and the counts behind them, for logs and JSON."""
+        """Figures over all texts (``nll`` in nats) and the counts behind them."""
+        nll = math.fsum(sample.nll for sample in self.samples)
+        num_tokens = sum(sample.num_tokens for sample in self.samples)
+        num_chars = sum(sample.num_chars for sample in self.samples)
         return {
-            "perplexity": self.perplexity,
-            "bits_per_character": self.bits_per_character,
-            "calibration_error": self.calibration_error,
-            "nll": self.nll,
-            "num_tokens": self.num_tokens,
-            "num_chars": self.num_chars,
+            "perplexity": math.exp(min(nll / max(num_tokens, 1), 700.0)),
+            "bits_per_character": nll / math.log(2) / max(num_chars, 1),
+            "calibration_error": self.calibration.error,
+            "nll": nll,
+            "num_tokens": num_tokens,
+            "num_chars": num_chars,
             "num_samples": len(self.samples),
         }
 
@@ -93,14 +67,9 @@ class Metrics:
 def score_texts(
     student: Any, tokenizer: Any, samples: Sequence[Sample], *, max_length: int, batch_size: int
 ) -> Metrics:
-    """Score texts on the student's device.
+    """Score texts under a transformers causal LM, on its device.
 
-    Args:
-        student: a transformers causal LM.
-        tokenizer: its tokenizer.
-        samples: held-out texts.
-        max_length: tokens per text, special ones included; the rest is truncated, not counted.
-        batch_size: texts per forward pass.
+    ``max_length`` counts special tokens too; the rest of a text is truncated and not counted.
     """
     was_training = student.training
     student.eval()
@@ -119,15 +88,17 @@ def score_texts(
             attention_mask=batch["attention_mask"].to(device),
             use_cache=False,
         ).logits[:, :-1]
-        nll = _nll(logits, labels).sum(1, dtype=torch.float64).tolist()
+        nll_BT = F.cross_entropy(
+            logits.float().transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none"
+        )
+        nll = nll_BT.sum(1, dtype=torch.float64).tolist()
         calibration.add(logits, labels)
         counts = (labels != IGNORED_LABEL).sum(1).tolist()
         for row, i in enumerate(chosen):
             num_chars = _num_chars(tokens[row])
             scores[i] = TextScore(samples[i].sample_id, nll[row], counts[row], num_chars)
     student.train(was_training)
-    ordered = tuple(scores[i] for i in range(len(samples)))
-    return Metrics(ordered, calibration.error, calibration.bins)
+    return Metrics(tuple(scores[i] for i in range(len(samples))), calibration)
 
 
 class Calibration:
@@ -148,25 +119,18 @@ class Calibration:
 
     @property
     def error(self) -> float:
-        """Mean over tokens of |confidence − accuracy| of their bin."""
+        """Expected calibration error: mean over tokens of |confidence − accuracy| of their bin."""
         num, confidence, right = self._sums
         return float((confidence - right).abs().sum() / num.sum().clamp_min(1))
 
     @property
     def bins(self) -> list[dict[str, float]]:
-        """The non-empty bins: ``num_tokens``, ``confidence``, ``accuracy``."""
+        """``num_tokens``, ``confidence`` and ``accuracy`` of non-empty bins, by confidence."""
         return [
             {"num_tokens": int(num), "confidence": confidence / num, "accuracy": right / num}
             for num, confidence, right in self._sums.T.tolist()
             if num
         ]
-
-
-def _nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Per token ``[B, T]``, float32, zero where there is no label."""
-    return F.cross_entropy(
-        logits.float().transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none"
-    )
 
 
 def _num_chars(tokens: StudentTokens) -> int:

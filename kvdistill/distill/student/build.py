@@ -24,7 +24,7 @@ def build_student(config: StudentConfig, tokenizer: Any, seed: int) -> Any:
     """Load the pretrained student, or initialise one from scratch.
 
     Args:
-        config: model id or folder, or an architecture.
+        config: which student.
         tokenizer: the student's; sets the vocabulary size of a student from scratch.
         seed: of a student's initial weights and of its LoRA adapters.
 
@@ -37,7 +37,7 @@ def build_student(config: StudentConfig, tokenizer: Any, seed: int) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    with _one_line_errors(config):
+    with _one_line_errors(f"build the student {config.model or config.architecture!r}"):
         if config.model is not None:
             student = AutoModelForCausalLM.from_pretrained(
                 config.model, dtype=torch.float32, trust_remote_code=config.trust_remote_code
@@ -49,9 +49,8 @@ def build_student(config: StudentConfig, tokenizer: Any, seed: int) -> Any:
     num_embeddings = student.get_input_embeddings().num_embeddings
     if num_embeddings < len(tokenizer):
         raise StudentError(
-            f"student: expected at least {len(tokenizer)} embeddings, one per token of its "
-            f"tokenizer, got {num_embeddings} embeddings; use the tokenizer that belongs to the "
-            "model (student.tokenizer)"
+            f"student: expected at least {len(tokenizer)} embeddings, one per token, got "
+            f"{num_embeddings} embeddings; set student.tokenizer to the model's own"
         )
     return student if config.lora is None else adapt(student, config.lora, seed)
 
@@ -64,7 +63,8 @@ def check_student(config: StudentConfig, tokenizer: Any) -> StudentGeometry:
     """
     from transformers import AutoModelForCausalLM
 
-    with _one_line_errors(config), torch.device("meta"):
+    what = f"build the student {config.model or config.architecture!r}"
+    with _one_line_errors(what), torch.device("meta"):
         student = AutoModelForCausalLM.from_config(
             _architecture(config, tokenizer), trust_remote_code=config.trust_remote_code
         )
@@ -79,11 +79,8 @@ def load_student_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
+    with _one_line_errors(f"load the tokenizer {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
-        first_line = str(error).strip().split("\n")[0]
-        raise StudentError(f"cannot load the tokenizer {name!r}: {first_line}") from error
     if not tokenizer.is_fast:
         raise StudentError(
             f"the tokenizer {name!r} ({type(tokenizer).__name__}) gives no character offsets, "
@@ -135,10 +132,9 @@ def character_tokenizer(texts: Iterable[str]) -> Any:
 
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of texts, without special tokens."""
-    encoded = tokenizer(
+    ids: list[list[int]] = tokenizer(
         list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
-    )
-    ids: list[list[int]] = encoded["input_ids"]
+    )["input_ids"]
     return ids
 
 
@@ -162,11 +158,10 @@ def _architecture(config: StudentConfig, tokenizer: Any) -> Any:
 
 
 @contextmanager
-def _one_line_errors(config: StudentConfig) -> Iterator[None]:
-    """Turn any error of transformers into a one-line ``StudentError`` that names the student."""
+def _one_line_errors(what: str) -> Iterator[None]:
+    """Turn any error of transformers into a one-line ``StudentError``: cannot do ``what``."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        student = config.model or config.architecture
+    except Exception as error:  # OSError, ValueError, KeyError and more
         first_line = str(error).strip().split("\n")[0]
-        raise StudentError(f"cannot build the student {student!r}: {first_line}") from error
+        raise StudentError(f"cannot {what}: {first_line}") from error

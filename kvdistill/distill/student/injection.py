@@ -36,47 +36,42 @@ class InjectionGate(nn.Module):
         return own_BHTD + opening.to(own_BHTD.dtype) * injected_BHTD
 
 
-class KVInjection:
-    """Replaces the unrotated keys and values of masked-in tokens while the student runs."""
+@contextmanager
+def injecting(
+    capture: KVCapture,
+    key_BLHTD: Tensor,
+    value_BLHTD: Tensor,
+    mask_BT: Tensor,
+    gate: InjectionGate | None = None,
+) -> Iterator[None]:
+    """Inject into the captured student while inside; gradients flow into the KV and the gate.
 
-    def __init__(self, capture: KVCapture) -> None:
-        self._capture = capture
+    Args:
+        capture: of the student.
+        key_BLHTD: unrotated keys in the student's space, ``[B, L, H, T, D]``.
+        value_BLHTD: values, likewise.
+        mask_BT: True where KV is injected; all other tokens keep their own.
+        gate: mixes own and injected KV; plain replacement if not given.
 
-    @contextmanager
-    def __call__(
-        self,
-        key_BLHTD: Tensor,
-        value_BLHTD: Tensor,
-        mask_BT: Tensor,
-        gate: InjectionGate | None = None,
-    ) -> Iterator[None]:
-        """Inject while inside; gradients flow into the injected KV and the gate.
+    Raises:
+        GeometryError: not the student's number of layers, heads or head dim.
+    """
+    geometry = capture.geometry
+    shape = (geometry.num_layers, *geometry.heads)
+    for kind, injected in zip(KINDS, (key_BLHTD, value_BLHTD), strict=True):
+        if injected.shape[1:3] + injected.shape[4:] != shape:
+            raise GeometryError(
+                f"injection: expected a {kind} [B, {shape[0]}, {shape[1]}, T, {shape[2]}], "
+                f"got {tuple(injected.shape)}"
+            )
 
-        Args:
-            key_BLHTD: unrotated keys in the student's space, ``[B, L, H, T, D]``.
-            value_BLHTD: values, likewise.
-            mask_BT: True where KV is injected; all other tokens keep their own.
-            gate: mixes own and injected KV; plain replacement if not given.
+    def rewrite(own_BHTD: Tensor, layer: int, kind: Kind) -> Tensor:
+        injected = (key_BLHTD if kind == "key" else value_BLHTD)[:, layer].to(own_BHTD.dtype)
+        mixed = injected if gate is None else gate(own_BHTD, injected, layer, kind)
+        return torch.where(mask_BT[:, None, :, None], mixed, own_BHTD)
 
-        Raises:
-            GeometryError: not the student's number of layers, heads or head dim.
-        """
-        geometry = self._capture.geometry
-        for kind, injected in zip(KINDS, (key_BLHTD, value_BLHTD), strict=True):
-            if injected.shape[1:3] + injected.shape[4:] != (geometry.num_layers, *geometry.heads):
-                raise GeometryError(
-                    f"injection: expected a {kind} [B, {geometry.num_layers}, "
-                    f"{geometry.heads.num_heads}, T, {geometry.heads.head_dim}], "
-                    f"got {tuple(injected.shape)}"
-                )
-
-        def rewrite(own_BHTD: Tensor, layer: int, kind: Kind) -> Tensor:
-            injected = (key_BLHTD if kind == "key" else value_BLHTD)[:, layer].to(own_BHTD.dtype)
-            mixed = injected if gate is None else gate(own_BHTD, injected, layer, kind)
-            return torch.where(mask_BT[:, None, :, None], mixed, own_BHTD)
-
-        with self._capture.rewriting(rewrite):
-            yield
+    with capture.rewriting(rewrite):
+        yield
 
 
 def following(mask_BT: Tensor, label_mask_BT: Tensor) -> Tensor:

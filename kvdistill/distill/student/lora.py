@@ -30,10 +30,7 @@ PEFT_PREFIX: Final = "base_model.model."
 def adapt(student: Any, config: LoraConfig, seed: int) -> Any:
     """Inject adapters into a student, in place; all other weights are frozen.
 
-    Args:
-        student: a transformers causal LM.
-        config: rank, scale, dropout and target modules.
-        seed: of the adapters' initial weights (their product starts at zero).
+    The product of an adapter's two matrices starts at zero; the first is drawn from ``seed``.
 
     Raises:
         MissingExtra: peft is not installed.
@@ -42,9 +39,7 @@ def adapt(student: Any, config: LoraConfig, seed: int) -> Any:
     try:
         import peft
     except ImportError as error:
-        raise MissingExtra(
-            "student.lora needs the extra 'lora': pip install 'kvdistill[lora]'"
-        ) from error
+        raise MissingExtra("student.lora needs peft: pip install 'kvdistill[lora]'") from error
     targets = config.target_modules
     settings = peft.LoraConfig(
         r=config.rank,
@@ -92,9 +87,8 @@ def merged_state(student: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]
                 for key, weight in state.items()
                 if key.startswith(f"{owner}.lora_")
             }
-            plain[f"{owner}.weight"] = value + functional_call(
-                _Update(layers[owner]), weights, ()
-            ).to(value)
+            update = functional_call(_Update(layers[owner]), weights, ())
+            plain[f"{owner}.weight"] = value + update.to(value)
         else:
             plain[f"{owner}.{parameter}" if owner else parameter] = value
     return plain

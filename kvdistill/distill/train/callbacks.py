@@ -22,8 +22,8 @@ from transformers import TrainerCallback
 
 from kvdistill.text import format_duration
 
-PACKAGE: Final = "kvdistill"
 TIME_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
+package_log = logging.getLogger("kvdistill")
 
 
 class JsonLines(TrainerCallback):  # type: ignore[misc]
@@ -71,7 +71,7 @@ class HumanLog(TrainerCallback):  # type: ignore[misc]
                 self._handlers.append(logging.StreamHandler(sys.stderr))
             for handler in self._handlers:
                 handler.setLevel(logging.WARNING)
-                logging.getLogger(PACKAGE).addHandler(handler)
+                package_log.addHandler(handler)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Append one line."""
@@ -81,7 +81,7 @@ class HumanLog(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Detach from the package's warnings."""
         for handler in self._handlers:
-            logging.getLogger(PACKAGE).removeHandler(handler)
+            package_log.removeHandler(handler)
             handler.close()
         self._handlers = []
 

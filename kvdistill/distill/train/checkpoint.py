@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from kvdistill.distill.student import lora
-from kvdistill.distill.student.latent.model import LATENT_FILE, is_latent
+from kvdistill.distill.student.latent.model import LATENT_FILE, is_latent, split_state
 from kvdistill.errors import StudentError
 
 PROJECTORS_FILE: Final = "projectors.safetensors"
-
 STUDENT_PREFIX: Final = "student."
 
 
@@ -34,20 +33,12 @@ def save_weights(
 ) -> None:
     """Write student, tokenizer and projectors.
 
-    Args:
-        distiller: any module with a ``student``.
-        tokenizer: the student's.
-        folder: created if it does not exist.
-        state: whole tensors of ``distiller.state_dict()``, gathered by a wrapper; the distiller's
-            own if not given.
+    ``state`` holds the whole tensors of ``distiller.state_dict()`` where a wrapper has gathered
+    them; the distiller's own if not given.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    student, projectors = {}, {}
-    for name, value in (distiller.state_dict() if state is None else state).items():
-        if name.startswith(STUDENT_PREFIX):
-            student[name.removeprefix(STUDENT_PREFIX)] = value
-        else:
-            projectors[name] = value.contiguous()
+    state = distiller.state_dict() if state is None else state
+    student, projectors = split_state(state, STUDENT_PREFIX)
     if lora.is_adapted(distiller.student):
         lora.save_adapter(distiller.student, student, folder)
         student = lora.merged_state(distiller.student, student)
@@ -85,8 +76,8 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         found = model.load_state_dict(dict(state), strict=False)
         if found.unexpected_keys:
             raise StudentError(
-                f"saved weights {found.unexpected_keys[:3]} belong to no part of this model: the "
-                "folder was written by a run with other settings; use those, or another name"
+                f"saved weights {found.unexpected_keys[:3]} belong to no part of this model; use "
+                "the settings of the run that saved them, or another name"
             )
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict

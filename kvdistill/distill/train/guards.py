@@ -29,15 +29,11 @@ log = logging.getLogger(__name__)
 
 WINDOW: Final = 64
 """Steps of the running median."""
-
 MIN_STEPS: Final = 8
 """Steps before the median is compared with."""
-
 MAX_NAMED: Final = 8
 """Samples listed in a message; a batch may hold hundreds."""
-
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-
 RISING: Final = frozenset({"exact_match"})
 """Metrics of which more is better; of all others less is."""
 
@@ -61,15 +57,12 @@ class StepGuard:
     def check(
         self, step: int, grad_norm: float | None, sum_over_ranks: Callable[[Tensor], Tensor]
     ) -> bool:
-        """Check the recorded micro-batches as one step, and clear them.
+        """Whether the loss of the recorded micro-batches, one step, is a spike; clears them.
 
         Args:
             step: number of the step, from 1.
             grad_norm: before clipping; None where it may be infinite (fp16).
             sum_over_ranks: sums a scalar over ranks.
-
-        Returns:
-            Whether the step's loss is a spike.
 
         Raises:
             NonFiniteError: names the step, the parts of the loss and the samples.
@@ -103,15 +96,13 @@ class StepGuard:
 
     def load_state_dict(self, losses: Iterable[float]) -> None:
         """Continue from ``state_dict``."""
-        self.losses.clear()
-        self.losses.extend(losses)
-        self._recorded = []
+        self.losses = deque(losses, maxlen=WINDOW)
 
     def _refuse(self, step: int, what: str, sample_ids: Sequence[str]) -> None:
         raise NonFiniteError(
-            f"{self.run}: step {step}: {what}; {_named(sample_ids)}. Look at these texts; if "
-            "nothing is wrong with them, lower training.learning_rate or training.max_grad_norm, "
-            "or use bfloat16 or float32, and continue from the last checkpoint under another name"
+            f"{self.run}: step {step}: {what}; {_named(sample_ids)}. Check these texts; if they "
+            "are sound, lower training.learning_rate or training.max_grad_norm, or use bfloat16 "
+            "or float32, and continue from the last checkpoint under another name"
         )
 
 
@@ -178,9 +169,7 @@ class Best:
 def best_of(history: Iterable[Mapping[str, Any]], metric: str) -> Best | None:
     """The best evaluation in a log history, the first of several equal ones; None if there is none.
 
-    Args:
-        history: logs with ``step`` and, where they are evaluations, ``eval_<metric>``.
-        metric: name without ``eval_``.
+    Every row has a ``step``, evaluations also ``eval_<metric>``.
     """
     values = {row["step"]: row[f"eval_{metric}"] for row in history if f"eval_{metric}" in row}
     steps = sorted(values)

@@ -63,11 +63,11 @@ def assemble(
     resuming: bool = False,
     source_of: SourceOf = StoreSource,
 ) -> Assembled:
-    """Build a run from its config and its store.
+    """Build a run from its config and its store, which is complete for all teachers of the run.
 
     Args:
         experiment: the run.
-        store: complete for all teachers of the run.
+        store: read for geometry and statistics; ``source_of`` makes the source of its shards.
         samples: the training samples; the task ids are taken from them.
         rank: this process among those that train together.
         resuming: skip closed-form projectors, since a checkpoint will overwrite all weights.
@@ -101,8 +101,8 @@ def assemble(
     distiller = _distiller(experiment, student, teachers, store, len(tasks))
     init = experiment.projection.first_weights
     if not resuming and init in ("pca", "ridge") and teachers and distiller.projects:
-        num_batches = experiment.projection.pilot_batches
-        pilot = _pilot_batches(source, collate, training.batch_size, num_batches)
+        batches = _pilot_batches(source, collate, training.batch_size)
+        pilot = islice(batches, experiment.projection.pilot_batches)
         initialise_projectors(distiller, pilot, init)
     stream = open_stream(source, collate, samples, training, seed=experiment.seed, rank=rank)
     return Assembled(distiller, stream, tokenizer)
@@ -137,41 +137,32 @@ def _layer_map_of(
     alignment = experiment.alignment
     if alignment.layers == "cka":
         return cka_map(student, store, name, collate, experiment.projection.pilot_batches)
-    explicit = None
-    if alignment.explicit_layers is not None:
-        if name not in alignment.explicit_layers:
-            raise ConfigError(
-                f"alignment.explicit_layers: expected layers for teacher {name!r}, got teachers "
-                f"{sorted(alignment.explicit_layers)}; add the missing one"
-            )
-        explicit = alignment.explicit_layers[name]
+    explicit = (alignment.explicit_layers or {}).get(name)
+    if alignment.layers == "explicit" and explicit is None:
+        raise ConfigError(
+            f"alignment.explicit_layers: expected layers for teacher {name!r}, got teachers "
+            f"{sorted(alignment.explicit_layers or ())}; add the missing one"
+        )
     layers = store.teacher(name).layers
     num_layers = KVCapture(student).geometry.num_layers
     mapping = layer_map(alignment.layers, num_layers, layers, explicit=explicit)
     return mapping if experiment.latent is None else nearest_layers(mapping)
 
 
-def _pilot_batches(
-    source: Source, collate: Collate, batch_size: int, num_batches: int
-) -> Iterator[Batch]:
-    """The corpus's first batches, in the order of the shards."""
-    shards = (source.load(shard_idx) for shard_idx in range(len(source.sizes)))
-    batches = (
-        collate([shard.item(i) for i in range(len(shard.samples))[start : start + batch_size]])
-        for shard in shards
-        for start in range(0, len(shard.samples), batch_size)
-    )
-    return islice(batches, num_batches)
+def _pilot_batches(source: Source, collate: Collate, batch_size: int) -> Iterator[Batch]:
+    """The corpus's batches, in the order of the shards."""
+    for shard_idx in range(len(source.sizes)):
+        shard = source.load(shard_idx)
+        for start in range(0, len(shard.samples), batch_size):
+            chosen = range(len(shard.samples))[start : start + batch_size]
+            yield collate([shard.item(i) for i in chosen])
 
 
 @torch.no_grad()
 def initialise_projectors(distiller: Distiller, batches: Iterable[Batch], init: Any) -> None:
-    """Initialise every teacher-to-student projection in closed form.
+    """Initialise every teacher-to-student projection in closed form, from pilot batches.
 
-    Args:
-        distiller: with untrained projections.
-        batches: pilot batches, on any device.
-        init: ``pca`` or ``ridge``.
+    ``init`` is ``pca`` or ``ridge``.
 
     Raises:
         ConfigError: no token of the pilot batches is covered by a teacher.
@@ -207,12 +198,7 @@ def cka_map(
 ) -> LayerMap:
     """Monotone layer map of largest total similarity, by linear CKA of keys and values.
 
-    Args:
-        student: on any device.
-        store: holds the teacher.
-        name: of the teacher.
-        collate: the run's; its teachers are replaced.
-        num_batches: pilot batches of 8 samples to measure on.
+    ``collate`` is the run's, with any teachers; ``num_batches`` of 8 samples are measured on.
     """
     layers = store.teacher(name).layers
     identity = LayerMap(layers, layers, (0.0,) * len(layers))
@@ -226,7 +212,8 @@ def cka_map(
     }
     student_parts: dict[Kind, list[Tensor]] = {kind: [] for kind in KINDS}
     teacher_parts: dict[Kind, list[list[Tensor]]] = {kind: [] for kind in KINDS}
-    for batch in _pilot_batches(StoreSource(store, {name: layers}), collate, 8, num_batches):
+    batches = _pilot_batches(StoreSource(store, {name: layers}), collate, batch_size=8)
+    for batch in islice(batches, num_batches):
         moved = send_to_device(batch, device)
         teacher = moved["teachers"][name]
         mask_BT = teacher["covered"]
@@ -259,10 +246,7 @@ def _similarity(student_parts: list[Tensor], teacher_parts: list[list[Tensor]]) 
 def training_arguments(experiment: Experiment, folder: Path, evaluates: bool) -> TrainingArguments:
     """Translate the config's ``training`` section.
 
-    Args:
-        experiment: the run.
-        folder: where the run writes.
-        evaluates: whether there are held-out samples.
+    ``folder`` is the run's; ``evaluates`` is False where there are no held-out samples.
     """
     training = experiment.training
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))

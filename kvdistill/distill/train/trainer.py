@@ -45,10 +45,8 @@ log = logging.getLogger(__name__)
 
 STREAM: Final = "stream.json"
 """Position in the stream, in a checkpoint."""
-
 GUARD: Final = "recent_losses.json"
 """State of the ``StepGuard``, in a checkpoint."""
-
 BEST: Final = "best"
 """Folder of the best student so far, beside the checkpoints."""
 
@@ -86,8 +84,7 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         self._figures_step = -1
         self._monitor = AbsorptionMonitor()
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
-        self.evaluated_samples: list[dict[str, Any]] = []
-        self.evaluated_calibration: list[dict[str, float]] = []
+        self.held_out = HeldOut({}, [])
         self.guard = StepGuard(experiment.name, experiment.training.spike_factor)
         module: Any = distiller
         # The layers that FSDP wraps one by one.
@@ -256,7 +253,7 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Score the student on the held-out samples; cached for the current step.
 
-        ``evaluated_samples`` and ``evaluated_calibration`` keep the last evaluation's rows.
+        ``held_out`` keeps the last evaluation.
         """
         step, named = self._evaluated
         if step == self.state.global_step:
@@ -274,34 +271,38 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         return self._score("eval")
 
     def _score(self, prefix: str) -> dict[str, float]:
-        distiller = self.distiller
-        with gathered(distiller):
-            found = self.score(distiller.student)
-        self.evaluated_samples, self.evaluated_calibration = found.rows, found.calibration
-        return {f"{prefix}_{key}": value for key, value in found.metrics.items()}
-
-    def score(self, student: Any) -> HeldOut:
         """Held-out likelihood and exact match; of a latent student exact match alone."""
-        training = self.experiment.training
-        held_out = (student, self.processing_class, self.evaluation)
-        size, answers = training.batch_size, training.exact_match_samples
-        if self.experiment.latent is not None:
-            return score_latent(*held_out, batch_size=size, answer=answers or None)
-        return score_held_out(
-            *held_out,
-            max_length=training.max_length,
-            batch_size=size,
-            answer=answers,
-            max_new_tokens=training.max_new_tokens,
+        training, latent, distiller = (
+            self.experiment.training,
+            self.experiment.latent,
+            self.distiller,
         )
+        inputs = (distiller.student, self.processing_class, self.evaluation)
+        size, answers = training.batch_size, training.exact_match_samples
+        with gathered(distiller):
+            if latent is not None:
+                self.held_out = score_latent(
+                    *inputs,
+                    batch_size=size,
+                    max_new_tokens=latent.max_new_tokens,
+                    answer=answers or None,
+                )
+            else:
+                self.held_out = score_held_out(
+                    *inputs,
+                    max_length=training.max_length,
+                    batch_size=size,
+                    answer=answers,
+                    max_new_tokens=training.max_new_tokens,
+                )
+        return {f"{prefix}_{key}": value for key, value in self.held_out.metrics.items()}
 
     @property
     def best(self) -> Best | None:
         """The best evaluation so far; None where the config compares none."""
         training = self.experiment.training
-        if not training.chooses_best:
-            return None
-        return best_of(self.state.log_history, training.best_metric)
+        found = best_of(self.state.log_history, training.best_metric)
+        return found if training.chooses_best else None
 
     def _keep_best_or_stop(self) -> None:
         """Save the student if it is the best so far; stop training when patience runs out."""
@@ -350,8 +351,9 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load student and projectors."""
-        distiller: Any = self.accelerator.unwrap_model(model or self.model)
-        load_weights(distiller, Path(resume_from_checkpoint))
+        load_weights(
+            self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint)
+        )
 
 
 def _read_json(path: Path) -> Any:

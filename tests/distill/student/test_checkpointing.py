@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvdistill.attention.kv_capture import KVCapture
-from kvdistill.distill.student.injection import InjectionGate, KVInjection
+from kvdistill.distill.student.injection import InjectionGate, injecting
 from kvdistill.errors import StudentError
 from tests.distill.student.test_injection import STUDENTS
 
@@ -37,7 +37,7 @@ def step(student: Any, capture: KVCapture, *, inside: bool = False) -> dict[str,
         if inside:  # layers are computed again while capture listens
             plain.backward(retain_graph=True)
     kv = sum(q.square().mean() + 2 * k.square().mean() + v.pow(3).mean() for q, k, v in found)
-    with KVInjection(capture)(*given, mask, gate):
+    with injecting(capture, *given, mask, gate):
         injected = student(input_ids=IDS, labels=IDS, use_cache=False).loss
         if inside:
             plain.backward(retain_graph=True)

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kvdistill.attention.kv_capture import KVCapture
 from kvdistill.distill.fuse.router import Router
 from kvdistill.distill.fuse.weights import fuse, renormalise
-from kvdistill.distill.student.injection import InjectionGate, KVInjection, following
+from kvdistill.distill.student.injection import InjectionGate, following, injecting
 from kvdistill.errors import GeometryError
 
 SMALL = {"vocab_size": 50, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
@@ -44,7 +44,7 @@ def model(request):
 def test_own_keys_and_values_change_nothing(model):
     ids = torch.randint(0, 50, (2, 9))
     logits, key, value = run(model, ids)
-    with KVInjection(KVCapture(model))(key, value, torch.ones(2, 9).bool()):
+    with injecting(KVCapture(model), key, value, torch.ones(2, 9).bool()):
         again = model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(again, logits)
 
@@ -57,7 +57,7 @@ def test_another_texts_prompt_can_be_put_in(model):
     wanted, key, value = run(model, other)
     plain = model(input_ids=ids, use_cache=False).logits
     prompt = (torch.arange(9) < 5)[None]
-    with KVInjection(KVCapture(model))(key, value, prompt):
+    with injecting(KVCapture(model), key, value, prompt):
         got = model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(got[:, 5:], wanted[:, 5:], atol=1e-5, rtol=1e-4)
     assert not torch.allclose(plain[:, 5:], wanted[:, 5:], atol=1e-4)
@@ -73,7 +73,7 @@ def test_gradients_reach_what_is_given_and_the_gate_but_not_masked_tokens():
     key, value = (torch.randn_like(x).requires_grad_() for x in (key, value))
     gate = InjectionGate(2)
     mask = (torch.arange(6) < 3)[None]
-    with KVInjection(KVCapture(model))(key, value, mask, gate):
+    with injecting(KVCapture(model), key, value, mask, gate):
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     for x in (key, value):
         assert bool((x.grad[..., :3, :] != 0).any())
@@ -92,7 +92,7 @@ def test_a_router_trained_by_injection_votes_a_noise_teacher_out():
     """The prompt is hidden from the student; only the true teacher's KV says what follows it."""
     torch.manual_seed(0)
     model = student("llama")
-    injection, router = KVInjection(KVCapture(model)), Router("mlp", 2, 4)
+    capture, router = KVCapture(model), Router("mlp", 2, 4)
     meaning = torch.randn(2, 6, 2, 2, 1, 8)  # per kind and word: what the teacher makes of it
     optimizer = torch.optim.Adam([*model.parameters(), *router.parameters()], 0.01)
     covered = torch.tensor([[[True, False]]]).expand(2, 32, 2)
@@ -103,7 +103,7 @@ def test_a_router_trained_by_injection_votes_a_noise_teacher_out():
             fuse(alpha, [x.expand(-1, -1, -1, 2, -1), torch.randn(32, 2, 2, 2, 8)])
             for x in meaning[:, word]
         ]
-        with injection(*kv, covered[0]):
+        with injecting(capture, *kv, covered[0]):
             logits = model(input_ids=torch.zeros(32, 2).long(), use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits[:, 1], word)
         optimizer.zero_grad()
@@ -121,10 +121,10 @@ def test_following_starts_after_the_last_injected_token():
 
 
 def test_a_teachers_own_shape_is_refused():
-    injection = KVInjection(KVCapture(student("llama")))
+    capture = KVCapture(student("llama"))
     wrong = torch.zeros(1, 2, 4, 6, 8)
     with (
         pytest.raises(GeometryError, match=r"expected a key \[B, 2, 2, T, 8\]"),
-        injection(wrong, wrong, torch.ones(1, 6).bool()),
+        injecting(capture, wrong, wrong, torch.ones(1, 6).bool()),
     ):
         pass

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from kvdistill.attention.kv_capture import KVCapture
-from kvdistill.distill.student.injection import InjectionGate, KVInjection
+from kvdistill.distill.student.injection import InjectionGate, injecting
 from kvdistill.distill.train.checkpoint import gathered, load_state
 from tests.distill.student.test_checkpointing import IDS, build
 
@@ -30,7 +30,7 @@ class Holder(nn.Module):
         with self.capture() as found:
             plain = self.student(input_ids=IDS, labels=IDS, use_cache=False).loss
         kv = sum(key.square().mean() + value.pow(3).mean() for _, key, value in found)
-        with KVInjection(self.capture)(given, given, mask, self.gate):
+        with injecting(self.capture, given, given, mask, self.gate):
             injected = self.student(input_ids=IDS, labels=IDS, use_cache=False).loss
         loss: Tensor = plain + kv + 3 * injected
         return loss

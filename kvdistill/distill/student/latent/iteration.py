@@ -68,44 +68,22 @@ class Prefix:
     """Keys and values of the prefix; None before its first pass."""
 
 
-@dataclass(frozen=True, eq=False)
-class LatentPass:
-    """Output of one pass over some inputs, and the cache after it."""
-
-    output: Any
-    cache: DynamicCache
-
-    @property
-    def last_hidden(self) -> Tensor:
-        """``[B, T, E]`` of the pass's inputs, after the final norm."""
-        hidden: Tensor = self.output.hidden_states[-1]
-        return hidden
-
-
-def pause(prefix: Prefix, latents_ME: Tensor) -> tuple[Prefix, Tensor]:
-    """Latents that are the same for every question; nothing runs before the answer."""
-    return prefix, latents_ME.expand(prefix.embeds_BTE.shape[0], -1, -1)
-
-
 def jacobi(
-    model: Any, project: Project, prefix: Prefix, latents_ME: Tensor, iterations: int
+    model: Any, project: Project, prefix: Prefix, x_BME: Tensor, iterations: int
 ) -> tuple[Prefix, Tensor]:
     """Refine all latents in parallel: the prefix with its cache, and inputs ``[B, M, E]``.
 
-    The last iteration is left to ``conclude``.
+    The last of at least one iteration is left to ``conclude``.
     """
-    prefix, x_BME = pause(prefix, latents_ME)
-    if not iterations:
-        return prefix, x_BME
     mask = _extended(prefix.mask_BT, x_BME.shape[1])
-    first = _run_after_cache(model, torch.cat([prefix.embeds_BTE, x_BME], 1), mask, None)
-    cached = _truncated(first.cache, prefix.mask_BT.shape[1])
+    first, cache = _run_after_cache(model, torch.cat([prefix.embeds_BTE, x_BME], 1), mask, None)
+    cached = _truncated(cache, prefix.mask_BT.shape[1])
     # The hidden state at bot gives the first latent's input, that of a latent the next one's.
-    x_BME = project(first.last_hidden[:, -x_BME.shape[1] - 1 : -1])
+    x_BME = project(first.hidden_states[-1][:, -x_BME.shape[1] - 1 : -1])
     first_BE = x_BME[:, :1]
     for _ in range(iterations - 1):
-        hidden = _run_after_cache(model, x_BME, mask, cached).last_hidden
-        x_BME = torch.cat([first_BE, project(hidden[:, :-1])], 1)
+        output, _ = _run_after_cache(model, x_BME, mask, cached)
+        x_BME = torch.cat([first_BE, project(output.hidden_states[-1][:, :-1])], 1)
     return Prefix(prefix.embeds_BTE, prefix.mask_BT, cached), x_BME
 
 
@@ -116,34 +94,35 @@ def sequential(
 
     The last latent is left to ``conclude``.
     """
-    first = _run_after_cache(model, prefix.embeds_BTE, prefix.mask_BT, None)
-    cached = grown = _truncated(first.cache, prefix.mask_BT.shape[1])
-    inputs = [project(first.last_hidden[:, -1:])]
+    first, cache = _run_after_cache(model, prefix.embeds_BTE, prefix.mask_BT, None)
+    cached = grown = _truncated(cache, prefix.mask_BT.shape[1])
+    inputs = [project(first.hidden_states[-1][:, -1:])]
     for latent in range(1, num_latents):
-        step = _run_after_cache(model, inputs[-1], _extended(prefix.mask_BT, latent), grown)
-        grown = _truncated(step.cache, prefix.mask_BT.shape[1] + latent)
-        inputs.append(project(step.last_hidden))
+        step, cache = _run_after_cache(model, inputs[-1], _extended(prefix.mask_BT, latent), grown)
+        grown = _truncated(cache, prefix.mask_BT.shape[1] + latent)
+        inputs.append(project(step.hidden_states[-1]))
     return Prefix(prefix.embeds_BTE, prefix.mask_BT, cached), torch.cat(inputs, 1)
 
 
 def conclude(
     model: Any, prefix: Prefix, x_BME: Tensor, tail_BAE: Tensor, tail_mask_BA: Tensor
-) -> tuple[LatentPass, Tensor]:
+) -> tuple[Any, DynamicCache, Tensor]:
     """Run the latents for the last time, together with the tail (eot and the answer).
 
     Returns:
-        The pass, whose last ``M + A`` columns are latents and tail, and the mask of its cache.
+        The model's output, whose last ``M + A`` columns are latents and tail; its cache; the
+        cache's mask.
     """
     embeds = torch.cat([x_BME, tail_BAE], 1)
     if prefix.cached is None:
         embeds = torch.cat([prefix.embeds_BTE, embeds], 1)
     mask = torch.cat([_extended(prefix.mask_BT, x_BME.shape[1]), tail_mask_BA], 1)
-    return _run_after_cache(model, embeds, mask, prefix.cached), mask
+    return *_run_after_cache(model, embeds, mask, prefix.cached), mask
 
 
 def _run_after_cache(
     model: Any, embeds_BTE: Tensor, mask_BT: Tensor, cached: Cached | None
-) -> LatentPass:
+) -> tuple[Any, DynamicCache]:
     """Run ``embeds`` after the cached positions; ``mask`` covers both, ``[B, cached + T]``."""
     position_ids = (mask_BT.cumsum(1) - 1).clamp_min(0)[:, -embeds_BTE.shape[1] :]
     cache = DynamicCache()
@@ -157,7 +136,7 @@ def _run_after_cache(
         use_cache=True,
         output_hidden_states=True,
     )
-    return LatentPass(output, cache)
+    return output, cache
 
 
 def _truncated(cache: DynamicCache, length: int) -> Cached:

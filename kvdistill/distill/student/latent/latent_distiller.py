@@ -24,11 +24,7 @@ from kvdistill.attention.rotary import rotate
 from kvdistill.config.distill import LatentConfig
 from kvdistill.distill.align.layers import LayerMap
 from kvdistill.distill.data.collate import Batch
-from kvdistill.distill.distiller import (
-    Counts,
-    Distiller,
-    StudentOutput,
-)
+from kvdistill.distill.distiller import Counts, Distiller, StudentOutput
 from kvdistill.distill.losses.pointwise import (
     IGNORED_LABEL,
     cross_entropy,
@@ -86,10 +82,8 @@ class RationaleEviction:
     def select(self, group: GroupSpace, key_BLHTD: Tensor, teacher: Batch) -> Eviction:
         """Select the kept tokens per layer and head, padded to the number of latents.
 
-        Args:
-            group: the layers of ``key_BLHTD``.
-            key_BLHTD: stored keys, decoded, unrotated.
-            teacher: the teacher's part of a batch.
+        ``key_BLHTD`` are the group's stored keys, decoded and unrotated; ``teacher`` is the
+        teacher's part of a batch.
         """
         eviction = self.latent.eviction
         layers = group.layer_map.needed
@@ -143,14 +137,11 @@ class LatentDistiller(Distiller):
         self.evictions = {
             name: RationaleEviction.of(self.latent, m) for name, m in manifests.items()
         }
-        self.cues = nn.ModuleDict()
-        if self.losses.codi:
-            ours = self.capture.geometry
-            for teacher in teachers:
-                theirs = manifests[teacher.name]
-                self.cues[str(len(self.cues))] = CueMap(
-                    ours.num_layers, ours.hidden_size, theirs, teacher.depths
-                )
+        ours = self.capture.geometry
+        self.cues = nn.ModuleList(
+            CueMap(ours.num_layers, ours.hidden_size, manifests[teacher.name], teacher.depths)
+            for teacher in (teachers if self.losses.codi else ())
+        )
 
     def capture_of(self, student: LatentStudent) -> KVCapture:
         """Capture of the language model inside the student."""
@@ -160,9 +151,8 @@ class LatentDistiller(Distiller):
     def count(batch: Batch) -> dict[str, Tensor]:
         """As ``Distiller.count``, with labels of the full text and samples for the CODI term."""
         counts = {"num_labels": num_predicted(batch["labels"]), "num_covered": num_covered(batch)}
-        words = batch.get("rationale_labels")
-        none = torch.zeros_like(counts["num_labels"])
-        counts["num_words"] = none if words is None else num_predicted(words)
+        if "rationale_labels" in batch:
+            counts["num_words"] = num_predicted(batch["rationale_labels"])
         counts["num_samples"] = _answered(batch).sum()
         return counts
 
@@ -230,10 +220,9 @@ class LatentDistiller(Distiller):
         """Smooth-L1 of the layers' outputs before the answer (CODI, arXiv 2502.21074)."""
         mask_B = _answered(batch)
         errors = []
-        for cue_map, space in zip(self.cues.values(), self.teachers, strict=True):
-            target_BLE = batch["teachers"][space.name]["cue"]
-            ours, theirs = cue_map(view.cue_BLE, target_BLE)
-            errors.append(hidden_error(ours, theirs))
+        for cue_map, space in zip(self.cues, self.teachers, strict=True):
+            compared = cue_map(view.cue_BLE, batch["teachers"][space.name]["cue"])
+            errors.append(hidden_error(*compared))
         error_B = torch.stack(errors).mean(0)
         number = counts.get("num_samples", mask_B.sum())
         total: Tensor = torch.where(mask_B, error_B, 0.0).sum()
@@ -251,9 +240,8 @@ class CueMap(nn.Module):
     ) -> None:
         super().__init__()
         width = teacher.hidden_size
-        self.widen = nn.ModuleList()
-        if width != hidden_size:
-            self.widen = nn.ModuleList(nn.Linear(hidden_size, width) for _ in range(num_layers))
+        num_maps = 0 if width == hidden_size else num_layers
+        self.widen = nn.ModuleList(nn.Linear(hidden_size, width) for _ in range(num_maps))
         # Stored are the kept layers' inputs and the final output: row i + 1 is layer i's output.
         stored = sorted(teacher.layers)
         nearest = [min(range(len(stored)), key=lambda i: abs(stored[i] - d)) for d in depths]

@@ -17,17 +17,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from kvdistill.attention.padded_generation import pad_left, through_first
 from kvdistill.config.distill import LatentConfig
 from kvdistill.distill.student.build import prompt_ids
 from kvdistill.distill.student.latent.iteration import (
-    LatentPass,
     LatentProjector,
     Prefix,
     conclude,
     jacobi,
-    pause,
     sequential,
 )
 from kvdistill.errors import StudentError
@@ -41,7 +40,9 @@ BACKBONE_PREFIX: Final = "backbone."
 class Thought:
     """The last pass of a latent student: over latents, eot and (in training) the answer."""
 
-    run: LatentPass
+    output: Any
+    """The language model's, with hidden states."""
+    cache: DynamicCache
     mask_BT: Tensor
     """Long; covers all positions of the cache."""
     num_latents: int
@@ -50,19 +51,20 @@ class Thought:
     @property
     def answer_logits(self) -> Tensor:
         """``[B, 1 + A, V]``: column 0, at eot, predicts the answer's first token."""
-        logits: Tensor = self.run.output.logits[:, -self.num_tail :]
+        logits: Tensor = self.output.logits[:, -self.num_tail :]
         return logits
 
     @property
     def cue(self) -> Tensor:
         """``[B, L, E]``: every layer's output at eot, the last after the final norm."""
-        layers = [h[:, -self.num_tail] for h in self.run.output.hidden_states[1:]]
+        layers = [h[:, -self.num_tail] for h in self.output.hidden_states[1:]]
         return torch.stack(layers, 1)
 
     @property
     def latents(self) -> Tensor:
-        """``[B, M, E]``: last hidden states of the latent positions."""
-        return self.run.last_hidden[:, self.columns]
+        """``[B, M, E]``: last hidden states of the latent positions, after the final norm."""
+        hidden: Tensor = self.output.hidden_states[-1][:, self.columns]
+        return hidden
 
     @property
     def columns(self) -> slice:
@@ -123,12 +125,12 @@ class LatentStudent(nn.Module):
         bot = self.bot_E.expand(embeds.shape[0], 1, -1).to(embeds.dtype)
         mask = torch.cat([question_mask_BT.long(), question_mask_BT.new_ones(len(bot), 1)], 1)
         prefix = Prefix(torch.cat([embeds, bot], 1), mask.long())
-        latents = self.latents_ME.to(embeds.dtype)
-        if self.projector is None:
-            return pause(prefix, latents)
-        if self.config.method == "codi":
+        if self.config.method == "codi" and self.projector is not None:
             return sequential(self.backbone, self.projector, prefix, self.config.num_latents)
-        return jacobi(self.backbone, self.projector, prefix, latents, self.config.iterations)
+        x_BME = self.latents_ME.to(embeds.dtype).expand(len(embeds), -1, -1)
+        if self.projector is None:
+            return prefix, x_BME
+        return jacobi(self.backbone, self.projector, prefix, x_BME, self.config.iterations)
 
     def conclude(
         self,
@@ -144,8 +146,8 @@ class LatentStudent(nn.Module):
             tail = torch.cat([tail, self.get_input_embeddings()(answer_BA)], 1)
             given = torch.ones_like(answer_BA) if answer_mask_BA is None else answer_mask_BA.long()
             mask = torch.cat([mask, given], 1)
-        found, all_mask = conclude(self.backbone, prefix, x_BME, tail, mask)
-        return Thought(found, all_mask, x_BME.shape[1], tail.shape[1])
+        found = conclude(self.backbone, prefix, x_BME, tail, mask)
+        return Thought(*found, x_BME.shape[1], tail.shape[1])
 
     def generate(
         self, tokenizer: Any, questions: Sequence[str], max_new_tokens: int | None = None
@@ -160,12 +162,7 @@ class LatentStudent(nn.Module):
         """Write the language model as an ordinary folder, and the latents' weights beside it."""
         folder = Path(folder)
         state = self.state_dict() if state_dict is None else state_dict
-        backbone, latent = {}, {}
-        for name, value in state.items():
-            if name.startswith(BACKBONE_PREFIX):
-                backbone[name.removeprefix(BACKBONE_PREFIX)] = value
-            else:
-                latent[name] = value.contiguous()
+        backbone, latent = split_state(state, BACKBONE_PREFIX)
         self.backbone.save_pretrained(folder, state_dict=backbone)
         save_file(latent, folder / LATENT_FILE)
         (folder / SETTINGS_FILE).write_text(self.config.model_dump_json(indent=1), encoding="utf-8")
@@ -196,6 +193,15 @@ class LatentStudent(nn.Module):
                 f"{missing}, unexpected {found.unexpected_keys}; copy both from one run"
             )
         return student.eval()
+
+
+def split_state(
+    state: Mapping[str, Tensor], prefix: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The entries under ``prefix``, without it, and all others, contiguous."""
+    inside = {k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)}
+    outside = {k: x.contiguous() for k, x in state.items() if not k.startswith(prefix)}
+    return inside, outside
 
 
 def is_latent(folder: Path) -> bool:
@@ -252,21 +258,20 @@ def left_padded(tokenizer: Any, questions: Sequence[str]) -> tuple[Tensor, Tenso
 def _continue_greedily(
     student: LatentStudent, thought: Thought, max_new_tokens: int, eos_id: int | None
 ) -> list[list[int]]:
-    cache, mask = thought.run.cache, thought.mask_BT
+    end = -1 if eos_id is None else eos_id
+    mask = thought.mask_BT
     token_B = thought.answer_logits[:, 0].argmax(-1)
-    generated = [token_B]
-    done = token_B == eos_id if eos_id is not None else torch.zeros_like(token_B, dtype=torch.bool)
+    generated, done = [token_B], token_B == end
     while len(generated) < max_new_tokens and not bool(done.all()):
         mask = F.pad(mask, (0, 1), value=1)
         output = student.backbone(
             input_ids=token_B[:, None],
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1)[:, -1:],
-            past_key_values=cache,
+            past_key_values=thought.cache,
             use_cache=True,
         )
         token_B = output.logits[:, -1].argmax(-1)
         generated.append(token_B)
-        if eos_id is not None:
-            done = done | (token_B == eos_id)
-    return [through_first(row, [eos_id]) for row in torch.stack(generated, 1).tolist()]
+        done = done | (token_B == end)
+    return [through_first(row, [end]) for row in torch.stack(generated, 1).tolist()]

@@ -95,10 +95,10 @@ def diagnose_latents(
         StudentError: there are no latents.
     """
     gradable = [sample for sample in samples if is_gradable(sample)]
-    tampered_shares = tamper_with(
+    shares = tamper_with(
         student, tokenizer, gradable, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
-    metrics = found.metrics | {f"exact_match_{name}": x for name, x in tampered_shares.items()}
+    metrics = found.metrics | {f"exact_match_{name}": share for name, share in shares.items()}
     latents = read_latents(student, tokenizer, gradable, batch_size=batch_size)
     if sum(bool(intermediate_results(sample)) for sample in gradable) >= MIN_SAMPLES:
         probes = probe(latents, gradable)
@@ -151,14 +151,10 @@ def tampered(student: LatentStudent, tamper: Tamper) -> Think:
         with capture() as captured:
             thought = student.conclude(prefix, x_BME)
         columns = thought.columns
-        replacements = [
-            {kind: tamper(getattr(layer, kind)[:, :, columns]) for kind in ("key", "value")}
-            for layer in captured
-        ]
 
         def rewrite(x_BHTD: Tensor, layer: int, kind: Kind) -> Tensor:
             out = x_BHTD.clone()
-            out[:, :, columns] = replacements[layer][kind]
+            out[:, :, columns] = tamper(getattr(captured[layer], kind)[:, :, columns])
             return out
 
         with capture.rewriting(rewrite):
@@ -190,7 +186,7 @@ def read_latents(
         ids, mask = left_padded(tokenizer, questions)
         thought = student(ids.to(device), mask.to(device))
         hidden.append(thought.latents.float().cpu())
-        logits = thought.run.output.logits[:, thought.columns]
+        logits = thought.output.logits[:, thought.columns]
         nearest.append(logits.topk(num_nearest, dim=-1).indices.cpu())
     student.train(was_training)
     return Latents(torch.cat(hidden), torch.cat(nearest))

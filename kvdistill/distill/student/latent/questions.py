@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from kvdistill.attention.padded_generation import pad_left
 from kvdistill.config.distill import LatentConfig
@@ -68,19 +70,6 @@ class LatentCollate(Collate):
         }
         return batch
 
-    def without_weight(self, batch: Batch) -> Batch:
-        """The same batch, masked so that no loss counts anything of it."""
-        teachers = {
-            name: {**teacher, "covered": torch.zeros_like(teacher["covered"])}
-            for name, teacher in batch["teachers"].items()
-        }
-        ignored: Batch = {
-            name: torch.full_like(batch[name], IGNORED_LABEL)
-            for name in ("labels", "rationale_labels")
-            if name in batch
-        }
-        return {**batch, **ignored, "teachers": teachers}
-
     def _student(self, samples: list[Sample]) -> Batch:
         pad_id = self.tokenizer.pad_token_id or 0
         questions, answers = zip(*(question_and_answer(sample) for sample in samples), strict=True)
@@ -93,19 +82,13 @@ class LatentCollate(Collate):
         ]
         answer_ids = padded(rows, pad_id)
         answer_mask = padded([np.ones_like(ids) for ids in rows], 0).bool()
-        labels = torch.cat(
-            [
-                torch.full_like(answer_ids[:, :1], IGNORED_LABEL),
-                answer_ids.masked_fill(~answer_mask, IGNORED_LABEL),
-            ],
-            dim=1,
-        )
+        labels = answer_ids.masked_fill(~answer_mask, IGNORED_LABEL)
         return {
             "question_ids": question_ids,
             "question_mask": question_mask,
             "answer_ids": answer_ids,
             "answer_mask": answer_mask,
-            "labels": labels,
+            "labels": F.pad(labels, (1, 0), value=IGNORED_LABEL),
             **(self._full_text(samples, pad_id) if self.losses.rationale else {}),
         }
 
@@ -126,10 +109,11 @@ class LatentCollate(Collate):
         segment = padded([shard.tokens.segment[shard.tokens.span(idx)] for shard, idx in rows], -1)
         rationale = segment == SEGMENT_IDS["rationale"]
         num_kept = rationale.sum(1, keepdim=True).clamp_max(self.latent.budget)
+        keys = [f"{self.latent.eviction.seed} {sample.sample_id}" for sample in samples]
         batch: Batch = {
             "rationale": rationale,
             "covered": torch.arange(self.latent.positions) < num_kept,
-            "seed": torch.tensor([self._seed(sample) for sample in samples]),
+            "seed": torch.tensor([zlib.crc32(key.encode()) for key in keys]),
         }
         for kind in KINDS if self.losses.of_kv else ():
             batch[kind] = {
@@ -145,9 +129,6 @@ class LatentCollate(Collate):
             cues = [shard.arrays["hidden_at_cue"][:, idx] for shard, idx in rows]
             batch["cue"] = torch.from_numpy(np.stack(cues))
         return batch
-
-    def _seed(self, sample: Sample) -> int:
-        return zlib.crc32(f"{self.latent.eviction.seed} {sample.sample_id}".encode())
 
 
 def question_and_answer(sample: Sample) -> tuple[str, str]:
@@ -165,12 +146,10 @@ def question_and_answer(sample: Sample) -> tuple[str, str]:
     return parts["prompt"], parts["answer"]
 
 
-def _padded_importance(
-    rows: list[tuple[EncodedShard, int]], name: str, length: int
-) -> torch.Tensor:
+def _padded_importance(rows: list[tuple[EncodedShard, int]], name: str, length: int) -> Tensor:
     """Importance of every row, zero-padded: ``[B, L, H, T]`` float32."""
     pieces = [shard.arrays[name][:, :, shard.tokens.span(idx)] for shard, idx in rows]
     out = np.zeros((len(pieces), *pieces[0].shape[:2], length), np.float32)
-    for row, piece in enumerate(pieces):
-        out[row, :, :, : piece.shape[2]] = piece
+    for row, piece in zip(out, pieces, strict=True):
+        row[:, :, : piece.shape[2]] = piece
     return torch.from_numpy(out)

@@ -150,7 +150,7 @@ def test_zeroed_latents_are_keys_and_values_of_zero_in_every_layer() -> None:
     student = student_of(method="pause")
     ids = torch.tensor([[1, 9, 8, 7]])
     thought = tampered(student, TAMPERINGS["zeroed"])(ids, torch.ones_like(ids))
-    for layer in thought.run.cache.layers:
+    for layer in thought.cache.layers:
         assert float(layer.values[:, :, thought.columns].abs().max()) == 0
         assert float(layer.keys[:, :, thought.columns].abs().max()) == 0
         assert float(layer.values[:, :, -1].abs().max()) > 0
