@@ -4,11 +4,10 @@ A text student is scored by likelihood (``perplexity.py``) and, on request, by e
 answers. A latent student is scored by exact match alone: it generates no rationale whose tokens
 could have a likelihood. Rows are kept because runs are compared sample by sample.
 
-Prompts are batched by length and left-padded. A sample's answer does not depend on its batch (up to
-rounding): all samples have the same token budget, and a prompt that does not fit into the model's
-positions beside it is left-truncated. Forward passes are those that wait for one another, counted
-for the sample alone, as in KaVa (arXiv 2510.02312): one over the prompt (of a latent student, the
-passes over its latents), which gives the first token, and one for each further token.
+Prompts are batched by length and left-padded; one that does not fit into the model's positions
+beside the token budget is left-truncated. Forward passes are those that wait for one another,
+counted for the sample alone as in KaVa (arXiv 2510.02312): one over the prompt (of a latent
+student, the passes over its latents), which gives the first token, and one per further token.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from kvdistill.distill.student.latent.model import LATENT_FILE, is_latent, split
 from kvdistill.errors import StudentError
 
 PROJECTORS_FILE: Final = "projectors.safetensors"
+
 STUDENT_PREFIX: Final = "student."
 
 

@@ -29,11 +29,15 @@ log = logging.getLogger(__name__)
 
 WINDOW: Final = 64
 """Steps of the running median."""
+
 MIN_STEPS: Final = 8
 """Steps before the median is compared with."""
+
 MAX_NAMED: Final = 8
 """Samples listed in a message; a batch may hold hundreds."""
+
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
 RISING: Final = frozenset({"exact_match"})
 """Metrics of which more is better; of all others less is."""
 

@@ -181,11 +181,11 @@ def initialise_projectors(distiller: Distiller, batches: Iterable[Batch], init: 
         moved = send_to_device(batch, device)
         view = distiller.run_student(moved)
         targets = distiller.targets(moved["teachers"])
-        for t, teacher in enumerate(distiller.teachers):
-            mask = moved["teachers"][teacher.name]["covered"]
-            for kind in KINDS:
-                head = distiller.head(teacher.name, kind)
-                for i, target in enumerate(targets[kind][t]):
+        for kind in KINDS:
+            rows = zip(distiller.teachers, distiller.heads_of(kind), targets[kind], strict=True)
+            for teacher, head, groups in rows:
+                mask = moved["teachers"][teacher.name]["covered"]
+                for i, target in enumerate(groups):
                     moments[head, i].add(target, head.of_group(view.kind(kind), i), mask)
     for (head, i), found in moments.items():
         projection: Any = head.project[i]

@@ -45,8 +45,10 @@ log = logging.getLogger(__name__)
 
 STREAM: Final = "stream.json"
 """Position in the stream, in a checkpoint."""
+
 GUARD: Final = "recent_losses.json"
 """State of the ``StepGuard``, in a checkpoint."""
+
 BEST: Final = "best"
 """Folder of the best student so far, beside the checkpoints."""
 
@@ -272,29 +274,17 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
 
     def _score(self, prefix: str) -> dict[str, float]:
         """Held-out likelihood and exact match; of a latent student exact match alone."""
-        training, latent, distiller = (
-            self.experiment.training,
-            self.experiment.latent,
-            self.distiller,
-        )
+        training, latent = self.experiment.training, self.experiment.latent
+        limits: dict[str, Any] = {"batch_size": training.batch_size}
+        answers, distiller = training.exact_match_samples, self.distiller
         inputs = (distiller.student, self.processing_class, self.evaluation)
-        size, answers = training.batch_size, training.exact_match_samples
         with gathered(distiller):
             if latent is not None:
-                self.held_out = score_latent(
-                    *inputs,
-                    batch_size=size,
-                    max_new_tokens=latent.max_new_tokens,
-                    answer=answers or None,
-                )
+                limits |= {"answer": answers or None, "max_new_tokens": latent.max_new_tokens}
+                self.held_out = score_latent(*inputs, **limits)
             else:
-                self.held_out = score_held_out(
-                    *inputs,
-                    max_length=training.max_length,
-                    batch_size=size,
-                    answer=answers,
-                    max_new_tokens=training.max_new_tokens,
-                )
+                limits |= {"answer": answers, "max_new_tokens": training.max_new_tokens}
+                self.held_out = score_held_out(*inputs, max_length=training.max_length, **limits)
         return {f"{prefix}_{key}": value for key, value in self.held_out.metrics.items()}
 
     @property

@@ -9,9 +9,8 @@ do not depend on its batch.
 ``sequential``  x_1 = prj(h_bot), x_{j+1} = prj(h_j), one latent at a time (CODI, arXiv 2502.21074)
 
 After t iterations the first t latents equal those of the sequential form, so T = M is that form and
-T = 0 is pause tokens (arXiv 2310.02226). The last run of the latents is merged with the pass over
-eot and the answer. Every run starts from the same keys and values of the question: caches are
-built by concatenation and never written in place, so gradients flow through all iterations.
+T = 0 is pause tokens (arXiv 2310.02226). Caches are built by concatenation and never written in
+place, so gradients flow through all iterations.
 """
 
 from __future__ import annotations

@@ -110,11 +110,7 @@ class LatentStudent(nn.Module):
     ) -> Thought:
         """Run the latents, and the answer if given (teacher forcing).
 
-        Args:
-            question_BT: token ids, left-padded.
-            question_mask_BT: 0 on padding.
-            answer_BA: token ids of the answer, right-padded.
-            answer_mask_BA: 0 on padding.
+        Questions are left-padded token ids, answers right-padded; masks are 0 on padding.
         """
         prefix, x_BME = self.think(question_BT, question_mask_BT)
         return self.conclude(prefix, x_BME, answer_BA, answer_mask_BA)
@@ -221,14 +217,9 @@ def answer(
     max_new_tokens: int,
     think: Think | None = None,
 ) -> list[list[int]]:
-    """Generate greedy answers, from the cache that the latents leave.
+    """Generate greedy answers to one batch of questions, from the cache that the latents leave.
 
-    Args:
-        student: on any device.
-        tokenizer: its tokenizer.
-        questions: one batch of texts.
-        max_new_tokens: token budget of an answer.
-        think: replaces the student's forward pass, such as one with tampered latents.
+    ``think`` replaces the student's forward pass, such as one with tampered latents.
 
     Returns:
         Token ids of every answer, up to and including its first EOS token.

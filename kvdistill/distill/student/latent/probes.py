@@ -170,7 +170,6 @@ def read_latents(
     samples: Sequence[Sample],
     *,
     batch_size: int,
-    num_nearest: int = 3,
 ) -> Latents:
     """Run a student on every question and collect its latents, in the samples' order.
 
@@ -187,7 +186,7 @@ def read_latents(
         thought = student(ids.to(device), mask.to(device))
         hidden.append(thought.latents.float().cpu())
         logits = thought.output.logits[:, thought.columns]
-        nearest.append(logits.topk(num_nearest, dim=-1).indices.cpu())
+        nearest.append(logits.topk(3, dim=-1).indices.cpu())
     student.train(was_training)
     return Latents(torch.cat(hidden), torch.cat(nearest))
 
