@@ -62,7 +62,7 @@ class Latents:
 
     hidden_NME: Tensor
     nearest_NMK: Tensor
-    """Ids of the likeliest tokens under the language-model head, best first."""
+    """Ids of the three likeliest tokens under the language-model head, best first."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def diagnose_latents(
     ``exact_match_zeroed``, ``…_shuffled``, ``…_swapped``   exact match under each tampering
     ``probe_<step>``       accuracy of the best latent's probe for a step's result
     ``commonest_<step>``   accuracy of guessing; both only where rationales have equations
-    Rows get ``nearest_tokens``: per latent its likeliest tokens, best first.
+    Rows get ``nearest_tokens``: per latent its three likeliest tokens, best first.
 
     Raises:
         StudentError: there are no latents.
