@@ -21,24 +21,15 @@ def teacher_errors(
     alpha_NBLT: Tensor,
     losses: LossConfig,
 ) -> dict[str, Tensor]:
-    """One kind in mode ``student_to_teacher``: cosine and relation, weighted by teacher.
+    """One kind in mode ``student_to_teacher``, weighted by teacher: ``[B, T]`` maps by name.
 
-    The regression error itself is ``losses.regression_error``, which materialises no prediction.
-
-    Args:
-        student_BLHTD: the student's keys or values.
-        heads: one per teacher, of that kind.
-        targets: per teacher and group.
-        alpha_NBLT: fusion weights; L may be 1.
-        losses: which errors have a weight.
-
-    Returns:
-        ``[B, T]`` maps by name: ``cosine`` and ``relation`` where they have a weight.
+    ``cosine`` and ``relation`` where they have a weight in ``losses``; the regression error itself
+    is ``losses.regression_error``, which materialises no prediction. ``heads`` are one per teacher,
+    ``targets`` per teacher and group; L of ``alpha_NBLT`` may be 1.
     """
     num_layers = student_BLHTD.shape[1]
     alpha = alpha_NBLT.expand(-1, -1, num_layers, -1)
     maps: dict[str, Tensor] = {}
-
     for i, head in enumerate(heads):
         groups = zip(head.groups, head.predictions(student_BLHTD), targets[i], strict=True)
         for group_idx, (group, ours, target) in enumerate(groups):

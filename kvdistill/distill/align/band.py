@@ -71,13 +71,7 @@ class AlignmentQuality:
 
 
 def quality(band: Band, student_mask_BT: Tensor, teacher_mask_BT: Tensor) -> AlignmentQuality:
-    """Count coverage, one-to-one matches and orphans of a batch.
-
-    Args:
-        band: alignment of the batch.
-        student_mask_BT: real student tokens, bool.
-        teacher_mask_BT: real teacher tokens, bool.
-    """
+    """Count coverage, one-to-one matches and orphans of a batch; masks are True on real tokens."""
     num_columns = teacher_mask_BT.shape[1]
     used = band.weight > 0
     columns = band.columns(num_columns).flatten(1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,9 +29,6 @@ from kvdistill.store.shard import EncodedShard
 from kvdistill.types import KINDS, SEGMENT_IDS, SEGMENT_SPECIAL, CodecSpec, Kind
 
 Batch = dict[str, Any]
-
-TEXTS_PER_CALL: Final = 1000
-"""Texts per call of the tokenizer, which spreads them over the cores."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,9 +189,9 @@ def _student_tokens(
 def token_counts(tokenizer: Any, samples: Sequence[Sample], max_length: int) -> NDArray[np.int64]:
     """Tokens of every sample as ``tokenize`` gives them: ``[N]``. Costs a pass over the texts."""
     special = sum(i is not None for i in (tokenizer.bos_token_id, tokenizer.eos_token_id))
-    counts = []
-    for start in range(0, len(samples), TEXTS_PER_CALL):
-        texts = [sample.text for sample in samples[start : start + TEXTS_PER_CALL]]
+    counts, per_call = [], 1000  # a call spreads its texts over the cores
+    for start in range(0, len(samples), per_call):
+        texts = [sample.text for sample in samples[start : start + per_call]]
         ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         counts += [min(len(row) + special, max_length) for row in ids["input_ids"]]
     return np.array(counts, np.int64)

@@ -1,7 +1,7 @@
 """Placebos: targets with a teacher's statistics that carry no information about their text.
 
-A gain that a placebo shares is regularisation, not knowledge, so a study that claims knowledge
-needs placebos as arms. Both are made while streaming, from the stored shards: no new extraction.
+A gain that a placebo shares is regularisation, not knowledge. Both are made while streaming, from
+the stored shards: no new extraction.
 
 ``shuffled``  another text's keys and values, of similar length and from the same shard: real in
               their distribution and in how they follow one another in time, but about another text.

@@ -144,11 +144,11 @@ class KVStream(IterableDataset[Batch]):
         batch_size: int,
         read_threads: int,
         batches_ahead: int,
-        rank: Rank | None = None,
+        rank: Rank,
     ) -> None:
         self.source, self.collate, self.order = source, collate, order
         self.read_threads, self.batches_ahead = read_threads, batches_ahead
-        self.rank = rank or Rank()
+        self.rank = rank
         self.epoch = 0
         self.position = 0
         units_per_batch = batch_size if order.buckets is None else 1

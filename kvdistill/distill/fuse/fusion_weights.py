@@ -68,9 +68,7 @@ class FusionWeights(nn.Module):
     def forward(self, batch: Batch, hidden_BTE: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights ``[N, B, L, T]`` (L may be 1), and which teacher counts where ``[N, B, T]``.
 
-        Args:
-            batch: as ``Collate`` makes it.
-            hidden_BTE: the student's last hidden state, where ``needs_hidden``.
+        ``hidden_BTE`` is the student's last hidden state, where ``needs_hidden``.
         """
         teachers = [batch["teachers"][name] for name in self.names]
         covered_NBT = torch.stack([teacher["covered"] for teacher in teachers])
