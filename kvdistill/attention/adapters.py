@@ -34,7 +34,6 @@ class QKV(NamedTuple):
 
 TeacherKind = Literal["decoder", "encoder", "encoder_decoder"]
 
-
 Cut = Callable[[tuple[Tensor, ...], Heads], QKV]
 """From the tapped outputs of a layer to its heads: views wherever the layout allows, so that
 writing into a cut of a tapped output changes the output (``KVCapture.rewriting``)."""
@@ -143,43 +142,29 @@ OPT: Final = replace(PLAIN, name="OPT", layers="decoder.layers")
 BERT: Final = Adapter(
     "BERT", "encoder.layer", "attention.self", ("query", "key", "value"), separate, kind="encoder"
 )
-DISTILBERT: Final = Adapter(
-    "DistilBERT",
-    "transformer.layer",
-    "attention",
-    ("q_lin", "k_lin", "v_lin"),
-    separate,
-    kind="encoder",
+DISTILBERT: Final = replace(
+    BERT,
+    name="DistilBERT",
+    layers="transformer.layer",
+    attention="attention",
+    taps=("q_lin", "k_lin", "v_lin"),
 )
 MODERNBERT: Final = Adapter("ModernBERT", "layers", "attn", ("Wqkv",), fused, kind="encoder")
 
 _BART = replace(PLAIN, kind="encoder_decoder")
+_BART_DECODER = replace(_BART, name="BART decoder", layers="decoder.layers", stream="decoder")
 BART: Final = (
     replace(_BART, name="BART encoder", layers="encoder.layers", stream="encoder"),
-    replace(_BART, name="BART decoder", layers="decoder.layers", stream="decoder"),
-    replace(
-        _BART, name="BART cross", layers="decoder.layers", attention="encoder_attn", stream="cross"
-    ),
+    _BART_DECODER,
+    replace(_BART_DECODER, name="BART cross", attention="encoder_attn", stream="cross"),
 )
 
-_T5 = Adapter(
-    "T5",
-    "encoder.block",
-    "layer.0.SelfAttention",
-    ("q", "k", "v"),
-    separate,
-    kind="encoder_decoder",
-)
+_T5 = replace(_BART, attention="layer.0.SelfAttention", taps=("q", "k", "v"))
+_T5_DECODER = replace(_T5, name="T5 decoder", layers="decoder.block", stream="decoder")
 T5: Final = (
-    replace(_T5, name="T5 encoder", stream="encoder"),
-    replace(_T5, name="T5 decoder", layers="decoder.block", stream="decoder"),
-    replace(
-        _T5,
-        name="T5 cross",
-        layers="decoder.block",
-        attention="layer.1.EncDecAttention",
-        stream="cross",
-    ),
+    replace(_T5, name="T5 encoder", layers="encoder.block", stream="encoder"),
+    _T5_DECODER,
+    replace(_T5_DECODER, name="T5 cross", attention="layer.1.EncDecAttention", stream="cross"),
 )
 
 # fmt: off
@@ -204,19 +189,15 @@ ADAPTERS: Final[dict[str, tuple[Adapter, ...]]] = {
 # fmt: on
 """Adapter of every known ``model_type``; an encoder-decoder has one per stream."""
 
-
 REFUSED: Final[dict[str, str]] = dict.fromkeys(
     ("deepseek_v2", "deepseek_v3", "deepseek_v32", "minicpm3", "kimi_linear", "longcat_flash"),
     "multi-head latent attention: a key is a latent and a shared rotary part, and one stored "
     "key per head would have its rotary channels at the end, which the store cannot describe",
 )
 
-
-STRANGERS: Final[tuple[Adapter, ...]] = tuple(
-    sorted(
-        {a for known in ADAPTERS.values() for a in known if a.stream == "self"},
-        key=lambda a: (not a.key_norm, a.name),
-    )
+STRANGERS: Final[list[Adapter]] = sorted(
+    {a for known in ADAPTERS.values() for a in known if a.stream == "self"},
+    key=lambda a: (not a.key_norm, a.name),
 )
 """Adapters to try on an unknown model type; those with key norms first, since a plain adapter
 fits the same modules and fails verification."""

@@ -23,8 +23,6 @@ from torch import Tensor
 from kvdistill.errors import ConfigError, GeometryError
 from kvdistill.types import EvictionMethod
 
-DEFAULT_BUDGET: Final = 24
-"""KaVa's number of latent positions."""
 DEFAULT_MIX: Final = 0.1
 """λ, the share of importance, in both R-KV papers."""
 WINDOW, POOL, ALIKE = 8, 7, 0.5
@@ -62,7 +60,7 @@ def evict(
     mask_BT: Tensor,
     num_layers: int,
     num_heads: int,
-    budget: int = DEFAULT_BUDGET,
+    budget: int,
     *,
     key_BLHTD: Tensor | None = None,
     importance_BLHT: Tensor | None = None,
@@ -101,7 +99,7 @@ def evict(
     if mask_BT.shape[1] == 0:
         score = rank_BT.float()
     elif method == "full":
-        score, budget = -rank_BT.float(), max(mask_BT.shape[1], 1)
+        score, budget = -rank_BT.float(), mask_BT.shape[1]
     elif method == "right_crop":
         score = -rank_BT.float()
     elif method == "uniform":
@@ -109,8 +107,10 @@ def evict(
     elif method == "random":
         score = _random(_needed(seed_B, method, "seed_B"), shape)
     else:
-        importance = _needed(importance_BLHT, method, "importance_BLHT")
-        score = _ranked(method, importance, key_BLHTD, mask_BT, mix)
+        score = _needed(importance_BLHT, method, "importance_BLHT").float()
+        if method != "importance":
+            rkv = rkv_score if method == "rkv" else rkv_original_score
+            score = rkv(_needed(key_BLHTD, method, "key_BLHTD"), score, mask_BT, mix)
     if score.dim() == 2:
         score = score[:, None, None, :]
     return _keep_best(score.expand(shape), mask_BT, budget)
@@ -119,20 +119,6 @@ def evict(
 def num_evicted(mask_BT: Tensor, budget: int) -> Tensor:
     """Number of tokens of each sample that exceed the budget: long ``[B]``."""
     return (mask_BT.sum(1) - budget).clamp_min(0)
-
-
-def _ranked(
-    method: EvictionMethod,
-    importance_BLHT: Tensor,
-    key_BLHTD: Tensor | None,
-    mask_BT: Tensor,
-    mix: float,
-) -> Tensor:
-    if method == "importance":
-        return importance_BLHT.float()
-    key = _needed(key_BLHTD, method, "key_BLHTD")
-    score = rkv_score if method == "rkv" else rkv_original_score
-    return score(key, importance_BLHT, mask_BT, mix)
 
 
 def _uniform(rank_BT: Tensor, mask_BT: Tensor, budget: int) -> Tensor:
@@ -147,14 +133,14 @@ def _uniform(rank_BT: Tensor, mask_BT: Tensor, budget: int) -> Tensor:
 
 def _random(seed_B: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """Uniform noise, a pure function of (seed, layer, head, token); mixed as splitmix64 does."""
-    b, num_layers, num_heads, num_tokens = shape
+    _, num_layers, num_heads, num_tokens = shape
     token = torch.arange(num_tokens, device=seed_B.device)
     head = torch.arange(num_layers * num_heads, device=seed_B.device)
     counter = (head[:, None] << 32) + token + 1
     x = (seed_B.long()[:, None, None] + 1) * -7046029254386353131 + counter * -7723592293110705685
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         x = (x ^ (x >> shift)) * factor
-    return ((x ^ (x >> 31)) & 0xFFFFFF).float().view(b, num_layers, num_heads, num_tokens)
+    return ((x ^ (x >> 31)) & 0xFFFFFF).float().view(shape)
 
 
 def _keep_best(score_BLHT: Tensor, mask_BT: Tensor, budget: int) -> Eviction:

@@ -57,13 +57,12 @@ def find_sites(model: nn.Module, adapter: Adapter) -> tuple[list[Site], dict[int
         attention = _submodule(layer, adapter.attention)
         taps = tuple(_submodule(attention, tap) for tap in adapter.taps)
         present = tuple(tap for tap in taps if tap is not None)
-        if attention is None or len(present) < len(taps):
+        if attention is None or present != taps:
             skipped[layer_idx] = f"{type(layer).__name__} without {adapter.attention}"
             continue
         heads = read_heads(attention, config.get_text_config())
-        if (
-            adapter.cut is fused_per_head
-        ):  # a key/value head per query head, whatever a config holds
+        # A key/value head per query head, whatever a config holds.
+        if adapter.cut is fused_per_head:
             heads = heads._replace(num_key_value=heads.num_query)
         found.append(Site(layer_idx, layer, attention, present, heads, adapter))
     if not found:
@@ -173,13 +172,7 @@ class _AttentionProbe(TorchFunctionMode):
         yield site.attention.register_forward_hook(leave)
 
     def kernel(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *args: Any,
-        **options: Any,
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
     ) -> Any:
         """An attention function for ``AttentionInterface``: record, then compute with sdpa.
 
@@ -194,18 +187,9 @@ class _AttentionProbe(TorchFunctionMode):
         if causal is None:
             is_causal = options.get("is_causal")
             causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
-        self._record(
-            AttentionInputs(
-                query,
-                key,
-                value,
-                options.get("scaling"),
-                causal,
-                options.get("sliding_window"),
-                softcap,
-                masks_bias or (bias is not None and bool(bias.any())),
-            )
-        )
+        has_bias = masks_bias or (bias is not None and bool(bias.any()))
+        scaling, window = options.get("scaling"), options.get("sliding_window")
+        self._record(AttentionInputs(query, key, value, scaling, causal, window, softcap, has_bias))
         return sdpa_attention_forward(module, query, key, value, mask, **options)
 
     def __torch_function__(
@@ -233,15 +217,11 @@ def _sdpa_inputs(*args: Any, **options: Any) -> AttentionInputs:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
     given = dict(zip(names, args, strict=False)) | options
     query, key, value = given["query"], given["key"], given["value"]
+    scaling = given.get("scale") or query.shape[-1] ** -0.5
     causal, has_bias = _read_mask(given.get("attn_mask"), query, key)
-    return AttentionInputs(
-        query,
-        key,
-        value,
-        given.get("scale") or query.shape[-1] ** -0.5,
-        given.get("is_causal", False) if causal is None else causal,
-        has_position_bias=has_bias,
-    )
+    if causal is None:
+        causal = given.get("is_causal", False)
+    return AttentionInputs(query, key, value, scaling, causal, has_position_bias=has_bias)
 
 
 def _read_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[bool | None, bool]:

@@ -50,7 +50,7 @@ def verify_student(student: Any) -> Verified:
 
 
 def _student_adapters(base: Any) -> list[Adapter]:
-    """Candidate adapters: the model type's own, or every decoder's for an unknown one."""
+    """The model type's own adapter, or every decoder's for an unknown type."""
     decoders = [adapter for adapter in adapters_for(base) if adapter.kind == "decoder"]
     if not decoders:
         raise AdapterError("an encoder cannot be a student; choose a causal language model")
@@ -62,10 +62,8 @@ def _base_model(student: Any) -> Any:
 
 
 def _unreadable(student: Any, error: AdapterError) -> StudentError:
-    return StudentError(
-        f"keys and values of a student of type {student.config.model_type!r} cannot be read: "
-        f"{error}"
-    )
+    kind = student.config.model_type
+    return StudentError(f"keys and values of a student of type {kind!r} cannot be read: {error}")
 
 
 class KVCapture:
@@ -143,9 +141,8 @@ class KVCapture:
         """Attach hooks that rewrite in recomputed passes, or in all others."""
         for site in self.sites:
             # A single tap holds queries, keys and values; of three, the first holds queries.
-            kinds: list[Sequence[Kind]] = (
-                [KINDS] if len(site.taps) == 1 else [(kind,) for kind in KINDS]
-            )
+            is_fused = len(site.taps) == 1
+            kinds: list[Sequence[Kind]] = [KINDS] if is_fused else [(kind,) for kind in KINDS]
             for tap, held in zip(site.taps[-len(kinds) :], kinds, strict=True):
                 yield tap.register_forward_hook(self._rewriter(site, held, rewrite, replays))
 

@@ -47,15 +47,12 @@ def pad_left(rows: Sequence[TokenIds], pad_id: int) -> tuple[Tensor, Tensor]:
     ids = torch.full((len(rows), width), pad_id)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
-        if len(row):
-            ids[i, width - len(row) :] = torch.as_tensor(row)
-            mask[i, width - len(row) :] = 1
+        ids[i, width - len(row) :] = torch.as_tensor(row)
+        mask[i, width - len(row) :] = 1
     return ids, mask
 
 
 def through_first(ids: list[int], ends: Collection[int | None]) -> list[int]:
     """``ids`` up to and including the first that is in ``ends``; all of them if none is."""
-    for position, token_id in enumerate(ids):
-        if token_id in ends:
-            return ids[: position + 1]
-    return ids
+    first = next((i for i, token_id in enumerate(ids) if token_id in ends), len(ids))
+    return ids[: first + 1]

@@ -32,13 +32,8 @@ def rotate(x: Tensor, position_ids: Tensor, spec: RotarySpec) -> Tensor:
 
 def unrotate(x: Tensor, position_ids: Tensor, spec: RotarySpec) -> Tensor:
     """Inverse of ``rotate``: exact up to float32 rounding, and only for float32 input."""
-    inverse = spec.model_copy(
-        update={
-            "inv_freq": tuple(-f for f in spec.inv_freq),
-            "attention_scaling": 1.0 / spec.attention_scaling,
-        }
-    )
-    return rotate(x, position_ids, inverse)
+    inverse = spec.model_copy(update={"attention_scaling": 1.0 / spec.attention_scaling})
+    return rotate(x, -position_ids, inverse)
 
 
 def rotate_layers(
@@ -90,7 +85,7 @@ def _rotate_by(x: Tensor, angle: Tensor, attention_scaling: float, interleaved: 
     return torch.cat([joined, rest], dim=-1) if rest.shape[-1] else joined
 
 
-def rotary_candidates(model: nn.Module, num_layers: int) -> list[list[RotarySpec]]:
+def rotary_candidates(model: Any, num_layers: int) -> list[list[RotarySpec]]:
     """Rotations that the model's modules allow in each layer, likeliest first.
 
     A rotary module does not say whether channel pairs are halves or neighbours, nor whether a
@@ -100,27 +95,22 @@ def rotary_candidates(model: nn.Module, num_layers: int) -> list[list[RotarySpec
     if not modules:
         table = _position_table(model)
         return [[] if table is None else [table]] * num_layers
-    found: list[list[RotarySpec]] = []
-    for layer_idx in range(num_layers):
-        halves = _read_module(modules[0], model, layer_idx)
-        found.append([halves, halves.model_copy(update={"interleaved": True})])
-    return found
+    halves = [_read_module(modules[0], model, layer_idx) for layer_idx in range(num_layers)]
+    return [[spec, spec.model_copy(update={"interleaved": True})] for spec in halves]
 
 
-def _read_module(module: nn.Module, model: nn.Module, layer_idx: int) -> RotarySpec:
+def _read_module(module: nn.Module, model: Any, layer_idx: int) -> RotarySpec:
     """Measure a rotary module at position 1, in float32."""
     device = next(model.buffers(), next(model.parameters())).device
     extra: dict[str, Any] = {}
     if "layer_type" in inspect.signature(module.forward).parameters:
-        config: Any = model.config
-        extra["layer_type"] = config.get_text_config().layer_types[layer_idx]
+        extra["layer_type"] = model.config.get_text_config().layer_types[layer_idx]
     position_ids = torch.ones(1, 1, dtype=torch.long, device=device)
     with torch.no_grad():
-        cos, sin = module(torch.zeros(1, 1, 1, device=device), position_ids, **extra)
-    cos, sin = cos.flatten().double().cpu(), sin.flatten().double().cpu()
+        output = module(torch.zeros(1, 1, 1, device=device), position_ids, **extra)
+    cos, sin = (x.flatten().double().cpu() for x in output)
     half = cos.numel() // 2
-    is_doubled = torch.equal(cos[:half], cos[half:])
-    once = slice(0, half) if is_doubled else slice(0, None, 2)
+    once = slice(half) if torch.equal(cos[:half], cos[half:]) else slice(None, None, 2)
     measured = _spec(cos[once], sin[once])
     return measured.model_copy(update={"inv_freq": _exact(module, measured.inv_freq)})
 

@@ -38,8 +38,6 @@ from kvdistill.types import Stream
 
 TOLERANCE: Final = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest difference, relative to the largest entry, that rounding explains."""
-
-
 PROBE_TOKENS: Final = 13
 """Length of the verification run; prime, so that no other axis is mistaken for the token axis."""
 
@@ -67,7 +65,7 @@ def fit_adapter(name: str, model: Any, stream: Stream | None) -> Verified:
         if known_adapters(model) or model.config.is_encoder_decoder:
             raise TeacherError(f"teacher {name!r}: {error}") from None
     try:
-        layers, without = verify_cache(model, _probe_ids(model))
+        layers, without = verify_cache(model)
     except AdapterError as error:
         raise TeacherError(f"teacher {name!r}: {error}") from None
     return Verified(CACHE, [], without, layers)
@@ -202,11 +200,7 @@ def _relative_difference(reference: Tensor, other: Tensor) -> float:
 
 CACHE: Final = Adapter("own cache, un-rotated", layers="", attention="", taps=(), cut=separate)
 """Stands for the absence of an adapter: keys and values come from the model's own cache."""
-
-
 SHIFT: Final = 7
-
-
 CACHE_TOLERANCE: Final = 1e-4
 """Relative to the largest entry; rotations at two positions differ by float32 rounding."""
 
@@ -234,7 +228,7 @@ def forward_through_cache(
     return hidden
 
 
-def verify_cache(model: Any, input_ids: Tensor) -> tuple[list[VerifiedLayer], dict[int, str]]:
+def verify_cache(model: Any) -> tuple[list[VerifiedLayer], dict[int, str]]:
     """Find the rotation of every cached layer: ``(layers, {layer without keys: why})``.
 
     Raises:
@@ -252,10 +246,9 @@ def verify_cache(model: Any, input_ids: Tensor) -> tuple[list[VerifiedLayer], di
             f"{unfit} it takes no position_ids, without which an un-rotated cache cannot be "
             "verified"
         )
-    mask = torch.ones_like(input_ids)
-    (_, here), (_, there) = (
-        _run_with_cache(model, input_ids, mask, position=p) for p in (0, SHIFT)
-    )
+    ids = _probe_ids(model)
+    mask = torch.ones_like(ids)
+    (_, here), (_, there) = (_run_with_cache(model, ids, mask, position=p) for p in (0, SHIFT))
     verified, skipped = [], {}
     for layer_idx, rotations in enumerate(rotary_candidates(model, len(here.layers))):
         if getattr(here.layers[layer_idx], "keys", None) is None:

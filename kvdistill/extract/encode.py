@@ -12,7 +12,7 @@ depend on the batches either.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +32,7 @@ from kvdistill.store.codecs import CODECS
 from kvdistill.store.codecs.parts import part_name
 from kvdistill.store.format import Counts, group_prefix, shard_arrays
 from kvdistill.store.manifest import TeacherManifest
-from kvdistill.store.shard import EncodedShard, TokenTable, block_ptr
+from kvdistill.store.shard import TokenTable, block_ptr
 from kvdistill.types import KINDS, SEGMENT_SPECIAL, Kind
 
 
@@ -74,14 +74,6 @@ class ShardPacker:
             for dim in (group.head_dim(kind),)
         }
         """Mean and M2 per sample: ``[2, N, L, H, D]`` of every group and kind."""
-
-    def begin(self, batch: TeacherBatch) -> BatchPacker:
-        """Start a batch, of which nothing is kept before its ``finish``."""
-        return BatchPacker(self, batch)
-
-    def shard(self) -> EncodedShard:
-        """The finished shard."""
-        return EncodedShard(self.tokens, self.arrays)
 
     def statistics(self) -> dict[str, ChannelStatistics]:
         """Channel statistics over the tokens of text, by array prefix and kind."""
@@ -162,17 +154,15 @@ class BatchPacker:
             self._moments.append((row, kind, _start_copy(mean), _start_copy(m2)))
             if kept is not None:
                 x_BHTD = kept.keep(x_BHTD.unsqueeze(1)).squeeze(1)
-            self._encode(row, kind, repeat_last(x_BHTD, masks.last_idx_B, masks.stored_mask_BT))
+            codec = self._shard.codecs[kind]
+            x_BHTD = repeat_last(x_BHTD, masks.last_idx_B, masks.stored_mask_BT)
+            encoded = codec.encode(x_BHTD, kind)
+            for part in codec.parts(kind):
+                self._collect(row, part_name(kind, part.suffix), encoded[part.suffix], part.per)
         if received is not None:
             if kept is not None:
                 received = kept.keep(received[:, None, ..., None])[:, 0, ..., 0]
             self._collect(row, "importance", received.to(torch.float16))
-
-    def _encode(self, row: _LayerRow, kind: Kind, x_BHTD: Tensor) -> None:
-        codec = self._shard.codecs[kind]
-        encoded = codec.encode(x_BHTD, kind)
-        for part in codec.parts(kind):
-            self._collect(row, part_name(kind, part.suffix), encoded[part.suffix], part.per)
 
     def _collect(self, row: _LayerRow, name: str, x: Tensor, per: str = "token") -> None:
         self._codes.append((row, f"{row.prefix}{name}", per, _start_copy(x)))
@@ -183,7 +173,9 @@ class BatchPacker:
         Raises:
             NonFiniteError: NaN or infinity; names layer, head and sample.
         """
-        _synchronise(self._masks_on)
+        for device in self._masks_on:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
         sample_idx = list(self._batch.sample_idx)
         self._shard.text_counts[sample_idx] = self._masks.text_mask_BT.sum(dim=1).numpy()
         for row, kind, mean, m2 in self._moments:
@@ -214,15 +206,9 @@ class BatchPacker:
 
 
 def _importance(qkv: QKV, chosen: QueriesAndKeys, layer: VerifiedLayer) -> Tensor:
-    return importance(
-        qkv.query,
-        qkv.key,
-        chosen,
-        layer.scaling,
-        layer.rotary,
-        causal=layer.causal,
-        softcap=layer.softcap,
-    )
+    score = layer.scaling, layer.rotary
+    causal, softcap = layer.causal, layer.softcap
+    return importance(qkv.query, qkv.key, chosen, *score, causal=causal, softcap=softcap)
 
 
 def text_mask(segments: Sequence[NDArray[np.int8]], batch: TeacherBatch) -> Tensor:
@@ -253,12 +239,6 @@ def _start_copy(x: Tensor) -> Tensor:
         return x.cpu()
     pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     return pinned.copy_(x, non_blocking=True)
-
-
-def _synchronise(devices: Iterable[torch.device]) -> None:
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
 
 def moments(x_BHTD: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:

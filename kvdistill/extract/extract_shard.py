@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from kvdistill.attention.hooks import Site, attached
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
-from kvdistill.extract.encode import ShardPacker, text_mask
+from kvdistill.extract.encode import BatchPacker, ShardPacker, text_mask
 from kvdistill.extract.generate import generate_rationales
 from kvdistill.extract.teacher import Teacher
 from kvdistill.extract.tokenise import (
@@ -82,7 +82,8 @@ def extract_samples(
         if on_batch is not None:
             on_batch(sum(tokenised[i].num_tokens for i in sample_idx))
     seconds = time.monotonic() - started
-    shard = replace(packer.shard(), texts=None if own_texts is None else tuple(own_texts))
+    texts = None if own_texts is None else tuple(own_texts)
+    shard = EncodedShard(packer.tokens, packer.arrays, texts=texts)
     return ExtractedShard(shard, packer.statistics(), truncated, skipped, seconds, table.num_tokens)
 
 
@@ -153,7 +154,7 @@ def _run_whole(teacher: Teacher, batch: TeacherBatch, packer: ShardPacker) -> No
     segments = packer.segments(batch)
     cues_B = torch.tensor([cue(segment) for segment in segments])
     inputs_LBE: list[Tensor] = []
-    packed = packer.begin(batch)
+    packed = BatchPacker(packer, batch)
     with ExitStack() as hooks:
         if manifest.has_hidden_at_cue:
             hooks.enter_context(_layer_inputs(teacher.sites, cues_B, inputs_LBE))

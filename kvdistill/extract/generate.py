@@ -66,7 +66,8 @@ def generate_rationales(
         )
         decoded = tokenizer.batch_decode(written, skip_special_tokens=True)
         for i, text in zip(chosen, decoded, strict=True):
-            texts[i] = _cut_at_stop(text, config.stop)
+            ends = [end for stop in config.stop if (end := text.find(stop)) >= 0]
+            texts[i] = text[: min(ends, default=len(text))].rstrip()
     return [_with_rationale(sample, text) for sample, text in zip(samples, texts, strict=True)]
 
 
@@ -121,11 +122,6 @@ def _without_end(prompt: TokenisedSample, tokenizer: Any) -> TokenisedSample:
     while end and prompt.segment[end - 1] < 0 and int(prompt.token_ids[end - 1]) in special:
         end -= 1
     return prompt.part(slice(None, end))
-
-
-def _cut_at_stop(text: str, stops: Sequence[str]) -> str:
-    ends = [position for stop in stops if (position := text.find(stop)) >= 0]
-    return text[: min(ends, default=len(text))].rstrip()
 
 
 def _with_rationale(sample: Sample, text: str) -> Sample:

@@ -68,7 +68,11 @@ class PromptTemplate:
             if isinstance(piece, str):
                 part = piece
             else:
-                _refuse_plain_text(piece, sample)
+                if piece.name in PLACEHOLDERS[1:] and "text" in dict(sample.segments):
+                    raise TeacherError(
+                        f"sample {sample.sample_id!r} is plain text, but the prompt template "
+                        f"contains {{{piece.name}}}; use a template with {{text}}"
+                    )
                 start, end = piece.span(spans, sample.text)
                 part = sample.text[start:end]
                 _append(ranges, (length, length + len(part), start))
@@ -159,14 +163,6 @@ def chat_template(tokenizer: Any, system: str | None = None) -> PromptTemplate:
     pieces = (before, Placeholder("prompt", "strip"), between, *turn, after)
     source = f"{before}{{prompt:strip}}{between}{{rationale:lstrip}}{{answer:rstrip}}{after}"
     return PromptTemplate(tuple(piece for piece in pieces if piece), source)
-
-
-def _refuse_plain_text(placeholder: Placeholder, sample: Sample) -> None:
-    if placeholder.name in PLACEHOLDERS[1:] and "text" in dict(sample.segments):
-        raise TeacherError(
-            f"sample {sample.sample_id!r} is plain text, but the prompt template contains "
-            f"{{{placeholder.name}}}; use a template with {{text}}"
-        )
 
 
 def _named_spans(sample: Sample) -> dict[str, tuple[int, int]]:
