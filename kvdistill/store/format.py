@@ -18,16 +18,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from kvdistill.errors import GeometryError, StoreFormatError
 from kvdistill.store.codecs import CODECS
-from kvdistill.store.codecs.parts import Part, part_name
+from kvdistill.store.codecs.parts import part_name
 from kvdistill.store.manifest import TeacherManifest
 from kvdistill.store.shard import BLOCK_TOKENS
-from kvdistill.types import KINDS, Kind, LayerGroup
+from kvdistill.types import KINDS, LayerGroup
 
 MANIFEST: Final = "kvstore.json"
 
@@ -185,10 +185,21 @@ def _group_specs(
     for kind in KINDS:
         codec = CODECS[manifest.codec.key if kind == "key" else manifest.codec.value]
         for part in codec.parts(kind):
-            yield replace(
-                _part_spec(part, kind, group, counts),
-                name=part_name(f"{prefix}{kind}", part.suffix),
-                attributes=_attributes(part, codec.name),
+            length = counts.num_tokens if part.per == "token" else counts.num_blocks
+            attributes: dict[str, str | int] = {
+                "role": part.suffix or "codes",
+                "codec": codec.name,
+                "logical_dtype": part.logical,
+            }
+            if part.per == "block":
+                attributes["block_tokens"] = BLOCK_TOKENS
+            yield ArraySpec(
+                part_name(f"{prefix}{kind}", part.suffix),
+                ("layer", "head", part.per, "dim"),
+                (*lead, length, part.width(group.head_dim(kind))),
+                part.dtype,
+                attributes,
+                group,
             )
         yield ArraySpec(
             f"{prefix}{kind}_statistics",
@@ -204,21 +215,3 @@ def _group_specs(
     if manifest.eviction is not None:
         shape = (*lead, counts.num_tokens)
         yield ArraySpec(f"{prefix}kept", ("layer", "head", "token"), shape, "int32", group=group)
-
-
-def _part_spec(part: Part, kind: Kind, group: LayerGroup, counts: Counts) -> ArraySpec:
-    length = counts.num_tokens if part.per == "token" else counts.num_blocks
-    width = part.width(group.head_dim(kind))
-    shape = (len(group.layers), group.num_key_value_heads, length, width)
-    return ArraySpec("", ("layer", "head", part.per, "dim"), shape, part.dtype, group=group)
-
-
-def _attributes(part: Part, codec: str) -> dict[str, str | int]:
-    attributes: dict[str, str | int] = {
-        "role": part.suffix or "codes",
-        "codec": codec,
-        "logical_dtype": part.logical,
-    }
-    if part.per == "block":
-        attributes["block_tokens"] = BLOCK_TOKENS
-    return attributes

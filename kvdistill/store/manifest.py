@@ -174,11 +174,8 @@ class TeacherManifest(Document):
     def _plausible(cls, groups: tuple[LayerGroup, ...]) -> tuple[LayerGroup, ...]:
         """Refuse repeated layers, and sizes that would make a reader allocate absurdly."""
         layers = [layer for group in groups for layer in group.layers]
-        if (
-            not layers
-            or len(set(layers)) != len(layers)
-            or not 0 <= min(layers) <= max(layers) < MAX_LAYERS
-        ):
+        in_range = set(layers) <= set(range(MAX_LAYERS))
+        if not layers or len(set(layers)) != len(layers) or not in_range:
             raise ValueError(
                 f"expected different layers from 0 to {MAX_LAYERS - 1}, got {layers[:8]}"
             )

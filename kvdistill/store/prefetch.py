@@ -60,7 +60,9 @@ def _prefetch(
     pool = ThreadPoolExecutor(threads, thread_name_prefix="kvdistill-prefetch")
     try:
         for request in requests:
-            waiting.append((request, pool.submit(_read_request, store, request)))
+            wanted = (request.layers, request.heads, request.kinds)
+            read = pool.submit(store.read_shard, request.teacher, request.shard_id, *wanted)
+            waiting.append((request, read))
             if len(waiting) > depth:
                 yield _oldest(waiting)
         while waiting:
@@ -75,12 +77,6 @@ def _oldest(
     # A function of its own: a local of the generator would keep the shard alive across the yield.
     request, shard = waiting.popleft()
     return request, shard.result()
-
-
-def _read_request(store: KVStore, request: ShardRequest) -> EncodedShard:
-    return store.read_shard(
-        request.teacher, request.shard_id, request.layers, request.heads, request.kinds
-    )
 
 
 def prefetch_items(items: Generator[T, None, None], depth: int) -> Iterator[T]:

@@ -17,7 +17,7 @@ import numpy as np
 from kvdistill.store.channel_statistics import ChannelStatistics
 from kvdistill.store.format import group_prefix
 from kvdistill.store.lazy_arrays import dask_array, dataset
-from kvdistill.store.manifest import Commit, TeacherManifest
+from kvdistill.store.manifest import TeacherManifest
 from kvdistill.store.reader import KVStore
 from kvdistill.types import KINDS, Kind
 
@@ -59,6 +59,7 @@ class TeacherSummary:
     stored_bytes: int
     raw_bytes: int
     bytes_by_array: dict[str, int]
+    """zarr: of every array. safetensors: of the one file."""
     extraction_seconds: float
     rms: dict[str, dict[int, list[float]]]
     outliers: list[Outlier]
@@ -78,7 +79,10 @@ def summarise_teacher(store: KVStore, teacher: str) -> TeacherSummary:
     manifest = store.teacher(teacher)
     shard_ids = store.committed_in_order(teacher)
     commits = [store.commit(teacher, shard_id) for shard_id in shard_ids]
-    by_array = _bytes_by_array(commits)
+    by_array: dict[str, int] = {}
+    for name, record in (item for commit in commits for item in commit.files.items()):
+        array = name.partition("/c/")[0].removesuffix("/zarr.json")
+        by_array[array] = by_array.get(array, 0) + record.size_bytes
     statistics = store.statistics(teacher)
     rms = {kind: _channel_rms(manifest, statistics, kind) for kind in KINDS}
     return TeacherSummary(
@@ -102,16 +106,6 @@ def summarise_teacher(store: KVStore, teacher: str) -> TeacherSummary:
         },
         outliers=_find_outliers(rms),
     )
-
-
-def _bytes_by_array(commits: Sequence[Commit]) -> dict[str, int]:
-    """zarr: bytes of every array. safetensors: of the one file."""
-    total: dict[str, int] = {}
-    for commit in commits:
-        for name, record in commit.files.items():
-            array = name.partition("/c/")[0].removesuffix("/zarr.json")
-            total[array] = total.get(array, 0) + record.size_bytes
-    return total
 
 
 def _channel_rms(
