@@ -19,42 +19,30 @@ import click
 from kvdistill import __version__
 from kvdistill.errors import KVDistillError
 
-COMMANDS: Final[dict[str, tuple[str, str]]] = {
-    "init": ("prepare:init_command", "Write a commented experiment file."),
-    "config": (
-        "prepare:config_command",
-        "Show an experiment with its defaults, or the JSON schema.",
-    ),
-    "data": ("prepare:data_command", "Make corpora and tokenizers."),
-    "fetch": ("prepare:fetch_command", "Download every model and data set of an experiment."),
-    "plan": ("prepare:plan_command", "Estimate disk space, time and lengths of an extraction."),
-    "extract": (
-        "extract:extract_command",
-        "Stage 1: read the corpus once with every teacher, into a store.",
-    ),
-    "status": ("cluster:status_command", "Show what of a store is done and what is missing."),
-    "logs": ("cluster:logs_command", "Show tracebacks and logs of failed shards."),
-    "retry": ("cluster:retry_command", "Retry quarantined shards."),
-    "cancel": ("cluster:cancel_command", "Cancel the Slurm jobs of an experiment."),
-    "dask": ("cluster:dask_command", "Start Dask workers on Slurm, for inspect and verify."),
-    "inspect": ("store:inspect_command", "Summarise a store: tables, plots, JSON."),
-    "verify": ("store:verify_command", "Check a store's files; --repair moves bad shards aside."),
-    "convert": ("store:convert_command", "Copy a store into the other backend."),
-    "merge": ("store:merge_command", "Merge shards of other stores over the same corpus."),
-    "rm": ("store:rm_command", "Remove a teacher from a store."),
-    "train": ("train:train_command", "Stage 2: distil the store into a student."),
-    "run": ("train:run_command", "Extract, then train."),
-    "ablate": (
-        "ablate:ablate_command",
-        "Train the arms of a study under several seeds, from one store.",
-    ),
-    "evaluate": (
-        "train:evaluate_command",
-        "Perplexity, bits per character and exact match of a student.",
-    ),
-    "export": ("report:export_command", "Export a student to ONNX, verified against torch."),
-    "plot": ("report:plot_command", "Plot a run: layer map, alignment, errors, weights, spectra."),
-    "report": ("report:report_command", "Compare finished runs on one HTML page."),
+COMMANDS: Final = {
+    "init": ("prepare", "Write a commented experiment file."),
+    "config": ("prepare", "Show an experiment with its defaults, or the JSON schema."),
+    "data": ("prepare", "Make corpora and tokenizers."),
+    "fetch": ("prepare", "Download every model and data set of an experiment."),
+    "plan": ("prepare", "Estimate disk space, time and lengths of an extraction."),
+    "extract": ("extract", "Stage 1: read the corpus once with every teacher, into a store."),
+    "status": ("cluster", "Show what of a store is done and what is missing."),
+    "logs": ("cluster", "Show tracebacks and logs of failed shards."),
+    "retry": ("cluster", "Retry quarantined shards."),
+    "cancel": ("cluster", "Cancel the Slurm jobs of an experiment."),
+    "dask": ("cluster", "Start Dask workers on Slurm, for inspect and verify."),
+    "inspect": ("store", "Summarise a store: tables, plots, JSON."),
+    "verify": ("store", "Check a store's files; --repair moves bad shards aside."),
+    "convert": ("store", "Copy a store into the other backend."),
+    "merge": ("store", "Merge shards of other stores over the same corpus."),
+    "rm": ("store", "Remove a teacher from a store."),
+    "train": ("train", "Stage 2: distil the store into a student."),
+    "run": ("train", "Extract, then train."),
+    "ablate": ("ablate", "Train the arms of a study under several seeds, from one store."),
+    "evaluate": ("train", "Perplexity, bits per character and exact match of a student."),
+    "export": ("report", "Export a student to ONNX, verified against torch."),
+    "plot": ("report", "Plot a run: layer map, alignment, errors, weights, spectra."),
+    "report": ("report", "Compare finished runs on one HTML page."),
 }
 
 
@@ -67,9 +55,8 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module_name, attribute = COMMANDS[cmd_name][0].split(":")
-        module = importlib.import_module(f"kvdistill.commands.{module_name}")
-        command: click.Command = getattr(module, attribute)
+        module = importlib.import_module(f"kvdistill.commands.{COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, f"{cmd_name}_command")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

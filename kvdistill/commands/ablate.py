@@ -6,15 +6,13 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from kvdistill.commands.options import json_option, overrides_option
 from kvdistill.errors import ConfigError
-
-if TYPE_CHECKING:
-    from kvdistill.studies.design import StudyDesign, StudyRun
+from kvdistill.studies import controls, design, runs
+from kvdistill.studies.design import StudyDesign, StudyRun
 
 
 @click.command("ablate")
@@ -43,8 +41,6 @@ def ablate_command(
     Finished runs are never computed again and interrupted ones resume, so the same command
     continues. Arms that differ in more than they state are refused before anything starts.
     """
-    from kvdistill.studies import controls, design, runs
-
     if profile is not None and not slurm:
         raise ConfigError("--profile needs --slurm")
     loaded = design.load_study(study, overrides)
@@ -60,39 +56,35 @@ def ablate_command(
     design.write_record(loaded)
     if slurm:
         if runs.submit_runs(loaded, todo, profile, click.echo):
-            click.echo(
-                f"next: kvdistill ablate {study}, once they have ended, then kvdistill report"
-            )
+            click.echo(f"next, once they have ended: kvdistill ablate {study}, kvdistill report")
         return
     runs.train_runs(loaded, todo, workers or 1, functools.partial(click.echo, err=True))
     controls.check_records(loaded)
     _print_outcome(loaded, as_json)
 
 
-def _print_design(design: StudyDesign, todo: Sequence[StudyRun], as_json: bool) -> None:
+def _print_design(study: StudyDesign, todo: Sequence[StudyRun], as_json: bool) -> None:
     if as_json:
         body = {
-            "folder": str(design.folder),
-            "arms": {name: arm.model_dump(mode="json") for name, arm in design.arms.items()},
+            "folder": str(study.folder),
+            "arms": {name: arm.model_dump(mode="json") for name, arm in study.arms.items()},
             "missing": [run.name for run in todo],
         }
         click.echo(json.dumps(body))
         return
-    for name, arm in design.arms.items():
+    for name, arm in study.arms.items():
         settings = ", ".join(f"{k}={v}" for k, v in arm.settings.items()) or "as the experiment"
         teachers = "" if arm.teachers is None else f" · teachers: {', '.join(arm.teachers) or '-'}"
         click.echo(f"{name}: {arm.description or settings}{teachers}")
-    seeds = ", ".join(map(str, design.config.seeds))
-    click.echo(
-        f"{len(design.arms)} arms × seeds {seeds}: {len(design.runs)} runs, {len(todo)} to do"
-    )
+    seeds = ", ".join(map(str, study.config.seeds))
+    click.echo(f"{len(study.arms)} arms × seeds {seeds}: {len(study.runs)} runs, {len(todo)} to do")
 
 
-def _print_outcome(design: StudyDesign, as_json: bool) -> None:
-    finished = [run for run in design.runs if run.is_finished]
+def _print_outcome(study: StudyDesign, as_json: bool) -> None:
+    finished = [run for run in study.runs if run.is_finished]
     if as_json:
         body = {run.name: run.folder.read_record()["metrics"] for run in finished}
-        click.echo(json.dumps({"folder": str(design.folder), "metrics": body}))
+        click.echo(json.dumps({"folder": str(study.folder), "metrics": body}))
         return
-    click.echo(f"{len(finished)} of {len(design.runs)} runs are finished, and comparable")
-    click.echo(f"next: kvdistill report {design.folder}")
+    click.echo(f"{len(finished)} of {len(study.runs)} runs are finished, and comparable")
+    click.echo(f"next: kvdistill report {study.folder}")

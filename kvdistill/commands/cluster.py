@@ -6,9 +6,9 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import click
 
@@ -19,14 +19,22 @@ from kvdistill.commands.options import (
     overrides_option,
     teachers_option,
 )
+from kvdistill.config.load import load_experiment
 from kvdistill.errors import IncompleteStore
+from kvdistill.pipelines.cluster import (
+    Overview,
+    TeacherOverview,
+    cancel_jobs,
+    clear_failures,
+    overview,
+)
+from kvdistill.pipelines.run import choose_profile
+from kvdistill.slurm.ledger import Failure
+from kvdistill.slurm.signals import stop_flag
+from kvdistill.slurm.status import UNIT_STATES
+from kvdistill.slurm.submit import dask_cluster
 from kvdistill.text import format_bytes, format_duration
 
-if TYPE_CHECKING:
-    from kvdistill.pipelines.cluster import Overview, TeacherOverview
-    from kvdistill.slurm.ledger import Failure
-
-WATCH_SECONDS: Final = 5.0
 SHOWN: Final = 8
 """Shards that are listed individually, so that many failures still fit a screen."""
 
@@ -52,8 +60,6 @@ def status_command(
 
     The store's folder is read; Slurm, where there is one, only adds why jobs are pending.
     """
-    from kvdistill.pipelines.cluster import overview
-
     while True:
         seen = overview(target, overrides, teachers)
         if watch and sys.stdout.isatty():
@@ -61,7 +67,7 @@ def status_command(
         click.echo(json.dumps(seen.as_dict()) if as_json else "\n".join(_lines(seen, target)))
         if not watch or seen.is_complete:
             break
-        time.sleep(WATCH_SECONDS)
+        time.sleep(5)
     if check and not seen.is_complete:
         left = ", ".join(f"{count} of {name}" for name, count in seen.missing().items())
         raise IncompleteStore(f"{seen.store}: shards missing: {left}; run `kvdistill extract`")
@@ -81,8 +87,6 @@ def logs_command(
     lines: int,
 ) -> None:
     """Show tracebacks and the last log lines of failed shards (or of SHARDS) in TARGET."""
-    from kvdistill.pipelines.cluster import overview
-
     seen = overview(target, overrides, teachers)
     for each in seen.teachers:
         for attempt in each.status.broken:
@@ -109,8 +113,6 @@ def retry_command(
     target: Path, units: tuple[str, ...], overrides: tuple[str, ...], teachers: tuple[str, ...]
 ) -> None:
     """Clear the failures of quarantined shards (or of SHARDS), so that they are retried."""
-    from kvdistill.pipelines.cluster import clear_failures, overview
-
     cleared = clear_failures(overview(target, overrides, teachers), units)
     for teacher, unit, count in cleared:
         click.echo(f"{teacher} {unit}: {count} failures cleared")
@@ -123,8 +125,6 @@ def retry_command(
 @teachers_option
 def cancel_command(target: Path, overrides: tuple[str, ...], teachers: tuple[str, ...]) -> None:
     """Cancel the queued and running jobs of TARGET. Committed shards stay."""
-    from kvdistill.pipelines.cluster import cancel_jobs
-
     cancelled = cancel_jobs(target, overrides, teachers)
     click.echo(f"cancelled {', '.join(cancelled)}" if cancelled else "nothing is queued")
 
@@ -139,11 +139,6 @@ def dask_command(config: Path, overrides: tuple[str, ...], profile: str | None, 
 
     Give the printed address to `kvdistill inspect --scheduler` or `kvdistill verify --scheduler`.
     """
-    from kvdistill.config.load import load_experiment
-    from kvdistill.pipelines.run import choose_profile
-    from kvdistill.slurm.signals import stop_flag
-    from kvdistill.slurm.submit import dask_cluster
-
     experiment = load_experiment(config, overrides)
     chosen = choose_profile(experiment, profile, "extract")
     logs = experiment.output_dir.absolute() / "dask"
@@ -165,8 +160,6 @@ def _lines(seen: Overview, target: Path) -> Iterator[str]:
 
 
 def _teacher_lines(each: TeacherOverview) -> Iterator[str]:
-    from kvdistill.slurm.status import UNIT_STATES
-
     status = each.status
     done = f"{status.count('done')} of {len(status.units)} shards done"
     others = [f"{status.count(s)} {s}" for s in UNIT_STATES if s != "done" and status.count(s)]
@@ -194,13 +187,9 @@ def _teacher_lines(each: TeacherOverview) -> Iterator[str]:
     yield from (f"  {line}" for line in (stale + failed)[:SHOWN])
     if len(stale + failed) > SHOWN:
         yield f"  and {len(stale + failed) - SHOWN} more; `--json` lists all"
-    yield from _log_lines([failures[-1] for failures in status.failures.values()])
-
-
-def _log_lines(failures: Sequence[Failure]) -> Iterator[str]:
-    """The end of the log of every worker that was killed: it left no traceback."""
-    logs = dict.fromkeys(failure.log for failure in failures if failure.traceback is None)
-    for log in list(logs)[:SHOWN]:
+    # A killed worker left no traceback: show the end of its log.
+    newest = [failures[-1] for failures in status.failures.values()]
+    for log in list(dict.fromkeys(f.log for f in newest if f.traceback is None))[:SHOWN]:
         yield from (f"    {line}" for line in _tail(log, 3).splitlines())
 
 

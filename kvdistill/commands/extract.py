@@ -21,12 +21,15 @@ from kvdistill.commands.options import (
     overrides_option,
     teachers_option,
 )
+from kvdistill.config.experiment import Experiment
+from kvdistill.config.load import load_experiment
 from kvdistill.errors import ConfigError, IncompleteStore
+from kvdistill.pipelines.extract_tasks import extract_pool, extract_share, submit_extraction
+from kvdistill.pipelines.run import batch_scripts, choose_profile, ensure_training, write_scripts
+from kvdistill.slurm.retry import exit_task
 
 if TYPE_CHECKING:
-    from kvdistill.config.experiment import Experiment
     from kvdistill.pipelines.extract import ExtractionReport, TeacherReport
-    from kvdistill.pipelines.extract_tasks import SubmittedArrays
 
 
 @click.command("extract")
@@ -51,8 +54,6 @@ def extract_command(
 
     Committed shards are skipped, so running again continues, or does nothing.
     """
-    from kvdistill.config.load import load_experiment
-
     experiment = load_experiment(config, overrides)
     if task is not None:
         _extract_share(experiment, teachers, task, num_tasks, execution.workers or 1)
@@ -103,10 +104,6 @@ def _extract_share(
     experiment: Experiment, teachers: Sequence[str], task: int, num_tasks: int, workers: int
 ) -> None:
     """One task's share, as written scripts run it; exits with the worker's code."""
-    from kvdistill.pipelines.extract_tasks import extract_share
-    from kvdistill.pipelines.run import choose_profile
-    from kvdistill.slurm.retry import exit_task
-
     profiles = experiment.slurm.profiles
     restarts = choose_profile(experiment, None, "extract").max_restarts if profiles else 0
     endings = []
@@ -148,8 +145,6 @@ def distribute(
 def _batch_scripts(
     experiment: Experiment, config: Path, names: Sequence[str], execution: Execution, train: bool
 ) -> None:
-    from kvdistill.pipelines.run import batch_scripts, write_scripts
-
     scripts = batch_scripts(experiment, config, names, execution.profile, train=train)
     folder = execution.write_sbatch
     if folder is None:
@@ -163,45 +158,32 @@ def _batch_scripts(
 def _submit(
     experiment: Experiment, config: Path, names: Sequence[str], profile: str | None, train: bool
 ) -> None:
-    from kvdistill.pipelines.extract_tasks import submit_extraction
-    from kvdistill.pipelines.run import choose_profile, ensure_training
-
     chosen = choose_profile(experiment, profile, "extract")
-    submitted = submit_extraction(experiment, names, chosen)
-    for arrays in submitted:
-        click.echo(_submitted_line(arrays))
+    ids: list[str] = []
+    for name, (pending, job_ids, elements) in submit_extraction(experiment, names, chosen).items():
+        jobs = f"job {', '.join(job_ids)}" if job_ids else "nothing to submit"
+        parts = [f"{len(pending.units)} shards in {elements} tasks"] if job_ids else []
+        parts += [f"{len(pending.queued)} already queued"] if pending.queued else []
+        failed = len(pending.quarantined)
+        parts += [f"{failed} quarantined (see status)"] if failed else []
+        click.echo(f"{name}: {jobs}" + (f": {'; '.join(parts)}" if parts else ""))
+        ids += job_ids
     if train:
-        ids = [job_id for arrays in submitted for job_id in arrays.job_ids]
         click.echo(f"training: {ensure_training(experiment, names, profile, ids)}")
     click.echo(f"next: kvdistill status {config} --watch")
 
 
-def _submitted_line(arrays: SubmittedArrays) -> str:
-    pending = arrays.pending
-    jobs = f"job {', '.join(arrays.job_ids)}" if arrays.job_ids else "nothing to submit"
-    parts = [f"{len(pending.units)} shards in {arrays.elements} tasks"] if arrays.job_ids else []
-    parts += [f"{len(pending.queued)} already queued"] if pending.queued else []
-    parts += [f"{len(pending.quarantined)} quarantined (see status)"] if pending.quarantined else []
-    return f"{pending.teacher}: {jobs}" + (f": {'; '.join(parts)}" if parts else "")
-
-
 def _extract_in_pool(experiment: Experiment, names: Sequence[str], workers: int) -> None:
-    from kvdistill.pipelines.extract_tasks import extract_pool
-
-    missing: dict[str, int] = {}
+    left: dict[str, int] = {}
     for name in names:
-        report = extract_pool(experiment, name, workers, _pool_progress(name))
-        click.echo(
-            f"{name}: {f'{report.missing} shards missing' if report.missing else 'complete'}"
-        )
-        if report.missing:
-            missing[name] = report.missing
-            for message in report.messages:
+        missing, messages = extract_pool(experiment, name, workers, _pool_progress(name))
+        click.echo(f"{name}: {f'{missing} shards missing' if missing else 'complete'}")
+        if missing:
+            left[name] = missing
+            for message in messages:
                 click.echo(f"  {message}", err=True)
-    if missing:
-        raise IncompleteStore(
-            f"{experiment.store}: shards missing: {missing}; see `kvdistill status`"
-        )
+    if left:
+        raise IncompleteStore(f"{experiment.store}: shards missing: {left}; see `kvdistill status`")
 
 
 def _pool_progress(teacher: str) -> Callable[[int, int], None]:

@@ -13,12 +13,16 @@ import click
 
 import kvdistill.config
 from kvdistill.commands.options import config_argument, json_option, overrides_option
+from kvdistill.config.experiment import Experiment
+from kvdistill.config.load import dump_experiment, load_experiment
+from kvdistill.corpus import recipes
+from kvdistill.corpus.readers import read_dataset, read_jsonl
+from kvdistill.corpus.samples import Sample
 from kvdistill.errors import ConfigError, CorpusError
+from kvdistill.pipelines.fetch import fetch
 from kvdistill.text import format_bytes, format_duration
 
 if TYPE_CHECKING:
-    from kvdistill.corpus.recipes import ChainForm, RationaleForm
-    from kvdistill.corpus.samples import Sample
     from kvdistill.pipelines.plan import TeacherEstimate
 
 
@@ -43,16 +47,12 @@ def config_command() -> None:
 @overrides_option
 def show_command(config: Path, overrides: tuple[str, ...]) -> None:
     """Check CONFIG and print it with every default."""
-    from kvdistill.config.load import dump_experiment, load_experiment
-
     click.echo(dump_experiment(load_experiment(config, overrides)), nl=False)
 
 
 @config_command.command("schema")
 def schema_command() -> None:
     """Print the JSON schema of an experiment file, for editors."""
-    from kvdistill.config.experiment import Experiment
-
     click.echo(json.dumps(Experiment.model_json_schema(), indent=2))
 
 
@@ -93,18 +93,16 @@ def gsm8k_command(
     source: Path | None,
     split: str,
     max_samples: int | None,
-    rationale: RationaleForm,
+    rationale: recipes.RationaleForm,
     drop_last: bool,
 ) -> None:
     """Export GSM8K to OUTPUT as JSONL of prompt, rationale and answer."""
-    from kvdistill.corpus.readers import read_dataset, read_jsonl
-    from kvdistill.corpus.recipes import with_rationale
-
     if source is not None:
         samples = read_jsonl(source, "gsm8k", max_samples)
     else:
         samples = read_dataset("openai/gsm8k", "main", split, "gsm8k", max_samples)
-    _write_jsonl([with_rationale(s, rationale, drop_last=drop_last) for s in samples], output)
+    texts = [recipes.with_rationale(s, rationale, drop_last=drop_last) for s in samples]
+    _write_jsonl(texts, output)
 
 
 @data_command.command("arithmetic")
@@ -133,15 +131,13 @@ def arithmetic_command(
     modulus: int,
     seed: int,
     skip: int,
-    form: ChainForm,
+    form: recipes.ChainForm,
     drop_last: bool,
 ) -> None:
     """Write chains such as 7+3*4-6, evaluated from left to right modulo 10, to OUTPUT as JSONL.
 
     One seed is one endless sequence without repetition: --skip the training chains for others.
     """
-    from kvdistill.corpus import recipes
-
     chains = recipes.arithmetic_samples(
         samples,
         steps=steps,
@@ -163,7 +159,6 @@ def arithmetic_command(
 )
 def tokenizer_command(corpus: Path, output: Path, vocab_size: int, characters: bool) -> None:
     """Train a byte-level BPE tokenizer on CORPUS (JSONL) and save it to the folder OUTPUT."""
-    from kvdistill.corpus.readers import read_jsonl
     from kvdistill.distill.student.build import character_tokenizer, train_tokenizer
 
     if output.exists():
@@ -191,9 +186,6 @@ def _write_jsonl(samples: Sequence[Sample], output: Path) -> None:
 @overrides_option
 def fetch_command(*, config: Path, overrides: tuple[str, ...]) -> None:
     """Download every model and data set of CONFIG, for compute nodes without a network."""
-    from kvdistill.config.load import load_experiment
-    from kvdistill.pipelines.fetch import fetch
-
     fetched = fetch(
         load_experiment(config, overrides),
         lambda need, state: click.echo(f"{need.kind} {need.source}: {state}", err=True),
@@ -218,11 +210,10 @@ def plan_command(
     sized: int,
 ) -> None:
     """Estimate disk space, time and lengths per teacher before anything is extracted."""
-    from kvdistill.config.load import load_experiment
-    from kvdistill.pipelines.plan import array_size, estimate_extraction
+    from kvdistill.pipelines.plan import estimate_extraction
 
     estimate = estimate_extraction(load_experiment(config, overrides), samples, sized)
-    tasks = array_size(estimate, parallel)
+    tasks = max(1, min(parallel, estimate.shards))
     needed, free = estimate.needed_gigabytes, estimate.free_gigabytes
     if as_json:
         totals = {"needed_gigabytes": needed, "fits": estimate.fits, "array_size": tasks}

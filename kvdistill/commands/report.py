@@ -1,4 +1,4 @@
-"""``kvdistill report`` and ``kvdistill plot``."""
+"""``kvdistill report``, ``plot`` and ``export``."""
 
 from __future__ import annotations
 
@@ -66,12 +66,8 @@ def export_command(form: str, student: Path, output: Path, as_json: bool) -> Non
     """Write STUDENT (a folder) to the new folder OUTPUT, and check that it computes the same."""
     from kvdistill.pipelines.export import export_onnx
 
-    done = export_onnx(student, output)
+    path, error = export_onnx(student, output)
     if as_json:
-        click.echo(json.dumps({"path": str(done.path), "error": done.error, "form": form}))
+        click.echo(json.dumps({"path": str(path), "error": error, "form": form}))
         return
-    click.echo(f"wrote {done.path}; its logits differ from torch's by {done.error:.1e} at most")
-
-
-# MERGED-DOC commands.export
-# ``kvdistill export``: a student in another form.
+    click.echo(f"wrote {path}; its logits differ from torch's by {error:.1e} at most")

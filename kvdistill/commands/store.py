@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from kvdistill.commands.options import Decorator, json_option
+from kvdistill.commands.options import Decorator, json_option, teachers_option
+from kvdistill.config.load import load_experiment
 from kvdistill.errors import ConfigError, ShardCorrupt, StoreMismatch
+from kvdistill.pipelines.inspect import check_store, dask_scheduler, inspect_teacher
+from kvdistill.store.maintenance import convert_store, merge_stores, remove_teacher, repair_store
+from kvdistill.store.prototypes import lacks_prototypes, make_prototypes
 from kvdistill.store.reader import KVStore
 from kvdistill.text import format_bytes, format_duration
 from kvdistill.types import KINDS
@@ -19,12 +23,7 @@ from kvdistill.types import KINDS
 if TYPE_CHECKING:
     from rich.table import Table
 
-SHOWN_OUTLIERS: Final = 5
-
 store_argument: Decorator = click.argument("store", type=click.Path(path_type=Path))
-only_option: Decorator = click.option(
-    "--teacher", "only", multiple=True, help="Only this teacher; repeatable."
-)
 
 
 def _progress(done: str) -> Callable[[str, str], None]:
@@ -33,25 +32,23 @@ def _progress(done: str) -> Callable[[str, str], None]:
 
 @click.command("inspect")
 @store_argument
-@only_option
+@teachers_option
 @click.option("--plots", type=click.Path(path_type=Path), help="Write one PNG per teacher here.")
 @click.option("--shards", default=4, show_default=True, help="Shards read for largest norms.")
 @click.option("--scheduler", help="Address of a Dask scheduler; by default, this process.")
 @json_option
 def inspect_command(
     store: Path,
-    only: tuple[str, ...],
+    teachers: tuple[str, ...],
     plots: Path | None,
     shards: int,
     scheduler: str | None,
     as_json: bool,
 ) -> None:
     """Summarise a STORE: teachers, sizes, norms, outlier channels, importance."""
-    from kvdistill.pipelines.inspect import dask_scheduler, inspect_teacher
-
     opened = KVStore.open(store)
-    names = [name for name in opened.teachers() if not only or name in only]
-    for name in set(only) - set(names):
+    names = [name for name in opened.teachers() if not teachers or name in teachers]
+    for name in set(teachers) - set(names):
         opened.teacher(name)  # raises for an unknown teacher
     stored = [name for name in names if opened.committed(name)]
     with dask_scheduler(scheduler):
@@ -78,7 +75,14 @@ def _print_reports(store: KVStore, reports: Sequence[dict[str, Any]], empty: Seq
         console.print(_teacher_table(reports))
     for report in reports:
         console.print(_norm_table(report))
-        console.print("\n".join(_outlier_lines(report)))
+        outliers = report["outliers"]
+        console.print(f"outlier channels, at least 5 × their head's median: {len(outliers)}")
+        for outlier in outliers[:5]:
+            console.print(
+                "  {kind}: layer {layer}, head {head}, channel {channel}: {ratio:.1f} ×".format(
+                    **outlier
+                )
+            )
         if (histogram := report["importance"]) is not None:
             counts, edges = histogram["counts"], histogram["edges"]
             largest = max(counts) or 1
@@ -130,19 +134,9 @@ def _norm_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def _outlier_lines(report: dict[str, Any]) -> Iterator[str]:
-    outliers = report["outliers"]
-    yield f"outlier channels, at least 5 × their head's median: {len(outliers)}"
-    for outlier in outliers[:SHOWN_OUTLIERS]:
-        yield (
-            f"  {outlier['kind']}: layer {outlier['layer']}, head {outlier['head']}, "
-            f"channel {outlier['channel']}: {outlier['ratio']:.1f} ×"
-        )
-
-
 @click.command("verify")
 @store_argument
-@only_option
+@teachers_option
 @click.option("--repair", is_flag=True, help="Move bad shards aside, to be extracted again.")
 @click.option(
     "--against-teacher",
@@ -156,7 +150,7 @@ def _outlier_lines(report: dict[str, Any]) -> Iterator[str]:
 @json_option
 def verify_command(
     store: Path,
-    only: tuple[str, ...],
+    teachers: tuple[str, ...],
     repair: bool,
     count: int | None,
     config: Path | None,
@@ -164,11 +158,8 @@ def verify_command(
     as_json: bool,
 ) -> None:
     """Check every file of a STORE: presence, checksums, shapes, finiteness, offsets."""
-    from kvdistill.pipelines.inspect import check_store
-    from kvdistill.store.maintenance import repair_store
-
     opened = KVStore.open(store)
-    names = list(only) or opened.teachers()
+    names = list(teachers) or opened.teachers()
     findings = check_store(opened, names, scheduler, _progress("checked"))
     moved = repair_store(opened, findings) if repair else []
     compared = [] if count is None or findings else _against_teachers(opened, names, count, config)
@@ -204,7 +195,6 @@ def _against_teachers(
 ) -> list[dict[str, Any]]:
     if config is None:
         raise ConfigError("--against-teacher needs the teachers: add --config EXPERIMENT.yaml")
-    from kvdistill.config.load import load_experiment
     from kvdistill.pipelines.reextract import reextract
 
     experiment = load_experiment(config)
@@ -218,8 +208,6 @@ def _against_teachers(
 @click.option("--to", "backend", type=click.Choice(["zarr", "safetensors"]), required=True)
 def convert_command(store: Path, target: Path, backend: Literal["zarr", "safetensors"]) -> None:
     """Copy a STORE to TARGET in the other backend. Needs no teacher; run again to continue."""
-    from kvdistill.store.maintenance import convert_store
-
     made = convert_store(KVStore.open(store), target, backend, progress=_progress("converted"))
     click.echo(f"{made.paths.root}: {len(made.teachers())} teachers in {backend}")
     click.echo(f"next: kvdistill verify {made.paths.root}")
@@ -237,9 +225,6 @@ def convert_command(store: Path, target: Path, backend: Literal["zarr", "safeten
 )
 def merge_command(target: Path, sources: tuple[Path, ...], prototypes: int) -> None:
     """Copy into TARGET the shards that it lacks from other stores over the same corpus."""
-    from kvdistill.store.maintenance import merge_stores
-    from kvdistill.store.prototypes import lacks_prototypes, make_prototypes
-
     opened = KVStore.open(target)
     others = [KVStore.open(source) for source in sources]
     copied = merge_stores(opened, others, progress=_progress("copied"))
@@ -261,8 +246,6 @@ def merge_command(target: Path, sources: tuple[Path, ...], prototypes: int) -> N
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 def rm_command(store: Path, teacher: str, yes: bool) -> None:
     """Remove one teacher and all its shards from a STORE."""
-    from kvdistill.store.maintenance import remove_teacher
-
     opened = KVStore.open(store)
     opened.teacher(teacher)  # raises for an unknown teacher
     count = len(opened.committed(teacher))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -17,9 +16,9 @@ from kvdistill.commands.options import (
     json_option,
     overrides_option,
 )
-
-if TYPE_CHECKING:
-    from kvdistill.pipelines.train import TrainingReport
+from kvdistill.config.load import load_experiment
+from kvdistill.pipelines.run import run
+from kvdistill.pipelines.train import TrainingReport, train
 
 
 @click.command("train")
@@ -31,9 +30,6 @@ def train_command(config: Path, overrides: tuple[str, ...], as_json: bool) -> No
 
     An interrupted run resumes from its last checkpoint; a finished one is left as it is.
     """
-    from kvdistill.config.load import load_experiment
-    from kvdistill.pipelines.train import train
-
     report = train(load_experiment(config, overrides))
     if as_json:
         click.echo(json.dumps({"folder": str(report.folder), "metrics": report.metrics}))
@@ -51,9 +47,6 @@ def run_command(*, config: Path, overrides: tuple[str, ...], execution: Executio
     Both stages skip what is done, so the same command resumes what was interrupted. With --slurm,
     arrays extract, and a job trains once they have ended.
     """
-    from kvdistill.config.load import load_experiment
-    from kvdistill.pipelines.run import run
-
     experiment = load_experiment(config, overrides)
     if not execution.in_this_process:
         distribute(experiment, config, (), execution, train=True)
@@ -119,7 +112,7 @@ def evaluate_command(
             margin = "" if error is None else f" ± {error:.3g}"
             click.echo(f"{figure.task} {figure.metric}: {figure.value:.6g}{margin}")
         return
-    from kvdistill.pipelines.evaluate import evaluate_folder, write_rows
+    from kvdistill.pipelines.evaluate import evaluate_folder
 
     found = evaluate_folder(
         student,
@@ -132,7 +125,8 @@ def evaluate_command(
         diagnose=diagnose,
     )
     if rows is not None:
-        write_rows(found, rows)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows)
+        rows.write_text("".join(lines), encoding="utf-8")
     if as_json:
         click.echo(json.dumps(found.metrics))
         return

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import load_experiment
 from kvdistill.errors import ConfigError, SlurmError
-from kvdistill.pipelines.extract_tasks import extracted_shards, has_other_settings
+from kvdistill.pipelines.extract_tasks import has_other_settings
 from kvdistill.pipelines.run import training_ledger
 from kvdistill.pipelines.run_folder import RunFolder
 from kvdistill.slurm import client
@@ -19,9 +19,6 @@ from kvdistill.slurm.ledger import Ledger
 from kvdistill.slurm.status import UNIT_STATES, Status, read_status
 from kvdistill.store.format import StorePaths
 from kvdistill.store.reader import KVStore
-
-SAMPLED_COMMITS: Final = 64
-"""Commits that are read to estimate a store's size; the rest is extrapolated."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class TeacherOverview:
     ledger: Ledger
     status: Status
     stored_bytes: int
-    has_other_settings: bool = False
+    has_other_settings: bool
     """Its shards were extracted with settings other than the config's."""
 
     def as_dict(self) -> dict[str, Any]:
@@ -144,16 +141,15 @@ def clear_failures(seen: Overview, units: Sequence[str]) -> list[tuple[str, str,
 
 def _teacher_overview(store: KVStore, experiment: Experiment | None, name: str) -> TeacherOverview:
     other = experiment is not None and has_other_settings(store, experiment, name)
-    done = store.committed(name)
-    if experiment is not None:
-        done = extracted_shards(store, experiment, name)
+    done = frozenset() if other else store.committed(name)
     ledger = Ledger(StorePaths(store.paths.root.absolute()).teacher(name))
     status = read_status(ledger, store.shard_ids, done)
     return TeacherOverview(name, ledger, status, _stored_bytes(store, name, sorted(done)), other)
 
 
 def _stored_bytes(store: KVStore, name: str, done: Sequence[str]) -> int:
-    step = max(1, len(done) // SAMPLED_COMMITS)
+    """Extrapolated from about 64 commits."""
+    step = max(1, len(done) // 64)
     commits = [store.commit(name, unit) for unit in done[::step]]
     sampled = sum(record.size_bytes for commit in commits for record in commit.files.values())
     return sampled * len(done) // len(commits) if commits else 0

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Final
 
 from kvdistill.config.training import StudentConfig
 from kvdistill.corpus.readers import read_jsonl
@@ -14,9 +12,6 @@ from kvdistill.distill.student.build import build_student, load_student_tokenize
 from kvdistill.distill.student.latent.model import LatentStudent, is_latent
 from kvdistill.distill.student.latent.probes import diagnose_latents
 from kvdistill.errors import CorpusError, StudentError
-
-MAX_NEW_TOKENS: Final = 256
-"""Default of ``max_new_tokens``: rationale and answer together."""
 
 
 def evaluate_folder(
@@ -67,7 +62,7 @@ def evaluate_folder(
         max_length=max_length,
         batch_size=batch_size,
         answer=None if generate else 0,
-        max_new_tokens=max_new_tokens or MAX_NEW_TOKENS,
+        max_new_tokens=max_new_tokens or 256,
     )
 
 
@@ -78,9 +73,3 @@ def require_student_folder(student: Path) -> None:
             f"{student} is not a model folder (it has no config.json); give the `student` folder "
             "of a run, or one of its checkpoints"
         )
-
-
-def write_rows(found: HeldOut, path: Path) -> None:
-    """Write one JSON object per sample, in the format of a run's ``eval_samples.jsonl``."""
-    rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows)
-    path.write_text("".join(rows), encoding="utf-8")

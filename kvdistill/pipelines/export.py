@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,31 +16,20 @@ from kvdistill.distill.student.build import build_student, load_student_tokenize
 from kvdistill.errors import MissingExtra, StudentError
 from kvdistill.pipelines.evaluate import require_student_folder
 
-MODEL: Final = "model.onnx"
 SHAPES: Final = ((2, 9), (1, 16), (3, 5))
 """``[B, T]`` that are compared; the first one is traced."""
 TOLERANCE: Final = 1e-3
 """Largest difference of a logit, relative to the largest logit."""
 
 
-@dataclass(frozen=True)
-class Exported:
-    """An exported and verified model."""
-
-    path: Path
-    error: float
-    """Largest difference from torch, relative to the largest logit."""
-
-
-def export_onnx(student: Path, output: Path) -> Exported:
+def export_onnx(student: Path, output: Path) -> tuple[Path, float]:
     """Write ``output/model.onnx``: ``input_ids``, ``attention_mask [B, T]`` → ``logits [B, T, V]``.
 
     Without a cache: it scores samples, and generates one token per call. Batch and length are
     dynamic. The tokenizer and the config are copied beside it.
 
-    Args:
-        student: a Hugging Face folder of a causal LM.
-        output: a folder that does not exist yet.
+    Returns:
+        The file, and its largest difference from torch, relative to the largest logit.
 
     Raises:
         MissingExtra: onnx, onnxscript or onnxruntime is not installed.
@@ -57,8 +45,8 @@ def export_onnx(student: Path, output: Path) -> Exported:
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".onnx-") as staged:
         folder = Path(staged) / "model"
         folder.mkdir()
-        _write_onnx(model, folder / MODEL)
-        error = _largest_difference(model, folder / MODEL)
+        _write_onnx(model, folder / "model.onnx")
+        error = _largest_difference(model, folder / "model.onnx")
         if not error <= TOLERANCE:
             raise StudentError(
                 f"{student}: onnxruntime's logits differ from torch's by {error:.2g} of the "
@@ -67,7 +55,7 @@ def export_onnx(student: Path, output: Path) -> Exported:
         tokenizer.save_pretrained(folder)
         model.student.config.save_pretrained(folder)
         shutil.move(folder, output)
-    return Exported(output / MODEL, error)
+    return output / "model.onnx", error
 
 
 class _LogitsOnly(nn.Module):

@@ -14,7 +14,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,9 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class TeacherReport:
-    """What one run did for one teacher."""
+    """What one run did for one teacher; counts grow as shards are published."""
 
     teacher: str
     shards: int = 0
@@ -123,9 +123,13 @@ def _extract_teacher(
     writing: deque[tuple[str, ExtractedShard, Future[bool]]] = deque()
 
     def finish_oldest() -> None:
-        nonlocal report
         shard_id, extracted, task = writing.popleft()
-        report = _count(report, extracted, task.result())
+        published = task.result()
+        report.shards += published
+        report.duplicates += not published
+        report.tokens += extracted.num_read
+        report.truncated += len(extracted.truncated)
+        report.skipped += len(extracted.skipped)
         progress(Progress(name, shard_id, report.done, total, 0, committed=True))
 
     # Shards are compressed and written while the next one is read; a waiting shard holds its
@@ -144,18 +148,8 @@ def _extract_teacher(
                 finish_oldest()
         while writing:
             finish_oldest()
-    return replace(report, seconds=time.monotonic() - started)
-
-
-def _count(report: TeacherReport, extracted: ExtractedShard, published: bool) -> TeacherReport:
-    return replace(
-        report,
-        shards=report.shards + published,
-        duplicates=report.duplicates + (not published),
-        tokens=report.tokens + extracted.num_read,
-        truncated=report.truncated + len(extracted.truncated),
-        skipped=report.skipped + len(extracted.skipped),
-    )
+    report.seconds = time.monotonic() - started
+    return report
 
 
 def open_teacher(store: KVStore, experiment: Experiment, name: str) -> Teacher:

@@ -83,12 +83,6 @@ def has_other_settings(store: KVStore, experiment: Experiment, teacher: str) -> 
     return not all(is_extracted(store, experiment, teacher, shard_id) for shard_id in first)
 
 
-def extracted_shards(store: KVStore, experiment: Experiment, teacher: str) -> frozenset[str]:
-    """Shards that are committed by the extraction that the config describes."""
-    other = has_other_settings(store, experiment, teacher)
-    return frozenset() if other else store.committed(teacher)
-
-
 def extraction_ledger(experiment: Experiment, teacher: str) -> Ledger:
     """The ledger of a teacher's tasks, inside the store."""
     return Ledger(StorePaths(experiment.store.absolute()).teacher(teacher))
@@ -117,7 +111,6 @@ def extraction_tasks(
 class PendingShards:
     """What one teacher lacks."""
 
-    teacher: str
     units: tuple[str, ...]
     """Missing shards that are neither queued nor quarantined."""
     queued: tuple[str, ...]
@@ -139,13 +132,11 @@ def pending_shards(experiment: Experiment, teacher: str, ask_slurm: bool) -> Pen
             "config's (model, layers, template, dtype, codec, backend, …); give the new extraction "
             "another name, restore the settings, or remove the old one with `kvdistill rm`"
         )
-    done = extracted_shards(store, experiment, teacher)
-    missing = [unit for unit in store.shard_ids if unit not in done]
+    missing = store.missing(teacher)
     ledger = extraction_ledger(experiment, teacher)
     in_queue = units_in_queue(ledger) if ask_slurm else set()
     failed = {unit for unit in ledger.failed_units() if is_quarantined(ledger, unit)}
     return PendingShards(
-        teacher,
         units=tuple(u for u in missing if u not in in_queue and u not in failed),
         queued=tuple(u for u in missing if u in in_queue),
         quarantined=tuple(u for u in missing if u in failed and u not in in_queue),
@@ -167,25 +158,19 @@ def units_in_queue(ledger: Ledger) -> set[str]:
     }
 
 
-@dataclass(frozen=True)
-class PoolReport:
-    """How a pool of workers left one teacher."""
-
-    missing: int
-    """Shards, quarantined ones included."""
-    messages: tuple[str, ...]
-    """Of workers that could not start and of failed shards, each once."""
-
-
 def extract_pool(
     experiment: Experiment,
     teacher: str,
     workers: int,
-    on_poll: Callable[[int, int], None] = lambda done, total: None,
-) -> PoolReport:
+    on_poll: Callable[[int, int], None],
+) -> tuple[int, list[str]]:
     """Extract what one teacher lacks with several worker processes on this machine.
 
     ``on_poll`` is called a few times a second with the number of committed and of all shards.
+
+    Returns:
+        Number of missing shards, quarantined ones included, and the distinct messages of workers
+        that could not start and of failed shards.
 
     Raises:
         Interrupted: a signal stopped the workers; committed shards stay.
@@ -208,7 +193,7 @@ def extract_pool(
     failed = [a for a in ledger.attempts() if a.started >= began and a.outcome == "failed"]
     failures = [f for found in ledger.failed_units().values() for f in found if f.time >= began]
     messages = dict.fromkeys([*(str(a.message) for a in failed), *(f.message for f in failures)])
-    return PoolReport(len(store.missing(teacher)), tuple(messages))
+    return len(store.missing(teacher)), list(messages)
 
 
 def extract_share(
@@ -222,33 +207,27 @@ def extract_share(
     return work(share) if workers == 1 else run_pool(partition_round_robin(share, workers))
 
 
-@dataclass(frozen=True)
-class SubmittedArrays:
-    """Arrays that were submitted for one teacher."""
-
-    pending: PendingShards
-    job_ids: tuple[str, ...]
-    elements: int
-
-
 def submit_extraction(
     experiment: Experiment, teachers: Sequence[str], profile: SlurmProfile
-) -> list[SubmittedArrays]:
+) -> dict[str, tuple[PendingShards, list[str], int]]:
     """Submit one array per teacher over its missing shards.
+
+    Returns:
+        By teacher: what it lacks, the ids of its jobs, and the number of their array elements.
 
     Raises:
         SlurmError: no Slurm here, or it refused.
         CorpusError, StoreError: the store cannot be created or opened.
     """
     client.require()
-    submitted = []
+    submitted = {}
     for teacher in teachers:
         pending = pending_shards(experiment, teacher, ask_slurm=True)
         warning = float(profile.signal_delay_s)
         count = num_array_tasks(profile)
         tasks = extraction_tasks(experiment, teacher, pending.units, count, warning)
         ids = submit_array(tasks, profile, f"kv-{teacher}") if pending.units else []
-        submitted.append(SubmittedArrays(pending, tuple(ids), len(tasks) if ids else 0))
+        submitted[teacher] = (pending, ids, len(tasks))
     return submitted
 
 

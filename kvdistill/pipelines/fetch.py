@@ -13,7 +13,6 @@ from kvdistill.errors import TeacherError
 
 TOKENIZER_FILES: Final = ("*.json", "*.txt", "*.model", "*.jinja")
 MODEL_FILES: Final = (*TOKENIZER_FILES, "*.safetensors")  # no pickles
-CODE_FILES: Final = ("*.py",)
 
 
 @dataclass(frozen=True)
@@ -24,11 +23,6 @@ class Need:
     source: str
     revision: str | None = None
     files: tuple[str, ...] = ()
-
-    @property
-    def is_local(self) -> bool:
-        """Whether it is a local folder."""
-        return Path(self.source).exists()
 
 
 def fetch(
@@ -45,7 +39,7 @@ def fetch(
         if need.kind == "dataset":
             report(need, "fetching")
             load_corpus(experiment.corpus)
-        elif not need.is_local:
+        elif not Path(need.source).exists():
             report(need, "fetching")
             _download(need)
         report(need, "on this machine")
@@ -57,7 +51,7 @@ def needs(experiment: Experiment) -> list[Need]:
     sources = experiment.corpus.sources.values()
     found = [Need("dataset", source.dataset) for source in sources if source.dataset is not None]
     for teacher in experiment.teachers.values():
-        code = CODE_FILES if teacher.trust_remote_code else ()
+        code = ("*.py",) if teacher.trust_remote_code else ()
         weights = (teacher.gguf_file, *TOKENIZER_FILES) if teacher.gguf_file else MODEL_FILES
         found.append(Need("model", teacher.model, teacher.revision, (*weights, *code)))
         if teacher.tokenizer is not None:

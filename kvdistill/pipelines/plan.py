@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kvdistill.config.experiment import Experiment
@@ -23,6 +24,8 @@ from kvdistill.corpus.readers import load_corpus
 from kvdistill.corpus.samples import Sample, Shard, cut_into_shards
 from kvdistill.distill.align.band import AlignmentQuality, quality
 from kvdistill.distill.align.character_iou import Spans, align_tokens
+from kvdistill.distill.student.build import load_student_tokenizer
+from kvdistill.errors import StudentError
 from kvdistill.extract.extract_shard import extract_samples, token_table
 from kvdistill.extract.slots import num_slots
 from kvdistill.extract.teacher import Teacher, load_teacher
@@ -98,51 +101,44 @@ def estimate_extraction(
     samples = load_corpus(experiment.corpus).train
     characters = sum(len(sample.text) for sample in samples)
     pilot = _spread(samples, num_samples)
-    shared = _Pilot(
-        experiment, pilot, num_sized, _tokenise_for_student(experiment, pilot), characters
-    )
+    student = _tokenise_for_student(experiment, pilot)
+    counts = {"num_sized": num_sized, "characters": characters}
     # One teacher in memory at a time.
     teachers = [
-        _estimate_teacher(shared, load_teacher(name, experiment)) for name in experiment.teachers
+        _estimate_teacher(experiment, load_teacher(name, experiment), pilot, student, **counts)
+        for name in experiment.teachers
     ]
+    folder = experiment.store.absolute()
+    while not folder.exists():
+        folder = folder.parent
     return ExtractionEstimate(
         samples=len(samples),
         characters=characters,
         shards=sum(1 for _ in cut_into_shards(samples, experiment.corpus.shard_chars)),
         teachers=tuple(teachers),
-        free_gigabytes=_free_gigabytes(experiment.store),
+        free_gigabytes=shutil.disk_usage(folder).free / 1e9,
     )
 
 
-def array_size(plan: ExtractionEstimate, parallelism: int) -> int:
-    """Tasks per teacher that can run at once: no more than shards."""
-    return max(1, min(parallelism, plan.shards))
-
-
-@dataclass(frozen=True, eq=False)
-class _Pilot:
-    experiment: Experiment
-    samples: Sequence[Sample]
-    num_sized: int
-    student: Sequence[TokenisedSample] | None
-    characters: int
-    """Of the whole corpus."""
-
-
-def _estimate_teacher(pilot: _Pilot, teacher: Teacher) -> TeacherEstimate:
-    encoded = teacher.tokenise(pilot.samples)
+def _estimate_teacher(
+    experiment: Experiment,
+    teacher: Teacher,
+    pilot: Sequence[Sample],
+    student: Sequence[TokenisedSample] | None,
+    *,
+    num_sized: int,
+    characters: int,
+) -> TeacherEstimate:
+    """``characters`` counts the whole corpus, ``student`` is its tokenisation of the pilot."""
+    encoded = teacher.tokenise(pilot)
     lengths = np.array([sample.max_tokens for sample in encoded])
-    pilot_characters = sum(len(sample.text) for sample in pilot.samples)
-    tokens = round(pilot.characters * float(lengths.sum()) / max(pilot_characters, 1))
-    sized = [
-        sample
-        for sample, length in zip(pilot.samples, lengths, strict=True)
-        if length and (teacher.max_length is None or length <= teacher.max_length)
-    ]
-    bytes_per_token, rate = _sizes(pilot.experiment, teacher, _spread(sized, pilot.num_sized))
+    pilot_characters = sum(len(sample.text) for sample in pilot)
+    tokens = round(characters * float(lengths.sum()) / max(pilot_characters, 1))
+    limit = teacher.max_length or math.inf
+    sized = [s for s, length in zip(pilot, lengths, strict=True) if 0 < length <= limit]
+    bytes_per_token, rate = _sizes(experiment, teacher, _spread(sized, num_sized))
     rationale = np.array([int((s.segment == SEGMENT_IDS["rationale"]).sum()) for s in encoded])
     budgeted = np.where(rationale > 0, rationale, lengths)
-    limit = teacher.max_length or math.inf
     return TeacherEstimate(
         teacher=teacher.manifest.name,
         tokens=tokens,
@@ -155,7 +151,7 @@ def _estimate_teacher(pilot: _Pilot, teacher: Teacher) -> TeacherEstimate:
         rationale_lengths=_length_quantiles(rationale[rationale > 0]),
         too_long=float((lengths > limit).mean()),
         touched={budget: float((budgeted > budget).mean()) for budget in BUDGETS},
-        alignment=None if pilot.student is None else _alignment(pilot.student, encoded),
+        alignment=None if student is None else _alignment(student, encoded),
     )
 
 
@@ -198,9 +194,6 @@ def _measure_size(
 def _tokenise_for_student(
     experiment: Experiment, pilot: Sequence[Sample]
 ) -> list[TokenisedSample] | None:
-    from kvdistill.distill.student.build import load_student_tokenizer
-    from kvdistill.errors import StudentError
-
     source = experiment.student.tokenizer or experiment.student.model
     if source is None:
         return None
@@ -224,8 +217,6 @@ def _alignment(
 
 
 def _spans(encoded: TokenisedSample) -> Spans:
-    import torch
-
     table = token_table([Sample("", ())], [encoded])
     columns = (table.char_start, table.char_end, table.segment)
     start, end, segment = (torch.from_numpy(c.astype(np.int64))[None] for c in columns)
@@ -256,10 +247,3 @@ def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
 
 def _codec_name(spec: CodecSpec) -> str:
     return spec.key if spec.key == spec.value else f"{spec.key}/{spec.value}"
-
-
-def _free_gigabytes(store: Path) -> float:
-    folder = store.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free / 1e9

@@ -129,28 +129,34 @@ def model_card(
 ) -> str:
     """README.md of a student's folder, with the hub's front matter.
 
-    Args:
-        experiment: configuration of the run.
-        teachers: manifests of the teachers whose keys and values were used.
-        corpus_fingerprint: SHA-256 of the training samples.
-        record: ``run.json`` of the finished run.
+    ``teachers`` are those whose keys and values were used, ``record`` is the finished run's.
     """
-    student = experiment.student
+    last = record["attempts"][-1]
+    origin = {
+        "corpus": f"`{corpus_fingerprint[:12]}` (SHA-256 of its samples)",
+        "commit": last["git_commit"] or "–",
+        "started": last["started"],
+        **last["versions"],
+    }
+    metrics = {
+        name.removeprefix("eval_").replace("_", " "): f"{value:.6g}"
+        for name, value in record["metrics"].items()
+    }
     head: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["kvdistill", "knowledge-distillation", "kv-cache"],
     }
-    if student.model is not None:
-        head["base_model"] = student.model
+    if experiment.student.model is not None:
+        head["base_model"] = experiment.student.model
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {experiment.name}",
         _summary(experiment, teachers),
         _HOW_TO_LOAD + (_HOW_TO_LOAD_LATENT if experiment.latent is not None else ""),
         _teacher_section(teachers),
         _training_section(experiment, record),
-        _evaluation_section(record),
-        _provenance_section(corpus_fingerprint, record),
+        _markdown_table("Held-out samples", metrics) if metrics else "",
+        _markdown_table("Provenance", origin),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -196,25 +202,6 @@ def _training_section(experiment: Experiment, record: Mapping[str, Any]) -> str:
     if record.get("best"):
         rows["best step"] = record["best"]["step"]
     return _markdown_table("Training", rows)
-
-
-def _evaluation_section(record: Mapping[str, Any]) -> str:
-    metrics = record["metrics"]
-    if not metrics:
-        return ""
-    rows = {name.removeprefix("eval_").replace("_", " "): f"{v:.6g}" for name, v in metrics.items()}
-    return _markdown_table("Held-out samples", rows)
-
-
-def _provenance_section(corpus_fingerprint: str, record: Mapping[str, Any]) -> str:
-    last = record["attempts"][-1]
-    rows = {
-        "corpus": f"`{corpus_fingerprint[:12]}` (SHA-256 of its samples)",
-        "commit": last["git_commit"] or "–",
-        "started": last["started"],
-        **last["versions"],
-    }
-    return _markdown_table("Provenance", rows)
 
 
 def _markdown_table(title: str, rows: Mapping[str, Any]) -> str:

@@ -75,9 +75,9 @@ def test_the_model_card_says_what_it_learned_from_and_runs(finished: Path) -> No
 
 def test_onnx_gives_the_logits_of_torch(finished: Path, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    done = export_onnx(finished / "student", tmp_path / "onnx")
-    assert done.error < 1e-4
-    session = onnxruntime.InferenceSession(str(done.path), providers=["CPUExecutionProvider"])
+    path, error = export_onnx(finished / "student", tmp_path / "onnx")
+    assert error < 1e-4
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "onnx")
     text = tokenizer("How many clips did Natalia sell?", return_tensors="pt")
     inputs = {name: text[name].numpy() for name in ("input_ids", "attention_mask")}

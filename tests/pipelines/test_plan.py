@@ -11,8 +11,8 @@ from kvdistill.commands.prepare import fetch_command, plan_command
 from kvdistill.config.load import dump_experiment, parse_experiment
 from kvdistill.errors import TeacherError
 from kvdistill.pipelines.extract import extract
-from kvdistill.pipelines.fetch import Need, fetch, needs
-from kvdistill.pipelines.plan import DISK_MARGIN, array_size, estimate_extraction
+from kvdistill.pipelines.fetch import fetch, needs
+from kvdistill.pipelines.plan import DISK_MARGIN, estimate_extraction
 from kvdistill.store.reader import KVStore
 from tests.extract.models import save_teacher
 from tests.pipelines.test_teachers import make
@@ -45,7 +45,7 @@ def test_the_projection_is_what_extraction_then_makes(tmp_path: Path) -> None:
     assert teacher.hours == pytest.approx(teacher.tokens / teacher.tokens_per_second / 3600)
     assert projected.needed_gigabytes == pytest.approx(DISK_MARGIN * teacher.gigabytes["int8"])
     assert projected.fits
-    assert array_size(projected, 64) == 1
+    assert projected.shards == 1
 
 
 def test_a_few_samples_stand_for_all(tmp_path: Path) -> None:
@@ -79,7 +79,8 @@ def test_a_disk_that_is_too_small_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("kvdistill.pipelines.plan.shutil.disk_usage", lambda path: full)
     result = runner.invoke(plan_command, [str(config), "--sized", "2"])
     assert "does not fit" in result.output
-    body = json.loads(runner.invoke(plan_command, [str(config), "--json", "--sized", "2"]).output)
+    arguments = [str(config), "--json", "--sized", "2", "--parallel", "64"]
+    body = json.loads(runner.invoke(plan_command, arguments).output)
     assert (body["fits"], body["array_size"], body["samples"]) == (False, 1, 24)
     assert body["teachers"][0]["teacher"] == "t"
 
@@ -118,7 +119,6 @@ def test_fetch_knows_every_need_once_and_no_pickles(
     assert (str(tmp_path), "on this machine") in words
     assert (str(tmp_path), "fetching") not in words
     assert len(needs(experiment)) == 5
-    assert Need("model", str(tmp_path)).is_local
 
 
 def test_fetching_what_is_not_there_is_one_line(

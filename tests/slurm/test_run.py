@@ -118,7 +118,7 @@ def test_two_teachers_survive_the_cluster(
     hold_file(experiment, "bert").write_text("00000")
     profile = runs.choose_profile(experiment, None, "extract")
     submitted = work.submit_extraction(experiment, ["llama", "bert"], profile)
-    (llama_job,), (bert_job,) = (each.job_ids for each in submitted)
+    (llama_job,), (bert_job,) = (job_ids for _, job_ids, _ in submitted.values())
     for unit in ("00000", "00001", "00002"):
         wait_for(f"llama {unit}", lambda unit=unit: is_running(experiment, "llama", unit), 120)
     wait_for("bert", lambda: states(config)["bert"] == {"done": 8, "running": 1, "pending": 3}, 120)
