@@ -1,23 +1,21 @@
 """What a fair comparison holds equal, checked before any run starts and again when all are done.
 
-Seven controls: the same initial student, the same order of the data, the same optimizer steps and
-schedule, the same student tokens, the same evaluation, the same budget per arm, and every arm
-under the same seeds. Settings decide all of them, so settings are compared first: an arm may
-differ from the baseline only in what it states, and in no controlled section. What runs recorded
-of themselves is compared afterwards, which also catches what no setting shows:
-another version of the tokenizer, a corpus file edited between two runs.
+Seven controls: the same initial student, order of the data, optimizer steps and schedule, student
+tokens, evaluation, budget per arm and seeds. An arm may differ from the baseline only in settings
+that it states, and in no controlled section. What runs recorded is compared afterwards, which also
+catches another version of the tokenizer or a corpus file edited between two runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Final
 
 from kvdistill.config.load import flatten
 from kvdistill.config.study import CONTROLLED, ArmConfig
 from kvdistill.errors import ControlError
 from kvdistill.pipelines.run_folder import refuse_other_config
-from kvdistill.studies.design import StudyDesign, StudyRun
+from kvdistill.studies.design import StudyDesign
 
 NOT_COMPARED: Final = ("name", "preset")
 
@@ -29,14 +27,19 @@ def check_settings(design: StudyDesign) -> None:
         ControlError: names the two arms, the setting and both values.
     """
     base = design.of_arm(design.baseline)[0]
+    theirs = flatten(base.experiment.model_dump(mode="json"))
     for name, arm in design.arms.items():
         if "seed" in arm.settings:
             raise ControlError(
                 f"arm {name} sets `seed`; every arm runs under the study's `seeds`. Remove it"
             )
         stated = _stated(design.arms[design.baseline]) | _stated(arm)
-        for setting, ours, theirs in _differences(design.of_arm(name)[0], base):
-            difference = f"{setting} is {ours!r} in arm {name} and {theirs!r} in arm {base.arm}"
+        ours = flatten(design.of_arm(name)[0].experiment.model_dump(mode="json"))
+        for setting in sorted(ours.keys() | theirs.keys()):
+            own, other = ours.get(setting), theirs.get(setting)
+            if setting in NOT_COMPARED or own == other:
+                continue
+            difference = f"{setting} is {own!r} in arm {name} and {other!r} in arm {base.arm}"
             if not _covers(stated, setting):
                 raise ControlError(f"{difference}, and neither states it")
             if _covers(CONTROLLED, setting) and not _covers(design.config.may_differ, setting):
@@ -81,14 +84,6 @@ def check_records(design: StudyDesign) -> None:
                         f"run {first}; they cannot be compared. Remove the older of the two and "
                         "run again"
                     )
-
-
-def _differences(run: StudyRun, other: StudyRun) -> Iterable[tuple[str, Any, Any]]:
-    ours = flatten(run.experiment.model_dump(mode="json"))
-    theirs = flatten(other.experiment.model_dump(mode="json"))
-    for setting in sorted(ours.keys() | theirs.keys()):
-        if setting not in NOT_COMPARED and ours.get(setting) != theirs.get(setting):
-            yield setting, ours.get(setting), theirs.get(setting)
 
 
 def _stated(arm: ArmConfig) -> frozenset[str]:

@@ -6,11 +6,8 @@
 ``OUTPUT/STUDY/<arm>-s<seed>/``  a run folder, as ``kvdistill train`` makes it
 
 The run folders are the only state: a finished run is never computed again, an interrupted one
-resumes from its checkpoint, and one whose settings have changed is refused by name.
-
-Arms come from a preset, from the study file and from its grid. A preset is a plain function from
-the experiment's settings to arms, so that its arms are printed, read and changed like any others;
-what each preset controls for is in ``docs/ablations.md``.
+resumes from its checkpoint, and one whose settings have changed is refused by name. Arms come from
+a preset, the study file and its grid; ``docs/ablations.md`` explains what each preset controls for.
 """
 
 from __future__ import annotations

@@ -65,19 +65,13 @@ def train_runs(
         Interrupted: stopped by a signal.
         ConfigError: runs of a pool failed.
     """
-    if workers > 1 and len(todo) > 1:
-        _train_in_pool(design, todo, workers, log)
+    if workers <= 1 or len(todo) <= 1:
+        from kvdistill.pipelines.train import train
+
+        for number, run in enumerate(todo, start=1):
+            log(f"run {number} of {len(todo)}: {run.arm}, seed {run.seed}")
+            train(run.experiment)
         return
-    from kvdistill.pipelines.train import train
-
-    for number, run in enumerate(todo, start=1):
-        log(f"run {number} of {len(todo)}: {run.arm}, seed {run.seed}")
-        train(run.experiment)
-
-
-def _train_in_pool(
-    design: StudyDesign, todo: Sequence[StudyRun], workers: int, log: Callable[[str], None]
-) -> None:
     ending = run_pool(ablation_tasks(design, todo, workers))
     if ending.outcome == "interrupted":
         raise Interrupted(f"{ending.message}; run the same command again to continue")

@@ -93,7 +93,9 @@ class ReportFigure:
 
 def sections(study: Study, rows: Sequence[Row]) -> dict[str, list[ReportFigure]]:
     """All figures that the study's runs have data for, by heading."""
-    looks = _looks(study)
+    others = [arm for arm in study.arms if arm.name != study.baseline]
+    looks = {arm.label: look(idx, placebo=arm.placebo) for idx, arm in enumerate(others)}
+    looks[study.arm(study.baseline).label] = look(0, baseline=True)
     found = {
         "Change against the baseline": _results(study, rows, looks),
         "What each teacher adds": _left_out(study),
@@ -127,13 +129,6 @@ def run_figures(run: Run) -> dict[str, Figure]:
     for name, teacher in teachers.items():
         found[f"alignment-{name}"] = plots.alignment(teacher["alignment"], name)
     return found
-
-
-def _looks(study: Study) -> dict[str, Look]:
-    """One look per arm, by label, for the whole report; dashed for placebos."""
-    others = [arm for arm in study.arms if arm.name != study.baseline]
-    found = {arm.label: look(idx, placebo=arm.placebo) for idx, arm in enumerate(others)}
-    return found | {study.arm(study.baseline).label: look(0, baseline=True)}
 
 
 def _by_label(study: Study, figure: Callable[[Run], float | None]) -> dict[str, list[float]]:
@@ -296,22 +291,17 @@ def _routing(study: Study) -> list[ReportFigure]:
             if all(task in w["by_task"] for w in weights)
         }  # fmt: skip
         caption = f"Fusion weight of each teacher in {arm.label}; the weights sum to 1. "
-        drawn: list[tuple[str, str, Figure]] = [
-            (
-                "weights",
-                "During training; constant weights mean that the router learned nothing." + BAND,
-                _weight_curves(arm.runs, arm.label),
+        curves = "During training; constant weights mean that the router learned nothing." + BAND
+        drawn = {
+            "weights": (curves, _weight_curves(arm.runs, arm.label)),
+            "weights-by-layer": (
+                "By layer of the student, after training.", plots.weights_by_layer(layers)
             ),
-            (
-                "weights-by-layer",
-                "By layer of the student, after training.",
-                plots.weights_by_layer(layers),
-            ),
-        ]
+        }  # fmt: skip
         if len(tasks) > 1:
             by_task = plots.weights_by_task(tasks)
-            drawn.append(("weights-by-task", "By task of the sample, after training.", by_task))
-        for name, rest, figure in drawn:
+            drawn["weights-by-task"] = ("By task of the sample, after training.", by_task)
+        for name, (rest, figure) in drawn.items():
             found.append(ReportFigure(f"{name}-{arm.name}", caption + rest, figure, arm.runs))
     return found
 

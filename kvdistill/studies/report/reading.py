@@ -50,7 +50,7 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """The seed it was started with."""
+        """Seed of the run."""
         return int(self.record["seed"])
 
     @property
@@ -217,9 +217,8 @@ def _run_folders(path: Path) -> list[Path]:
     """The folder itself if it is a run or holds none, else the runs up to two levels below it."""
     if (path / "run.json").is_file() or not path.is_dir():
         return [path]
-    return sorted(p.parent for depth in ("*", "*/*") for p in path.glob(f"{depth}/run.json")) or [
-        path
-    ]
+    found = [*path.glob("*/run.json"), *path.glob("*/*/run.json")]
+    return sorted(record.parent for record in found) or [path]
 
 
 def _arms_of_ablation(path: Path, body: dict[str, Any], notes: list[str]) -> list[Arm]:
@@ -237,8 +236,8 @@ def _arms_of_ablation(path: Path, body: dict[str, Any], notes: list[str]) -> lis
         for reason, seeds in missing.items():
             notes.append(f"arm {entry['name']!r}, seed {', '.join(seeds)}: {reason}")
         if runs:
-            about = (entry.get("description", ""), entry.get("placebo", False))
-            arms.append(Arm(entry["name"], runs, *about))
+            description, placebo = entry.get("description", ""), entry.get("placebo", False)
+            arms.append(Arm(entry["name"], runs, description, placebo))
     return arms
 
 
@@ -254,14 +253,16 @@ def _group_by_settings(paths: Sequence[Path], notes: list[str]) -> list[Arm]:
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
     arms: list[Arm] = []
     for members in groups.values():
-        name = _without_seed(members[0]) if len(members) > 1 else members[0].name
+        name = members[0].name
+        if len(members) > 1:  # without a trailing -s3 or _seed3
+            name = re.sub(rf"[-_.]?(s|seed)[-_]?{members[0].seed}$", "", name) or name
         by_seed: dict[int, Run] = {}
         for run in sorted(members, key=lambda run: run.seed):
             if run.seed in by_seed:  # would count one draw of the seed twice
                 notes.append(f"arm {name!r} has seed {run.seed} twice; {run.path} is left out")
             by_seed.setdefault(run.seed, run)
-        placebo = _is_placebo(members[0].config)
-        arms.append(Arm(name, tuple(by_seed.values()), placebo=placebo))
+        runs = tuple(by_seed.values())
+        arms.append(Arm(name, runs, placebo=_is_placebo(members[0].config)))
     return arms
 
 
@@ -290,11 +291,6 @@ def _is_placebo(config: dict[str, Any]) -> bool:
     )
 
 
-def _without_seed(run: Run) -> str:
-    """A run's name without a trailing ``-s3`` or ``_seed3`` that names its seed."""
-    return re.sub(rf"[-_.]?(s|seed)[-_]?{run.seed}$", "", run.name) or run.name
-
-
 def _choose_baseline(arms: Sequence[Arm], requested: str | None) -> str:
     names = [arm.name for arm in arms]
     if requested is None:
@@ -308,6 +304,5 @@ def _choose_baseline(arms: Sequence[Arm], requested: str | None) -> str:
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines]

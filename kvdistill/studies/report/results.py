@@ -27,11 +27,7 @@ ALPHA: Final = 0.05
 """Significance level of the verdicts."""
 NONE: Final = "–"
 UNKNOWN: Final = Estimate(math.nan)
-OVER: Final = {
-    "texts": "over texts",
-    "seeds": "over seeds",
-    "both": "over seeds and texts",
-}
+OVER: Final = {"texts": "over texts", "seeds": "over seeds", "both": "over seeds and texts"}
 
 
 @dataclass(frozen=True)
