@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from kvdistill.config.corpus import CorpusConfig, CorpusSource
+from kvdistill.config.corpus import CorpusConfig
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import CorpusError, MissingExtra
 from kvdistill.types import CorpusFormat, SegmentName
@@ -38,7 +38,11 @@ def load_corpus(config: CorpusConfig) -> Splits:
     """
     splits = Splits([], [])
     for name, source in config.sources.items():
-        samples = _read_source(source)
+        form, limit = source.format, source.max_samples
+        if source.path is not None:
+            samples = read_jsonl(source.path, form, limit)
+        else:  # validated: exactly one of the two is given
+            samples = read_dataset(str(source.dataset), source.subset, source.split, form, limit)
         if name:
             samples = [
                 replace(s, sample_id=f"{name}/{s.sample_id}", task=s.task or name) for s in samples
@@ -55,14 +59,6 @@ def load_corpus(config: CorpusConfig) -> Splits:
     if config.eval_path is not None:
         splits.evaluation.extend(read_jsonl(config.eval_path, config.format))
     return splits
-
-
-def _read_source(source: CorpusSource) -> list[Sample]:
-    limit = source.max_samples
-    if source.path is not None:
-        return read_jsonl(source.path, source.format, limit)
-    assert source.dataset is not None  # validated: exactly one of the two is given
-    return read_dataset(source.dataset, source.subset, source.split, source.format, limit)
 
 
 def read_jsonl(path: Path, form: CorpusFormat = "auto", limit: int | None = None) -> list[Sample]:

@@ -110,7 +110,12 @@ class Distiller(nn.Module):
             for kind in KINDS:
                 self.space[kind] = SpaceAdapter(geometry.num_layers, geometry.heads, shape)
         if losses.inject:
-            _refuse_injection_of_encoders(teachers)
+            if not any(teacher.causal for teacher in teachers):
+                names = ", ".join(teacher.name for teacher in teachers)
+                raise ConfigError(
+                    f"losses.inject: the teachers ({names}) attend in both directions, so their KV "
+                    "at the prompt depends on what follows; add a decoder, or set it to 0"
+                )
             self.gate = None
             if losses.inject_style == "residual":
                 self.gate = InjectionGate(geometry.num_layers, losses.inject_gate_init)
@@ -365,15 +370,6 @@ class Distiller(nn.Module):
                 ]
                 lost.append(weight_NBT[i] * torch.stack(errors).mean(0))
         return torch.stack(lost).sum(0) / len(KINDS)
-
-
-def _refuse_injection_of_encoders(teachers: list[TeacherSpace]) -> None:
-    if not any(teacher.causal for teacher in teachers):
-        raise ConfigError(
-            f"losses.inject: the teachers ({', '.join(t.name for t in teachers)}) attend in both "
-            "directions, so their KV at the prompt depends on what follows; add a decoder, or set "
-            "losses.inject to 0"
-        )
 
 
 def _module_name(teacher: str) -> str:

@@ -144,7 +144,15 @@ class BatchPacker:
         qkv = keep_heads(qkv, self._shard.manifest.kept_heads)
         received = kept = None
         if masks.queries_and_keys is not None:
-            received = _importance(qkv, masks.queries_and_keys, row.layer)
+            received = importance(
+                qkv.query,
+                qkv.key,
+                masks.queries_and_keys,
+                row.layer.scaling,
+                row.layer.rotary,
+                causal=row.layer.causal,
+                softcap=row.layer.softcap,
+            )
         if masks.slots is not None:
             kept = masks.slots.choose(qkv.key, received, row.layer.rotary, layer_idx)
             self._collect(row, "kept", kept.index_BLHM[:, 0].int())
@@ -183,14 +191,9 @@ class BatchPacker:
             target = self._shard.moments[row.group_idx, kind]
             target[0, sample_idx, row.row], target[1, sample_idx, row.row] = mean, m2
         for row, name, per, codes in self._codes:
-            self._scatter(codes.numpy(), self._shard.arrays[name][row.row], self._shard.ptr[per])
-
-    def _scatter(
-        self, part: NDArray[np.generic], target: NDArray[np.generic], ptr: NDArray[np.int64]
-    ) -> None:
-        for row, sample_idx in enumerate(self._batch.sample_idx):
-            start, end = int(ptr[sample_idx]), int(ptr[sample_idx + 1])
-            target[:, start:end] = part[row, :, : end - start]
+            packed, ptr = self._shard.arrays[name][row.row], self._shard.ptr[per]
+            for encoded, i in zip(codes.numpy(), self._batch.sample_idx, strict=True):
+                packed[:, ptr[i] : ptr[i + 1]] = encoded[:, : ptr[i + 1] - ptr[i]]
 
     def _refuse_non_finite(self, layer: VerifiedLayer, kind: Kind, mean_BHD: Tensor) -> None:
         finite = mean_BHD.isfinite().all(dim=2)
@@ -203,12 +206,6 @@ class BatchPacker:
             f"sample {sample_id!r}: {kind}s are not finite in {self._shard.manifest.dtype}; "
             "try dtype float32 or bfloat16"
         )
-
-
-def _importance(qkv: QKV, chosen: QueriesAndKeys, layer: VerifiedLayer) -> Tensor:
-    score = layer.scaling, layer.rotary
-    causal, softcap = layer.causal, layer.softcap
-    return importance(qkv.query, qkv.key, chosen, *score, causal=causal, softcap=softcap)
 
 
 def text_mask(segments: Sequence[NDArray[np.int8]], batch: TeacherBatch) -> Tensor:

@@ -45,6 +45,7 @@ def generate_rationales(
                 "need a corpus of prompts"
             )
     tokenizer, limit = teacher.tokenizer, teacher.max_length
+    generation = teacher.causal_lm.generation_config
     template = teacher.prompt_tokenizer.template.before("rationale")
     prompt_tokenizer = replace(teacher.prompt_tokenizer, template=template)
     prompts = [_without_end(prompt, tokenizer) for prompt in prompt_tokenizer.tokenise(samples)]
@@ -60,7 +61,13 @@ def generate_rationales(
         written = generate_padded(
             teacher.causal_lm,
             [prompts[i].token_ids for i in chosen],
-            _settings(teacher, config, max_new_tokens),
+            GenerationConfig(
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+                eos_token_id=generation.eos_token_id or tokenizer.eos_token_id,
+                stop_strings=list(config.stop) or None,
+            ),
             logits_processor=_sampler(config, [samples[i].sample_id for i in chosen]),
             tokenizer=tokenizer,
         )
@@ -69,17 +76,6 @@ def generate_rationales(
             ends = [end for stop in config.stop if (end := text.find(stop)) >= 0]
             texts[i] = text[: min(ends, default=len(text))].rstrip()
     return [_with_rationale(sample, text) for sample, text in zip(samples, texts, strict=True)]
-
-
-def _settings(teacher: Teacher, config: GenerateConfig, max_new_tokens: int) -> GenerationConfig:
-    tokenizer, own = teacher.tokenizer, teacher.causal_lm.generation_config
-    return GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-        eos_token_id=own.eos_token_id or tokenizer.eos_token_id,
-        stop_strings=list(config.stop) or None,
-    )
 
 
 def _sampler(config: GenerateConfig, sample_ids: Sequence[str]) -> LogitsProcessorList:

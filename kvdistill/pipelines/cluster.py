@@ -144,15 +144,11 @@ def _teacher_overview(store: KVStore, experiment: Experiment | None, name: str) 
     done = frozenset() if other else store.committed(name)
     ledger = Ledger(StorePaths(store.paths.root.absolute()).teacher(name))
     status = read_status(ledger, store.shard_ids, done)
-    return TeacherOverview(name, ledger, status, _stored_bytes(store, name, sorted(done)), other)
-
-
-def _stored_bytes(store: KVStore, name: str, done: Sequence[str]) -> int:
-    """Extrapolated from about 64 commits."""
-    step = max(1, len(done) // 64)
-    commits = [store.commit(name, unit) for unit in done[::step]]
+    # The size is extrapolated from about 64 commits.
+    commits = [store.commit(name, unit) for unit in sorted(done)[:: max(1, len(done) // 64)]]
     sampled = sum(record.size_bytes for commit in commits for record in commit.files.values())
-    return sampled * len(done) // len(commits) if commits else 0
+    stored_bytes = sampled * len(done) // max(len(commits), 1)
+    return TeacherOverview(name, ledger, status, stored_bytes, other)
 
 
 def _training_state(experiment: Experiment) -> tuple[str | None, Path | None]:

@@ -35,7 +35,14 @@ def export_onnx(student: Path, output: Path) -> tuple[Path, float]:
         MissingExtra: onnx, onnxscript or onnxruntime is not installed.
         StudentError: no student, ``output`` exists, or onnxruntime's logits differ from torch's.
     """
-    _need_extra()
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as missing:
+        raise MissingExtra(
+            f"export --onnx needs the extra 'onnx' ({missing}): pip install 'kvdistill[onnx]'"
+        ) from missing
     if output.exists():
         raise StudentError(f"{output} already exists; choose another name, or remove it first")
     require_student_folder(student)
@@ -69,17 +76,6 @@ class _LogitsOnly(nn.Module):
         output = self.student(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         logits: Tensor = output.logits
         return logits
-
-
-def _need_extra() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise MissingExtra(
-            f"export --onnx needs the extra 'onnx' ({error}): pip install 'kvdistill[onnx]'"
-        ) from error
 
 
 def _inputs(vocab_size: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:

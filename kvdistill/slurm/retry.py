@@ -47,18 +47,13 @@ def take_over(ledger: Ledger, unit: str, attempt_id: str, me: Attempt) -> None:
     """Claim a crashed attempt's unit; record the crash if the unit may be to blame."""
     crashed = ledger.attempt(attempt_id)
     if crashed is not None and crashed.unit == unit and crashed.ended is None:
-        _record_crash(ledger, unit, crashed, me)
+        kind = crash_cause(crashed, me.log_offset if me.log == crashed.log else None)
+        lost_node = kind == "killed" and _supersedes(me, crashed)
+        if kind is not None and not lost_node:
+            message = f"worker crashed ({kind.replace('_', ' ')}) on {crashed.host}"
+            where = crashed.job, crashed.log, crashed.heartbeat
+            ledger.record_failure(Failure(unit, crashed.attempt_id, kind, message, None, *where))
     ledger.reassign(unit, me.attempt_id)
-
-
-def _record_crash(ledger: Ledger, unit: str, crashed: Attempt, me: Attempt) -> None:
-    kind = crash_cause(crashed, me.log_offset if me.log == crashed.log else None)
-    lost_node = kind == "killed" and _supersedes(me, crashed)
-    if kind is None or lost_node:
-        return
-    message = f"worker crashed ({kind.replace('_', ' ')}) on {crashed.host}"
-    job, log, died = crashed.job, crashed.log, crashed.heartbeat
-    ledger.record_failure(Failure(unit, crashed.attempt_id, kind, message, None, job, log, died))
 
 
 def _supersedes(me: Attempt, other: Attempt) -> bool:

@@ -11,14 +11,14 @@ pending       not started, or abandoned by a stopped worker
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 from kvdistill.errors import SlurmError
 from kvdistill.slurm import client
 from kvdistill.slurm.heartbeat import HEARTBEAT_SECONDS, is_alive
-from kvdistill.slurm.ledger import Attempt, Failure, Ledger, Submission
+from kvdistill.slurm.ledger import Attempt, Failure, Ledger
 from kvdistill.slurm.retry import QUARANTINE_AFTER, crash_cause
 from kvdistill.text import format_duration
 
@@ -88,13 +88,22 @@ def read_status(
     }
     stale = [unit for unit, found in states.items() if found == "stale"]
     workers = list(live.values())
-    waiting, slurm_error = _waiting(jobs) if ask_slurm and client.is_available() else ([], None)
+    waiting, slurm_error = list[client.QueuedJob](), None
+    if ask_slurm and client.is_available():
+        try:
+            queued = client.queue(job.job_id for job in jobs).values()
+            waiting = [job for job in queued if job.state == "PENDING"]
+        except SlurmError as error:
+            slurm_error = str(error)
+    # Of tasks' latest attempts since the newest submission, those that failed outside any unit.
+    since = max((job.submitted for job in jobs), default=0.0)
+    latest = {(a.task, a.num_tasks): a for a in attempts.values() if a.started >= since}
     return Status(
         units=states,
         failures=failures,
         stale={unit: _stale_reason(attempts.get(claims[unit])) for unit in stale},
         workers=workers,
-        broken=_broken(attempts.values(), max((j.submitted for j in jobs), default=0.0)),
+        broken=[attempt for attempt in latest.values() if attempt.outcome == "failed"],
         waiting=waiting,
         slurm_error=slurm_error,
         work_per_second=sum(a.work_done / a.work_seconds for a in workers if a.work_seconds),
@@ -128,17 +137,3 @@ def _eta(states: Mapping[str, UnitState], workers: Sequence[Attempt]) -> float |
     if not left:
         return 0.0
     return left / pace if pace else None
-
-
-def _broken(attempts: Iterable[Attempt], since: float) -> list[Attempt]:
-    """Tasks whose latest attempt since the newest submission failed outside any unit."""
-    latest = {(a.task, a.num_tasks): a for a in attempts if a.started >= since}
-    return [attempt for attempt in latest.values() if attempt.outcome == "failed"]
-
-
-def _waiting(submissions: Iterable[Submission]) -> tuple[list[client.QueuedJob], str | None]:
-    try:
-        jobs = client.queue(submission.job_id for submission in submissions)
-    except SlurmError as error:
-        return [], str(error)
-    return [job for job in jobs.values() if job.state == "PENDING"], None

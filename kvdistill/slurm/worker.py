@@ -136,7 +136,11 @@ class _TaskRun:
             elif not workload.is_done(unit):
                 self.failed_in_a_row += 1
                 message = _one_line_message(error)
-                self._record(unit, _failure_kind(error), message, traceback.format_exc())
+                # By name, because torch need not be imported to recognise its own error.
+                names = {kind.__name__ for kind in type(error).__mro__}
+                memory = names & {"MemoryError", "OutOfMemoryError"}
+                kind: FailureKind = "out_of_memory" if memory else "error"
+                self._record(unit, kind, message, traceback.format_exc())
         else:
             self.failed_in_a_row = 0
             attempt = self.heart.attempt
@@ -197,12 +201,6 @@ class _TaskRun:
             return Ending("complete", f"{len(theirs)} units are held by other workers")
         message = f"{len(missing)} units missing, {len(quarantined)} of them quarantined"
         return Ending("incomplete", message, again=bool(open_ - theirs))
-
-
-def _failure_kind(error: Exception) -> FailureKind:
-    # torch's own out-of-memory error is recognised by name, so that torch need not be imported.
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return "out_of_memory" if names & {"MemoryError", "OutOfMemoryError"} else "error"
 
 
 def _one_line_message(error: BaseException) -> str:

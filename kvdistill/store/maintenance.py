@@ -184,8 +184,16 @@ def merge_stores(
             differently; names both sides.
         ShardCorrupt: a source's shard does not match its commit.
     """
+    ours = target.manifest
     for source in sources:
-        _refuse_other_corpus(target, source)
+        theirs = source.manifest
+        if (ours.corpus_fingerprint, ours.shards) != (theirs.corpus_fingerprint, theirs.shards):
+            raise StoreMismatch(
+                f"{source.paths.root} holds corpus {theirs.corpus_fingerprint[:12]} in "
+                f"{len(theirs.shards)} shards, {target.paths.root} holds "
+                f"{ours.corpus_fingerprint[:12]} in {len(ours.shards)}; only stores over the same "
+                "corpus, in the same shards, can be merged"
+            )
     for source in sources:
         for teacher in source.teachers():
             add_teacher(target, source.teacher(teacher))
@@ -197,17 +205,6 @@ def merge_stores(
                 copied += _copy_files(source, target, teacher, shard_id)
             copy_prototypes(source, target, teacher)
     return copied
-
-
-def _refuse_other_corpus(target: KVStore, source: KVStore) -> None:
-    ours, theirs = target.manifest, source.manifest
-    if ours.corpus_fingerprint != theirs.corpus_fingerprint or ours.shards != theirs.shards:
-        raise StoreMismatch(
-            f"{source.paths.root} holds corpus {theirs.corpus_fingerprint[:12]} in "
-            f"{len(theirs.shards)} shards, {target.paths.root} holds "
-            f"{ours.corpus_fingerprint[:12]} in {len(ours.shards)}; only stores over the same "
-            "corpus, in the same shards, can be merged"
-        )
 
 
 def _copy_files(source: KVStore, target: KVStore, teacher: str, shard_id: str) -> bool:

@@ -85,6 +85,13 @@ def summarise_teacher(store: KVStore, teacher: str) -> TeacherSummary:
         by_array[array] = by_array.get(array, 0) + record.size_bytes
     statistics = store.statistics(teacher)
     rms = {kind: _channel_rms(manifest, statistics, kind) for kind in KINDS}
+    outliers = []
+    for kind, by_layer in rms.items():
+        for layer, rms_HD in by_layer.items():
+            median = np.median(rms_HD, axis=-1, keepdims=True)
+            ratio = np.divide(rms_HD, median, out=np.zeros_like(rms_HD), where=median > 0)
+            for head, channel in np.argwhere(ratio >= OUTLIER_RATIO).tolist():
+                outliers.append(Outlier(kind, layer, head, channel, float(ratio[head, channel])))
     return TeacherSummary(
         teacher=teacher,
         model=manifest.model,
@@ -104,7 +111,7 @@ def summarise_teacher(store: KVStore, teacher: str) -> TeacherSummary:
             kind: {layer: np.sqrt((x**2).sum(axis=-1)).tolist() for layer, x in by_layer.items()}
             for kind, by_layer in rms.items()
         },
-        outliers=_find_outliers(rms),
+        outliers=sorted(outliers, key=lambda outlier: -outlier.ratio),
     )
 
 
@@ -117,17 +124,6 @@ def _channel_rms(
         found = statistics[f"{group_prefix(manifest, i)}{kind}"]
         rms |= zip(group.layers, np.sqrt(found.variance + found.mean**2), strict=True)
     return dict(sorted(rms.items()))
-
-
-def _find_outliers(rms: Mapping[Kind, Mapping[int, np.ndarray]]) -> list[Outlier]:
-    found = []
-    for kind, by_layer in rms.items():
-        for layer, rms_HD in by_layer.items():
-            median = np.median(rms_HD, axis=-1, keepdims=True)
-            ratio = np.divide(rms_HD, median, out=np.zeros_like(rms_HD), where=median > 0)
-            for head, channel in np.argwhere(ratio >= OUTLIER_RATIO).tolist():
-                found.append(Outlier(kind, layer, head, channel, float(ratio[head, channel])))
-    return sorted(found, key=lambda outlier: -outlier.ratio)
 
 
 def importance_histogram(

@@ -218,12 +218,6 @@ def layer_map_lines(depths: ByName) -> Figure:
     return over_layers(depths, "teacher layer", "Layer map (fractions interpolate)")
 
 
-def error_by_layer(kinds: ByName) -> Figure:
-    """Mean squared error of keys and values against the target, by student layer."""
-    title = "KV error by layer"
-    return over_layers(kinds, "error (1 = the mean)", title, reference=1.0, limits=(0, None))
-
-
 def weights_by_layer(teachers: ByName) -> Figure:
     """Fusion weight of each teacher, by student layer."""
     return over_layers(teachers, "fusion weight", "Fusion weights by layer", limits=(0, 1))

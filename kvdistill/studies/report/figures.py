@@ -118,7 +118,13 @@ def run_figures(run: Run) -> dict[str, Figure]:
     teachers = diagnostics["teachers"]
     found = {
         "layer-map": plots.layer_map_lines({name: t["layer_map"] for name, t in teachers.items()}),
-        "error-by-layer": plots.error_by_layer(diagnostics["error_by_layer"]),
+        "error-by-layer": plots.over_layers(
+            diagnostics["error_by_layer"],
+            "error (1 = the mean)",
+            "KV error by layer",
+            reference=1.0,
+            limits=(0, None),
+        ),
         "spectra": plots.spectra(diagnostics["spectra"]),
     }
     if _has_routing(run):

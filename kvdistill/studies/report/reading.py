@@ -150,7 +150,12 @@ def read_study(
         if not (path / ABLATION_FILE).is_file():
             loose += _run_folders(path)
             continue
-        body = _read_ablation(path / ABLATION_FILE)
+        file = path / ABLATION_FILE
+        body: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if not all({"name", "runs"} <= arm.keys() for arm in body.get("arms", [{}])):
+            raise ConfigError(
+                f"{file}: an arm lacks its name or runs; run `kvdistill ablate` again to rewrite it"
+            )
         names.append(body.get("name", path.name))
         baseline = baseline or body.get("baseline")
         if body.get("may_differ"):
@@ -200,17 +205,6 @@ def _read_or_reason(path: Path, *, comparable: bool = False) -> Run | str:
         json.loads(folder.diagnostics.read_text(encoding="utf-8")),
         {row["sample_id"]: row for row in _json_lines(folder.eval_samples)},
     )
-
-
-def _read_ablation(path: Path) -> dict[str, Any]:
-    body: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    for entry in body.get("arms", [{}]):
-        for key in ("name", "runs"):
-            if key not in entry:
-                raise ConfigError(
-                    f"{path}: an arm has no {key!r}; run `kvdistill ablate` again to rewrite it"
-                )
-    return body
 
 
 def _run_folders(path: Path) -> list[Path]:

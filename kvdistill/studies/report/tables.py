@@ -109,12 +109,13 @@ def cost_table(study: Study) -> Table | None:
     cells = []
     for arm in study.arms:
         records = [run.record for run in arm.runs]
+        disk = [sum(f.stat().st_size for f in r.path.rglob("*") if f.is_file()) for r in arm.runs]
         line = {
             "arm": arm.label,
             "time": format_duration(mean_of([float(r["seconds"]) for r in records]) or 0.0),
             "peak memory": _mean_bytes([r.get("peak_memory_bytes") for r in records]),
             "peak accelerator memory": _mean_bytes([r.get("peak_device_bytes") for r in records]),
-            "disk": _mean_bytes([_folder_bytes(run.path) for run in arm.runs]),
+            "disk": _mean_bytes(disk),
         }
         cells.append(line)
     return _table("Cost of one run: mean over seeds", cells)
@@ -123,10 +124,6 @@ def cost_table(study: Study) -> Table | None:
 def _mean_bytes(sizes: Sequence[float | None]) -> str:
     mean = mean_of([size for size in sizes if size])
     return NONE if mean is None else format_bytes(mean)
-
-
-def _folder_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def savings_table(study: Study) -> tuple[Table | None, list[str]]:
