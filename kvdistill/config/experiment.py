@@ -59,16 +59,13 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
-        for check in (
-            _check_losses,
-            _check_weights,
-            _check_fusion,
-            _check_projection,
-            _check_evictions,
-            _check_latent,
-            _check_training,
-        ):
-            check(self)
+        _check_losses(self)
+        _check_weights(self)
+        _check_fusion(self)
+        _check_projection(self)
+        _check_evictions(self)
+        _check_latent(self)
+        _check_training(self)
         return self
 
     def codec(self, teacher: str) -> CodecSpec:

@@ -206,8 +206,5 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if typing.get_origin(annotation) in (dict, typing.Union, types.UnionType):
-        for argument in typing.get_args(annotation):
-            found = _section(argument)
-            if found is not None:
-                return found
+        return next(filter(None, map(_section, typing.get_args(annotation))), None)
     return None

@@ -114,7 +114,8 @@ class Distiller(nn.Module):
                 names = ", ".join(teacher.name for teacher in teachers)
                 raise ConfigError(
                     f"losses.inject: the teachers ({names}) attend in both directions, so their KV "
-                    "at the prompt depends on what follows; add a decoder, or set it to 0"
+                    "at the prompt depends on what follows; add a decoder, or set losses.inject "
+                    "to 0"
                 )
             self.gate = None
             if losses.inject_style == "residual":

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from kvdistill.slurm.retry import exit_task
 from kvdistill.slurm.signals import stop_flag
@@ -93,12 +93,7 @@ def launch_command(launch: Launch, environment: Mapping[str, str]) -> list[str]:
     ]
 
 
-def run_launch() -> None:
-    """Entry point of written scripts: a launch as JSON, the first argument."""
-    body: dict[str, Any] = json.loads(sys.argv[1])
+if __name__ == "__main__":  # written scripts: the first argument is a launch as JSON
+    body = json.loads(sys.argv[1])
     lists = {"command": tuple(body["command"]), "gate": tuple(body["gate"])}
     Launch(**{**body, **lists})()
-
-
-if __name__ == "__main__":
-    run_launch()

@@ -207,12 +207,7 @@ def _one_line_message(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:500]
 
 
-def run_task() -> None:
-    """Entry point of a pool's worker: a task as JSON on standard input."""
+if __name__ == "__main__":  # a pool's worker: standard input is a task as JSON
     ending = work(Task.from_json(sys.stdin.read()))
     print(ending.message, flush=True)
     sys.exit(ending.exit_code)
-
-
-if __name__ == "__main__":
-    run_task()

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvdistill.errors import ConfigError
+from kvdistill.errors import ConfigError, GeometryError
 from kvdistill.types import LayerGroup, LayerMethod
 
 
@@ -42,8 +42,17 @@ class LayerMap:
         return tuple(sorted(used))
 
     def apply(self, x_BLHTD: Tensor) -> Tensor:
-        """Mix the layers ``needed`` into student layers, along axis 1."""
+        """Mix the layers ``needed`` into student layers, along axis 1.
+
+        Raises:
+            GeometryError: the axis has another length.
+        """
         position = {layer: i for i, layer in enumerate(self.needed)}
+        if x_BLHTD.shape[1] != len(position):
+            raise GeometryError(
+                f"layer map: needs teacher layers {list(self.needed)}, got an axis of "
+                f"{x_BLHTD.shape[1]}; read LayerMap.needed"
+            )
         low = x_BLHTD[:, [position[layer] for layer in self.lower]]
         if not any(self.fraction):
             return low

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvdistill.errors import GeometryError
+
 
 def fixed_weights(weights: Sequence[float]) -> Tensor:
     """Given weights, at least one of them positive, scaled to sum to one: ``[N, 1, 1, 1]``."""
@@ -44,7 +46,16 @@ def fuse(alpha_NBLT: Tensor, teachers_BLHTD: Sequence[Tensor]) -> Tensor:
 
     Returns:
         ``[B, L, H, T, D]``; zeros where no teacher covers a token.
+
+    Raises:
+        GeometryError: the teachers' shapes differ (they could broadcast silently), or not N.
     """
+    shapes = [tuple(teacher.shape) for teacher in teachers_BLHTD]
+    if len(set(shapes)) != 1 or len(shapes) != len(alpha_NBLT):
+        raise GeometryError(
+            f"fusion: expected {len(alpha_NBLT)} teachers of one shape [B, L, H, T, D], "
+            f"got {shapes}; project them first"
+        )
     first, *others = teachers_BLHTD
     alpha_NBLHTD = alpha_NBLT[:, :, :, None, :, None].to(first.dtype)
     fused = first * alpha_NBLHTD[0]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvdistill.distill.align.layers import by_group, layer_map, linear_cka, monotone_map
 from kvdistill.distill.align.resample import align_global
-from kvdistill.errors import ConfigError
+from kvdistill.errors import ConfigError, GeometryError
 from kvdistill.types import LayerGroup
 from tests.distill.dense import place
 
@@ -77,6 +77,10 @@ def test_an_unused_upper_layer_is_not_needed():
 
 
 def test_errors_name_the_layers():
+    with pytest.raises(GeometryError, match=r"needs teacher layers \[0, 2, 4\], got an axis of 2"):
+        layer_map("ratio", 3, range(6)).apply(torch.zeros(1, 2, 1, 1, 1))
+    with pytest.raises(GeometryError, match=r"needs teacher layers \[0, 2, 4\], got an axis of 6"):
+        layer_map("ratio", 3, range(6)).apply(torch.zeros(1, 6, 1, 1, 1))
     with pytest.raises(ConfigError, match="got 2 for 3; use ratio"):
         layer_map("last_aligned", 3, range(2))
     with pytest.raises(ConfigError, match=r"teacher layers \[7\] that are not stored"):

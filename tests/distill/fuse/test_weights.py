@@ -1,10 +1,12 @@
 """Weighted sums of teachers, and what happens where one covers nothing."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvdistill.distill.fuse.weights import fixed_weights, fuse, renormalise
+from kvdistill.errors import GeometryError
 
 SHAPE = (2, 3, 2, 5, 4)  # B, L, H, T, D
 
@@ -78,3 +80,10 @@ def test_per_token_weights_against_a_loop():
     theirs = torch.autograd.grad((expected * upstream).sum(), [alpha, *x])
     for got, want in zip(mine, theirs, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("other", [[(2, 3, 2, 5, 3)], [(2, 3, 2, 1, 4)], [], [SHAPE, SHAPE]])
+def test_only_as_many_teachers_of_one_shape_are_fused(other):
+    teachers = [torch.zeros(shape) for shape in [SHAPE, *other]]
+    with pytest.raises(GeometryError, match=r"2 teachers of one shape.+project them"):
+        fuse(fixed_weights([1, 1]), teachers)
