@@ -132,6 +132,11 @@ LAYERNORMED: Final = replace(
     name="separate projections, q/k layernorms",
     taps=("q_layernorm", "k_layernorm", "v_proj"),
 )
+LAYERNORMED_HEADS_FIRST: Final = replace(
+    LAYERNORMED,
+    name="separate projections, q/k layernorms after the heads",
+    cut=separate_heads_first,
+)
 FUSED: Final = Adapter("fused qkv", "layers", "self_attn", ("qkv_proj",), fused)
 GPT2: Final = Adapter("GPT-2", "h", "attn", ("c_attn",), fused)
 GPTJ: Final = replace(PLAIN, name="GPT-J", layers="h", attention="attn")
@@ -196,7 +201,8 @@ REFUSED: Final[dict[str, str]] = dict.fromkeys(
 )
 
 STRANGERS: Final[list[Adapter]] = sorted(
-    {a for known in ADAPTERS.values() for a in known if a.stream == "self"},
+    {a for known in ADAPTERS.values() for a in known if a.stream == "self"}
+    | {LAYERNORMED_HEADS_FIRST},
     key=lambda a: (not a.key_norm, a.name),
 )
 """Adapters to try on an unknown model type; those with key norms first, since a plain adapter
@@ -211,6 +217,9 @@ def known_adapters(model: Any) -> tuple[Adapter, ...]:
 
 def adapters_for(model: Any, stream: Stream | None = None) -> list[Adapter]:
     """Candidate adapters of a model, likeliest first.
+
+    The table's adapter of a known type is followed by all others of its kind: a flag of the config
+    (``use_qk_norm``, ``qk_layernorm``) can add norms that the type does not have by default.
 
     Raises:
         AdapterError: the model type has no keys that the store can hold, is an encoder-decoder
@@ -227,7 +236,8 @@ def adapters_for(model: Any, stream: Stream | None = None) -> list[Adapter]:
                 f"model type {model_type!r} has one stream of tokens; leave out `stream`, which "
                 "chooses among those of an encoder-decoder"
             )
-        return list(known or STRANGERS)
+        kinds = {adapter.kind for adapter in known or STRANGERS}
+        return [*known, *(a for a in STRANGERS if a.kind in kinds and a not in known)]
     if stream not in streams:
         raise AdapterError(
             f"model type {model_type!r} is an encoder-decoder; set its `stream` to one of "

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,11 @@ Rewrite = Callable[[Tensor, int, Kind], Tensor]
 """From own keys or values ``[B, H, T, D]``, layer and kind to what the student attends to."""
 
 
+_FITTING: Final[WeakKeyDictionary[nn.Module, Adapter]] = WeakKeyDictionary()
+"""The verified adapter of every student in memory. Its modules are located anew each time, since
+LoRA replaces them."""
+
+
 def verify_student(student: Any) -> Verified:
     """Verify on a few tokens that what is tapped is what the student's attention computes with.
 
@@ -41,7 +47,9 @@ def verify_student(student: Any) -> Verified:
     with torch.random.fork_rng(devices=devices):
         student.eval()
         try:
-            return first_fitting(base, _student_adapters(base))
+            verified = first_fitting(base, _student_adapters(base))
+            _FITTING[base] = verified.adapter
+            return verified
         except AdapterError as error:
             raise _unreadable(student, error) from None
         finally:
@@ -184,14 +192,11 @@ class _Replay:
 
 
 def _locate(student: Any, base: Any) -> tuple[Adapter, list[Site], dict[int, str]]:
-    """The adapter of a student; for an unknown model type the one that its weights verify."""
-    adapters = _student_adapters(base)
-    is_shell = any(parameter.is_meta for parameter in base.parameters())
-    if len(adapters) > 1 and not is_shell:
-        verified = verify_student(student)
-        return verified.adapter, verified.sites, verified.skipped
+    """The adapter that a student's weights verify; of a shell without weights, one that fits."""
+    if base not in _FITTING and not any(parameter.is_meta for parameter in base.parameters()):
+        verify_student(student)
     problems: list[AdapterError] = []
-    for adapter in adapters:
+    for adapter in [_FITTING[base]] if base in _FITTING else _student_adapters(base):
         try:
             return adapter, *find_sites(base, adapter)
         except AdapterError as error:

@@ -37,7 +37,7 @@ def padded(side: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def verified(model: Any, stream: Stream | None = None) -> tuple[list[Any], list[VerifiedLayer]]:
-    (adapter,) = adapters_for(model, stream)
+    adapter = adapters_for(model, stream)[0]
     found, _ = find_sites(model, adapter)
     return found, verify_adapter(model, found)
 

@@ -42,6 +42,27 @@ def test_every_family_is_read_as_student_as_it_is_as_teacher(name: str) -> None:
     assert any(gradient.abs().sum() > 0 for gradient in gradients)
 
 
+NORMED_BY_FLAG = {
+    "cohere": {"use_qk_norm": True},
+    "phi": {"qk_layernorm": True},
+    "stablelm": {"qk_layernorm": True},
+    "glm4_moe": {"use_qk_norm": True, "first_k_dense_replace": 4, "head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("model_type", NORMED_BY_FLAG)
+def test_norms_that_a_family_has_by_a_flag_are_passed_before_the_tap(model_type: str) -> None:
+    """The student's taps, multiplied out, are its own attention; before the norm they are not."""
+    options = DECODERS["llama"][1] | NORMED_BY_FLAG[model_type]
+    model = tiny_model(model_type, head=True, **options)
+    for parameter in model.parameters():
+        parameter.copy_(torch.rand_like(parameter) - 0.3)
+    as_teacher = fit_adapter("t", model.base_model, None)
+    assert KVCapture(model).adapter == verify_student(model).adapter == as_teacher.adapter
+    assert as_teacher.adapter.key_norm
+    assert max(layer.error for layer in as_teacher.layers) < 1e-5
+
+
 def test_random_states_and_training_modes_are_left_alone() -> None:
     model = student("gpt2, fused")  # with dropout
     model.transformer.h[1].eval()
