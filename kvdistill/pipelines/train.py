@@ -6,6 +6,7 @@ No teacher is loaded and no code that could load one is imported.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import resource
@@ -63,7 +64,19 @@ def train(experiment: Experiment) -> TrainingReport:
     checkpoint = folder.checkpoint()
     began = time.monotonic()
     reset_peak_memory()
-    trainer = build_trainer(experiment, store, splits, folder)
+    with contextlib.closing(build_trainer(experiment, store, splits, folder)) as trainer:
+        _train_to_the_end(trainer, folder, checkpoint)
+        metrics = trainer.evaluate() if splits.evaluation else {}
+        best = trainer.best
+        if experiment.training.keep_best and best.step != trainer.state.global_step:
+            metrics = trainer.evaluate_best()
+        trainer.save_model(str(folder.student))
+        _write_outcome(folder, trainer, store, splits, metrics=metrics, began=began)
+    return TrainingReport(folder.path, metrics, checkpoint is not None)
+
+
+def _train_to_the_end(trainer: Any, folder: RunFolder, checkpoint: Path | None) -> None:
+    """Train from a checkpoint or the start; raises Interrupted where a signal ends it earlier."""
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except Exception as error:
@@ -75,13 +88,6 @@ def train(experiment: Experiment) -> TrainingReport:
             f"{trainer.state.global_step} of {trainer.state.max_steps}; run the same command again "
             "to resume"
         )
-    metrics = trainer.evaluate() if splits.evaluation else {}
-    best = trainer.best
-    if experiment.training.keep_best and best.step != trainer.state.global_step:
-        metrics = trainer.evaluate_best()
-    trainer.save_model(str(folder.student))
-    _write_outcome(folder, trainer, store, splits, metrics=metrics, began=began)
-    return TrainingReport(folder.path, metrics, checkpoint is not None)
 
 
 def require_trainable_student(experiment: Experiment) -> None:
@@ -155,7 +161,7 @@ def build_trainer(
 
     from kvdistill.distill.data.stream import Rank, StoreSource
     from kvdistill.distill.train.callbacks import HumanLog, JsonLines, ProgressBar
-    from kvdistill.distill.train.set_up import assemble, training_arguments
+    from kvdistill.distill.train.set_up import assemble, log_callbacks, training_arguments
     from kvdistill.distill.train.trainer import KVDistillTrainer
 
     arguments = training_arguments(experiment, folder.path, bool(splits.evaluation))
@@ -184,6 +190,7 @@ def build_trainer(
             JsonLines(folder.log),
             HumanLog(folder.human_log, experiment.name),
             ProgressBar(experiment.name),
+            *log_callbacks(folder.path),
         ],
     )
     trainer.initial_student = initial_student
@@ -243,6 +250,7 @@ def reset_peak_memory() -> None:
     """Start a new measurement of peak memory: many runs may share one process."""
     import torch
 
+    gc.collect()  # a trainer and its callbacks refer to one another
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     # Not Linux, or not permitted: the peak is then that of the whole process.

@@ -198,6 +198,21 @@ def test_a_study_runs_records_itself_and_computes_nothing_twice(study: Any) -> N
     _check_what_runs_recorded(design)
 
 
+def test_a_run_does_not_depend_on_those_before_it_in_the_process(study: Any) -> None:
+    arms = {"half": {"settings": {"training.precision": "bfloat16"}}, "full": {}}
+    whole = {"arms": arms, "may_differ": ["training.precision"], "seeds": [0]}
+    found = []
+    for name, arguments in (("alone", ["--arm", "full"]), ("after", [])):
+        path = study(name=name, **whole)
+        invoke(str(path), *arguments)
+        folder = load_study(path).of_arm("full")[0].folder
+        rows = [json.loads(line) for line in folder.log.read_text().splitlines()]
+        timed = ("time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+        found.append([{k: v for k, v in row.items() if k not in timed} for row in rows])
+        assert [*(folder.path / "tensorboard").glob("events*")]
+    assert found[0] == found[1]
+
+
 def _check_what_runs_recorded(design: StudyDesign) -> None:
     records = {run.name: run.folder.read_record() for run in design.runs}
     of_seed = [

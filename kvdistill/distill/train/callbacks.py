@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from kvdistill.text import format_duration
 
@@ -149,3 +151,35 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Remove the bar."""
         self.progress.stop()
+
+
+class RunTensorBoard(TensorBoardCallback):  # type: ignore[misc]
+    """Writes to the run's own folder: a process may train many runs, one after another.
+
+    The folder is ``tensorboard`` of the run's, or the run's name in ``TENSORBOARD_LOGGING_DIR``.
+    """
+
+    def __init__(self, run: Path) -> None:
+        super().__init__()
+        shared = os.environ.get("TENSORBOARD_LOGGING_DIR")
+        folder = run / "tensorboard" if shared is None else Path(shared).expanduser() / run.name
+        self.logging_dir = str(folder)
+
+    def close(self) -> None:
+        """Close the file; the last evaluation opens it after the end of training."""
+        if self.tb_writer is not None:
+            self.tb_writer.close()
+
+
+class RunWandb(WandbCallback):  # type: ignore[misc]
+    """Gives every training run a Weights & Biases run of its own, unless the user opened one."""
+
+    def setup(self, args: Any, state: Any, model: Any, **rest: Any) -> None:
+        """Open a run, or use the user's."""
+        self.is_own = self._wandb.run is None
+        super().setup(args, state, model, **rest)
+
+    def close(self) -> None:
+        """End the run, so that the next one of this process does not continue it."""
+        if self._initialized and self.is_own:
+            self._wandb.finish()

@@ -37,6 +37,7 @@ from kvdistill.distill.student.latent.latent_distiller import LatentDistiller, n
 from kvdistill.distill.student.latent.model import LatentStudent
 from kvdistill.distill.student.latent.questions import LatentCollate
 from kvdistill.distill.targets import TeacherHead, TeacherSpace, check_alignment, teacher_space
+from kvdistill.distill.train.callbacks import RunTensorBoard, RunWandb
 from kvdistill.errors import ConfigError
 from kvdistill.store.reader import KVStore
 from kvdistill.types import KINDS, Kind
@@ -249,7 +250,6 @@ def training_arguments(experiment: Experiment, folder: Path, evaluates: bool) ->
     ``folder`` is the run's; ``evaluates`` is False where there are no held-out samples.
     """
     training = experiment.training
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
     evaluate = evaluates and training.eval_steps is not None
     return TrainingArguments(
         output_dir=str(folder),
@@ -274,16 +274,17 @@ def training_arguments(experiment: Experiment, folder: Path, evaluates: bool) ->
         logging_steps=training.log_steps,
         logging_nan_inf_filter=False,
         use_cpu=training.device == "cpu",
-        report_to=log_destinations(),
+        report_to=[],  # their callbacks belong to the run: `log_callbacks`
+        run_name=experiment.name,
         remove_unused_columns=False,
         disable_tqdm=True,
     )
 
 
-def log_destinations() -> list[str]:
+def log_callbacks(folder: Path) -> list[Any]:
     """TensorBoard; Weights & Biases too where it is installed and its environment enables it."""
     enabled = any(os.environ.get(name) for name in ("WANDB_PROJECT", "WANDB_API_KEY"))
     disabled = os.environ.get("WANDB_MODE") == "disabled"
     if enabled and not disabled and importlib.util.find_spec("wandb") is not None:
-        return ["tensorboard", "wandb"]
-    return ["tensorboard"]
+        return [RunTensorBoard(folder), RunWandb()]
+    return [RunTensorBoard(folder)]

@@ -35,7 +35,7 @@ from kvdistill.distill.losses.absorption import (
     gradient_share,
 )
 from kvdistill.distill.losses.weighting import annealed_scale
-from kvdistill.distill.train.callbacks import HumanLog
+from kvdistill.distill.train.callbacks import HumanLog, RunTensorBoard, RunWandb
 from kvdistill.distill.train.checkpoint import STUDENT_PREFIX, gathered, load_weights, save_weights
 from kvdistill.distill.train.guards import Best, StepGuard, StopOnSignal, best_of
 from kvdistill.distill.train.run_batches import PLACEHOLDER, EpochAccounting, RunBatches
@@ -203,6 +203,12 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             if isinstance(callback, HumanLog):
                 callback.write(reason)
         self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+    def close(self) -> None:
+        """Close the logs of the run, after its last evaluation."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, (RunTensorBoard, RunWandb)):
+                callback.close()
 
     def _figures_are_due(self) -> bool:
         """True once per ``diagnostic_steps`` steps, on the first micro-batch of the step."""

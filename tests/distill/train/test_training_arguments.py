@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.machinery
+import os
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerControl, TrainerState
 
 from kvdistill.config.load import parse_experiment
-from kvdistill.distill.train.set_up import training_arguments
+from kvdistill.distill.train.callbacks import RunTensorBoard, RunWandb
+from kvdistill.distill.train.set_up import log_callbacks, training_arguments
 
 
-def arguments(folder: Path, **training: Any) -> Any:
+def arguments(folder: Path, name: str = "x", **training: Any) -> Any:
     body = {
-        "name": "x", "store": "s", "corpus": {"path": "c.jsonl"},
+        "name": name, "store": "s", "corpus": {"path": "c.jsonl"},
         "student": {"model": "m"}, "losses": {"key": 0, "value": 0},
         "training": {"device": "cpu", **training},
     }  # fmt: skip
@@ -24,11 +29,11 @@ def arguments(folder: Path, **training: Any) -> Any:
 @pytest.mark.parametrize(
     ("variables", "installed", "wanted"),
     [
-        ({}, True, ["tensorboard"]),
-        ({"WANDB_PROJECT": "p"}, True, ["tensorboard", "wandb"]),
-        ({"WANDB_API_KEY": "k"}, True, ["tensorboard", "wandb"]),
-        ({"WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}, True, ["tensorboard"]),
-        ({"WANDB_PROJECT": "p"}, False, ["tensorboard"]),
+        ({}, True, [RunTensorBoard]),
+        ({"WANDB_PROJECT": "p"}, True, [RunTensorBoard, RunWandb]),
+        ({"WANDB_API_KEY": "k"}, True, [RunTensorBoard, RunWandb]),
+        ({"WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}, True, [RunTensorBoard]),
+        ({"WANDB_PROJECT": "p"}, False, [RunTensorBoard]),
     ],
 )
 def test_weights_and_biases_is_used_where_it_is_asked_for_and_there(
@@ -36,20 +41,68 @@ def test_weights_and_biases_is_used_where_it_is_asked_for_and_there(
     monkeypatch: pytest.MonkeyPatch,
     variables: dict[str, str],
     installed: bool,
-    wanted: list[str],
+    wanted: list[type],
 ) -> None:
     for name in ("WANDB_PROJECT", "WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec",
-        lambda name, *rest: installed or None if name == "wandb" else find(name, *rest),
-    )  # fmt: skip
-    from kvdistill.distill.train import set_up as module
+    if installed:
+        fake_wandb(monkeypatch)
+    assert [type(callback) for callback in log_callbacks(tmp_path)] == wanted
 
-    assert module.log_destinations() == wanted
+
+def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A stand-in for the ``wandb`` module that records which run every figure goes to."""
+    wandb: Any = types.ModuleType("wandb")
+    errors: Any = types.ModuleType("wandb.sdk.lib.config_util")
+    errors.ConfigError = type("ConfigError", (Exception,), {})
+    wandb.run, wandb.logged, wandb.config = None, [], types.SimpleNamespace()
+    wandb.config.update = lambda *_, **__: None
+
+    def init(project: str, name: str | None = None) -> None:
+        wandb.run = types.SimpleNamespace(name=name, summary={}, _label=lambda **_: None)
+
+    wandb.init = init
+    wandb.finish = lambda: setattr(wandb, "run", None)
+    wandb.log = lambda row: wandb.logged.append((wandb.run.name, row))
+    for module in (wandb, errors):
+        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return wandb
+
+
+def finished_run(folder: Path, **training: Any) -> None:
+    """What the trainer does with its logs in one run, the last evaluation included."""
+    made, state, control = arguments(folder, **training), TrainerState(), TrainerControl()
+    callbacks = log_callbacks(folder)
+    for callback in callbacks:
+        callback.on_train_begin(made, state, control)
+        callback.on_log(made, state, control, logs={"loss": 1.0})
+        callback.on_train_end(made, state, control)
+        callback.on_log(made, state, control, logs={"eval_perplexity": 2.0})
+    for callback in callbacks:
+        callback.close()
+
+
+def test_every_run_of_a_process_has_its_own_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    monkeypatch.setenv("WANDB_PROJECT", "p")
+    wandb = fake_wandb(monkeypatch)
+    before = dict(os.environ)
+    for name in ("a-s0", "b-s0"):
+        finished_run(tmp_path / name, name=name)
+        assert [*(tmp_path / name / "tensorboard").iterdir()], name
+    assert [name for name, _ in wandb.logged] == ["a-s0", "a-s0", "b-s0", "b-s0"]
+    assert dict(os.environ) == before
+    wandb.init("p", name="the user's")
+    finished_run(tmp_path / "c", name="c")
+    assert wandb.run.name == wandb.logged[-1][0] == "the user's"
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "shared"))
+    finished_run(tmp_path / "d", name="d")
+    assert [*(tmp_path / "shared" / "d").iterdir()]
 
 
 @pytest.mark.parametrize(
