@@ -41,6 +41,13 @@ def generate_padded(
     return [through_first(row, ends) for row in output_BT[:, ids_BT.shape[1] :].tolist()]
 
 
+def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Token ids that end a text: the model's own, of which there may be several, and EOS."""
+    own = model.generation_config.eos_token_id if model.can_generate() else None
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    return sorted(ends)
+
+
 def pad_left(rows: Sequence[TokenIds], pad_id: int) -> tuple[Tensor, Tensor]:
     """Left-pad rows of token ids: ids and attention mask, long ``[B, T]`` on the CPU."""
     width = max(len(row) for row in rows)

@@ -133,9 +133,8 @@ def _run_batch(
     packer: ShardPacker,
 ) -> None:
     """One forward pass; a batch that does not fit into memory is halved."""
-    pad_id = teacher.tokenizer.pad_token_id or 0
     try:
-        batch = collate_teacher_batch(tokenised, sample_idx, pad_id, teacher.device)
+        batch = collate_teacher_batch(tokenised, sample_idx, teacher.pad_id, teacher.device)
         _run_whole(teacher, batch, packer)
     except torch.OutOfMemoryError:
         if len(sample_idx) == 1:

@@ -10,21 +10,23 @@ them is fusing teachers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from kvdistill.attention.padded_generation import generate_padded
+from kvdistill.attention.padded_generation import end_token_ids, generate_padded
 from kvdistill.config.extraction import GenerateConfig
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
-from kvdistill.extract.teacher import Teacher
-from kvdistill.extract.tokenise import TokenisedSample, batch_by_tokens
+from kvdistill.extract.teacher import Teacher, max_positions
+from kvdistill.extract.tokenise import batch_by_tokens
 from kvdistill.types import SegmentName
 
 
@@ -34,6 +36,8 @@ def generate_rationales(
     """The same samples with the teacher's rationales in place of the corpus's.
 
     Prompt, answer, id and task stay; the answer is the corpus's, so that importance has queries.
+    A rationale's token budget is ``max_new_tokens`` or what its own prompt leaves of the teacher's
+    ``max_length``, so it does not depend on the samples beside it.
 
     Raises:
         TeacherError: a sample has no prompt, or the prompt template has no rationale to fill in.
@@ -44,38 +48,63 @@ def generate_rationales(
                 f"sample {sample.sample_id!r} has no prompt to continue; generated rationales "
                 "need a corpus of prompts"
             )
-    tokenizer, limit = teacher.tokenizer, teacher.max_length
-    generation = teacher.causal_lm.generation_config
-    template = teacher.prompt_tokenizer.template.before("rationale")
-    prompt_tokenizer = replace(teacher.prompt_tokenizer, template=template)
-    prompts = [_without_end(prompt, tokenizer) for prompt in prompt_tokenizer.tokenise(samples)]
+    tokenizer = teacher.tokenizer
+    prompts = _prompts(teacher, samples)
+    lengths = [len(prompt) for prompt in prompts]
     texts = [""] * len(samples)
-    lengths = [prompt.num_tokens + config.max_new_tokens for prompt in prompts]
-    for chosen in batch_by_tokens(lengths, batch_tokens):
-        max_new_tokens = config.max_new_tokens
-        if limit is not None:
-            longest = max(prompts[i].num_tokens for i in chosen)
-            max_new_tokens = min(max_new_tokens, limit - longest)
-        if max_new_tokens < 1:
-            continue
+    for chosen, budgets in _batches(teacher, lengths, config.max_new_tokens, batch_tokens):
         written = generate_padded(
             teacher.causal_lm,
-            [prompts[i].token_ids for i in chosen],
+            [prompts[i] for i in chosen],
             GenerationConfig(
                 do_sample=False,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-                eos_token_id=generation.eos_token_id or tokenizer.eos_token_id,
+                max_new_tokens=max(budgets),
+                pad_token_id=teacher.pad_id,
+                eos_token_id=end_token_ids(teacher.causal_lm, tokenizer) or None,
                 stop_strings=list(config.stop) or None,
             ),
             logits_processor=_sampler(config, [samples[i].sample_id for i in chosen]),
             tokenizer=tokenizer,
         )
-        decoded = tokenizer.batch_decode(written, skip_special_tokens=True)
+        within = [ids[:budget] for ids, budget in zip(written, budgets, strict=True)]
+        decoded = tokenizer.batch_decode(within, skip_special_tokens=True)
         for i, text in zip(chosen, decoded, strict=True):
             ends = [end for stop in config.stop if (end := text.find(stop)) >= 0]
             texts[i] = text[: min(ends, default=len(text))].rstrip()
     return [_with_rationale(sample, text) for sample, text in zip(samples, texts, strict=True)]
+
+
+def _prompts(teacher: Teacher, samples: Sequence[Sample]) -> list[NDArray[np.int32]]:
+    """Token ids of everything before the rationale."""
+    template = teacher.prompt_tokenizer.template.before("rationale")
+    tokenizer = replace(teacher.prompt_tokenizer, template=template, is_continued=True)
+    prompts = [prompt.token_ids for prompt in tokenizer.tokenise(samples)]
+    for sample, token_ids in zip(samples, prompts, strict=True):
+        if not token_ids.size:
+            raise TeacherError(f"sample {sample.sample_id!r} has an empty prompt to continue")
+    return prompts
+
+
+def _batches(
+    teacher: Teacher, lengths: Sequence[int], max_new_tokens: int, batch_tokens: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Samples of every batch, and their token budgets; samples without any budget are in none.
+
+    The rows of a batch take as many steps as the largest budget, and some models have no embedding
+    for positions beyond their last. Prompts that reach it are therefore batched by length.
+    """
+    limit = math.inf if teacher.max_length is None else teacher.max_length
+    positions = max_positions(teacher.causal_lm, None) or math.inf
+    budgets = [int(min(max_new_tokens, limit - length)) for length in lengths]
+    groups: dict[float, list[int]] = {}
+    for i, length in enumerate(lengths):
+        if budgets[i] > 0:
+            groups.setdefault(max(0, length + max_new_tokens - positions), []).append(i)
+    for group in groups.values():
+        steps = max(budgets[i] for i in group)
+        for batch in batch_by_tokens([lengths[i] + steps for i in group], batch_tokens):
+            chosen = [group[i] for i in batch]
+            yield chosen, [budgets[i] for i in chosen]
 
 
 def _sampler(config: GenerateConfig, sample_ids: Sequence[str]) -> LogitsProcessorList:
@@ -109,15 +138,6 @@ class GumbelNoise:
         )
         gumbel = -torch.log(-torch.log(uniform.clamp_min(1e-300)))
         return scores + gumbel.to(scores.device, scores.dtype)
-
-
-def _without_end(prompt: TokenisedSample, tokenizer: Any) -> TokenisedSample:
-    """Drop the special tokens that a tokenizer puts after a text, since a prompt is continued."""
-    end = prompt.num_tokens
-    special = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
-    while end and prompt.segment[end - 1] < 0 and int(prompt.token_ids[end - 1]) in special:
-        end -= 1
-    return prompt.part(slice(None, end))
 
 
 def _with_rationale(sample: Sample, text: str) -> Sample:

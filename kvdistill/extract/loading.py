@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import xxhash
 
+from kvdistill.attention.tokens import report_whole_offsets
 from kvdistill.config.extraction import TeacherConfig
 from kvdistill.errors import TeacherError
 
@@ -86,7 +87,7 @@ def _random_model(kind: Any, config: TeacherConfig, options: dict[str, Any]) -> 
 
 
 def load_teacher_tokenizer(name: str, config: TeacherConfig) -> Any:
-    """The teacher's fast tokenizer.
+    """The teacher's fast tokenizer; its offsets are whole ones.
 
     Raises:
         TeacherError: not found, or without character offsets.
@@ -110,6 +111,7 @@ def load_teacher_tokenizer(name: str, config: TeacherConfig) -> Any:
             f"teacher {name!r}: {type(tokenizer).__name__} has no character offsets, which "
             f"alignment needs; set teachers.{name}.tokenizer to one with a tokenizer.json"
         )
+    report_whole_offsets(tokenizer)
     return tokenizer
 
 

@@ -23,6 +23,7 @@ from kvdistill import provenance
 from kvdistill.attention.adapters import Adapter
 from kvdistill.attention.geometry import VerifiedLayer
 from kvdistill.attention.hooks import OnLayer, Site, capture
+from kvdistill.attention.tokens import padding_id
 from kvdistill.attention.verification import CACHE, Verified, fit_adapter, forward_through_cache
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.extraction import ExtractionConfig, GenerateConfig, TeacherConfig
@@ -72,17 +73,37 @@ class Teacher:
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 
+    @property
+    def num_embeddings(self) -> int:
+        """Token ids that the model can read are below this."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def pad_id(self) -> int:
+        """Token id of padding, which is masked."""
+        return padding_id(self.tokenizer, self.num_embeddings)
+
     def tokenise(
         self, samples: Sequence[Sample], max_length: int | None = None
     ) -> list[TokenisedSample]:
         """Samples in this teacher's tokens, truncated to ``max_length`` if given.
 
         Raises:
-            TeacherError: the prompt template does not fit a sample, or offsets are wrong; names
-                the sample.
+            TeacherError: the prompt template does not fit a sample, offsets are wrong, or a token
+                has no embedding; names the sample.
         """
         if self.manifest.stream != "decoder":
-            return self.prompt_tokenizer.tokenise(samples, max_length)
+            tokenised = self.prompt_tokenizer.tokenise(samples, max_length)
+        else:
+            tokenised = self._tokenise_pairs(samples, max_length)
+        for sample, tokens in zip(samples, tokenised, strict=True):
+            self._require_embeddings(sample, tokens)
+        return tokenised
+
+    def _tokenise_pairs(
+        self, samples: Sequence[Sample], max_length: int | None
+    ) -> list[TokenisedSample]:
+        """What the encoder and what the decoder reads of every sample."""
         source, target = (PromptTokenizer(self.tokenizer, half) for half in (SOURCE, TARGET))
         start = _decoder_start(self.model)
         pairs = zip(
@@ -91,6 +112,18 @@ class Teacher:
             strict=True,
         )
         return [replace(t.with_first(start), source_ids=s.token_ids) for s, t in pairs]
+
+    def _require_embeddings(self, sample: Sample, tokens: TokenisedSample) -> None:
+        found = [ids for ids in (tokens.token_ids, tokens.source_ids) if ids is not None]
+        largest = max((int(ids.max()) for ids in found if ids.size), default=0)
+        if largest >= self.num_embeddings:
+            name = self.manifest.name
+            raise TeacherError(
+                f"teacher {name!r}: sample {sample.sample_id!r} contains the token "
+                f"{self.tokenizer.convert_ids_to_tokens(largest)!r} with id {largest}, but the "
+                f"model has {self.num_embeddings} embeddings; set teachers.{name}.tokenizer to the "
+                "model's own, or remove the token from the text"
+            )
 
     def run(self, batch: TeacherBatch, on_layer: OnLayer) -> Tensor:
         """A forward pass that hands ``on_layer`` every kept layer's Q, K and V."""

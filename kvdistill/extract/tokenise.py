@@ -78,6 +78,8 @@ class PromptTokenizer:
     """False where the prompt template is a chat template, which contains them."""
     bos: Bos = "keep"
     """Whether the begin-of-sequence token is made, or kept from being, the first token."""
+    is_continued: bool = False
+    """More text follows: the special tokens that the tokenizer adds at the end are dropped."""
 
     def tokenise(
         self, samples: Sequence[Sample], max_length: int | None = None
@@ -103,7 +105,28 @@ class PromptTokenizer:
         )
         offsets = [np.asarray(pairs, np.int32).reshape(-1, 2) for pairs in output["offset_mapping"]]
         rows = zip(output["input_ids"], offsets, rendered, samples, strict=True)
-        return [self._apply_bos(_map_back(*row)) for row in rows]
+        return [self._read(*row) for row in rows]
+
+    def _read(
+        self, ids: list[int], offsets: NDArray[np.int32], prompt: RenderedPrompt, sample: Sample
+    ) -> TokenisedSample:
+        """One tokenised prompt under the rules for special tokens."""
+        special = {*getattr(self.tokenizer, "all_special_ids", ())}
+        stop = len(ids)
+        while self.is_continued and stop > 1 and ids[stop - 1] in special:
+            if offsets[stop - 1, 0] < offsets[stop - 1, 1]:
+                break  # spelled out in the prompt template
+            stop -= 1
+        tokens = _map_back(ids[:stop], offsets[:stop], prompt, sample)
+        # A template or a text may spell out what the tokenizer or the template adds.
+        first, last = 0, stop - 1
+        while (
+            first < last and tokens.segment[first] < 0 and ids[first] == ids[first + 1] in special
+        ):
+            first += 1
+        while first < last and tokens.segment[last] < 0 and ids[last] == ids[last - 1] in special:
+            last -= 1
+        return self._apply_bos(tokens.part(slice(first, last + 1)))
 
     def _apply_bos(self, tokens: TokenisedSample) -> TokenisedSample:
         if self.bos == "keep":

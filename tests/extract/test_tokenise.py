@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
@@ -206,3 +207,30 @@ def test_what_stands_before_a_slot() -> None:
     assert TEMPLATE.before("rationale").render(GSM).text == "Q: How many?\nA:"
     with pytest.raises(TeacherError, match="to generate"):
         PLAIN_TEXT.before("rationale")
+
+
+@pytest.mark.parametrize("bos", ["keep", "add"])
+@pytest.mark.parametrize(
+    ("template", "text"), [("<s>Q {text}", "Two?"), ("{text}", "<s>Two?"), ("<s>{text}", "<s>Two?")]
+)
+def test_a_bos_that_is_spelled_out_is_not_added_again(bos: Bos, template: str, text: str) -> None:
+    sample = Sample("a", (("text", text),))
+    tokenizer = PromptTokenizer(BOS_TOKENIZER, parse_template(template), bos=bos)
+    (encoded,) = tokenizer.tokenise([sample])
+    spelled = parse_template(template).render(sample).text.replace("<s><s>", "<s>")
+    assert encoded.token_ids.tolist() == BOS_TOKENIZER.encode(spelled, add_special_tokens=False)
+    in_text = encoded.segment[0] >= 0
+    assert (encoded.char_end[0] == 3) == in_text == text.startswith("<s>")
+
+
+def test_special_tokens_at_both_ends_are_not_added_again() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    for text in ("Two?", "<s>Two?", "Two?</s>", "<s>Two?</s>"):
+        (encoded,) = encode(tokenizer, [Sample("a", (("text", text),))], PLAIN_TEXT)
+        ids = encoded.token_ids.tolist()
+        assert ids == [1, *tokenizer.encode("Two?", add_special_tokens=False), 2]
+    (empty,) = encode(tokenizer, [EMPTY], PLAIN_TEXT)
+    assert empty.token_ids.tolist() == [1, 2]

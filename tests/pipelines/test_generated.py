@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from kvdistill.corpus.readers import load_corpus
+from kvdistill.corpus.samples import Sample
 from kvdistill.errors import ConfigError, TeacherError
-from kvdistill.extract.generate import GumbelNoise
+from kvdistill.extract.generate import GumbelNoise, generate_rationales
 from kvdistill.extract.teacher import load_teacher
 from kvdistill.pipelines.extract import extract
 from kvdistill.store.reader import KVStore
@@ -55,6 +57,50 @@ def test_a_rationale_depends_on_seed_and_draw_and_not_on_the_batch(folder: Path)
     assert written(folder, "b", {}, batch_tokens=1) == first
     assert written(folder, "c", {"generate": {"draw": 1}}) != first
     assert written(folder, "d", {"generate": {"seed": 1}}) != first
+
+
+@pytest.mark.parametrize("positions", [24, 128], ids=["the model's positions", "max_length"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_bound_budget_is_each_prompts_own(
+    tmp_path: Path, model_type: str, positions: int
+) -> None:
+    options: dict[str, Any] = {"max_position_embeddings": positions}
+    if model_type == "gpt2":
+        options = {"n_positions": positions, "n_embd": 32, "n_layer": 2, "n_head": 4, "base": {}}
+    save_teacher(tmp_path / "t", model_type, head=True, tie_word_embeddings=False, **options)
+    config = {"max_new_tokens": 40, "temperature": 1.0}
+    experiment = make(tmp_path, {"generate": config}, ROWS, max_length=24)
+    teacher = load_teacher("t", experiment)
+    samples = load_corpus(experiment.corpus).train
+    assert teacher.generate is not None
+    together, alone, pairs = (
+        generate_rationales(teacher, samples, teacher.generate, batch_tokens=n)
+        for n in (10_000, 1, 140)
+    )
+    assert together == alone == pairs
+    lengths = [
+        s.num_tokens for s in teacher.tokenise([Sample("a", s.segments[:1]) for s in samples])
+    ]
+    budgets = [24 - length for length in lengths]
+    assert len(set(budgets)) > 1
+    assert min(budgets) < 0 < max(budgets)
+    for sample, budget in zip(together, budgets, strict=True):
+        text = dict(sample.segments)["rationale"]
+        assert bool(text) == (budget > 0)
+
+
+def test_a_template_keeps_its_own_end_token_before_the_rationale(folder: Path) -> None:
+    template = "{prompt}</s>{rationale}{answer}"
+    teacher = load_teacher("t", make(folder, {"template": template, "generate": {}}, ROWS))
+    seen: list[int] = []
+    teacher.causal_lm.register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.extend(kwargs["input_ids"][0].tolist()),
+        with_kwargs=True,
+    )
+    assert teacher.generate is not None
+    sample = Sample("a", (("prompt", "Two?"), ("rationale", ""), ("answer", "4")))
+    generate_rationales(teacher, [sample], teacher.generate, batch_tokens=64)
+    assert seen[: seen.index(2) + 1] == [*teacher.tokenizer("Two?").input_ids, 2]
 
 
 def test_without_temperature_it_is_the_likeliest_continuation(folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import parse_experiment
@@ -229,3 +230,34 @@ def test_weights_that_are_not_there_are_not_invented(tmp_path: Path) -> None:
     save_file(weights, path, {"format": "pt"})
     with pytest.raises(TeacherError, match=r"lack 1 parameters .*layers\.1\.self_attn\.k_proj"):
         extract(make(tmp_path, {}))
+
+
+def add_tokens(folder: Path, *, extra: int) -> None:
+    """``extra`` ordinary tokens and a padding token, all beyond the model's embeddings."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"extra{i}" for i in range(extra)])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "teacher", [{}, {"generate": {"max_new_tokens": 4}}], ids=["read", "write"]
+)
+def test_padding_needs_no_embedding(tmp_path: Path, teacher: dict[str, Any]) -> None:
+    save_teacher(tmp_path / "t", head=True, tie_word_embeddings=False)
+    _, shard = only_shard(make(tmp_path, teacher))
+    assert len(set(np.diff(shard.tokens.sample_ptr))) > 1
+    add_tokens(tmp_path / "t", extra=2)
+    (tmp_path / "store").rename(tmp_path / "before")
+    _, padded = only_shard(make(tmp_path, teacher))
+    np.testing.assert_array_equal(padded.tokens.token_ids, shard.tokens.token_ids)
+    np.testing.assert_array_equal(padded.arrays["key"], shard.arrays["key"])
+
+
+def test_a_token_without_an_embedding_is_named_before_the_first_batch(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "t")
+    add_tokens(tmp_path / "t", extra=2)
+    text = '{"text": "Two."}\n{"text": "and extra1."}\n'
+    message = r"sample '00000001' contains the token 'extra1' .* set teachers\.t\.tokenizer"
+    with pytest.raises(TeacherError, match=message):
+        extract(make(tmp_path, {}, text))

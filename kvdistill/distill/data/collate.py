@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvdistill.attention.tokens import with_ends
 from kvdistill.config.distill import AlignmentConfig, LossConfig
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.align.character_iou import Spans, align_tokens
@@ -146,7 +147,7 @@ class Collate:
 
 
 def tokenize(tokenizer: Any, samples: Sequence[Sample], max_length: int) -> list[StudentTokens]:
-    """Tokenise whole texts as ``BOS text EOS`` (where the tokenizer has them), truncated.
+    """Tokenise whole texts as ``BOS text EOS``, truncated; see ``with_ends``.
 
     Args:
         tokenizer: a fast tokenizer.
@@ -171,16 +172,16 @@ def tokenize(tokenizer: Any, samples: Sequence[Sample], max_length: int) -> list
 def _student_tokens(
     tokenizer: Any, sample: Sample, ids: list[int], offsets: list[tuple[int, int]], limit: int
 ) -> StudentTokens:
-    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    input_ids = np.array([*before, *ids, *after], np.int64)
-    spans = [(0, 0)] * len(before) + list(offsets) + [(0, 0)] * len(after)
-    char_start, char_end = np.array(spans, np.int64).reshape(-1, 2).T
+    whole, num_before = with_ends(tokenizer, ids)
+    input_ids = np.array(whole, np.int64)
+    text = slice(num_before, num_before + len(ids))
+    spans = np.zeros((len(whole), 2), np.int64)
+    spans[text] = np.reshape(offsets, (-1, 2))
+    char_start, char_end = spans.T
     segment = np.full(len(input_ids), SEGMENT_SPECIAL, np.int64)
     filled = [span for span in sample.spans if span[1] > span[0]]
     if filled:
         starts, _, segment_ids = np.array(filled).T
-        text = slice(len(before), len(before) + len(ids))
         first = np.searchsorted(starts, char_start[text], side="right") - 1
         segment[text] = segment_ids[first]
     return StudentTokens(input_ids[:limit], char_start[:limit], char_end[:limit], segment[:limit])
@@ -188,12 +189,11 @@ def _student_tokens(
 
 def token_counts(tokenizer: Any, samples: Sequence[Sample], max_length: int) -> NDArray[np.int64]:
     """Tokens of every sample as ``tokenize`` gives them: ``[N]``. Costs a pass over the texts."""
-    special = sum(i is not None for i in (tokenizer.bos_token_id, tokenizer.eos_token_id))
     counts, per_call = [], 1000  # a call spreads its texts over the cores
     for start in range(0, len(samples), per_call):
         texts = [sample.text for sample in samples[start : start + per_call]]
         ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        counts += [min(len(row) + special, max_length) for row in ids["input_ids"]]
+        counts += [min(len(with_ends(tokenizer, row)[0]), max_length) for row in ids["input_ids"]]
     return np.array(counts, np.int64)
 
 

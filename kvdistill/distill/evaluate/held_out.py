@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from kvdistill.attention.padded_generation import generate_padded
+from kvdistill.attention.padded_generation import end_token_ids, generate_padded
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.evaluate.answers import Answer, ExactMatch, grade, is_gradable, target
 from kvdistill.distill.evaluate.perplexity import score_texts
@@ -196,8 +196,7 @@ def _truncated_prompts(
 
 def _greedy_settings(student: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
     """Greedy decoding; of the model's own generation config only its EOS tokens are used."""
-    own = student.generation_config.eos_token_id if student.can_generate() else None
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    ends = end_token_ids(student, tokenizer)
     pad_id = tokenizer.pad_token_id
     return GenerationConfig(
         do_sample=False,
@@ -205,5 +204,5 @@ def _greedy_settings(student: Any, tokenizer: Any, max_new_tokens: int) -> Gener
         repetition_penalty=1.0,
         max_new_tokens=max_new_tokens,
         pad_token_id=min(ends, default=0) if pad_id is None else pad_id,
-        eos_token_id=sorted(ends) or None,
+        eos_token_id=ends or None,
     )

@@ -13,6 +13,7 @@ import torch
 
 from kvdistill.attention.geometry import StudentGeometry
 from kvdistill.attention.kv_capture import KVCapture
+from kvdistill.attention.tokens import num_token_ids, report_whole_offsets, with_ends
 from kvdistill.config.training import StudentConfig
 from kvdistill.distill.student.lora import adapt
 from kvdistill.errors import StudentError
@@ -46,13 +47,29 @@ def build_student(config: StudentConfig, tokenizer: Any, seed: int) -> Any:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 student = AutoModelForCausalLM.from_config(_architecture(config, tokenizer))
-    num_embeddings = student.get_input_embeddings().num_embeddings
-    if num_embeddings < len(tokenizer):
-        raise StudentError(
-            f"student: expected at least {len(tokenizer)} embeddings, one per token, got "
-            f"{num_embeddings} embeddings; set student.tokenizer to the model's own"
-        )
+    _require_embeddings(student, tokenizer)
     return student if config.lora is None else adapt(student, config.lora, seed)
+
+
+def _require_embeddings(student: Any, tokenizer: Any) -> None:
+    """Refuse tokens without an embedding; padding is masked, so it may be any other special token.
+
+    Raises:
+        StudentError: names the number of tokens and of embeddings.
+    """
+    num_embeddings = student.get_input_embeddings().weight.shape[0]
+    vocabulary = tokenizer.get_vocab()
+    beyond = sorted((i, token) for token, i in vocabulary.items() if i >= num_embeddings)
+    others = [tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token]
+    usable = [token for token in others if token and vocabulary[token] < num_embeddings]
+    if [token for _, token in beyond] == [tokenizer.pad_token] and usable:
+        tokenizer.pad_token = usable[0]
+    elif beyond:
+        raise StudentError(
+            f"student: expected at least {num_token_ids(tokenizer)} embeddings, one per token id, "
+            f"got {num_embeddings}, so {beyond[0][1]!r} has none; set student.tokenizer to the "
+            "model's own"
+        )
 
 
 def check_student(config: StudentConfig, tokenizer: Any) -> StudentGeometry:
@@ -68,11 +85,12 @@ def check_student(config: StudentConfig, tokenizer: Any) -> StudentGeometry:
         student = AutoModelForCausalLM.from_config(
             _architecture(config, tokenizer), trust_remote_code=config.trust_remote_code
         )
+    _require_embeddings(student, tokenizer)
     return KVCapture(student).geometry
 
 
 def load_student_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
-    """Load a fast tokenizer from a folder or hub id.
+    """Load a fast tokenizer from a folder or hub id; its offsets are whole ones.
 
     Raises:
         StudentError: not found, or a tokenizer without character offsets.
@@ -86,6 +104,7 @@ def load_student_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
             f"the tokenizer {name!r} ({type(tokenizer).__name__}) gives no character offsets, "
             "which alignment needs; use a fast tokenizer (one with a tokenizer.json)"
         )
+    report_whole_offsets(tokenizer)
     return tokenizer
 
 
@@ -139,9 +158,8 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def prompt_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of prompts, after BOS where the tokenizer has one."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return [bos + ids for ids in token_ids(tokenizer, texts)]
+    """Token ids of prompts, after one BOS where the tokenizer has it."""
+    return [with_ends(tokenizer, ids, eos=False)[0] for ids in token_ids(tokenizer, texts)]
 
 
 def _architecture(config: StudentConfig, tokenizer: Any) -> Any:
@@ -153,7 +171,7 @@ def _architecture(config: StudentConfig, tokenizer: Any) -> Any:
     tokens = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
     }
-    settings = {"vocab_size": len(tokenizer), **tokens, **(config.architecture or {})}
+    settings = {"vocab_size": num_token_ids(tokenizer), **tokens, **(config.architecture or {})}
     return AutoConfig.for_model(**settings)
 
 

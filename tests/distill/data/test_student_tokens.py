@@ -6,10 +6,18 @@ from typing import Any
 
 import pytest
 
+from kvdistill.config.training import StudentConfig
 from kvdistill.corpus.samples import Sample
-from kvdistill.distill.data.collate import student_batch, tokenize
-from kvdistill.distill.student.build import load_student_tokenizer, train_tokenizer
+from kvdistill.distill.data.collate import student_batch, token_counts, tokenize
+from kvdistill.distill.student.build import (
+    build_student,
+    check_student,
+    load_student_tokenizer,
+    prompt_ids,
+    train_tokenizer,
+)
 from kvdistill.errors import StudentError
+from tests.extract.models import BASE, tiny_tokenizer
 
 TEXTS = ["How many clips did she sell?", "48 + 24 = 72 clips.", "Überraschung: 猫 and 🙂!"]
 
@@ -71,3 +79,38 @@ def test_a_missing_tokenizer_is_one_line(tmp_path: Any) -> None:
     with pytest.raises(StudentError, match="cannot load the tokenizer") as caught:
         load_student_tokenizer(str(tmp_path / "none"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["Two?", "<s>Two?", "Two?</s>", "<s>Two?</s>"])
+def test_special_tokens_in_the_text_are_not_added_again(text: str) -> None:
+    own = tiny_tokenizer()
+    sample = Sample("a", (("prompt", text), ("rationale", ""), ("answer", "")))
+    (tokens,) = tokenize(own, [sample], 100)
+    expected = [1, *own("Two?").input_ids, 2]
+    assert tokens.input_ids.tolist() == expected
+    assert token_counts(own, [sample], 100).tolist() == [len(expected)]
+    assert prompt_ids(own, [text]) == [expected if text.endswith("</s>") else expected[:-1]]
+    assert (tokens.segment[0] >= 0) == text.startswith("<s>")
+
+
+def test_padding_without_an_embedding_is_replaced(tmp_path: Any) -> None:
+    own = tiny_tokenizer()
+    architecture = {"model_type": "llama", **BASE, "vocab_size": len(own)}
+    own.add_special_tokens({"pad_token": "[PAD]"})
+    config = StudentConfig(architecture=architecture, tokenizer="unused")
+    student = build_student(config, own, seed=0)
+    assert own.pad_token_id < student.get_input_embeddings().num_embeddings
+    batch = student_batch(
+        tokenize(own, [Sample("a", (("text", "Two?"),))] * 2, 8), own.pad_token_id
+    )
+    assert student(input_ids=batch["input_ids"]).logits.isfinite().all()
+
+
+def test_a_token_without_an_embedding_is_refused_before_training() -> None:
+    own = tiny_tokenizer()
+    architecture = {"model_type": "llama", **BASE, "vocab_size": len(own)}
+    own.add_tokens(["extra"])
+    config = StudentConfig(architecture=architecture, tokenizer="unused")
+    for build in (lambda: build_student(config, own, seed=0), lambda: check_student(config, own)):
+        with pytest.raises(StudentError, match=r"'extra' has none; set student\.tokenizer"):
+            build()

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvdistill.attention.padded_generation import pad_left
+from kvdistill.attention.tokens import with_ends
 from kvdistill.config.distill import LatentConfig
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.data.collate import (
@@ -73,11 +74,10 @@ class LatentCollate(Collate):
     def _student(self, samples: list[Sample]) -> Batch:
         pad_id = self.tokenizer.pad_token_id or 0
         questions, answers = zip(*(question_and_answer(sample) for sample in samples), strict=True)
-        eos = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         prompts = [ids[-self.max_length :] for ids in prompt_ids(self.tokenizer, questions)]
         question_ids, question_mask = pad_left(prompts, pad_id)
         rows = [
-            np.array((ids + eos)[: self.max_length], np.int64)
+            np.array(with_ends(self.tokenizer, ids, bos=False)[0][: self.max_length], np.int64)
             for ids in token_ids(self.tokenizer, answers)
         ]
         answer_ids = padded(rows, pad_id)
