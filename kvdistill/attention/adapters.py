@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any, Final, Literal, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from kvdistill.attention.geometry import Heads
 from kvdistill.errors import AdapterError
@@ -49,10 +50,16 @@ class Adapter:
     attention: str
     """Path of the attention module, from a layer. A layer without it has no keys."""
     taps: tuple[str, ...]
-    """Modules whose outputs hold Q, K and V, from the attention module."""
+    """Modules whose outputs hold Q, K and V, from the attention module; ``a|b``: a, or else b."""
     cut: Cut
     key_norm: bool = False
     """Whether the tapped keys have passed a norm."""
+    has_key_per_query: bool = False
+    """A key/value head per query head, whatever a config holds."""
+    can_rewrite: bool = True
+    """Whether cuts are views, or a copy of which nothing can be written back."""
+    finish: Callable[[nn.Module, QKV], QKV] | None = None
+    """What an attention module does to its heads and a rotation commutes with."""
     stream: Stream = "self"
     kind: TeacherKind = "decoder"
 
@@ -64,24 +71,26 @@ class Adapter:
 
 def separate(outputs: tuple[Tensor, ...], heads: Heads) -> QKV:
     """Three modules, ``[B, T, H·D]`` or already split ``[B, T, H, D]``."""
-    query, key, value = (_split(x, heads.head_dim) for x in outputs)
-    return QKV(query, key, value)
+    dims = heads.head_dim, heads.head_dim, heads.value_head_dim
+    return QKV(*(_split(x, dim) for x, dim in zip(outputs, dims, strict=True)))
 
 
 def separate_heads_first(outputs: tuple[Tensor, ...], heads: Heads) -> QKV:
     """As ``separate``, but an output of four axes is ``[B, H, T, D]`` already (Gemma 3)."""
-    query, key, value = (x if x.ndim == 4 else _split(x, heads.head_dim) for x in outputs)
-    return QKV(query, key, value)
+    dims = heads.head_dim, heads.head_dim, heads.value_head_dim
+    split = (x if x.ndim == 4 else _split(x, d) for x, d in zip(outputs, dims, strict=True))
+    return QKV(*split)
 
 
 def fused(outputs: tuple[Tensor, ...], heads: Heads) -> QKV:
     """One module, ``[all Q | all K | all V]`` (GPT-2, Phi-3, ModernBERT)."""
     (qkv,) = outputs
-    widths = [heads.num_query, heads.num_key_value, heads.num_key_value]
-    ends = list(accumulate(n * heads.head_dim for n in widths))
+    numbers = heads.num_query, heads.num_key_value, heads.num_key_value
+    dims = heads.head_dim, heads.head_dim, heads.value_head_dim
+    ends = accumulate(n * dim for n, dim in zip(numbers, dims, strict=True))
     # Slices rather than torch.split, whose views cannot be written to in place.
     parts = (qkv[..., start:end] for start, end in pairwise([0, *ends]))
-    return QKV(*(_split(x, heads.head_dim) for x in parts))
+    return QKV(*(_split(x, dim) for x, dim in zip(parts, dims, strict=True)))
 
 
 def fused_per_head(outputs: tuple[Tensor, ...], heads: Heads) -> QKV:
@@ -102,6 +111,45 @@ def fused_per_group(outputs: tuple[Tensor, ...], heads: Heads) -> QKV:
     split = _unflatten(qkv, groups, width, heads.head_dim)
     query = split[..., :-2, :].flatten(2, 3)
     return QKV(*(x.transpose(1, 2) for x in (query, split[..., -2, :], split[..., -1, :])))
+
+
+def latent(outputs: tuple[Tensor, ...], heads: Heads) -> QKV:
+    """Queries; latent and shared rotary key; up-projected ``k v`` per head (DeepSeek V2).
+
+    A head's key is its own part and then the rotary part, which all heads share.
+    """
+    query, compressed, up_projected = outputs
+    up_projected = up_projected.reshape(*compressed.shape[:2], heads.num_key_value, -1)
+    own = up_projected.transpose(1, 2)
+    own_dim = own.shape[-1] - heads.value_head_dim
+    shared = compressed[:, None, :, own_dim - heads.head_dim :]
+    key = torch.cat([own[..., :own_dim], shared.expand(-1, heads.num_key_value, -1, -1)], dim=-1)
+    return QKV(_split(query, heads.head_dim), key, own[..., own_dim:])
+
+
+def latent_interleaved(outputs: tuple[Tensor, ...], heads: Heads) -> QKV:
+    """As ``latent``, with rotary channels brought from pairs to halves first (DeepSeek V3)."""
+    query, key, value = latent(outputs, heads)
+    own_dim = outputs[2].shape[-1] // heads.num_key_value - heads.value_head_dim
+
+    def halved(x: Tensor) -> Tensor:
+        turning = x[..., own_dim:]
+        return torch.cat([x[..., :own_dim], turning[..., ::2], turning[..., 1::2]], dim=-1)
+
+    return QKV(halved(query), halved(key), value)
+
+
+def _llama4_norm(attention: nn.Module, qkv: QKV) -> QKV:
+    """Norms without weights, and a factor on queries that grows with their position."""
+    module: Any = attention
+    query, key, value = qkv
+    if hasattr(module, "qk_norm"):
+        query, key = module.qk_norm(query), module.qk_norm(key)
+    if getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
+        place = torch.arange(1, query.shape[2] + 1, device=query.device).float()
+        growth = torch.log1p((place / module.floor_scale).floor()) * module.attn_scale + 1
+        query = (query * growth[:, None]).to(query.dtype)
+    return QKV(query, key, value)
 
 
 def _split(x: Tensor, head_dim: int) -> Tensor:
@@ -127,6 +175,9 @@ NORMED: Final = replace(
 NORMED_HEADS_FIRST: Final = replace(
     NORMED, name="separate projections, q/k norms after the heads", cut=separate_heads_first
 )
+ALL_NORMED: Final = replace(
+    NORMED, name="separate projections, q/k/v norms", taps=("q_norm", "k_norm", "v_norm")
+)
 LAYERNORMED: Final = replace(
     NORMED,
     name="separate projections, q/k layernorms",
@@ -139,8 +190,30 @@ LAYERNORMED_HEADS_FIRST: Final = replace(
 )
 FUSED: Final = Adapter("fused qkv", "layers", "self_attn", ("qkv_proj",), fused)
 GPT2: Final = Adapter("GPT-2", "h", "attn", ("c_attn",), fused)
+LLAMA4: Final = replace(PLAIN, name="Llama 4", finish=_llama4_norm)
+MIXER: Final = replace(PLAIN, name="Nemotron-H", attention="mixer")
+LATENT: Final = Adapter(
+    "multi-head latent attention",
+    "layers",
+    "self_attn",
+    ("q_b_proj|q_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+    latent,
+    has_key_per_query=True,
+    can_rewrite=False,
+)
+LATENT_INTERLEAVED: Final = replace(
+    LATENT, name="multi-head latent attention, interleaved", cut=latent_interleaved
+)
 GPTJ: Final = replace(PLAIN, name="GPT-J", layers="h", attention="attn")
-GPT_NEOX: Final = Adapter("GPT-NeoX", "layers", "attention", ("query_key_value",), fused_per_head)
+GPT_NEO: Final = replace(PLAIN, name="GPT-Neo", layers="h", attention="attn.attention")
+GPT_NEOX: Final = Adapter(
+    "GPT-NeoX",
+    "layers",
+    "attention",
+    ("query_key_value",),
+    fused_per_head,
+    has_key_per_query=True,
+)
 FALCON: Final = Adapter("Falcon", "h", "self_attention", ("query_key_value",), fused_per_group)
 OPT: Final = replace(PLAIN, name="OPT", layers="decoder.layers")
 
@@ -177,13 +250,21 @@ ADAPTERS: Final[dict[str, tuple[Adapter, ...]]] = {
     **dict.fromkeys((
         "llama", "mistral", "ministral", "qwen2", "qwen2_moe", "mixtral", "gemma", "gemma2",
         "granite", "granitemoe", "starcoder2", "smollm3", "phi", "phimoe", "stablelm", "olmo",
-        "cohere", "cohere2", "glm", "glm4", "helium", "arcee",
+        "cohere", "cohere2", "glm", "glm4", "helium", "arcee", "gpt_oss", "jamba", "minimax",
+        "granitemoehybrid", "bamba", "falcon_h1", "qwen2_vl_text", "qwen2_5_vl_text",
     ), (PLAIN,)),
     **dict.fromkeys(
-        ("qwen3", "qwen3_moe", "qwen3_next", "olmo2", "olmo3", "olmoe"), (NORMED,)
+        ("qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_vl_text",
+         "qwen3_vl_moe_text", "olmo2", "olmo3", "olmoe", "olmo_hybrid"), (NORMED,)
     ),
     **dict.fromkeys(("gemma3", "gemma3_text"), (NORMED_HEADS_FIRST,)),
     **dict.fromkeys(("lfm2", "lfm2_moe"), (LAYERNORMED,)),
+    **dict.fromkeys((
+        "deepseek_v2", "deepseek_v3", "deepseek_v32", "minicpm3", "kimi_linear", "glm4_moe_lite",
+        "glm_moe_dsa", "mistral4", "youtu", "axk1",
+    ), (LATENT, LATENT_INTERLEAVED)),
+    **dict.fromkeys(("gemma3n_text", "gemma4_text"), (ALL_NORMED,)),
+    "llama4_text": (LLAMA4,), "nemotron_h": (MIXER,), "gpt_neo": (GPT_NEO,),
     "phi3": (FUSED,), "gpt2": (GPT2,), "gptj": (GPTJ,), "gpt_neox": (GPT_NEOX,),
     "falcon": (FALCON,), "opt": (OPT,),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie"), (BERT,)),
@@ -194,16 +275,10 @@ ADAPTERS: Final[dict[str, tuple[Adapter, ...]]] = {
 # fmt: on
 """Adapter of every known ``model_type``; an encoder-decoder has one per stream."""
 
-REFUSED: Final[dict[str, str]] = dict.fromkeys(
-    ("deepseek_v2", "deepseek_v3", "deepseek_v32", "minicpm3", "kimi_linear", "longcat_flash"),
-    "multi-head latent attention: a key is a latent and a shared rotary part, and one stored "
-    "key per head would have its rotary channels at the end, which the store cannot describe",
-)
-
 STRANGERS: Final[list[Adapter]] = sorted(
     {a for known in ADAPTERS.values() for a in known if a.stream == "self"}
     | {LAYERNORMED_HEADS_FIRST},
-    key=lambda a: (not a.key_norm, a.name),
+    key=lambda a: (not a.key_norm, a.finish is not None, a.name),
 )
 """Adapters to try on an unknown model type; those with key norms first, since a plain adapter
 fits the same modules and fails verification."""
@@ -222,12 +297,10 @@ def adapters_for(model: Any, stream: Stream | None = None) -> list[Adapter]:
     (``use_qk_norm``, ``qk_layernorm``) can add norms that the type does not have by default.
 
     Raises:
-        AdapterError: the model type has no keys that the store can hold, is an encoder-decoder
-            and the stream is not chosen, or has no streams to choose from.
+        AdapterError: the model is an encoder-decoder and the stream is not chosen, or has no
+            streams to choose from.
     """
     model_type = model.config.get_text_config().model_type
-    if model_type in REFUSED:
-        raise AdapterError(f"model type {model_type!r} cannot be read: {REFUSED[model_type]}")
     known = known_adapters(model)
     streams = {adapter.stream: adapter for adapter in known}
     if "self" in streams or not known:

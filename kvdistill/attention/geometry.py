@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from kvdistill.errors import GeometryError
 from kvdistill.store.manifest import RotarySpec
+from kvdistill.types import Kind
 
 
 class HeadShape(NamedTuple):
@@ -24,11 +26,12 @@ class HeadShape(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Query heads, key/value heads and head dim of one attention module."""
+    """Query heads, key/value heads, and dims of one attention module's queries/keys and values."""
 
     num_query: int
     num_key_value: int
     head_dim: int
+    value_head_dim: int
 
 
 def read_heads(attention: nn.Module, config: Any) -> Heads:
@@ -46,17 +49,43 @@ def read_heads(attention: nn.Module, config: Any) -> Heads:
     num_query = first("num_attention_heads", "num_heads", "n_heads")
     if num_query is None:
         raise GeometryError(f"{type(attention).__name__} has no num_attention_heads")
-    num_key_value = first("num_kv_heads", "num_key_value_heads") or num_query
-    head_dim = first("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
-    return Heads(num_query, num_key_value, head_dim or config.hidden_size // num_query)
+    groups = getattr(attention, "num_key_value_groups", None)
+    found = num_query // groups if groups else first("num_kv_heads", "num_key_value_heads")
+    num_key_value = found or num_query
+    head_dim = first(
+        "qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim"
+    )
+    head_dim = head_dim or config.hidden_size // num_query
+    return Heads(num_query, num_key_value, head_dim, first("v_head_dim") or head_dim)
+
+
+def text_model(model: Any) -> Any:
+    """The layers that read text: a causal LM without its head, and without an image tower.
+
+    Multimodal models keep a whole language model inside them, sometimes with a head of its own
+    (Llama 4).
+    """
+    from transformers import PreTrainedModel
+
+    found: Any = model
+    while True:
+        names = ("language_model", found.base_model_prefix, "model")
+        inner = (getattr(found, name, None) for name in names if name)
+        deeper = next((x for x in inner if isinstance(x, PreTrainedModel) and x is not found), None)
+        if deeper is None:
+            return found
+        found = deeper
 
 
 @dataclass(frozen=True)
 class StudentGeometry:
-    """Layers, key/value heads and hidden size of the student."""
+    """Layers, key/value heads and hidden size of the student.
+
+    Layers are those with attention: of a hybrid student, layer maps and losses number these alone.
+    """
 
     num_layers: int
-    heads: HeadShape
+    shapes: Mapping[Kind, HeadShape]
     hidden_size: int
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from kvdistill.attention.adapters import QKV, Adapter, fused_per_head
+from kvdistill.attention.adapters import QKV, Adapter
 from kvdistill.attention.geometry import Heads, read_heads
 from kvdistill.errors import AdapterError
 
@@ -40,6 +40,12 @@ class Site:
     heads: Heads
     adapter: Adapter
 
+    def cut(self, outputs: tuple[Tensor, ...]) -> QKV:
+        """Unrotated Q, K and V from the outputs of the taps, as attention computes with them."""
+        qkv = self.adapter.cut(outputs, self.heads)
+        finish = self.adapter.finish
+        return qkv if finish is None else finish(self.attention, qkv)
+
 
 def find_sites(model: nn.Module, adapter: Adapter) -> tuple[list[Site], dict[int, str]]:
     """Locate an adapter's modules: ``(layers with attention, {layer without it: why})``.
@@ -55,20 +61,30 @@ def find_sites(model: nn.Module, adapter: Adapter) -> tuple[list[Site], dict[int
     skipped: dict[int, str] = {}
     for layer_idx, layer in enumerate(layers):
         attention = _submodule(layer, adapter.attention)
-        taps = tuple(_submodule(attention, tap) for tap in adapter.taps)
+        taps = tuple(_first_of(attention, tap) for tap in adapter.taps)
         present = tuple(tap for tap in taps if tap is not None)
         if attention is None or present != taps:
-            skipped[layer_idx] = f"{type(layer).__name__} without {adapter.attention}"
+            shares = getattr(attention, "is_kv_shared_layer", False)
+            skipped[layer_idx] = (
+                "reuses the keys and values of an earlier layer"
+                if shares
+                else f"{type(layer).__name__} without {adapter.attention}"
+            )
             continue
         heads = read_heads(attention, config.get_text_config())
-        # A key/value head per query head, whatever a config holds.
-        if adapter.cut is fused_per_head:
+        if adapter.has_key_per_query:
             heads = heads._replace(num_key_value=heads.num_query)
         found.append(Site(layer_idx, layer, attention, present, heads, adapter))
     if not found:
         wanted = f"{adapter.attention}.{{{','.join(adapter.taps)}}}"
         raise AdapterError(f"{type(model).__name__}: no layer has {wanted}")
     return found, skipped
+
+
+def _first_of(module: nn.Module | None, paths: str) -> nn.Module | None:
+    """The first existing submodule of ``a|b``."""
+    found = (_submodule(module, path) for path in paths.split("|"))
+    return next((submodule for submodule in found if submodule is not None), None)
 
 
 def _submodule(module: nn.Module | None, path: str) -> nn.Module | None:
@@ -107,7 +123,7 @@ def _tap(site: Site, on_layer: OnLayer) -> Iterator[RemovableHandle]:
             if len(outputs) == len(site.taps):
                 tapped = tuple(outputs[i] for i in range(len(site.taps)))
                 outputs.clear()
-                on_layer(site.layer_idx, site.adapter.cut(tapped, site.heads))
+                on_layer(site.layer_idx, site.cut(tapped))
 
         return collect
 
@@ -189,6 +205,9 @@ class _AttentionProbe(TorchFunctionMode):
             causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
         has_bias = masks_bias or (bias is not None and bool(bias.any()))
         scaling, window = options.get("scaling"), options.get("sliding_window")
+        # Products before the kernel (of an indexer that selects tokens) are not the attention's.
+        if self._layer_idx is not None:
+            self.seen.pop(self._layer_idx, None)
         self._record(AttentionInputs(query, key, value, scaling, causal, window, softcap, has_bias))
         return sdpa_attention_forward(module, query, key, value, mask, **options)
 

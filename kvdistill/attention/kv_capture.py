@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kvdistill.attention.adapters import QKV, Adapter, adapters_for
-from kvdistill.attention.geometry import HeadShape, StudentGeometry
+from kvdistill.attention.geometry import HeadShape, StudentGeometry, text_model
 from kvdistill.attention.hooks import Site, attached, capture, find_sites
 from kvdistill.attention.verification import Verified, first_fitting
 from kvdistill.errors import AdapterError, StudentError
 from kvdistill.types import KINDS, Kind
 
 Rewrite = Callable[[Tensor, int, Kind], Tensor]
-"""From own keys or values ``[B, H, T, D]``, layer and kind to what the student attends to."""
+"""From own keys or values ``[B, H, T, D]``, attention layer (counted from 0) and kind to what the
+student attends to."""
 
 
 _FITTING: Final[WeakKeyDictionary[nn.Module, Adapter]] = WeakKeyDictionary()
@@ -41,7 +42,7 @@ def verify_student(student: Any) -> Verified:
     Raises:
         StudentError: no adapter fits, or its tapped tensors differ from the attention's inputs.
     """
-    base = _base_model(student)
+    base = text_model(student)
     devices = {p.device.index for p in base.parameters() if p.device.type == "cuda"}
     training = [module for module in student.modules() if module.training]
     with torch.random.fork_rng(devices=devices):
@@ -65,25 +66,24 @@ def _student_adapters(base: Any) -> list[Adapter]:
     return decoders
 
 
-def _base_model(student: Any) -> Any:
-    return getattr(student, student.base_model_prefix, student)
-
-
 def _unreadable(student: Any, error: AdapterError) -> StudentError:
     kind = student.config.model_type
     return StudentError(f"keys and values of a student of type {kind!r} cannot be read: {error}")
 
 
 class KVCapture:
-    """Captures and rewrites the unrotated keys and values of every layer while the student runs."""
+    """Captures and rewrites unrotated keys and values while the student runs.
+
+    Layers are those with attention, counted from 0; ``skipped`` names all others, and why.
+    """
 
     def __init__(self, student: Any) -> None:
-        base = _base_model(student)
+        base = text_model(student)
         try:
-            self.adapter, self.sites, skipped = _locate(student, base)
+            self.adapter, self.sites, self.skipped = _locate(student, base)
         except AdapterError as error:
             raise _unreadable(student, error) from None
-        self.geometry = _geometry(student, self.sites, skipped)
+        self.geometry = _geometry(student, self.sites)
         self._student = student
         self._rewrite: Rewrite | None = None
         self.replaying = False
@@ -137,7 +137,11 @@ class KVCapture:
         """While inside, the student attends to ``rewrite(own [B, H, T, D], layer, kind)``.
 
         Keys are unrotated on both sides.
+
+        Raises:
+            StudentError: keys and values are computed from shared latents.
         """
+        self.check_rewritable()
         outer, self._rewrite = self._rewrite, rewrite
         try:
             with attached(self.rewriting_hooks(rewrite, replays=False)):
@@ -145,26 +149,46 @@ class KVCapture:
         finally:
             self._rewrite = outer
 
+    def check_rewritable(self) -> None:
+        """Refuse a student whose keys cannot be replaced head by head.
+
+        Raises:
+            StudentError: keys and values are computed from shared latents.
+        """
+        if not self.adapter.can_rewrite:
+            raise StudentError(
+                f"a student of type {self._student.config.model_type!r} computes keys from latents "
+                "and a part that all heads share, so a teacher's cannot be injected; set "
+                "losses.inject to 0"
+            )
+
     def rewriting_hooks(self, rewrite: Rewrite, *, replays: bool) -> Iterator[RemovableHandle]:
         """Attach hooks that rewrite in recomputed passes, or in all others."""
-        for site in self.sites:
+        for index, site in enumerate(self.sites):
             # A single tap holds queries, keys and values; of three, the first holds queries.
             is_fused = len(site.taps) == 1
             kinds: list[Sequence[Kind]] = [KINDS] if is_fused else [(kind,) for kind in KINDS]
             for tap, held in zip(site.taps[-len(kinds) :], kinds, strict=True):
-                yield tap.register_forward_hook(self._rewriter(site, held, rewrite, replays))
+                yield tap.register_forward_hook(self._rewriter(index, held, rewrite, replays))
 
     def _rewriter(
-        self, site: Site, kinds: Sequence[Kind], rewrite: Rewrite, replays: bool
+        self, index: int, kinds: Sequence[Kind], rewrite: Rewrite, replays: bool
     ) -> Callable[..., Tensor]:
+        site = self.sites[index]
+
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             if self.replaying != replays:
                 return output
             rewritten = output.clone()
             views = site.adapter.cut((rewritten,) * len(site.taps), site.heads)
-            own = site.adapter.cut((output,) * len(site.taps), site.heads)
+            own = site.cut((output,) * len(site.taps))
             for kind in kinds:
-                getattr(views, kind).copy_(rewrite(getattr(own, kind), site.layer_idx, kind))
+                before, seen = getattr(views, kind), getattr(own, kind)
+                new = rewrite(seen, index, kind)
+                if site.adapter.finish is not None:  # which scales every vector afterwards
+                    lengths = (x.norm(dim=-1, keepdim=True) for x in (before, seen))
+                    new = new * next(lengths) / next(lengths).clamp_min(1e-30)
+                before.copy_(new)
             return rewritten
 
         return hook
@@ -204,19 +228,15 @@ def _locate(student: Any, base: Any) -> tuple[Adapter, list[Site], dict[int, str
     raise problems[0]
 
 
-def _geometry(student: Any, sites: list[Site], skipped: dict[int, str]) -> StudentGeometry:
+def _geometry(student: Any, sites: list[Site]) -> StudentGeometry:
     kind = student.config.model_type
-    if skipped:
-        raise StudentError(
-            f"a student of type {kind!r} needs keys and values in every layer, but layers "
-            f"{sorted(skipped)} have none ({next(iter(skipped.values()))}); choose another student"
-        )
     heads, *others = {site.heads for site in sites}
     if others or heads.num_query % heads.num_key_value:
         raise StudentError(
             f"a student of type {kind!r} needs the same heads in every layer, and query heads that "
-            "are a multiple of key/value heads; got (query, key/value, dim) "
+            "are a multiple of key/value heads; got (query, key/value, dims) "
             f"{', '.join(str(tuple(found)) for found in (heads, *others))}"
         )
-    hidden_size = student.config.get_text_config().hidden_size
-    return StudentGeometry(len(sites), HeadShape(*heads[1:]), hidden_size)
+    dims: dict[Kind, int] = {"key": heads.head_dim, "value": heads.value_head_dim}
+    shapes = {kind: HeadShape(heads.num_key_value, dim) for kind, dim in dims.items()}
+    return StudentGeometry(len(sites), shapes, student.config.get_text_config().hidden_size)

@@ -14,6 +14,7 @@ leaves an MSE unchanged); attention maps and R-KV do.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from kvdistill.types import RopeMethod
 def rotate(x: Tensor, position_ids: Tensor, spec: RotarySpec) -> Tensor:
     """Rotate ``x [..., T, D]`` at ``position_ids``, which broadcast to ``[..., T]``; float32."""
     angle = position_ids[..., None].float() * torch.tensor(spec.inv_freq, device=x.device)
-    return _rotate_by(x, angle, spec.attention_scaling, spec.interleaved)
+    return _rotate_by(x, angle, spec.attention_scaling, spec.interleaved, spec.rotary_start)
 
 
 def unrotate(x: Tensor, position_ids: Tensor, spec: RotarySpec) -> Tensor:
@@ -71,18 +72,33 @@ def rotate_layers(
     return turned.to(x_BLHTD.dtype)
 
 
-def _rotate_by(x: Tensor, angle: Tensor, attention_scaling: float, interleaved: bool) -> Tensor:
-    """Rotate the first ``2·F`` channels of ``x [..., T, D]`` by ``angle [..., T, F]``; float32."""
-    rotary_dim = 2 * angle.shape[-1]
+def _rotate_by(
+    x: Tensor, angle: Tensor, attention_scaling: float, interleaved: bool, start: int = 0
+) -> Tensor:
+    """Rotate ``2·F`` channels of ``x [..., T, D]`` by ``angle [..., T, F]``; float32."""
+    end = start + 2 * angle.shape[-1]
     cos, sin = angle.cos() * attention_scaling, angle.sin() * attention_scaling
-    turning, rest = x[..., :rotary_dim].float(), x[..., rotary_dim:].float()
+    turning = x[..., start:end].float()
     if interleaved:
         first, second = turning[..., 0::2], turning[..., 1::2]
     else:
         first, second = turning.chunk(2, dim=-1)
     pair = first * cos - second * sin, second * cos + first * sin
     joined = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    return torch.cat([joined, rest], dim=-1) if rest.shape[-1] else joined
+    if joined.shape == x.shape:
+        return joined
+    return torch.cat([x[..., :start].float(), joined, x[..., end:].float()], dim=-1)
+
+
+def placements(specs: Sequence[RotarySpec], head_dim: int) -> list[RotarySpec]:
+    """Rotations that fit a head: each on its first channels and, if partial, on its last."""
+    fitting = [spec for spec in specs if spec.rotary_dim <= head_dim]
+    ends = [
+        spec.model_copy(update={"rotary_start": head_dim - spec.rotary_dim})
+        for spec in fitting
+        if spec.rotary_dim < head_dim
+    ]
+    return fitting + ends
 
 
 def rotary_candidates(model: Any, num_layers: int) -> list[list[RotarySpec]]:
@@ -108,9 +124,15 @@ def _read_module(module: nn.Module, model: Any, layer_idx: int) -> RotarySpec:
     position_ids = torch.ones(1, 1, dtype=torch.long, device=device)
     with torch.no_grad():
         output = module(torch.zeros(1, 1, 1, device=device), position_ids, **extra)
-    cos, sin = (x.flatten().double().cpu() for x in output)
-    half = cos.numel() // 2
-    once = slice(half) if torch.equal(cos[:half], cos[half:]) else slice(None, None, 2)
+    # Llama 4 and DeepSeek V2 give complex numbers, gpt-oss an entry per pair, most others two.
+    is_complex = isinstance(output, Tensor)
+    parts = (output.real, output.imag) if is_complex else output
+    cos, sin = (x.flatten().double().cpu() for x in parts)
+    half, once = cos.numel() // 2, slice(None)
+    if not is_complex and torch.equal(cos[:half], cos[half:]):
+        once = slice(half)
+    elif not is_complex and torch.equal(cos[::2], cos[1::2]):
+        once = slice(None, None, 2)
     measured = _spec(cos[once], sin[once])
     return measured.model_copy(update={"inv_freq": _exact(module, measured.inv_freq)})
 

@@ -31,7 +31,7 @@ from kvdistill.attention.hooks import (
     capture,
     find_sites,
 )
-from kvdistill.attention.rotary import rotary_candidates, rotate, unrotate
+from kvdistill.attention.rotary import placements, rotary_candidates, rotate, unrotate
 from kvdistill.errors import AdapterError, TeacherError
 from kvdistill.store.manifest import RotarySpec
 from kvdistill.types import Stream
@@ -60,7 +60,11 @@ def fit_adapter(name: str, model: Any, stream: Stream | None) -> Verified:
         TeacherError: none fits; the message is about the likeliest.
     """
     try:
-        return first_fitting(model, adapters_for(model, stream))
+        adapters = adapters_for(model, stream)
+    except AdapterError as error:
+        raise TeacherError(f"teacher {name!r}: {error}") from None
+    try:
+        return first_fitting(model, adapters)
     except AdapterError as error:
         if known_adapters(model) or model.config.is_encoder_decoder:
             raise TeacherError(f"teacher {name!r}: {error}") from None
@@ -131,9 +135,7 @@ def _compare_layer(
     site: Site, taps: QKV, seen: AttentionInputs, rotations: Sequence[RotarySpec]
 ) -> VerifiedLayer:
     options: list[tuple[float, float, RotarySpec | None]] = []
-    for spec in (*rotations, None):
-        if spec is not None and spec.rotary_dim > taps.key.shape[-1]:
-            continue
+    for spec in (*placements(rotations, taps.key.shape[-1]), None):
         query, factor = _scaled_like(_rotated(taps.query, spec), seen.query)
         error = max(
             _input_difference(query, seen.query),
@@ -278,14 +280,15 @@ def _cached_layer(
     (key, value), (far_key, far_value) = near, far
     positions = torch.arange(key.shape[2], device=key.device)
     options: list[tuple[float, RotarySpec | None]] = [(_relative_difference(key, far_key), None)]
-    for spec in rotations:
-        if spec.rotary_dim <= key.shape[3]:
-            unrotated = unrotate(key, positions, spec), unrotate(far_key, positions + SHIFT, spec)
-            options.append((_relative_difference(*unrotated), spec))
+    for spec in placements(rotations, key.shape[3]):
+        unrotated = unrotate(key, positions, spec), unrotate(far_key, positions + SHIFT, spec)
+        options.append((_relative_difference(*unrotated), spec))
     error, rotary = min(options, key=lambda option: option[0])
     # Absolute positions: keys and values depend on their position, and are stored as they are.
-    is_absolute = not rotations and _relative_difference(value, far_value) > CACHE_TOLERANCE
-    if error > CACHE_TOLERANCE and not is_absolute:
+    value_moves = _relative_difference(value, far_value) > CACHE_TOLERANCE
+    is_absolute = not rotations and value_moves
+    # In a rotary model, what moves is no value but a part of the keys (latent attention's cache).
+    if not is_absolute and (error > CACHE_TOLERANCE or value_moves):
         return None
     shape = key.shape[1], key.shape[3], value.shape[3]
     scaling = key.shape[3] ** -0.5
@@ -295,10 +298,12 @@ def _cached_layer(
 @torch.inference_mode()
 def _run_with_cache(model: Any, input_ids: Tensor, mask: Tensor, position: int) -> tuple[Any, Any]:
     from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
 
     positions = torch.arange(input_ids.shape[1], device=input_ids.device) + position
-    # Without the model's config a cache keeps every token of sliding-window layers too.
-    cache = DynamicCache()
+    cache = DynamicCache(config=model.config)
+    # Every token is kept, of layers with a sliding window too.
+    cache.layers = [DynamicLayer() if getattr(x, "is_sliding", False) else x for x in cache.layers]
     output = model(
         input_ids=input_ids,
         attention_mask=mask,

@@ -99,7 +99,8 @@ class Distiller(nn.Module):
         for teacher in teachers:
             heads = nn.ModuleDict()
             for kind in KINDS:
-                heads[kind] = TeacherHead(teacher, kind, geometry.heads, projection, self.projects)
+                student_shape = geometry.shapes[kind]
+                heads[kind] = TeacherHead(teacher, kind, student_shape, projection, self.projects)
             self.heads[_module_name(teacher.name)] = heads
         self.weigh = FusionWeights(
             fusion, teachers, geometry.hidden_size, geometry.num_layers, num_tasks
@@ -108,8 +109,9 @@ class Distiller(nn.Module):
         if projection.mode == "shared_space":
             shape = HeadShape(projection.space_heads, projection.space_dim)
             for kind in KINDS:
-                self.space[kind] = SpaceAdapter(geometry.num_layers, geometry.heads, shape)
+                self.space[kind] = SpaceAdapter(geometry.num_layers, geometry.shapes[kind], shape)
         if losses.inject:
+            self.capture.check_rewritable()
             if not any(teacher.causal for teacher in teachers):
                 names = ", ".join(teacher.name for teacher in teachers)
                 raise ConfigError(

@@ -106,12 +106,14 @@ class RotarySpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rotary_dim: int
-    """How many leading channels of a head are rotated (``head_dim`` unless partial)."""
+    """How many channels of a head are rotated (``head_dim`` unless partial)."""
     inv_freq: tuple[float, ...]
     """``rotary_dim / 2`` angular frequencies, radians per position, after any scaling."""
     attention_scaling: float = 1.0
     interleaved: bool = False
     """True where channel pairs are (0,1), (2,3), … (GPT-J) instead of halves (Llama)."""
+    rotary_start: int = 0
+    """First rotated channel: 0 but for latent attention (DeepSeek), which rotates the last ones."""
 
 
 class TeacherManifest(Document):

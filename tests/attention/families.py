@@ -21,6 +21,32 @@ _SEQ2SEQ = {
     "pad_token_id": 0,
     "decoder_start_token_id": 0,
 }
+_MLA = {
+    **_B,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 12,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 6,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 3,
+    "mlp_layer_types": ["dense"] * 3,
+}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+_LINEAR = {
+    **_B,
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 _FALCON = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
 _GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "vocab_size": 64}
 
@@ -67,6 +93,141 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3, layers without rotary": ("smollm3", {**_B, "no_rope_layers": [1, 0, 1]}),
     "granite": ("granite", {**_B, "attention_multiplier": 0.3}),
     "lfm2, hybrid": ("lfm2", {**_B, "layer_types": ["conv", "full_attention", "conv"]}),
+    "qwen3_next, hybrid": (
+        "qwen3_next",
+        {**_LINEAR, **_MOE, "shared_expert_intermediate_size": 16},
+    ),
+    "qwen3_5, hybrid": ("qwen3_5_text", _LINEAR),
+    "olmo_hybrid": (
+        "olmo_hybrid",
+        {name: value for name, value in _LINEAR.items() if name != "head_dim"},
+    ),
+    "jamba, hybrid": (
+        "jamba",
+        {
+            **_B,
+            **_MOE,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "use_mamba_kernels": False,
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 4,
+        },
+    ),
+    "granite, hybrid": (
+        "granitemoehybrid",
+        {
+            **_B,
+            **_MAMBA,
+            "layer_types": ["mamba", "attention", "mamba"],
+            "num_local_experts": 0,
+            "shared_intermediate_size": 48,
+        },
+    ),
+    "bamba, hybrid": ("bamba", {**_B, **_MAMBA, "attn_layer_indices": [1]}),
+    "falcon_h1, hybrid": (
+        "falcon_h1",
+        {**_B, **_MAMBA, "mamba_d_ssm": 64, "mamba_n_heads": 8},
+    ),
+    "nemotron_h, hybrid": (
+        "nemotron_h",
+        {
+            **_B,
+            "head_dim": 8,
+            "layers_block_type": ["mamba", "attention", "mamba"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+        },
+    ),
+    "minimax, hybrid": (
+        "minimax",
+        {
+            **_B,
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+    ),
+    "deepseek_v2, latent": ("deepseek_v2", _MLA),
+    "deepseek_v3, latent": ("deepseek_v3", _MLA),
+    "deepseek_v3, latent, whole queries": (
+        "deepseek_v3",
+        {**_MLA, "q_lora_rank": None, "rope_interleave": False},
+    ),
+    "deepseek_v32, latent, sparse": ("deepseek_v32", _MLA),
+    "minicpm3, latent": ("minicpm3", _MLA),
+    "glm4_moe_lite, latent": ("glm4_moe_lite", _MLA),
+    "kimi_linear, latent, hybrid": (
+        "kimi_linear",
+        {
+            **_MLA,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_num_heads": 2,
+            "linear_head_dim": 8,
+        },
+    ),
+    "llama4, norm after rotary": (
+        "llama4_text",
+        {
+            **_B,
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "intermediate_size_mlp": 48,
+            "no_rope_layers": [1, 0, 1],
+            "floor_scale": 4,
+        },
+    ),
+    "gpt_oss, sinks": (
+        "gpt_oss",
+        {
+            **_B,
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "qwen2_vl, text": (
+        "qwen2_vl_text",
+        {
+            **_B,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 1, 1],
+            },
+        },
+    ),
+    "gpt_neo, windows": (
+        "gpt_neo",
+        {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 4,
+            "vocab_size": 64,
+            "max_position_embeddings": 128,
+        },
+    ),
+    "gemma3n, shared layers": (
+        "gemma3n_text",
+        {
+            **_B,
+            "head_dim": 16,
+            "num_kv_shared_layers": 1,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 64,
+            "altup_num_inputs": 2,
+            "laurel_rank": 4,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "activation_sparsity_pattern": [0.0] * 3,
+            "sliding_window": 4,
+        },
+    ),
     "llama, scaled rotary": (
         "llama",
         {

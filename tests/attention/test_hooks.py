@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer
 
 from kvdistill.attention.adapters import QKV, adapters_for
 from kvdistill.attention.geometry import VerifiedLayer
 from kvdistill.attention.hooks import capture, find_sites
 from kvdistill.attention.rotary import rotate, unrotate
-from kvdistill.attention.verification import verify_adapter
+from kvdistill.attention.verification import first_fitting, verify_adapter
 from kvdistill.errors import AdapterError
 from kvdistill.types import Stream
 from tests.attention.families import DECODERS, ENCODER_DECODERS, ENCODERS
@@ -37,9 +38,8 @@ def padded(side: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def verified(model: Any, stream: Stream | None = None) -> tuple[list[Any], list[VerifiedLayer]]:
-    adapter = adapters_for(model, stream)[0]
-    found, _ = find_sites(model, adapter)
-    return found, verify_adapter(model, found)
+    fitting = first_fitting(model, adapters_for(model, stream))
+    return fitting.sites, fitting.layers
 
 
 def captured(model: Any, found: list[Any], **inputs: Any) -> tuple[dict[int, QKV], Any]:
@@ -59,21 +59,25 @@ def test_decoder_equals_own_cache_unrotated(name: str, side: str) -> None:
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if side == "left" and model_type != "opt":  # which derives them from the mask
         inputs["position_ids"] = positions
-    hybrid = model_type == "lfm2"
-    # Without a config a cache keeps every token of sliding layers, not just the window.
-    cache = DynamicCache(config=model.config) if hybrid else DynamicCache()
-    seen, _ = captured(model, found, **inputs, past_key_values=cache, use_cache=True)
+    cache = DynamicCache(config=model.config)
+    # Every token is kept of sliding layers, not just the window.
+    cache.layers = [DynamicLayer() if getattr(x, "is_sliding", False) else x for x in cache.layers]
+    inputs["past_key_values"] = None if model_type == "minimax" else cache
+    seen, output = captured(model, found, **inputs, use_cache=True)
+    cache = output.past_key_values  # MiniMax makes its own
     where = mask.bool()
     for layer in layers:
         cached = cache.layers[layer.layer_idx]
-        key = cached.keys
+        key, value = cached.keys, cached.values
+        if "latent" in name:  # which caches what keys and values are computed from
+            key, value = model.layers[layer.layer_idx].self_attn.expand_kv(key, value)
         if layer.rotary is not None:
             key = unrotate(key, positions[:, None], layer.rotary)
         groups = key.shape[1] // layer.num_key_value_heads  # Falcon caches repeated heads
         real = where[:, None, :, None]
         for ours, theirs in (
             (seen[layer.layer_idx].key, key),
-            (seen[layer.layer_idx].value, cached.values),
+            (seen[layer.layer_idx].value, value),
         ):
             torch.testing.assert_close(
                 ours * real, theirs[:, ::groups] * real, rtol=1e-5, atol=1e-5
@@ -184,13 +188,6 @@ def test_an_unknown_architecture_is_tried_and_verified() -> None:
         fits.append(adapter)
     assert fits
     assert fits[0].key_norm
-
-
-def test_latent_attention_is_refused_in_words() -> None:
-    model = tiny_model("llama", **DECODERS["llama"][1])
-    model.config.model_type = "deepseek_v3"
-    with pytest.raises(AdapterError, match="multi-head latent attention"):
-        adapters_for(model)
 
 
 def test_hooks_are_gone_after_an_error() -> None:

@@ -57,8 +57,8 @@ def injecting(
         GeometryError: not the student's number of layers, heads or head dim.
     """
     geometry = capture.geometry
-    shape = (geometry.num_layers, *geometry.heads)
     for kind, injected in zip(KINDS, (key_BLHTD, value_BLHTD), strict=True):
+        shape = (geometry.num_layers, *geometry.shapes[kind])
         if injected.shape[1:3] + injected.shape[4:] != shape:
             raise GeometryError(
                 f"injection: expected a {kind} [B, {shape[0]}, {shape[1]}, T, {shape[2]}], "

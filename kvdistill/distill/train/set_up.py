@@ -168,11 +168,11 @@ def initialise_projectors(distiller: Distiller, batches: Iterable[Batch], init: 
     Raises:
         ConfigError: no token of the pilot batches is covered by a teacher.
     """
-    student = distiller.capture.geometry.heads
+    shapes = distiller.capture.geometry.shapes
     heads = [distiller.head(t.name, kind) for t in distiller.teachers for kind in KINDS]
     moments = {
         (head, i): PilotMoments(
-            len(group.student_layers), group.shapes[head.kind].width, student.width
+            len(group.student_layers), group.shapes[head.kind].width, shapes[head.kind].width
         )
         for head in heads
         for i, group in enumerate(head.groups)

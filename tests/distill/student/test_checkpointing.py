@@ -26,7 +26,8 @@ def build(model_type: str) -> Any:
 def step(student: Any, capture: KVCapture, *, inside: bool = False) -> dict[str, Tensor]:
     """Losses on captured KV, on logits, and on an injected second pass, all in one backward."""
     torch.manual_seed(1)
-    given = [torch.randn(2, 2, *capture.geometry.heads[:1], 9, capture.geometry.heads[1])] * 2
+    heads = capture.geometry.shapes["key"]
+    given = [torch.randn(2, 2, heads.num_heads, 9, heads.head_dim)] * 2
     given = [x.requires_grad_() for x in given]
     gate, mask = InjectionGate(2), (torch.arange(9) < 4)[None].expand(2, -1)
     for parameter in student.parameters():

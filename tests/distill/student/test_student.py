@@ -41,7 +41,12 @@ def test_values_equal_the_cache_and_keys_equal_it_before_rotation(options: dict[
     geometry = capture.geometry
     assert len(found) == geometry.num_layers == len(cache.layers)
     for (_, key, value), layer in zip(found, cache.layers, strict=True):
-        assert key.shape == (2, geometry.heads.num_heads, 7, geometry.heads.head_dim)
+        assert key.shape == (
+            2,
+            geometry.shapes["key"].num_heads,
+            7,
+            geometry.shapes["key"].head_dim,
+        )
         torch.testing.assert_close(value, layer.values)
         # Position 0 is rotated by nothing, whatever the model's positions are.
         torch.testing.assert_close(key[:, :, 0], layer.keys[:, :, 0])
