@@ -26,7 +26,8 @@ class LoraConfig(Section):
     dropout: DropoutRate = 0.0
     """Dropout on the input of an update."""
     target_modules: tuple[str, ...] | None = None
-    """Modules with an update, such as `k_proj`; every linear layer but the output if not given."""
+    """Modules (or tensors of experts) with an update, such as `k_proj`; every linear layer but the
+    output if not given."""
 
 
 class StudentConfig(Section):

@@ -8,7 +8,7 @@ made from a state dict, because a sharded model's weights are whole only there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,25 +41,48 @@ def adapt(student: Any, config: LoraConfig, seed: int) -> Any:
     except ImportError as error:
         raise MissingExtra("student.lora needs peft: pip install 'kvdistill[lora]'") from error
     targets = config.target_modules
+    experts = _expert_tensors(student, targets or ())
+    modules = None if targets is None else [name for name in targets if name not in experts]
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules="all-linear" if targets is None else list(targets),
+        target_modules="all-linear" if modules is None else modules,
+        target_parameters=experts or None,
         task_type=peft.TaskType.CAUSAL_LM,
     )
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return peft.inject_adapter_in_model(settings, student, adapter_name=ADAPTER_NAME)
+            adapted = peft.inject_adapter_in_model(settings, student, adapter_name=ADAPTER_NAME)
     except ValueError as error:
-        modules = student.named_modules()
-        linear = (n for n, m in modules if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D")
-        names = sorted({name.rpartition(".")[2] for name in linear})
+        linear = {n for n, m in student.named_modules() if _is_linear(m)}
+        names = sorted({name.rpartition(".")[2] for name in linear} | set(_experts(student)))
         raise StudentError(
-            f"student.lora.target_modules {list(targets or ())}: {str(error).strip()} "
+            f"student.lora.target_modules {list(targets or ())}: {' '.join(str(error).split())} "
             f"(this student has {', '.join(names)})"
         ) from error
+    ends = (student.get_input_embeddings(), student.get_output_embeddings())
+    if any(hasattr(end, "lora_A") for end in ends):
+        # Merged, the input and the output embeddings are no longer the same matrix.
+        student.config.get_text_config().tie_word_embeddings = False
+        student.config.tie_word_embeddings = False
+    return adapted
+
+
+def _is_linear(module: Any) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _experts(student: Any) -> list[str]:
+    """Tensors of mixture-of-experts layers, ``experts.gate_up_proj``: all experts in one."""
+    named = [name.split(".") for name, x in student.named_parameters() if x.ndim == 3]
+    return sorted({".".join(parts[-2:]) for parts in named if parts[-2] == "experts"})
+
+
+def _expert_tensors(student: Any, targets: Iterable[str]) -> list[str]:
+    """Those of ``targets`` that name such a tensor and no module."""
+    return [t for t in targets if any(f".{name}".endswith(f".{t}") for name in _experts(student))]
 
 
 def is_adapted(student: Any) -> bool:
@@ -76,21 +99,22 @@ def merged_state(student: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     """
     layers = {name: module for name, module in student.named_modules() if hasattr(module, "lora_A")}
     plain = {}
-    for name, value in state.items():
+    for name, frozen in state.items():
         if ".lora_" in name:
             continue
-        module, _, parameter = name.rpartition(".")
-        owner = module.removesuffix(".base_layer")
-        if owner in layers and parameter == "weight":
-            weights = {
-                f"layer.{key.removeprefix(owner + '.')}": weight
-                for key, weight in state.items()
-                if key.startswith(f"{owner}.lora_")
-            }
-            update = functional_call(_Update(layers[owner]), weights, ())
-            plain[f"{owner}.weight"] = value + update.to(value)
-        else:
-            plain[f"{owner}.{parameter}" if owner else parameter] = value
+        value, (module, _, parameter) = frozen, name.rpartition(".")
+        # One wrapper per adapted parameter: an expert's two tensors have one around the other.
+        while (owner := module.removesuffix(".base_layer")) != module:
+            module = owner
+            if getattr(layers[owner], "parameter_name", "weight") == parameter:
+                weights = {
+                    f"layer.{key.removeprefix(owner + '.')}": weight
+                    for key, weight in state.items()
+                    if key.startswith(f"{owner}.lora_")
+                }
+                update = functional_call(_Update(layers[owner]), weights, ())
+                value = value + update.to(value)
+        plain[f"{module}.{parameter}" if module else parameter] = value
     return plain
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +145,73 @@ def test_weights_are_saved_to_load_plainly_and_to_go_on(tmp_path: Path) -> None:
         assert torch.equal(fresh.state_dict()[name], tensor), name
 
 
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 290,
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64}
+TIED = {"tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "targets"),
+    [
+        ("llama", {}, ("embed_tokens", "k_proj")),
+        ("llama", TIED, ("embed_tokens", "lm_head")),
+        ("llama", TIED, ("lm_head",)),
+        ("gemma3_text", {}, ("embed_tokens",)),  # tied by default, scales its embeddings
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}, ("wte", "c_attn")),
+        ("mixtral", MOE, None),  # peft adapts its experts, too
+        ("mixtral", MOE, ("experts.down_proj", "v_proj")),
+        ("gpt_oss", MOE, ("gate_up_proj", "down_proj")),  # other order of dimensions, biases
+    ],
+)
+def test_embeddings_and_experts_are_saved_as_they_were_trained(
+    model_type: str, settings: dict[str, Any], targets: Any, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **SMALL | settings)
+    original = AutoModelForCausalLM.from_config(config).eval()
+    tied = config.tie_word_embeddings
+
+    def holder(seed: int) -> Holder:
+        lora = LoraConfig(rank=3, alpha=5.0, target_modules=targets)
+        return Holder(adapt(deepcopy(original), lora, seed).eval())
+
+    ours = holder(1)
+    trained = {n: p for n, p in ours.student.named_parameters() if p.requires_grad}
+    for parameter in trained.values():
+        nn.init.normal_(parameter, std=0.2)
+    tokenizer = train_tokenizer(["some text"], 280)
+    save_weights(ours, tokenizer, tmp_path)
+
+    def logits(model: Any) -> Tensor:
+        with torch.no_grad():
+            return model(input_ids=IDS, use_cache=False).logits
+
+    wanted = logits(ours.student)
+    assert not torch.allclose(wanted, logits(original), atol=1e-2)
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(alone), wanted, atol=1e-5, rtol=1e-4)
+    ends = {"embed_tokens", "lm_head", "wte"} & {*(targets or ())}
+    assert alone.config.tie_word_embeddings == (tied and not ends)
+    theirs = peft.PeftModel.from_pretrained(deepcopy(original), str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(theirs), wanted, atol=1e-5, rtol=1e-4)
+    fresh = holder(9)
+    load_weights(fresh, tmp_path)
+    torch.testing.assert_close(logits(fresh.student), wanted, atol=0, rtol=0)
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StudentError, match=r"k_projj.*down_proj.*q_proj"):
         adapt(plain("llama"), LoraConfig(target_modules=("k_projj",)), 0)
+    torch.manual_seed(0)
+    experts = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **SMALL | MOE))
+    with pytest.raises(StudentError, match=r"lora_dropout") as caught:
+        adapt(experts, LoraConfig(dropout=0.1, target_modules=("gate_up_proj",)), 0)
+    assert "\n" not in str(caught.value)
     with pytest.raises(StudentError, match="not saved by a LoRA student"):
         load_adapter(adapted("llama"), tmp_path)
     student = adapted("llama")
