@@ -18,6 +18,7 @@ import click
 
 from kvdistill import __version__
 from kvdistill.errors import KVDistillError
+from kvdistill.text import shorten
 
 COMMANDS: Final = {
     "init": ("prepare", "Write a commented experiment file."),
@@ -91,7 +92,7 @@ def main() -> None:
     except KVDistillError as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shorten(str(error), 500)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # The reader of a pipe has closed it (`kvdistill config schema | head`).

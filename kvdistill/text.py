@@ -1,8 +1,8 @@
-"""Numbers as people read them: sizes and durations in messages, tables and reports."""
+"""Numbers and values as people read them, in messages, tables and reports."""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
 
@@ -22,3 +22,21 @@ def format_duration(seconds: float) -> str:
     if seconds < 119.5:
         return f"{seconds:.{1 if seconds < 9.95 else 0}f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7170 else f"{seconds / 3600:,.1f} h"
+
+
+def brief(value: Any) -> str:
+    """``repr`` for a message: at most about 100 characters, whatever the value holds."""
+    if isinstance(value, (dict, list, tuple, set, frozenset)) and len(value) > 3:
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, int) and abs(value) >= 1 << 256:
+        return "an integer of more than 77 digits"
+    return shorten(repr(value), 100)
+
+
+def shorten(text: str, limit: int = 300) -> str:
+    """One line of at most ``limit`` characters: white space collapsed, the middle left out."""
+    line = " ".join(text.split())
+    if len(line) <= limit:
+        return line
+    tail = (limit - 3) // 3
+    return f"{line[: limit - 3 - tail]} … {line[-tail:]}"

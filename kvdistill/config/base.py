@@ -7,16 +7,29 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from kvdistill.text import brief
 
 log = logging.getLogger(__name__)
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Bounded by what fits into 32 bits, and by what a float32 keeps some digits of.
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 DropoutRate = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _one_line(text: str) -> str:
+    if any(char in text for char in "\r\n"):
+        raise ValueError(f"expected one line, got {brief(text)}")
+    return text
+
+
+OneLine = Annotated[str, AfterValidator(_one_line)]
+"""Text that must not become two lines of a script."""
 
 RENAMED: Final = {
     "losses.fade_by": "losses.anneal_by",

@@ -167,7 +167,7 @@ class PlaceboConfig(Section):
     stored mean and variance of every channel."""
     teachers: tuple[Name, ...] | None = None
     """Teachers whose targets are replaced; all of them if not given."""
-    seed: int = 0
+    seed: NonNegative = 0
     """Seed of the permutation or the noise, independent of the run's `seed`."""
 
 
@@ -247,7 +247,7 @@ class EvictionConfig(Section):
     last latent positions have no target."""
     mix: Fraction = 0.1
     """Weight of importance in the R-KV scores, lambda."""
-    seed: int = 0
+    seed: NonNegative = 0
     """Seed of `random`."""
 
 

@@ -13,7 +13,7 @@ from typing import Self
 
 from pydantic import model_validator
 
-from kvdistill.config.base import Section
+from kvdistill.config.base import NonNegative, Section
 from kvdistill.config.corpus import CorpusConfig
 from kvdistill.config.distill import (
     AlignmentConfig,
@@ -40,7 +40,7 @@ class Experiment(Section):
     """Folder of the key/value store: written by `extract`, read by `train`."""
     output_dir: Path = Path("runs")
     """Parent folder of the run's folder."""
-    seed: int = 0
+    seed: NonNegative = 0
     """Seed of the student's initialisation, the data order and dropout."""
     corpus: CorpusConfig
     teachers: dict[Name, TeacherConfig] = {}

@@ -21,7 +21,7 @@ class GenerateConfig(Section):
     """Tokens of a rationale, at most."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end a rationale, such as `"\\n####"`; not part of it."""
-    seed: int = 0
+    seed: NonNegative = 0
     """Random seed of all draws."""
     draw: NonNegative = 0
     """Index of the draw: several rationales per prompt are several teachers with draws 0, 1, …"""

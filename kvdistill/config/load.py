@@ -14,7 +14,9 @@ from pydantic import BaseModel, ValidationError
 
 from kvdistill.config.base import current_names
 from kvdistill.config.experiment import Experiment
+from kvdistill.config.yaml_text import impossible_value, parse_yaml
 from kvdistill.errors import ConfigError
+from kvdistill.text import brief, shorten
 
 PRESETS: Final[dict[str, dict[str, dict[str, Any]]]] = {
     # two teachers, fixed weights
@@ -77,9 +79,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"no config file at {path}; `kvdistill init {path}` writes one")
     try:
-        body = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        body = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid YAML: {shorten(str(error))}") from None
     if not isinstance(body, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, got {type(body).__name__}")
     return _renamed(body, str(path))
@@ -91,6 +93,8 @@ def parse_experiment(body: dict[str, Any], where: str = "config") -> Experiment:
     Raises:
         ConfigError: as for ``load_experiment``.
     """
+    if impossible := impossible_value(body):
+        raise ConfigError(f"{where}: {impossible}")
     try:
         return Experiment.model_validate(_with_preset(_renamed(body, where), where))
     except ValidationError as error:
@@ -98,7 +102,7 @@ def parse_experiment(body: dict[str, Any], where: str = "config") -> Experiment:
         # An unknown key is usually the cause of a missing one, so it is reported first.
         problem = min(problems, key=lambda item: item["type"] != "extra_forbidden")
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ConfigError(f"{where}: {_validation_line(problem)}{more}") from None
+        raise ConfigError(f"{where}: {shorten(_validation_line(problem), 450)}{more}") from None
 
 
 def dump_experiment(experiment: Experiment) -> str:
@@ -122,13 +126,15 @@ def override(body: dict[str, Any], assignment: str) -> None:
     Raises:
         ConfigError: the assignment is malformed.
     """
+    where = f"--set {shorten(assignment, 100)}"
     dotted, sign, value = assignment.partition("=")
     if not sign or not dotted.strip():
-        raise ConfigError(f"--set {assignment}: expected key=value, such as training.epochs=2")
+        raise ConfigError(f"{where}: expected key=value, such as training.epochs=2")
     try:
-        put(body, dotted.strip(), yaml.safe_load(value), f"--set {assignment}")
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {assignment}: the value is not valid YAML") from None
+        parsed = parse_yaml(value)
+    except ValueError as error:
+        raise ConfigError(f"{where}: the value is not valid YAML: {error}") from None
+    put(body, dotted.strip(), parsed, where)
 
 
 def put(body: dict[str, Any], dotted: str, value: Any, where: str) -> None:
@@ -160,8 +166,9 @@ def _with_preset(body: dict[str, Any], where: str) -> dict[str, Any]:
     name = body.get("preset")
     if name is None:
         return body
-    if name not in PRESETS:
-        raise ConfigError(f"{where}: no preset {name!r}; available presets: {', '.join(PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        available = ", ".join(PRESETS)
+        raise ConfigError(f"{where}: no preset {brief(name)}; available presets: {available}")
     merged = dict(body)
     for section, settings in PRESETS[name].items():
         given = merged.get(section) or {}
@@ -172,7 +179,7 @@ def _with_preset(body: dict[str, Any], where: str) -> dict[str, Any]:
 def _validation_line(problem: Any) -> str:
     """A pydantic error as one line: dotted key, what is wrong, and the nearest valid key."""
     location = [str(part) for part in problem["loc"]]
-    dotted = ".".join(location) or "experiment"
+    dotted = shorten(".".join(location), 100) or "experiment"
     if problem["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
         close = difflib.get_close_matches(location[-1], known, n=1)
@@ -181,9 +188,9 @@ def _validation_line(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{dotted} is required"
     if problem["type"] == "value_error":
-        return f"{dotted}: {problem['ctx']['error']}"
+        return f"{dotted}: {shorten(str(problem['ctx']['error']))}"
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{dotted}: {message}, got {problem['input']!r}"
+    return f"{dotted}: {shorten(message)}, got {brief(problem['input'])}"
 
 
 def _known_keys(location: list[str]) -> list[str]:

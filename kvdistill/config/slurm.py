@@ -6,19 +6,19 @@ from typing import Self
 
 from pydantic import model_validator
 
-from kvdistill.config.base import NonNegative, Positive, Section
+from kvdistill.config.base import NonNegative, OneLine, Positive, Section
 
 
 class SlurmProfile(Section):
     """Resources requested from Slurm for one kind of job."""
 
-    partition: str | None = None
+    partition: OneLine | None = None
     """Partition (`--partition`)."""
-    account: str | None = None
+    account: OneLine | None = None
     """Account (`--account`)."""
-    qos: str | None = None
+    qos: OneLine | None = None
     """Quality of service (`--qos`)."""
-    constraint: str | None = None
+    constraint: OneLine | None = None
     """Node features (`--constraint`)."""
     nodes: Positive = 1
     """Nodes of the training job; extraction tasks always use one."""
@@ -26,8 +26,8 @@ class SlurmProfile(Section):
     """GPUs per node (`--gpus-per-node`)."""
     cpus_per_task: Positive = 4
     """CPU cores per task (`--cpus-per-task`)."""
-    memory_gb: Positive = 32
-    """Memory per node, GB (`--mem`)."""
+    memory_gb: Positive | None = 32
+    """Memory per node, GB (`--mem`); null leaves it out, for `extra: {mem-per-cpu: 4G}`."""
     time_min: Positive = 240
     """Time limit, minutes (`--time`)."""
     array_parallelism: Positive = 64
@@ -44,13 +44,13 @@ class SlurmProfile(Section):
     requeues itself."""
     max_restarts: NonNegative = 20
     """How many times an array element, or the training job, may requeue itself."""
-    python: str | None = None
+    python: OneLine | None = None
     """Python interpreter of the jobs, such as a container's; the submitting one if not given."""
-    container: str | None = None
+    container: OneLine | None = None
     """Container image, for sites with Pyxis (`--container-image`)."""
-    container_mounts: tuple[str, ...] = ()
+    container_mounts: tuple[OneLine, ...] = ()
     """Bind mounts of the container (`--container-mounts`)."""
-    extra: dict[str, str] = {}
+    extra: dict[OneLine, OneLine] = {}
     """Any other sbatch option by its long name; an empty value makes it a flag."""
 
     @model_validator(mode="after")

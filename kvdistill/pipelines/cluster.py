@@ -17,7 +17,7 @@ from kvdistill.pipelines.run_folder import RunFolder
 from kvdistill.slurm import client
 from kvdistill.slurm.ledger import Ledger
 from kvdistill.slurm.status import UNIT_STATES, Status, read_status
-from kvdistill.store.format import StorePaths
+from kvdistill.store.format import StorePaths, folder_names
 from kvdistill.store.reader import KVStore
 
 
@@ -93,8 +93,7 @@ def overview(target: Path, overrides: Sequence[str] = (), only: Sequence[str] = 
     if target.is_dir():
         store, experiment = KVStore.open(target), None
         # Folders rather than manifests: a teacher may have tasks and no shard yet.
-        folders = store.paths.teachers.iterdir() if store.paths.teachers.is_dir() else ()
-        names = sorted(folder.name for folder in folders if folder.is_dir())
+        names = sorted(folder_names(store.paths.teachers))
     else:
         experiment = load_experiment(target, overrides)
         store, names = KVStore.open(experiment.store), list(experiment.teachers)

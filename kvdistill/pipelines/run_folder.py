@@ -53,7 +53,8 @@ class RunFolder:
 
     def checkpoint(self) -> Path | None:
         """The newest checkpoint, if there is one."""
-        found = [p for p in self.path.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+        named = (p for p in self.path.glob("checkpoint-*") if p.name.split("-", 1)[1].isdecimal())
+        found = [path for path in named if (path / "trainer_state.json").is_file()]
         return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
 
     def write_record(self, record: dict[str, Any]) -> None:

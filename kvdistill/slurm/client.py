@@ -35,12 +35,13 @@ def is_available() -> bool:
 
 
 def require() -> None:
-    """Raise SlurmError where there is no ``sbatch`` on the PATH."""
-    if not is_available():
-        raise SlurmError(
-            "no Slurm on this machine (no sbatch on the PATH); run this on a login node, write "
-            "scripts with --write-sbatch DIR, or omit --slurm to run on this machine"
-        )
+    """Raise SlurmError where there is no ``sbatch`` or no ``srun`` on the PATH."""
+    for command in ("sbatch", "srun"):
+        if shutil.which(command) is None:
+            raise SlurmError(
+                f"no Slurm on this machine (no {command} on the PATH); run this on a login node, "
+                "write scripts with --write-sbatch DIR, or omit --slurm to run on this machine"
+            )
 
 
 def call(command: Sequence[str]) -> str:

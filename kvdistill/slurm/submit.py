@@ -65,7 +65,7 @@ def submit_array(
     """
     client.require()
     profile = profile.model_copy(update={"nodes": 1})  # a task is one process, or one node's pool
-    longest = client.max_array_size() - 1
+    longest = max(1, client.max_array_size() - 1)  # a job of one task is no array
     ids: list[str] = []
     for first in range(0, len(tasks), longest):
         part = tasks[first : first + longest]
@@ -158,6 +158,7 @@ def _parameters(profile: SlurmProfile, name: str, dependency: str | None = None)
         srun.append(f"--container-mounts={','.join(profile.container_mounts)}")
     extra = {option: value or True for option, value in profile.extra.items()}
     optional = {
+        "mem": None if profile.memory_gb is None else f"{profile.memory_gb}GB",
         "partition": profile.partition,
         "account": profile.account,
         "qos": profile.qos,
@@ -171,7 +172,6 @@ def _parameters(profile: SlurmProfile, name: str, dependency: str | None = None)
         "nodes": profile.nodes,
         "ntasks_per_node": 1,
         "cpus_per_task": profile.cpus_per_task,
-        "mem": f"{profile.memory_gb}GB",
         "time": profile.time_min,
         "signal_delay_s": profile.signal_delay_s,
         "array_parallelism": profile.array_parallelism,
@@ -205,7 +205,13 @@ def dask_cluster(profile: SlurmProfile, jobs: int, logs: Path) -> Iterator[str]:
 
 
 def dask_options(profile: SlurmProfile, logs: Path) -> dict[str, Any]:
-    """Arguments of ``dask_jobqueue.SLURMCluster`` for a profile."""
+    """Arguments of ``dask_jobqueue.SLURMCluster`` for a profile.
+
+    Raises:
+        SlurmError: the profile states no memory, which Dask's workers need.
+    """
+    if profile.memory_gb is None:
+        raise SlurmError("Dask workers need a memory limit: set memory_gb in the Slurm profile")
     named = {"qos": profile.qos, "constraint": profile.constraint, **profile.extra}
     directives = [f"--{k}={v}" if v else f"--{k}" for k, v in named.items() if v is not None]
     return {

@@ -16,6 +16,7 @@ allocating, and ``verify`` compares both with the disk.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -114,6 +115,20 @@ def checked_name(name: str) -> str:
             "beginning with a letter or digit"
         )
     return name
+
+
+def folder_names(parent: Path) -> set[str]:
+    """Names of the folders in ``parent`` that may be ours; empty if there is no such folder.
+
+    File systems, desktops and people leave other entries: ``.snapshot``, ``lost+found``.
+    """
+    try:
+        with os.scandir(parent) as entries:
+            return {
+                entry.name for entry in entries if _NAME.fullmatch(entry.name) and entry.is_dir()
+            }
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
 
 
 @dataclass(frozen=True)

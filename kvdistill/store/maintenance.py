@@ -20,7 +20,7 @@ import numpy as np
 from kvdistill.corpus.samples import Sample, Shard
 from kvdistill.errors import KVDistillError, ShardCorrupt, StoreError, StoreMismatch
 from kvdistill.store.commit import file_record, folder_records, publish_folder, staging_folder
-from kvdistill.store.format import COMMIT
+from kvdistill.store.format import COMMIT, folder_names
 from kvdistill.store.manifest import Commit
 from kvdistill.store.open_shard import open_shard
 from kvdistill.store.prototypes import copy_prototypes
@@ -74,8 +74,7 @@ def _teacher_findings(
         yield Finding(teacher, "", str(error))
         return
     folder = store.paths.shards(teacher)
-    found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-    for name in sorted(found - set(store.shard_ids)):
+    for name in sorted(folder_names(folder) - set(store.shard_ids)):
         yield Finding(teacher, name, f"{folder / name}: the plan has no such shard")
     committed = store.committed(teacher)
     for shard_id in (name for name in shard_ids if name in committed):

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from kvdistill.errors import StoreFormatError
+from kvdistill.text import brief, shorten
 from kvdistill.types import Backend, CodecSpec, LayerGroup, Name, StoredEviction
 
 FORMAT_VERSION: Final = 2
@@ -58,11 +59,11 @@ class Document(BaseModel):
             raise StoreFormatError(f"{where}: not JSON ({error}); run `kvdistill verify`") from None
         if not isinstance(body, dict):
             raise StoreFormatError(f"{where}: expected a JSON object, got {type(body).__name__}")
-        version = body.get("format_version", FORMAT_VERSION)
-        if isinstance(version, int) and version > FORMAT_VERSION:
+        version = body.get("format_version")
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise StoreFormatError(
-                f"{where}: format version {version}, but this kvdistill reads up to "
-                f"{FORMAT_VERSION}; upgrade kvdistill"
+                f"{where}: format version {brief(version)}, but this kvdistill reads up to "
+                f"{FORMAT_VERSION}; upgrade kvdistill if the store is newer"
             )
         stated = body.pop("checksum", None)
         if stated != _document_checksum(body):
@@ -74,7 +75,7 @@ class Document(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"])
-            raise StoreFormatError(f"{where}: {field}: {first['msg']}") from None
+            raise StoreFormatError(f"{where}: {field}: {shorten(first['msg'])}") from None
 
 
 class ShardPlan(BaseModel):

@@ -21,7 +21,7 @@ from kvdistill.corpus.samples import Sample
 from kvdistill.errors import ShardCorrupt, ShardNotFound, StoreFormatError, StoreNotFound
 from kvdistill.store.channel_statistics import ChannelStatistics, cached_statistics
 from kvdistill.store.commit import REMEDY
-from kvdistill.store.format import COMMIT, StorePaths
+from kvdistill.store.format import COMMIT, StorePaths, folder_names
 from kvdistill.store.manifest import Commit, ShardPlan, StoreManifest, TeacherManifest
 from kvdistill.store.open_shard import OpenedShard, open_shard, read_samples
 from kvdistill.store.shard import EncodedShard, TokenTable
@@ -84,13 +84,8 @@ class KVStore:
 
     def teachers(self) -> list[str]:
         """Names of all teachers that have a manifest, sorted."""
-        if not self.paths.teachers.is_dir():
-            return []
-        return sorted(
-            folder.name
-            for folder in self.paths.teachers.iterdir()
-            if self.paths.teacher_manifest(folder.name).is_file()
-        )
+        names = folder_names(self.paths.teachers)
+        return sorted(name for name in names if self.paths.teacher_manifest(name).is_file())
 
     def teacher(self, name: str) -> TeacherManifest:
         """One teacher's manifest.
@@ -113,9 +108,7 @@ class KVStore:
 
     def committed(self, teacher: str) -> frozenset[str]:
         """Shards of the plan that this teacher has committed. Lists one folder, reads no file."""
-        folder = self.paths.shards(teacher)
-        found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-        return frozenset(found & self._plans.keys())
+        return frozenset(folder_names(self.paths.shards(teacher)) & self._plans.keys())
 
     def is_committed(self, teacher: str, shard_id: str) -> bool:
         """Whether one shard is committed; cheaper than ``committed``."""

@@ -355,3 +355,41 @@ def test_an_unknown_profile_names_the_known(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, arguments)
     assert isinstance(result.exception, ConfigError)
     assert "no profile 'sight'; slurm.profiles has ['site']" in str(result.exception)
+
+
+@pytest.mark.parametrize(("limit", "jobs"), [("0", 3), ("1", 3), ("2", 3), ("3", 2), ("", 1)])
+def test_a_site_without_arrays_gets_a_job_per_task(
+    fake: Fake, tmp_path: Path, limit: str, jobs: int
+) -> None:
+    fake("srun", "")
+    fake("scontrol", f'echo "MaxArraySize = {limit}"')
+    calls = fake("sbatch", 'echo "Submitted batch job 7"')
+    ids = submit_array([toy_task(tmp_path, name) for name in "abc"], PROFILE, "kv")
+    assert len(ids) == len(calls.read_text().splitlines()) == jobs
+
+
+def test_a_machine_without_srun_is_one_line(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake("sbatch", 'echo "Submitted batch job 7"')
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    fake("scontrol", 'echo "MaxArraySize = 1001"')
+    with pytest.raises(SlurmError, match="srun") as caught:
+        submit_array([toy_task(tmp_path, "a")], PROFILE, "kv")
+    assert "\n" not in str(caught.value)
+
+
+def test_memory_may_be_left_to_the_site(fake: Fake, tmp_path: Path) -> None:
+    profile = SlurmProfile(memory_gb=None, extra={"mem-per-cpu": "4G"})
+    written = batch_script(profile, "kv", "x", ledger(tmp_path))
+    assert "--mem=" not in written
+    assert "#SBATCH --mem-per-cpu=4G" in written
+    fake("srun", "")
+    fake("sbatch", 'echo "Submitted batch job 7"')
+    fake("scontrol", 'echo "MaxArraySize = 1001"')
+    submit_array([toy_task(tmp_path, "a")], profile, "kv")
+    (path,) = ledger(tmp_path).jobs.glob("7*_submission.sh")
+    assert "--mem=" not in path.read_text()
+    assert "#SBATCH --mem-per-cpu=4G" in path.read_text()
+    with pytest.raises(SlurmError, match="memory_gb"):
+        dask_options(profile, tmp_path)
