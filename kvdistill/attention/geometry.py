@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from kvdistill.attention.attention_rule import AttentionRule
 from kvdistill.errors import GeometryError
-from kvdistill.store.manifest import RotarySpec
 from kvdistill.types import Kind
 
 
@@ -90,26 +90,15 @@ class StudentGeometry:
 
 
 @dataclass(frozen=True, eq=False)
-class VerifiedLayer:
+class VerifiedLayer(AttentionRule):
     """What one layer's attention computes, as measured on the model in hand."""
 
     layer_idx: int
     num_key_value_heads: int
     key_head_dim: int
     value_head_dim: int
-    rotary: RotarySpec | None
-    scaling: float
-    """Factor between ``q · k`` of the tapped queries and keys and the attention's scores."""
     error: float
     """Largest difference from the attention's own inputs, relative to their largest entry."""
-    causal: bool = True
-    """Whether a query attends to no later key."""
-    sliding_window: int | None = None
-    """Width of the attention window, as the model passes it to its kernel; None if unlimited."""
-    softcap: float | None = None
-    """``c`` where scores are soft-capped to ``c · tanh(score / c)`` (Gemma 2)."""
-    has_position_bias: bool = False
-    """Whether a bias that depends on positions is added to scores (T5, ALiBi)."""
 
 
 def check_kv(x_BLHTD: Tensor, num_layers: int, shape: HeadShape, what: str) -> None:

@@ -10,9 +10,11 @@ of all layers, and a callback can encode or move one layer while the next one ru
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -22,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from kvdistill.attention.adapters import QKV, Adapter
+from kvdistill.attention.attention_rule import MaskRule, read_mask_function
 from kvdistill.attention.geometry import Heads, read_heads
 from kvdistill.errors import AdapterError
 
@@ -135,26 +138,29 @@ def _tap(site: Site, on_layer: OnLayer) -> Iterator[RemovableHandle]:
 class AttentionInputs:
     """What one attention product is given: Q, K and V ``[B, H, T, D]``, rotated, and its settings.
 
-    A setting is None (or False) where the product was seen without it.
+    A setting is None where the product was seen without it.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     scaling: float | None = None
-    causal: bool | None = None
-    sliding_window: int | None = None
+    mask: MaskRule | None = None
+    """None where the product shows only what a text of this length can see."""
     softcap: float | None = None
-    has_position_bias: bool = False
+    sinks: Tensor | None = None
+    probabilities: Tensor | None = None
+    """The attention itself, ``[B, HQ, T, T]``; float32 where the kernel allows it."""
 
 
 @contextmanager
 def attention_probe(model: Any, sites: Sequence[Site]) -> Iterator[dict[int, AttentionInputs]]:
-    """While inside, record by layer index what the attention of every site is given.
+    """While inside, record by layer index what the attention of every site is given and computes.
 
     Models that dispatch through transformers' ``AttentionInterface`` run a kernel that records its
-    arguments; for all others (GPT-J, Falcon) a torch function mode observes
-    ``scaled_dot_product_attention`` or the two matrix products. The model's own kernel is restored.
+    arguments, and the weights of the model's own eager attention in float32; for all others (GPT-J,
+    Falcon) a torch function mode observes ``scaled_dot_product_attention`` or the two matrix
+    products, the second of which multiplies the weights. The model's own kernel is restored.
     """
     probe = _AttentionProbe()
     hooks = attached(handle for site in sites for handle in probe.bracket(site))
@@ -172,17 +178,19 @@ class _AttentionProbe(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: dict[int, AttentionInputs] = {}
-        self._layer_idx: int | None = None
+        self.masks: list[tuple[Tensor, MaskRule | None]] = []
+        """Masks that the model has made, and what they are."""
+        self._site: Site | None = None
         self._products: list[tuple[Tensor, Tensor]] = []
 
     def bracket(self, site: Site) -> Iterator[RemovableHandle]:
         """Attach hooks between which the running layer is ``site``'s."""
 
         def enter(module: nn.Module, args: Any) -> None:
-            self._layer_idx, self._products = site.layer_idx, []
+            self._site, self._products = site, []
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            self._layer_idx = None
+            self._site = None
 
         yield site.attention.register_forward_pre_hook(enter)
         yield site.attention.register_forward_hook(leave)
@@ -190,67 +198,128 @@ class _AttentionProbe(TorchFunctionMode):
     def kernel(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
     ) -> Any:
-        """An attention function for ``AttentionInterface``: record, then compute with sdpa.
-
-        sdpa cannot soft-cap. That alters what later layers read, and no comparison: each layer
-        is compared with its own inputs.
-        """
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        mask = args[0] if args else options.pop("attention_mask")
-        softcap, bias = options.pop("softcap", None), options.get("position_bias")
-        causal, masks_bias = _read_mask(mask, query, key)
-        if causal is None:
-            is_causal = options.get("is_causal")
-            causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
-        has_bias = masks_bias or (bias is not None and bool(bias.any()))
-        scaling, window = options.get("scaling"), options.get("sliding_window")
+        """An attention function for ``AttentionInterface``: record, then compute as eager does."""
+        mask = args[0] if args else options.pop("attention_mask", None)
+        site, self._site = self._site, None  # products inside of the kernel are not observed
+        rule = self._rule_of(mask, options.get("sliding_window"))
+        if mask is None and _is_causal(module, options):
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
+            mask, rule = mask.tril()[None, None], MaskRule(causal=True)
+        if mask is not None and not mask.is_floating_point():
+            mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask.bool(), -1e30)
+        inputs = (x.float() for x in (query, key, value))
+        mixed, weights = _eager_kernel(module)(module, *inputs, mask, **options)
+        self._site = site
         # Products before the kernel (of an indexer that selects tokens) are not the attention's.
-        if self._layer_idx is not None:
-            self.seen.pop(self._layer_idx, None)
-        self._record(AttentionInputs(query, key, value, scaling, causal, window, softcap, has_bias))
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
+        if site is not None:
+            self.seen.pop(site.layer_idx, None)
+        self._record(
+            AttentionInputs(
+                query,
+                key,
+                value,
+                options.get("scaling"),
+                rule,
+                options.get("softcap"),
+                options.get("s_aux"),
+                weights,
+            )
+        )
+        return mixed.to(value.dtype), weights
+
+    def _rule_of(self, mask: Tensor | None, sliding_window: int | None) -> MaskRule | None:
+        """What a layer's mask is: one that the model has made, itself or with a bias added."""
+        if mask is None:
+            return None
+        memory = mask.untyped_storage().data_ptr()
+        same = [rule for own, rule in self.masks if own.untyped_storage().data_ptr() == memory]
+        if same:
+            return same[0]
+        visible = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask
+        alike = {rule for own, rule in self.masks if torch.equal(own, visible[:1, :1].bool())}
+        if len(alike) > 1:  # windows wider than the text; the layer states its own
+            alike = {rule for rule in alike if rule and rule.sliding_window == sliding_window}
+        return alike.pop() if len(alike) == 1 else None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Observe attention products of the running layer."""
         kwargs = kwargs or {}
-        if self._layer_idx is not None and self._layer_idx not in self.seen:
+        if self._site is not None and self._site.layer_idx not in self.seen:
             if func is F.scaled_dot_product_attention:
                 self._record(_sdpa_inputs(*args, **kwargs))
-            elif func in _PRODUCTS and args[0].ndim == 4 and args[1].ndim == 4:
+            elif func in _PRODUCTS and args[0].ndim == args[1].ndim == 4:
                 self._products.append((args[0], args[1]))
                 if len(self._products) == 2:
-                    (query, key_transposed), (_, value) = self._products
-                    self._record(AttentionInputs(query, key_transposed.mT, value))
+                    (query, key_transposed), (weights, value) = self._products
+                    rule = _buffered_rule(self._site.attention)
+                    key = key_transposed.mT
+                    seen = AttentionInputs(query, key, value, mask=rule, probabilities=weights)
+                    self._record(seen)
         return func(*args, **kwargs)
 
     def _record(self, inputs: AttentionInputs) -> None:
-        if self._layer_idx is not None:
-            self.seen.setdefault(self._layer_idx, inputs)
+        if self._site is not None:
+            self.seen.setdefault(self._site.layer_idx, inputs)
+
+
+def _buffered_rule(attention: nn.Module) -> MaskRule | None:
+    """The mask that an attention module keeps as a buffer ``[1, 1, positions, positions]``."""
+    for buffer in attention.buffers(recurse=False):
+        if buffer.ndim == 4 and buffer.dtype in (torch.bool, torch.uint8):
+            kept = buffer[0, 0].bool()
+            return read_mask_function(partial(_of_buffer, kept), kept.device, len(kept))
+    return None
+
+
+def _of_buffer(kept: Tensor, sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return kept[query, key]
+
+
+def _is_causal(module: Any, options: dict[str, Any]) -> bool:
+    stated = options.get("is_causal")
+    return bool(getattr(module, "is_causal", False) if stated is None else stated)
+
+
+def _eager_kernel(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The eager attention of a module's own file, which applies its soft cap, bias and sinks."""
+    places = (sys.modules.get(base.__module__) for base in type(module).__mro__)
+    found = (getattr(place, "eager_attention_forward", None) for place in places)
+    return next((kernel for kernel in found if kernel is not None), _plain_eager)
+
+
+def _plain_eager(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Attention of a model without an eager form of its own: scale, mask, softmax."""
+    weights = _sdpa_weights(query, key, mask, options.get("scaling"))
+    value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def _sdpa_weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """Weights of ``scaled_dot_product_attention``, in float32."""
+    key = key.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = query.float() @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1)
 
 
 def _sdpa_inputs(*args: Any, **options: Any) -> AttentionInputs:
     """Bind the arguments of ``scaled_dot_product_attention``."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
-    given = dict(zip(names, args, strict=False)) | options
-    query, key, value = given["query"], given["key"], given["value"]
+    given: dict[str, Any] = dict(zip(names, args, strict=False)) | options
+    query, key, value = (given[name] for name in names[:3])
+    mask = given.get("attn_mask")
     scaling = given.get("scale") or query.shape[-1] ** -0.5
-    causal, has_bias = _read_mask(given.get("attn_mask"), query, key)
-    if causal is None:
-        causal = given.get("is_causal", False)
-    return AttentionInputs(query, key, value, scaling, causal, has_position_bias=has_bias)
-
-
-def _read_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[bool | None, bool]:
-    """Whether a mask (bool, or added to scores) is causal, and whether it carries a bias."""
-    if mask is None:
-        return None, False
-    is_additive = mask.is_floating_point()
-    visible = mask > torch.finfo(mask.dtype).min / 2 if is_additive else mask.bool()
-    shown = visible.expand(*visible.shape[:-2], query.shape[2], key.shape[2])
-    return not bool(shown.triu(1).any()), is_additive and bool(mask[visible].any())
+    if given.get("is_causal"):
+        mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+    weights = _sdpa_weights(query, key, mask, scaling)
+    return AttentionInputs(query, key, value, scaling, probabilities=weights)
 
 
 @contextmanager
@@ -258,12 +327,15 @@ def _dispatched_to(probe: _AttentionProbe, model: Any) -> Iterator[None]:
     """Run a model's attention through the probe, where the model can change its kernel."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     def explicit_mask(*args: Any, **options: Any) -> Any:
         # A mask that is left to the kernel's is_causal argument could not be read.
         skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        return sdpa_mask(*args, **{**options, **skips})
+        mask: Any = sdpa_mask(*args, **{**options, **skips})
+        function = options.get("mask_function", causal_mask_function)
+        probe.masks.append((mask, read_mask_function(function, mask.device)))
+        return mask
 
     if not model._can_set_attn_implementation():
         yield
@@ -276,5 +348,6 @@ def _dispatched_to(probe: _AttentionProbe, model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(chosen)
-        # The registry outlives the probe, and would hold the tensors that it has recorded.
+        # The registries outlive the probe, and would hold the tensors that it has recorded.
         AttentionInterface.register(PROBE_KERNEL, sdpa_attention_forward)
+        AttentionMaskInterface.register(PROBE_KERNEL, sdpa_mask)

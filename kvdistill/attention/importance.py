@@ -5,9 +5,10 @@
 KaVa: Latent Reasoning via Compressed KV-Cache Distillation (arXiv 2510.02312): queries are the
 answer's tokens, and the softmax runs over the rationale's tokens alone. Without segments the
 queries are the last 8 tokens (R-KV: Redundancy-aware KV Cache Compression, arXiv 2505.24133).
-``scale`` and a soft cap on scores (Gemma 2) are the model's own. Only these few queries are
-multiplied with the keys, so the cost is linear in the text's length. Additive position biases
-(T5, ALiBi) and sliding windows are not applied.
+Scale, soft cap, position bias (ALiBi, T5), window or chunk and the rotation at the text's length
+are the model's own (``attention/attention_rule.py``). A sink belongs to no token, and takes no
+part; queries that see none of the keys are left out of the mean. Only these few queries are
+multiplied with the keys, so the cost is linear in the text's length.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvdistill.attention.rotary import rotate
-from kvdistill.store.manifest import RotarySpec
+from kvdistill.attention.attention_rule import AttentionRule
 from kvdistill.types import SEGMENT_IDS, SEGMENT_SPECIAL, SegmentName
 
 LAST_QUERIES: Final = 8
@@ -57,42 +57,31 @@ def queries_and_keys(segments: Sequence[NDArray[np.int8]]) -> QueriesAndKeys:
 
 
 def importance(
-    query_BHTD: Tensor,
-    key_BHTD: Tensor,
-    chosen: QueriesAndKeys,
-    scaling: float,
-    rotary: RotarySpec | None,
-    *,
-    causal: bool,
-    softcap: float | None = None,
+    query_BHTD: Tensor, key_BHTD: Tensor, chosen: QueriesAndKeys, rule: AttentionRule
 ) -> Tensor:
-    """Attention received by every token: float32 ``[B, H, T]``, rows sum to 1 over the keys.
+    """Attention received by every token: float32 ``[B, H, T]``; its sum over the keys is at most 1.
 
     Queries ``[B, H·G, T, D]`` and keys ``[B, H, T, D]`` are unrotated; they are rotated here, in
-    float32, at their positions. Samples without a query or without a key get zeros. With
-    ``causal``, a query attends to no later key. ``softcap`` c turns a score s into ``c·tanh(s/c)``.
+    float32, at their positions. The mean is over the queries that see a key: samples without such a
+    query get zeros, and the sum over the keys is 1 in all others.
     """
-    num_heads, idx_BQ, span = key_BHTD.shape[1], chosen.query_idx_BQ, chosen.key_span
+    idx_BQ, span, length = chosen.query_idx_BQ, chosen.key_span, key_BHTD.shape[2]
     picked = idx_BQ[:, None, :, None].expand(-1, query_BHTD.shape[1], -1, query_BHTD.shape[3])
-    query = query_BHTD.gather(2, picked).float() * scaling
-    key = key_BHTD[:, :, span].float()
-    positions = torch.arange(key_BHTD.shape[2], device=key.device)[span]
-    if rotary is not None:
-        query, key = rotate(query, idx_BQ[:, None], rotary), rotate(key, positions, rotary)
-    query = query.unflatten(1, (num_heads, -1))  # type: ignore[no-untyped-call]
+    positions = torch.arange(length, device=key_BHTD.device)[span]
+    query = rule.rotated(query_BHTD.gather(2, picked), idx_BQ[:, None], length)
+    key = rule.rotated(key_BHTD[:, :, span], positions, length)
     received = torch.zeros(key_BHTD.shape[:3], device=key.device)
+    num_queries = torch.zeros(len(idx_BQ), device=key.device)
     for start in range(0, idx_BQ.shape[1], CHUNK):
         part = slice(start, start + CHUNK)
-        scores = torch.einsum("bhgqd,bhtd->bhgqt", query[:, :, :, part], key).amax(dim=2)
-        if softcap is not None:
-            scores = softcap * (scores / softcap).tanh()
+        asked = idx_BQ[:, part]
+        scores = rule.scores(query[:, :, part], key, asked, positions, length).amax(dim=2)
         visible = chosen.key_mask_BT[:, None, span] & chosen.query_mask_BQ[:, part, None]
-        if causal:
-            visible = visible & (positions <= idx_BQ[:, part, None])
+        visible = visible & rule.mask.visible(asked, positions)
         scores = scores.masked_fill(~visible[:, None], float("-inf"))
         received[:, :, span] += scores.softmax(dim=-1).nan_to_num(0.0).sum(dim=2)
-    num_queries = chosen.query_mask_BQ.sum(dim=1).clamp_min(1)
-    return received / num_queries[:, None, None]
+        num_queries += visible.any(dim=2).sum(dim=1)
+    return received / num_queries.clamp_min(1)[:, None, None]
 
 
 def _is_query(segment: NDArray[np.int8]) -> NDArray[np.bool]:

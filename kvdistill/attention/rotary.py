@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,16 +26,39 @@ from kvdistill.store.manifest import RotarySpec
 from kvdistill.types import RopeMethod
 
 
-def rotate(x: Tensor, position_ids: Tensor, spec: RotarySpec) -> Tensor:
-    """Rotate ``x [..., T, D]`` at ``position_ids``, which broadcast to ``[..., T]``; float32."""
-    angle = position_ids[..., None].float() * torch.tensor(spec.inv_freq, device=x.device)
+def rotate(x: Tensor, position_ids: Tensor, spec: RotarySpec, length: int | None = None) -> Tensor:
+    """Rotate ``x [..., T, D]`` at ``position_ids``, which broadcast to ``[..., T]``; float32.
+
+    ``length`` is that of the text (T if not given), which longrope's and dynamic frequencies
+    depend on.
+    """
+    inv_freq = frequencies(spec, x.shape[-2] if length is None else length, x.device)
+    angle = position_ids[..., None].float() * inv_freq
     return _rotate_by(x, angle, spec.attention_scaling, spec.interleaved, spec.rotary_start)
 
 
-def unrotate(x: Tensor, position_ids: Tensor, spec: RotarySpec) -> Tensor:
+def unrotate(
+    x: Tensor, position_ids: Tensor, spec: RotarySpec, length: int | None = None
+) -> Tensor:
     """Inverse of ``rotate``: exact up to float32 rounding, and only for float32 input."""
     inverse = spec.model_copy(update={"attention_scaling": 1.0 / spec.attention_scaling})
-    return rotate(x, -position_ids, inverse)
+    return rotate(x, -position_ids, inverse, length)
+
+
+def frequencies(spec: RotarySpec, length: int, device: torch.device) -> Tensor:
+    """Angular frequencies ``[rotary_dim / 2]`` in a text of ``length`` tokens, on a device."""
+    is_long = spec.trained_length is not None and length > spec.trained_length
+    if is_long and spec.dynamic_factor is not None:
+        stretch = spec.dynamic_factor, length, spec.trained_length
+        return scale_frequencies(_on_device(spec.inv_freq, device), "dynamic", *stretch)
+    return _on_device((is_long and spec.long_inv_freq) or spec.inv_freq, device)
+
+
+@lru_cache(maxsize=256)
+def _on_device(inv_freq: tuple[float, ...], device: torch.device) -> Tensor:
+    """Copied once, rather than at every layer of every step."""
+    with torch.inference_mode(False):
+        return torch.tensor(inv_freq, device=device)
 
 
 def rotate_layers(
@@ -116,18 +140,40 @@ def rotary_candidates(model: Any, num_layers: int) -> list[list[RotarySpec]]:
 
 
 def _read_module(module: nn.Module, model: Any, layer_idx: int) -> RotarySpec:
-    """Measure a rotary module at position 1, in float32."""
-    device = next(model.buffers(), next(model.parameters())).device
+    """Measure a rotary module at position 1, in float32, in a short text and in a long one."""
     extra: dict[str, Any] = {}
+    config = model.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
     if "layer_type" in inspect.signature(module.forward).parameters:
-        extra["layer_type"] = model.config.get_text_config().layer_types[layer_idx]
-    position_ids = torch.ones(1, 1, dtype=torch.long, device=device)
+        extra["layer_type"] = config.layer_types[layer_idx]
+        parameters = parameters.get(extra["layer_type"]) or parameters
+    short = _measured(module, model, 1, extra)
+    kind = parameters.get("rope_type")
+    if kind == "longrope":
+        trained_length = parameters["original_max_position_embeddings"]
+        long = _measured(module, model, trained_length, extra)
+        found: dict[str, Any] = {"long_inv_freq": long.inv_freq, "trained_length": trained_length}
+        _measured(module, model, 1, extra)  # the module keeps the last text's frequencies
+    elif kind == "dynamic":
+        trained_length = config.max_position_embeddings
+        found = {"dynamic_factor": parameters["factor"], "trained_length": trained_length}
+    else:
+        return short
+    return short.model_copy(update=found)
+
+
+def _measured(
+    module: nn.Module, model: Any, last_position: int, extra: dict[str, Any]
+) -> RotarySpec:
+    """A module's rotation in a text that ends at a position."""
+    device = next(model.buffers(), next(model.parameters())).device
+    position_ids = torch.tensor([[1, last_position]], device=device)
     with torch.no_grad():
         output = module(torch.zeros(1, 1, 1, device=device), position_ids, **extra)
     # Llama 4 and DeepSeek V2 give complex numbers, gpt-oss an entry per pair, most others two.
     is_complex = isinstance(output, Tensor)
     parts = (output.real, output.imag) if is_complex else output
-    cos, sin = (x.flatten().double().cpu() for x in parts)
+    cos, sin = (x[0, 0].flatten().double().cpu() for x in parts)
     half, once = cos.numel() // 2, slice(None)
     if not is_complex and torch.equal(cos[:half], cos[half:]):
         once = slice(half)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kvdistill.attention.adapters import QKV, Adapter, adapters_for, known_adapters, separate
+from kvdistill.attention.attention_rule import AttentionRule, MaskRule, OwnBias, fit_rule
 from kvdistill.attention.geometry import VerifiedLayer
 from kvdistill.attention.hooks import (
     AttentionInputs,
@@ -111,7 +112,7 @@ def verify_adapter(model: Any, sites: Sequence[Site]) -> list[VerifiedLayer]:
                 "through scaled_dot_product_attention or matmul"
             )
         compared = tapped[site.layer_idx], seen[site.layer_idx], rotations[site.layer_idx]
-        verified.append(_compare_layer(site, *compared))
+        verified.append(_compare_layer(site, sites, *compared))
     return verified
 
 
@@ -132,7 +133,11 @@ def _probe_ids(model: Any) -> Tensor:
 
 
 def _compare_layer(
-    site: Site, taps: QKV, seen: AttentionInputs, rotations: Sequence[RotarySpec]
+    site: Site,
+    sites: Sequence[Site],
+    taps: QKV,
+    seen: AttentionInputs,
+    rotations: Sequence[RotarySpec],
 ) -> VerifiedLayer:
     options: list[tuple[float, float, RotarySpec | None]] = []
     for spec in (*placements(rotations, taps.key.shape[-1]), None):
@@ -152,20 +157,48 @@ def _compare_layer(
             f"inputs by {error:.1e} (relative), where rounding explains {tolerance:.0e}; this "
             "architecture needs an adapter of its own (kvdistill/attention/adapters.py)"
         )
-    _, num_heads, _, key_dim = taps.key.shape
-    scaling = seen.scaling or getattr(site.attention, "scaling", key_dim**-0.5)
     return VerifiedLayer(
-        layer_idx=site.layer_idx,
-        num_key_value_heads=num_heads,
-        key_head_dim=key_dim,
+        site.layer_idx,
+        num_key_value_heads=taps.key.shape[1],
+        key_head_dim=taps.key.shape[-1],
         value_head_dim=taps.value.shape[-1],
-        rotary=spec,
-        scaling=factor * scaling,
         error=error,
-        causal=site.adapter.is_causal if seen.causal is None else seen.causal,
-        sliding_window=seen.sliding_window,
-        softcap=seen.softcap,
-        has_position_bias=seen.has_position_bias,
+        **vars(_attention_rule(site, sites, seen, spec, factor)),
+    )
+
+
+def _attention_rule(
+    site: Site,
+    sites: Sequence[Site],
+    seen: AttentionInputs,
+    rotary: RotarySpec | None,
+    factor: float,
+) -> AttentionRule:
+    """What a layer does with its queries and keys; ``factor`` is on the queries already."""
+    weights, names = seen.probabilities, dict(site.attention.named_parameters(recurse=False))
+    mask = seen.mask
+    if mask is None:
+        looks_ahead = weights is not None and bool(weights.triu(1).any())
+        mask = MaskRule(site.adapter.is_causal if weights is None else not looks_ahead)
+    stated = [getattr(site.attention, name, None) for name in ("scaling", "softmax_scale")]
+    scalings = [x for x in stated if isinstance(x, float)] + [seen.query.shape[-1] ** -0.5, 1.0]
+    rules = [
+        AttentionRule(
+            rotary=rotary,
+            scaling=factor * scaling,
+            mask=mask,
+            softcap=seen.softcap,
+            sinks=next((name for name, own in names.items() if own is seen.sinks), None),
+        )
+        for scaling in (scalings if seen.scaling is None else [seen.scaling])
+    ]
+    # T5's first layer holds the bias of all, UMT5's layers one each.
+    learned = [
+        s.attention for s in (site, sites[0]) if hasattr(s.attention, "relative_attention_bias")
+    ]
+    biases = [OwnBias(attention) for attention in learned if hasattr(attention, "compute_bias")]
+    return fit_rule(
+        rules, seen.query.float() / factor, seen.key, weights, sinks_Q=seen.sinks, biases=biases
     )
 
 
@@ -278,11 +311,13 @@ def _cached_layer(
 ) -> VerifiedLayer | None:
     """Keys and values of the same tokens ``SHIFT`` positions apart → how they are rotated."""
     (key, value), (far_key, far_value) = near, far
-    positions = torch.arange(key.shape[2], device=key.device)
+    num_tokens = key.shape[2]
+    positions = torch.arange(num_tokens, device=key.device)
     options: list[tuple[float, RotarySpec | None]] = [(_relative_difference(key, far_key), None)]
     for spec in placements(rotations, key.shape[3]):
-        unrotated = unrotate(key, positions, spec), unrotate(far_key, positions + SHIFT, spec)
-        options.append((_relative_difference(*unrotated), spec))
+        far_unrotated = unrotate(far_key, positions + SHIFT, spec, num_tokens + SHIFT)
+        error = _relative_difference(unrotate(key, positions, spec), far_unrotated)
+        options.append((error, spec))
     error, rotary = min(options, key=lambda option: option[0])
     # Absolute positions: keys and values depend on their position, and are stored as they are.
     value_moves = _relative_difference(value, far_value) > CACHE_TOLERANCE
@@ -292,7 +327,10 @@ def _cached_layer(
         return None
     shape = key.shape[1], key.shape[3], value.shape[3]
     scaling = key.shape[3] ** -0.5
-    return VerifiedLayer(layer_idx, *shape, rotary, scaling=scaling, error=min(error, 1.0))
+    mask = MaskRule(causal=True)
+    return VerifiedLayer(
+        layer_idx, *shape, min(error, 1.0), rotary=rotary, scaling=scaling, mask=mask
+    )
 
 
 @torch.inference_mode()

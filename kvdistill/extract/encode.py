@@ -140,19 +140,13 @@ class BatchPacker:
         row, device = self._shard.rows[layer_idx], qkv.key.device
         if device not in self._masks_on:
             self._masks_on[device] = send_to_device(self._masks, device)
-        masks = self._masks_on[device]
-        qkv = keep_heads(qkv, self._shard.manifest.kept_heads)
+        masks, heads = self._masks_on[device], self._shard.manifest.kept_heads
         received = kept = None
         if masks.queries_and_keys is not None:
-            received = importance(
-                qkv.query,
-                qkv.key,
-                masks.queries_and_keys,
-                row.layer.scaling,
-                row.layer.rotary,
-                causal=row.layer.causal,
-                softcap=row.layer.softcap,
-            )
+            received = importance(qkv.query, qkv.key, masks.queries_and_keys, row.layer)
+            if heads is not None:
+                received = received[:, list(heads)]
+        qkv = keep_heads(qkv, heads)
         if masks.slots is not None:
             kept = masks.slots.choose(qkv.key, received, row.layer.rotary, layer_idx)
             self._collect(row, "kept", kept.index_BLHM[:, 0].int())

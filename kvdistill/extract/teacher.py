@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kvdistill import provenance
 from kvdistill.attention.adapters import Adapter
+from kvdistill.attention.attention_rule import unexplained
 from kvdistill.attention.geometry import VerifiedLayer
 from kvdistill.attention.hooks import OnLayer, Site, capture
 from kvdistill.attention.tokens import padding_id
@@ -244,6 +245,12 @@ def _refuse_unavailable(
             "cache, which has no queries and no hidden states; set extraction.importance and "
             "extraction.hidden_at_cue to false, or write an adapter "
             "(kvdistill/attention/adapters.py)"
+        )
+    problem = unexplained(verified.layers, model.dtype)
+    if problem and extraction.importance and verified.adapter.stream != "cross":
+        raise TeacherError(
+            f"teacher {name!r}: importance cannot be computed for {type(model).__name__}, because "
+            f"{problem}; set extraction.importance to false"
         )
 
 

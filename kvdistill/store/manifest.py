@@ -115,6 +115,12 @@ class RotarySpec(BaseModel):
     """True where channel pairs are (0,1), (2,3), … (GPT-J) instead of halves (Llama)."""
     rotary_start: int = 0
     """First rotated channel: 0 but for latent attention (DeepSeek), which rotates the last ones."""
+    trained_length: int | None = None
+    """Texts of more tokens are rotated by ``long_inv_freq``, or with ``dynamic_factor``."""
+    long_inv_freq: tuple[float, ...] | None = None
+    """longrope: frequencies of a long text."""
+    dynamic_factor: float | None = None
+    """Dynamic NTK: the factor ``s`` of ``rotary.scale_frequencies`` for a long text."""
 
 
 class TeacherManifest(Document):

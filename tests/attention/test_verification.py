@@ -24,15 +24,12 @@ from tests.pipelines.test_teachers import make
 FAMILIES = {**DECODERS, **ENCODERS, **ENCODER_DECODERS}
 CASES = [(name, None) for name in (*DECODERS, *ENCODERS)]
 CASES += [(name, stream) for name in ENCODER_DECODERS for stream in ("encoder", "decoder")]
-# ALiBi and T5's bias are added to scores, and importance leaves them out.
 BIASED = {"falcon, alibi", "t5"}
-# Sinks, and a window that a module masks by itself, are not among what is measured.
-UNMEASURED = {"gpt_oss, sinks", "gpt_neo, windows"}
 
 IDS = torch.arange(3, 42).reshape(3, 13)
 
 
-def attention_weights(qkv: QKV, layer: VerifiedLayer) -> torch.Tensor:
+def attention_weights(qkv: QKV, layer: VerifiedLayer, attention: Any) -> torch.Tensor:
     """Attention of one layer ``[B, HQ, T, T]``, from its taps and what was measured of it."""
     query, key, _ = qkv
     position = torch.arange(query.shape[2])
@@ -42,13 +39,19 @@ def attention_weights(qkv: QKV, layer: VerifiedLayer) -> torch.Tensor:
     scores = layer.scaling * query @ key.mT
     if layer.softcap is not None:
         scores = layer.softcap * (scores / layer.softcap).tanh()
+    if layer.bias is not None:
+        scores = scores + layer.bias(position, position, len(position))
     distance = position[:, None] - position
     visible = torch.ones_like(distance, dtype=torch.bool)
-    if layer.causal:
+    if layer.mask.causal:
         visible &= distance >= 0
-    if layer.sliding_window is not None:
-        visible &= distance.abs() < layer.sliding_window
-    return scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    if layer.mask.sliding_window is not None:
+        visible &= distance.abs() < layer.mask.sliding_window
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if layer.sinks is None:
+        return scores.softmax(-1)
+    sink = getattr(attention, layer.sinks)[:, None, None].expand_as(scores[..., :1])
+    return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
 
 
 @pytest.mark.parametrize(("name", "stream"), CASES, ids=lambda value: value or "self")
@@ -58,17 +61,16 @@ def test_attention_is_what_was_measured(name: str, stream: Any) -> None:
     model = tiny_model(model_type, **options)
     for parameter in model.parameters():
         parameter.mul_(3.0)  # scores that a soft cap and a scale matter for
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation("eager")
+    else:  # before it is measured: eager Falcons add ALiBi twice
+        model.config._attn_implementation = "eager"
     verified = fit_adapter("t", model, stream)
-    assert {layer.has_position_bias for layer in verified.layers} == {name in BIASED}
-    if name in BIASED | UNMEASURED:
-        return
+    assert {layer.bias is not None for layer in verified.layers} == {name in BIASED}
+    assert max(layer.attention_error for layer in verified.layers) < 1e-5
     ids = torch.arange(3, 16)[None]
     inputs: dict[str, Any] = {"input_ids": ids} | ({"decoder_input_ids": ids} if stream else {})
     seen: dict[int, QKV] = {}
-    if model._can_set_attn_implementation():
-        model.set_attn_implementation("eager")
-    else:
-        model.config._attn_implementation = "eager"
     with capture(verified.sites, seen.__setitem__):
         output = model(**inputs, output_attentions=True)
     own = output[{"encoder": "encoder_attentions", "decoder": "decoder_attentions"}.get(
@@ -77,8 +79,8 @@ def test_attention_is_what_was_measured(name: str, stream: Any) -> None:
     own = [weights for weights in own if weights is not None]
     if len(own) > len(verified.layers):  # of linear layers, or with the keys of an earlier layer
         own = [own[layer.layer_idx] for layer in verified.layers]
-    for weights, layer in zip(own, verified.layers, strict=True):
-        expected = attention_weights(seen[layer.layer_idx], layer)
+    for weights, layer, site in zip(own, verified.layers, verified.sites, strict=True):
+        expected = attention_weights(seen[layer.layer_idx], layer, site.attention)
         torch.testing.assert_close(expected, weights, rtol=1e-3, atol=1e-5)
 
 
@@ -89,13 +91,13 @@ def test_settings_differ_between_layers_and_families() -> None:
         model_type, options = FAMILIES[name]
         return fit_adapter("t", tiny_model(model_type, **options), None).layers
 
-    assert [layer.sliding_window for layer in layers("gemma3, sliding")] == [4, None, 4]
+    assert [layer.mask.sliding_window for layer in layers("gemma3, sliding")] == [4, None, 4]
     assert [layer.softcap for layer in layers("gemma2, sliding")] == [50.0] * 3
-    assert [layer.sliding_window for layer in layers("llama")] == [None] * 3
-    assert {layer.causal for name in ("gptj, interleaved", "llama") for layer in layers(name)} == {
-        True
-    }
-    assert {layer.causal for layer in layers("bert")} == {False}
+    assert [layer.mask.sliding_window for layer in layers("llama")] == [None] * 3
+    assert {
+        layer.mask.causal for name in ("gptj, interleaved", "llama") for layer in layers(name)
+    } == {True}
+    assert {layer.mask.causal for layer in layers("bert")} == {False}
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

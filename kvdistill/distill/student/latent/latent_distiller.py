@@ -94,21 +94,27 @@ class RationaleEviction:
             len(layers),
             key_BLHTD.shape[2],
             self.latent.budget,
-            key_BLHTD=self._rotated(key_BLHTD, layers) if by_keys else None,
+            key_BLHTD=self._rotated(key_BLHTD, layers, teacher["length"]) if by_keys else None,
             importance_BLHT=teacher["importance"].get(group.prefix),
             mix=eviction.mix,
             seed_B=teacher["seed"],
         )
         return kept.padded(self.latent.positions)
 
-    def _rotated(self, key_BLHTD: Tensor, layers: Sequence[int]) -> Tensor:
+    def _rotated(self, key_BLHTD: Tensor, layers: Sequence[int], length_B: Tensor) -> Tensor:
+        """Keys as the teacher's attention saw them; longrope rotates by the text's length."""
         if not self.rotary:
             return key_BLHTD
         position_T = torch.arange(key_BLHTD.shape[3], device=key_BLHTD.device)
-        rotated = [
-            rotate(key_BLHTD[:, i], position_T, self.rotary[layer])
-            for i, layer in enumerate(layers)
-        ]
+
+        def turned(key_BHTD: Tensor, spec: RotarySpec) -> Tensor:
+            if spec.trained_length is None:
+                return rotate(key_BHTD, position_T, spec)
+            rows = zip(key_BHTD, length_B.tolist(), strict=True)
+            return torch.stack([rotate(row, position_T, spec, length) for row, length in rows])
+
+        rows = zip(key_BLHTD.unbind(1), layers, strict=True)
+        rotated = [turned(key_BHTD, self.rotary[layer]) for key_BHTD, layer in rows]
         return torch.stack(rotated, dim=1).to(key_BLHTD.dtype)
 
 

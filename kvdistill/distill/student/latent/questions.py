@@ -112,6 +112,7 @@ class LatentCollate(Collate):
         keys = [f"{self.latent.eviction.seed} {sample.sample_id}" for sample in samples]
         batch: Batch = {
             "rationale": rationale,
+            "length": torch.tensor([len(sh.tokens.segment[sh.tokens.span(i)]) for sh, i in rows]),
             "covered": torch.arange(self.latent.positions) < num_kept,
             "seed": torch.tensor([zlib.crc32(key.encode()) for key in keys]),
         }

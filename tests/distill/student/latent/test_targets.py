@@ -41,7 +41,12 @@ def stored(num_tokens: int = 9) -> tuple[Tensor, dict[str, Any]]:
     rationale = torch.zeros(2, num_tokens, dtype=torch.bool)
     rationale[0, 3:8] = True
     importance = torch.rand(2, 2, 2, num_tokens, generator=generator)
-    teacher = {"rationale": rationale, "importance": {"": importance}, "seed": torch.tensor([5, 6])}
+    teacher = {
+        "rationale": rationale,
+        "importance": {"": importance},
+        "seed": torch.tensor([5, 6]),
+        "length": torch.tensor([num_tokens, num_tokens]),
+    }
     return key, teacher
 
 
@@ -129,6 +134,24 @@ def test_random_depends_on_the_sample_alone() -> None:
     alone["importance"] = {"": teacher["importance"][""][:1]}
     one = RationaleEviction(latent, SPECS).select(group(), key[:1], alone)
     assert torch.equal(one.index_BLHM, whole.index_BLHM[:1])
+
+
+def test_longrope_rotates_by_the_length_of_the_text_not_of_the_batch() -> None:
+    """The first text has 9 tokens, in a batch padded to 12; only longer ones turn faster."""
+    longrope = {"trained_length": 9, "long_inv_freq": (2.5, 1.3)}
+    specs = {layer: spec.model_copy(update=longrope) for layer, spec in SPECS.items() if layer < 2}
+    specs[2] = SPECS[2]
+    key, teacher = stored(12)
+    teacher["length"] = torch.tensor([9, 12])
+    latent = LatentConfig(num_latents=2)
+    short, plain = (
+        RationaleEviction(latent, rotary).select(group(), key, teacher).index_BLHM
+        for rotary in (specs, SPECS)
+    )
+    assert torch.equal(short, plain)
+    teacher["length"] = torch.tensor([12, 12])
+    long = RationaleEviction(latent, specs).select(group(), key, teacher).index_BLHM
+    assert not torch.equal(long[0, 0], plain[0, 0])
 
 
 def test_layers_are_taken_whole() -> None:
