@@ -121,7 +121,7 @@ def space_of(layers: int, shape: HeadShape) -> TeacherSpace:
 
 def weights(teachers: list[Teacher]) -> Tensor:
     covered = torch.stack([teacher.band.covered for teacher in teachers])
-    return renormalise(fixed_weights([1.0] * len(teachers)), covered)
+    return renormalise(fixed_weights([1.0] * len(teachers)), covered.unsqueeze(2))
 
 
 def regress(teachers: list[Teacher], student: StudentOutput, mask: Tensor) -> None:
@@ -152,7 +152,7 @@ def compare_with_fused(teachers: list[Teacher], student: StudentOutput, mask: Te
                 for t in teachers
             ]
             fused = fuse(alpha, projected)
-        loss = loss + reduce_tokens(kv_error(student.kind(kind), fused), mask)
+        loss = loss + reduce_tokens(kv_error(student.kind(kind), fused).mean(1), mask)
     loss.backward()
 
 

@@ -35,6 +35,8 @@ TEACHER_LOSSES: Final = (
     "key", "value", "cosine", "attention_kl", "relation", "inject", "round_trip", "codi"
 )  # fmt: skip
 """Losses that read the store."""
+ANNEALED_LOSSES: Final = ("key", "value", "cosine", "attention_kl", "relation", "codi")
+"""Losses that compare the student with a teacher."""
 TEXT_LOSSES: Final = ("cross_entropy", "rationale")
 """Losses on the text alone."""
 
@@ -179,8 +181,9 @@ class LossConfig(Section):
     value: NonNegativeFloat = 3.0
     """Error of values."""
     anneal_by: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Fraction of training over which the teacher losses, `inject` excepted, are annealed linearly
-    to zero; constant weights if not given."""
+    """Fraction of training over which the losses that compare the student with a teacher (`key`,
+    `value`, `cosine`, `attention_kl`, `relation`, `codi`) are annealed linearly to zero; constant
+    weights if not given."""
     distance: Distance = "mse"
     """Pointwise error between keys or values of student and target."""
     layer_std: bool = False

@@ -30,13 +30,13 @@ from kvdistill.config.distill import AlignmentConfig, FusionConfig, LossConfig, 
 from kvdistill.distill.align.band import band_of
 from kvdistill.distill.data.collate import Batch
 from kvdistill.distill.fuse.fusion_weights import FusionWeights
-from kvdistill.distill.fuse.weights import entropy, fuse, mean_weights, renormalise
+from kvdistill.distill.fuse.weights import Mixture, entropy, fuse, mean_weights
 from kvdistill.distill.kv_losses import fused_errors, teacher_errors
-from kvdistill.distill.losses.absorption import target_variance
+from kvdistill.distill.losses.absorption import explained_variance, target_variance
 from kvdistill.distill.losses.attention_maps import AttentionMaps
-from kvdistill.distill.losses.pointwise import cross_entropy, num_predicted
+from kvdistill.distill.losses.pointwise import IGNORED_LABEL, cross_entropy, num_predicted
 from kvdistill.distill.losses.regression import regression_error
-from kvdistill.distill.losses.weighting import num_covered, reduce_tokens, weighted_sum
+from kvdistill.distill.losses.weighting import sum_served, weighted_sum
 from kvdistill.distill.project.projections import SpaceAdapter
 from kvdistill.distill.student.injection import InjectionGate, injecting
 from kvdistill.distill.targets import LayerTargets, TargetOf, TeacherHead, TeacherSpace
@@ -44,7 +44,7 @@ from kvdistill.errors import ConfigError
 from kvdistill.types import KINDS, Kind
 
 Counts = Mapping[str, Tensor]
-"""Tokens that losses are divided by, over all micro-batches and ranks of a step."""
+"""What losses are divided by, over all micro-batches and ranks of a step."""
 
 Targets = Mapping[Kind, list[list[Tensor]]]
 """Per kind, teacher and group: the standardised target ``[B, L, H_t, T, D_t]``."""
@@ -110,9 +110,10 @@ class Distiller(nn.Module):
             shape = HeadShape(projection.space_heads, projection.space_dim)
             for kind in KINDS:
                 self.space[kind] = SpaceAdapter(geometry.num_layers, geometry.shapes[kind], shape)
+        self.decoders = [i for i, teacher in enumerate(teachers) if teacher.causal]
         if losses.inject:
             self.capture.check_rewritable()
-            if not any(teacher.causal for teacher in teachers):
+            if not self.decoders:
                 names = ", ".join(teacher.name for teacher in teachers)
                 raise ConfigError(
                     f"losses.inject: the teachers ({names}) attend in both directions, so their KV "
@@ -151,15 +152,15 @@ class Distiller(nn.Module):
 
         Args:
             batch: as ``Collate`` makes it, on the student's device.
-            counts: ``num_labels``, ``num_covered``, ``num_injected``; this batch's if None.
+            counts: as ``count`` returns them, summed over a step; this batch's if None.
             figures: also return what shows whether the target moves.
 
         Returns:
             ``loss``, the weighted sum; ``parts``, each loss by name before weighting; ``kv``, the
-            weighted part that comes from teachers; all float32 scalars. ``figures``: the teachers'
-            mean weights ``alpha [N]`` and the target's variance.
+            weighted part that compares with teachers; all float32 scalars. ``figures``: the
+            teachers' mean weights ``alpha [N]``, the target's variance and its explained share.
         """
-        counts = counts or {}
+        counts = counts or self.count(batch)
         output = self.run_student(batch)
         parts = self.text_losses(batch, output, counts)
         measured: dict[str, Tensor] = {}
@@ -169,15 +170,18 @@ class Distiller(nn.Module):
         loss, kv = weighted_sum(parts, self.losses, self.kv_scale)
         return {"loss": loss, "kv": kv, "parts": parts, "figures": measured}
 
-    @staticmethod
-    def count(batch: Batch) -> dict[str, Tensor]:
-        """What the losses of a batch are divided by: the ``counts`` of ``forward``."""
-        labels, injected = (num_predicted(batch[name]) for name in ("labels", "inject_labels"))
-        return {
-            "num_labels": labels,
-            "num_covered": num_covered(batch),
-            "num_injected": injected,
-        }
+    def count(self, batch: Batch) -> dict[str, Tensor]:
+        """What the losses of a batch are divided by: the ``counts`` of ``forward``.
+
+        ``num_labels``, ``num_injected``    predicted tokens: all, and those after injected KV
+        ``num_served``, ``num_contested``   see ``FusionWeights.count``
+        """
+        counts = {"num_labels": num_predicted(batch["labels"])}
+        if self.teachers:
+            counts |= self.weigh.count(batch)
+        if self.losses.inject:
+            counts["num_injected"] = num_predicted(self._injection(batch)[1])
+        return counts
 
     def run_student(self, batch: Batch) -> StudentOutput:
         """One forward pass of the student: logits, unrotated Q, K and V, last hidden state."""
@@ -202,35 +206,64 @@ class Distiller(nn.Module):
         self, batch: Batch, output: StudentOutput, counts: Counts, *, figures: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses against teachers by name, and what ``figures`` of ``forward`` requests."""
-        alpha, covered_NBT = self.weigh(batch, output.hidden)
-        covered_BT = covered_NBT.any(0)
+        mixture = self.weigh(batch, output.hidden)
+        alpha = mixture.alpha()
         targets = self.targets(batch["teachers"]) if figures or self.needs_all_layers else {}
         # A router that learns from the task must not be drawn to what is easy to imitate.
         kv_alpha = alpha.detach() if self.losses.inject else alpha
         projected = self.projected(targets) if self.projects else {}
         fused = {}
-        parts = {}
-        covered = counts.get("num_covered", covered_BT.sum())
         if self.regresses:
             sums = self.regression_sums(output, batch["teachers"], targets, kv_alpha)
-            parts = {name: total / covered.clamp_min(1) for name, total in sums.items()}
         else:
             fused = {kind: fuse(kv_alpha, teachers) for kind, teachers in projected.items()}
-        maps = self.kv_errors(output, targets, fused, kv_alpha, covered_BT)
-        if self.losses.entropy:
-            sign = 1.0 if self.fusion.entropy == "specialized" else -1.0
-            maps["entropy"] = sign * entropy(alpha).expand_as(covered_BT)
+            sums = {}
+        sums |= self.kv_errors(output, targets, fused, kv_alpha)
+        # Sums are over tokens and means over layers, so their number is per layer too.
+        num_served = counts["num_served"].clamp_min(1) / alpha.shape[2]
         weights = self.losses.weights()
-        for name, error in maps.items():
-            if weights[name]:
-                parts[name] = reduce_tokens(error, covered_BT, covered)
+        parts = {name: total / num_served for name, total in sums.items() if weights[name]}
+        if self.losses.entropy:
+            parts["entropy"] = self._entropy(mixture, counts)
         if self.losses.inject:
-            parts["inject"] = self._inject(batch, projected, alpha, covered_NBT, counts)
-        if not figures:
-            return parts, {}
-        compared = fused.values() or [x for ts in targets.values() for groups in ts for x in groups]
-        variance = torch.stack([target_variance(x, covered_BT) for x in compared]).mean()
-        return parts, {"alpha": mean_weights(alpha), "target_variance": variance}
+            parts["inject"] = self._inject(batch, projected, mixture, counts)
+        return parts, self._figures(targets, fused, alpha, parts, counts) if figures else {}
+
+    def _entropy(self, mixture: Mixture, counts: Counts) -> Tensor:
+        """Mean entropy of the router where it has a choice, before dropout takes it away."""
+        sign = 1.0 if self.fusion.entropy == "specialized" else -1.0
+        contested_BLT = (mixture.serves_NBLT.sum(0) > 1).float()
+        total = sum_served(entropy(mixture.alpha(dropout=False)), contested_BLT)
+        return sign * total / counts["num_contested"].clamp_min(1)
+
+    def _figures(
+        self,
+        targets: Targets,
+        fused: Mapping[Kind, Tensor],
+        alpha: Tensor,
+        parts: Mapping[str, Tensor],
+        counts: Counts,
+    ) -> dict[str, Tensor]:
+        """Mean fusion weights, and what shows whether the target moves, where a teacher serves."""
+        served_BLT = (alpha.sum(0) > 0).float()
+        kinds = [kind for kind in KINDS if kind in parts] or list(KINDS)
+        if fused:
+            compared = [(fused[kind], served_BLT) for kind in kinds]
+        else:
+            compared = [
+                (target, alpha[i][:, list(group.student_layers)])
+                for kind in kinds
+                for i, head in enumerate(self.heads_of(kind))
+                for group, target in zip(head.groups, targets[kind][i], strict=True)
+            ]
+        found = {"alpha": mean_weights(alpha), "target_variance": target_variance(compared)}
+        errors = [parts[kind].detach() for kind in kinds if kind in parts]
+        if errors and self.losses.distance == "mse" and not self.losses.layer_std:
+            # Parts are this batch's share of a step.
+            share = served_BLT.sum() / counts["num_served"].clamp_min(1)
+            error = torch.stack(errors).mean() / share
+            found["explained_variance"] = explained_variance(error, found["target_variance"])
+        return found
 
     def head(self, name: str, kind: Kind) -> TeacherHead:
         """The maps of one teacher and kind."""
@@ -267,7 +300,7 @@ class Distiller(nn.Module):
     def regression_sums(
         self, output: StudentOutput, teachers: Batch, targets: Targets, alpha_NBLT: Tensor
     ) -> dict[str, Tensor]:
-        """In mode ``student_to_teacher``: errors of keys and of values, summed over tokens.
+        """In mode ``student_to_teacher``: errors of keys and of values, as in ``kv_losses``.
 
         Targets are made layer by layer where ``targets`` is empty.
         """
@@ -292,9 +325,8 @@ class Distiller(nn.Module):
         targets: Targets,
         fused: Mapping[Kind, Tensor],
         alpha: Tensor,
-        covered_BT: Tensor,
     ) -> dict[str, Tensor]:
-        """K/V errors per token ``[B, T]`` by name, all but those of ``regression_sums``."""
+        """K/V errors by name, all but those of ``regression_sums``; see ``kv_losses``."""
         if self.regresses:
             if not (self.losses.cosine or self.losses.relation):
                 return {}
@@ -306,73 +338,81 @@ class Distiller(nn.Module):
         if self.projection.mode != "joint":
             fused = {kind: target.detach() for kind, target in fused.items()}
         ours = {kind: self._in_target_space(output.kind(kind), kind) for kind in KINDS}
-        maps = fused_errors(ours, fused, covered_BT, self.losses)
+        served_BLT = alpha.sum(0) > 0
+        sums = fused_errors(ours, fused, served_BLT, self.losses)
         if self.losses.attention_kl:
-            maps["attention_kl"] = self.attention_maps(
-                output.query_BLQTD, output.key_BLHTD, fused["key"], covered_BT
+            error_BLT = self.attention_maps(
+                output.query_BLQTD, output.key_BLHTD, fused["key"], served_BLT
             )
+            sums["attention_kl"] = sum_served(error_BLT, served_BLT.float()) / alpha.shape[2]
         if self.losses.round_trip:
-            maps["round_trip"] = self._round_trip(output, targets, alpha)
-        return maps
+            sums["round_trip"] = self._round_trip(output, targets, alpha.detach())
+        return sums
 
     def comparisons(
         self, output: StudentOutput, kind: Kind, targets: Targets, alpha: Tensor
     ) -> list[tuple[list[int], Tensor, Tensor, Tensor]]:
         """What is compared for one kind: student layers, weight ``[B, L, T]``, ours, target."""
-        num_layers = self.capture.geometry.num_layers
-        wide = alpha.expand(-1, -1, num_layers, -1)
         if not self.regresses:
             ours = self._in_target_space(output.kind(kind), kind)
             target = fuse(alpha, self.projected(targets)[kind])
-            return [(list(range(num_layers)), wide.sum(0), ours, target)]
+            return [(list(range(alpha.shape[2])), alpha.sum(0), ours, target)]
         found = []
         for i, head in enumerate(self.heads_of(kind)):
             predictions = head.predictions(output.kind(kind))
             for group, ours, target in zip(head.groups, predictions, targets[kind][i], strict=True):
                 layers = list(group.student_layers)
-                found.append((layers, wide[i][:, layers], ours, target))
+                found.append((layers, alpha[i][:, layers], ours, target))
         return found
 
     def _inject(
         self,
         batch: Batch,
         projected: Mapping[Kind, list[Tensor]],
-        alpha: Tensor,
-        covered_NBT: Tensor,
+        mixture: Mixture,
         counts: Counts,
     ) -> Tensor:
-        """Cross-entropy of what follows when the student runs on the teachers' fused KV."""
-        causal = torch.tensor([t.causal for t in self.teachers], device=alpha.device)
-        usable = covered_NBT & causal[:, None, None]
-        alpha = renormalise(alpha, usable)
+        """Cross-entropy of what follows when the student runs on the decoders' fused KV.
+
+        A layer's tokens that no decoder serves keep the student's own KV.
+        """
+        alpha = mixture.alpha(self.decoders)
         fused = {kind: fuse(alpha, teachers) for kind, teachers in projected.items()}
         if self.projection.mode == "shared_space":
             fused = {kind: self.space[kind].out_of(z) for kind, z in fused.items()}
-        mask_BT = batch["inject_mask"] & usable.any(0)
-        with injecting(self.capture, fused["key"], fused["value"], mask_BT, self.gate):
+        mask_BLT, labels = self._injection(batch)
+        with injecting(self.capture, fused["key"], fused["value"], mask_BLT, self.gate):
             logits = self.student(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
                 use_cache=False,
             ).logits
-        return cross_entropy(logits, batch["inject_labels"], counts.get("num_injected"))
+        return cross_entropy(logits, labels, counts["num_injected"])
+
+    def _injection(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Where KV is injected ``[B, L, T]``, and labels of the samples that get any ``[B, T]``."""
+        served_BLT = self.weigh.serving(batch)[self.decoders].any(0)
+        mask_BLT = served_BLT & batch["inject_mask"].unsqueeze(1)
+        missed_B1 = ~mask_BLT.flatten(1).any(1, keepdim=True)
+        return mask_BLT, batch["inject_labels"].masked_fill(missed_B1, IGNORED_LABEL)
 
     def _in_target_space(self, student_BLHTD: Tensor, kind: Kind) -> Tensor:
         shared = self.projection.mode == "shared_space"
         return self.space[kind](student_BLHTD) if shared else student_BLHTD
 
     def _round_trip(self, output: StudentOutput, targets: Targets, alpha: Tensor) -> Tensor:
-        """Error of every model after the way into the shared space and back: ``[B, T]``."""
-        lost = [self.space[kind].round_trip_error(output.kind(kind).detach()) for kind in KINDS]
-        weight_NBT = alpha.detach().mean(2)
+        """Error of every model after the way into the shared space and back, where it is served."""
+        lost = []
         for kind in KINDS:
+            own = self.space[kind].round_trip_error(output.kind(kind).detach())
+            lost.append(sum_served(own, (alpha.sum(0) > 0).float()))
             for i, head in enumerate(self.heads_of(kind)):
                 adapters: Any = head.project
-                errors = [
-                    a.round_trip_error(x) for a, x in zip(adapters, targets[kind][i], strict=True)
-                ]
-                lost.append(weight_NBT[i] * torch.stack(errors).mean(0))
-        return torch.stack(lost).sum(0) / len(KINDS)
+                groups = zip(adapters, head.groups, targets[kind][i], strict=True)
+                for adapter, group, target in groups:
+                    weight_BLT = alpha[i][:, list(group.student_layers)]
+                    lost.append(sum_served(adapter.round_trip_error(target), weight_BLT))
+        return torch.stack(lost).sum() / (len(KINDS) * alpha.shape[2])
 
 
 def _module_name(teacher: str) -> str:

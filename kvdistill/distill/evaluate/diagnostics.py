@@ -29,7 +29,8 @@ def diagnose(distiller: Distiller, stream: KVStream) -> dict[str, Any]:
     """JSON-ready diagnostics; empty without teachers.
 
     ``error_by_layer``       per kind and student layer, mean squared error against the target;
-                             of a standardised one, 1.0 is the score of predicting the mean
+                             of a standardised one, 1.0 is the score of predicting the mean; null
+                             where no teacher serves the layer
     ``weights``              fusion weights by layer and by task
     ``spectra``              singular values of the projectors
     ``teachers.layer_map``   student layer → real-valued teacher layer
@@ -54,49 +55,47 @@ def diagnose(distiller: Distiller, stream: KVStream) -> dict[str, Any]:
     return figures
 
 
-def _errors_by_layer(distiller: Distiller, batches: list[Batch]) -> dict[str, list[float]]:
+def _errors_by_layer(distiller: Distiller, batches: list[Batch]) -> dict[str, list[float | None]]:
     num_layers = distiller.capture.geometry.num_layers
-    totals = {kind: torch.zeros(num_layers) for kind in KINDS}
-    num_tokens = 0
+    totals = {kind: torch.zeros(2, num_layers) for kind in KINDS}
     for batch in batches:
         view = distiller.run_student(batch)
-        alpha, covered_NBT = distiller.weigh(batch, view.hidden)
-        covered_BT = covered_NBT.any(0)
+        alpha = distiller.weigh(batch, view.hidden).alpha()
         targets = distiller.targets(batch["teachers"])
-        num_tokens += int(covered_BT.sum())
         for kind in KINDS:
             for layers, weight_BLT, ours, target in distiller.comparisons(
                 view, kind, targets, alpha
             ):
                 error_BLT = (ours.float() - target).square().mean(dim=(2, 4)) * weight_BLT
-                totals[kind][layers] += (error_BLT * covered_BT[:, None]).sum(dim=(0, 2)).cpu()
-    return {kind: (totals[kind] / max(num_tokens, 1)).tolist() for kind in KINDS}
+                found = torch.stack([error_BLT, weight_BLT]).sum(dim=(1, 3))
+                totals[kind][:, layers] += found.cpu()
+    return {
+        kind: [error / weight if weight else None for error, weight in total.T.tolist()]
+        for kind, total in totals.items()
+    }
 
 
 def _mean_fusion_weights(
     distiller: Distiller, batches: list[Batch], tasks: Mapping[str, int]
 ) -> dict[str, Any]:
-    num_layers = distiller.capture.geometry.num_layers
+    """Mean weights over what is served; 0 of all teachers where nothing is."""
     names = {number: name for name, number in tasks.items()}
-    by_layer: list[Tensor] = []
+    found: list[Tensor] = []  # teachers and, last, what is served: [N + 1, L] of every sample
     by_task: dict[str, list[Tensor]] = defaultdict(list)
     for batch in batches:
-        alpha, _ = distiller.weigh(batch, distiller.run_student(batch).hidden)
-        alpha = alpha.expand(-1, -1, num_layers, -1).cpu()
-        tokens_BL = (alpha.sum(0) > 0).sum(-1).clamp_min(1)
-        sample_NBL = alpha.sum(-1) / tokens_BL
-        by_layer.append(sample_NBL.mean(1))
-        for row, task in enumerate(batch["task"].tolist()):
-            by_task[names.get(task, "")].append(sample_NBL[:, row].mean(-1))
-    teachers = [space.name for space in distiller.teachers]
-    layers_NL = torch.stack(by_layer).mean(0)
-    return {
-        "by_layer": dict(zip(teachers, layers_NL.tolist(), strict=True)),
-        "by_task": {
-            task: dict(zip(teachers, torch.stack(rows).mean(0).tolist(), strict=True))
-            for task, rows in by_task.items()
-        },
-    }
+        alpha = distiller.weigh(batch, distiller.run_student(batch).hidden).alpha()
+        served = (alpha.sum(0, keepdim=True) > 0).float()
+        rows = torch.cat([alpha, served]).sum(-1).cpu().unbind(1)
+        found += rows
+        for row, task in zip(rows, batch["task"].tolist(), strict=True):
+            by_task[names.get(task, "")].append(row.sum(1))
+
+    def mean(rows: list[Tensor]) -> dict[str, Any]:
+        *totals, served = torch.stack(rows).sum(0)
+        spaces = zip(distiller.teachers, totals, strict=True)
+        return {space.name: (x / served.clamp_min(1)).tolist() for space, x in spaces}
+
+    return {"by_layer": mean(found), "by_task": {task: mean(by_task[task]) for task in by_task}}
 
 
 def _singular_values(distiller: Distiller) -> dict[str, list[float]]:

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from kvdistill.config.distill import FusionConfig
 from kvdistill.distill.data.collate import Batch
 from kvdistill.distill.fuse.router import Router
-from kvdistill.distill.fuse.weights import drop_teachers, fixed_weights, renormalise
+from kvdistill.distill.fuse.weights import Mixture, fixed_weights
 from kvdistill.distill.targets import TeacherSpace
 from kvdistill.errors import ConfigError
 from kvdistill.types import Similarity
 
 
 class FusionWeights(nn.Module):
-    """``alpha [N, B, L, T]`` of a batch, over the teachers that cover each token."""
+    """The ``Mixture`` of a batch: which teachers serve what, and with which weights."""
 
     def __init__(
         self,
@@ -42,11 +42,11 @@ class FusionWeights(nn.Module):
         self.routing = True
         """False while a router warms up: its weights are then uniform."""
         self.router: Router | None = None
-        if config.layers is not None:
-            self.register_buffer("serves", _layers_served(config.layers, self.names, num_layers))
+        teaches = _layers_served(config.layers or {}, self.names, num_layers)
         if config.method == "fixed":
             given = config.weights or dict.fromkeys(self.names, 1.0)
             self.register_buffer("fixed", fixed_weights([given[name] for name in self.names]))
+            teaches &= self.get_buffer("fixed") > 0
         elif config.method == "similarity":
             for i, teacher in enumerate(teachers):
                 self.register_buffer(f"prototypes_{i}", teacher.prototypes_KE)
@@ -59,25 +59,37 @@ class FusionWeights(nn.Module):
                 num_layers=num_layers,
                 num_tasks=num_tasks if config.task_tag else 0,
             )
+        # Batches are counted before they are moved: that reads the copy on the CPU.
+        self._teaches = teaches
+        self.register_buffer("serves", teaches.clone(), persistent=config.layers is not None)
 
     @property
     def needs_hidden(self) -> bool:
         """Whether ``forward`` reads the student's hidden states."""
         return self.router is not None
 
-    def forward(self, batch: Batch, hidden_BTE: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Weights ``[N, B, L, T]`` (L may be 1), and which teacher counts where ``[N, B, T]``.
-
-        ``hidden_BTE`` is the student's last hidden state, where ``needs_hidden``.
-        """
-        teachers = [batch["teachers"][name] for name in self.names]
-        covered_NBT = torch.stack([teacher["covered"] for teacher in teachers])
+    def forward(self, batch: Batch, hidden_BTE: Tensor | None) -> Mixture:
+        """The weights of a batch. ``hidden_BTE``: the last hidden state, where ``needs_hidden``."""
+        serves, kept = self.serving(batch), None
         if self.training and self.config.teacher_dropout:
-            covered_NBT = drop_teachers(covered_NBT, self.config.teacher_dropout)
-        raw = self._raw(batch, teachers, hidden_BTE)
-        if self.config.layers is not None:
-            raw = raw * self.get_buffer("serves")
-        return renormalise(raw, covered_NBT), covered_NBT
+            draw = torch.rand(serves.shape[:2], device=serves.device)
+            kept = draw >= self.config.teacher_dropout
+        teachers = [batch["teachers"][name] for name in self.names]
+        return Mixture(self._raw(batch, teachers, hidden_BTE), serves, kept)
+
+    def serving(self, batch: Batch) -> Tensor:
+        """Where each teacher serves, before any dropout: ``[N, B, L, T]`` bool."""
+        covered = torch.stack([batch["teachers"][name]["covered"] for name in self.names])
+        at_hand = self._teaches.device == covered.device
+        return covered.unsqueeze(2) & (self._teaches if at_hand else self.get_buffer("serves"))
+
+    def count(self, batch: Batch) -> dict[str, Tensor]:
+        """Pairs of a layer and a token: ``num_served`` by any teacher, ``num_contested`` by two."""
+        num_teachers = self.serving(batch).sum(0)
+        return {
+            "num_served": (num_teachers > 0).sum(),
+            "num_contested": (num_teachers > 1).sum(),
+        }
 
     def _raw(self, batch: Batch, teachers: list[Batch], hidden_BTE: Tensor | None) -> Tensor:
         """Weights before coverage and layers are taken into account."""
@@ -136,18 +148,18 @@ def _nearest_prototype(query_BE: Tensor, prototypes_KE: Tensor, similarity: Simi
 def _layers_served(
     layers: Mapping[str, Sequence[int]], names: Sequence[str], num_layers: int
 ) -> Tensor:
-    """1 where a teacher teaches a student layer, else 0: ``[N, 1, L, 1]``.
+    """Whether a teacher teaches a student layer: ``[N, 1, L, 1]`` bool.
 
     Raises:
         ConfigError: an unknown teacher, or a layer that the student does not have.
     """
-    served = torch.ones(len(names), 1, num_layers, 1)
+    served = torch.ones(len(names), 1, num_layers, 1, dtype=torch.bool)
     for name, wanted in layers.items():
         if name not in names or not set(wanted) <= set(range(num_layers)):
             raise ConfigError(
                 f"fusion.layers: {name} {list(wanted)}; the teachers are {sorted(names)}, and the "
                 f"student's layers count from 0 to {num_layers - 1}"
             )
-        served[names.index(name), 0, :, 0] = 0.0
-        served[names.index(name), 0, list(wanted), 0] = 1.0
+        served[names.index(name)] = False
+        served[names.index(name), 0, list(wanted)] = True
     return served

@@ -1,18 +1,24 @@
 """Several teachers as one target, ``KV = Σ_i α_i KV_i``, and what regularises the weights.
 
-``alpha`` is ``[N, B, L, T]``; B, L and T may be 1 for "the same everywhere". A token that a teacher
-does not cover drops out of its sum, and the other weights are renormalised: a teacher that covers
-nothing changes nothing, and one teacher fused is that teacher.
+``alpha`` is ``[N, B, L, T]``; B, L and T may be 1 for "the same everywhere". A teacher *serves* a
+token of a layer if it covers the token and teaches the layer. Elsewhere it drops out of the sum,
+and the other weights are renormalised: a teacher that serves nothing changes nothing, and one
+teacher fused is that teacher. What no teacher serves has no weight, no target and no loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from kvdistill.errors import GeometryError
+
+NO_WEIGHT: Final = 1e-20
+"""Total weight below which the serving teachers count equally; its inverse is still finite."""
 
 
 def fixed_weights(weights: Sequence[float]) -> Tensor:
@@ -21,18 +27,46 @@ def fixed_weights(weights: Sequence[float]) -> Tensor:
     return (alpha / alpha.sum()).view(-1, 1, 1, 1)
 
 
-def renormalise(alpha_NBLT: Tensor, covered_NBT: Tensor) -> Tensor:
-    """Redistribute the weight of teachers that do not cover a token among those that do.
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """What the fusion weights of a batch follow from."""
+
+    raw_NBLT: Tensor
+    """Weights ≥ 0 by the configured method, wherever a teacher serves; B, L, T may be 1."""
+    serves_NBLT: Tensor
+    """Where a teacher serves, bool."""
+    kept_NB: Tensor | None = None
+    """False where teacher dropout hides a teacher from a sample."""
+
+    def alpha(self, among: Collection[int] | None = None, *, dropout: bool = True) -> Tensor:
+        """Weights ``[N, B, L, T]``, with or without teacher dropout.
+
+        They sum to one over the teachers (those with an index in ``among``, if given) where one of
+        them serves, and are zero elsewhere.
+        """
+        serves = self.serves_NBLT
+        if among is not None:
+            layers = [x if i in among else torch.zeros_like(x) for i, x in enumerate(serves)]
+            serves = torch.stack(layers)
+        if dropout and self.kept_NB is not None:
+            serves = drop_teachers(serves, self.kept_NB)
+        return renormalise(self.raw_NBLT, serves)
+
+
+def renormalise(alpha_NBLT: Tensor, serves_NBLT: Tensor) -> Tensor:
+    """Redistribute the weight of teachers that do not serve among those that do.
 
     Args:
         alpha_NBLT: weights ≥ 0; B, L, T may be 1.
-        covered_NBT: True where teacher ``n`` covers a token.
+        serves_NBLT: True where teacher ``n`` serves a token of a layer.
 
     Returns:
-        ``[N, B, L, T]`` (L may be 1): sums to one over teachers, or is all zero where no teacher
-        with any weight covers the token.
+        ``[N, B, L, T]``: sums to one over teachers, or is all zero where no teacher
+        serves. Teachers that serve count equally where a router gave all of them no weight.
     """
-    present = torch.where(covered_NBT.unsqueeze(2), alpha_NBLT, 0.0)
+    present = torch.where(serves_NBLT, alpha_NBLT, 0.0)
+    weightless = present.sum(0, keepdim=True) < NO_WEIGHT
+    present = torch.where(weightless, serves_NBLT.to(present.dtype), present)
     total = present.sum(0, keepdim=True)
     return present / torch.where(total > 0, total, 1.0)
 
@@ -45,7 +79,7 @@ def fuse(alpha_NBLT: Tensor, teachers_BLHTD: Sequence[Tensor]) -> Tensor:
         teachers_BLHTD: N tensors of one shape ``[B, L, H, T, D]``, finite.
 
     Returns:
-        ``[B, L, H, T, D]``; zeros where no teacher covers a token.
+        ``[B, L, H, T, D]``; zeros, which are no target, where no teacher serves.
 
     Raises:
         GeometryError: the teachers' shapes differ (they could broadcast silently), or not N.
@@ -65,30 +99,29 @@ def fuse(alpha_NBLT: Tensor, teachers_BLHTD: Sequence[Tensor]) -> Tensor:
 
 
 def mean_weights(alpha_NBLT: Tensor) -> Tensor:
-    """Mean weight of each teacher over the tokens that any covers: ``[N]``, detached."""
+    """Mean weight of each teacher over what any serves: ``[N]``, detached."""
     alpha = alpha_NBLT.detach()
-    covered = alpha.sum(0) > 0
-    return alpha.sum(dim=(1, 2, 3)) / covered.sum().clamp_min(1)
+    served = alpha.sum(0) > 0
+    return alpha.sum(dim=(1, 2, 3)) / served.sum().clamp_min(1)
 
 
 def entropy(alpha_NBLT: Tensor) -> Tensor:
-    """``H(α) = −Σ_i α_i log α_i`` in nats, the mean over layers: ``[B, T]`` float32.
+    """``H(α) = −Σ_i α_i log α_i`` in nats: ``[B, L, T]`` float32.
 
     Added to the loss times ``+γ`` it makes routers ``specialized``, times ``−γ`` ``diverse``.
-    B and T may be 1, as in ``alpha``. A weight of zero adds nothing and has no gradient.
+    B, L and T may be 1, as in ``alpha``. A weight of zero adds nothing and has no gradient.
     """
     alpha = alpha_NBLT.float()
     present = alpha > 0
     log = torch.where(present, alpha, 1.0).log()
-    return -(alpha * log).sum(0).mean(1)
+    return -(alpha * log).sum(0)
 
 
-def drop_teachers(covered_NBT: Tensor, chance: float) -> Tensor:
-    """Teacher dropout: hide each teacher from each sample with ``chance``, ``[N, B, T]`` bool.
+def drop_teachers(serves_NBLT: Tensor, kept_NB: Tensor) -> Tensor:
+    """Teacher dropout: hide a teacher from the samples where it is not kept, ``[N, B, L, T]`` bool.
 
-    A token that would lose all its teachers keeps all of them, so the number of covered tokens,
-    by which losses are divided and which is counted before the step, does not change.
+    A token of a layer that would lose all its teachers keeps all of them. What is served, by whose
+    number losses are divided and which is counted before the step, therefore does not change.
     """
-    draw = torch.rand(covered_NBT.shape[:2], device=covered_NBT.device)
-    kept = covered_NBT & (draw >= chance).unsqueeze(2)
-    return torch.where(kept.any(0), kept, covered_NBT)
+    kept = serves_NBLT & kept_NB[:, :, None, None]
+    return torch.where(kept.any(0), kept, serves_NBLT)

@@ -34,19 +34,28 @@ COLLAPSED: Final = {
 """By figure, the share of its start below which it is a warning, and what that means."""
 
 
-def target_variance(target_BLHTD: Tensor, mask_BT: Tensor) -> Tensor:
-    """Variance of each channel over valid tokens, the mean over channels: a float32 scalar."""
-    target = target_BLHTD.detach().float()
-    mask = mask_BT[:, None, None, :, None]
-    count = mask_BT.sum().clamp_min(1)
-    mean = torch.where(mask, target, 0.0).sum(dim=(0, 3), keepdim=True) / count
-    square = torch.where(mask, (target - mean).square(), 0.0).sum(dim=(0, 3)) / count
-    return square.mean()
+@torch.no_grad()
+def target_variance(compared: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Weighted variance of each channel over tokens, the mean over channels: a float32 scalar.
+
+    ``compared`` are targets ``[B, L, H, T, D]`` with the weights ``[B, L, T]`` of their errors. A
+    layer counts by its weight, as in the loss, so that ``1 − error / variance`` is meaningful.
+    """
+    total, total_weight = [], []
+    for target_BLHTD, weight_BLT in compared:
+        weight = weight_BLT.float()[:, :, None, :, None]
+        target = torch.where(weight > 0, target_BLHTD.float(), 0.0)
+        count = weight.sum(dim=(0, 3), keepdim=True)
+        mean = (weight * target).sum(dim=(0, 3), keepdim=True) / torch.where(count > 0, count, 1.0)
+        square = weight * (target - mean).square()
+        total.append(square.mean(dim=(2, 4)).sum())
+        total_weight.append(count.sum())
+    return torch.stack(total).sum() / torch.stack(total_weight).sum().clamp_min(1e-12)
 
 
-def explained_variance(error: Tensor | float, variance: Tensor | float) -> float:
+def explained_variance(error: Tensor, variance: Tensor) -> Tensor:
     """``1 − error / variance`` of a mean squared error; a constant prediction scores 0."""
-    return 1 - float(error) / max(float(variance), 1e-12)
+    return 1 - error / variance.clamp_min(1e-12)
 
 
 def gradient_norm(loss: Tensor, parameters: Iterable[Tensor]) -> float:

@@ -12,7 +12,7 @@ Only one layer's maps exist at a time: the backward pass recomputes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -46,9 +46,9 @@ class AttentionMaps(nn.Module):
         self.register_buffer("inv_freq", None if found is None else found.clone(), persistent=False)
 
     def forward(
-        self, query_BLQTD: Tensor, own_BLHTD: Tensor, target_BLHTD: Tensor, mask_BT: Tensor
+        self, query_BLQTD: Tensor, own_BLHTD: Tensor, target_BLHTD: Tensor, mask_BLT: Tensor
     ) -> Tensor:
-        """KL per query token ``[B, T]`` float32; arguments as ``attention_kl``, not rotated."""
+        """KL per query ``[B, L, T]`` float32; arguments as ``attention_kl``, not rotated."""
         query, own, target = query_BLQTD, own_BLHTD, target_BLHTD
         if self.inv_freq is not None:
             length, config = query.shape[3], self.config
@@ -63,27 +63,28 @@ class AttentionMaps(nn.Module):
             query, own = (rotate(x, inv_freq=self.inv_freq) for x in (query, own))
             if config.rope != "none":
                 target = rotate(target, inv_freq=scaled)
-        return attention_kl(query, own, target, mask_BT)
+        return attention_kl(query, own, target, mask_BLT)
 
 
 def attention_kl(
-    query_BLQTD: Tensor, student_k_BLHTD: Tensor, target_k_BLHTD: Tensor, mask_BT: Tensor
+    query_BLQTD: Tensor, student_k_BLHTD: Tensor, target_k_BLHTD: Tensor, mask_BLT: Tensor
 ) -> Tensor:
-    """KL per query token, the mean over layers and query heads: ``[B, T]`` float32.
+    """KL per layer and query token, the mean over query heads: ``[B, L, T]`` float32.
 
     Args:
         query_BLQTD: the student's queries, ``Q`` a multiple of H. All three are rotated.
         student_k_BLHTD: the student's keys.
         target_k_BLHTD: the target's keys in the student's space, detached here.
-        mask_BT: tokens whose keys count on both sides; other queries score 0.
+        mask_BLT: tokens whose keys count on both sides of a layer; other queries score 0.
     """
     tensors = query_BLQTD, student_k_BLHTD, target_k_BLHTD.detach()
-    return _mean_over_layers(_attention_layer, tensors, _valid_pairs(mask_BT).tril())
+    return _by_layer(_attention_layer, *tensors, mask_BLT)
 
 
 def _attention_layer(
-    query_BQTD: Tensor, own_BHTD: Tensor, target_BHTD: Tensor, visible: Tensor
+    query_BQTD: Tensor, own_BHTD: Tensor, target_BHTD: Tensor, mask_BT: Tensor
 ) -> Tensor:
+    visible = _valid_pairs(mask_BT).tril()
     b, num_heads, num_tokens, dim = own_BHTD.shape
     query = query_BQTD.float().reshape(b, num_heads, -1, num_tokens, dim) * dim**-0.5
     student = query @ own_BHTD.float().unsqueeze(2).mT
@@ -92,15 +93,15 @@ def _attention_layer(
 
 
 def relation_error(
-    student_BLHTD: Tensor, teacher_BLHTD: Tensor, mask_BT: Tensor, num_relations: int
+    student_BLHTD: Tensor, teacher_BLHTD: Tensor, mask_BLT: Tensor, num_relations: int
 ) -> Tensor:
-    """KL of relation rows per token, the mean over layers and relation heads: ``[B, T]`` float32.
+    """KL of relation rows per layer and token, the mean over relation heads: ``[B, L, T]`` float32.
 
     Args:
         student_BLHTD: the student's keys or values.
         teacher_BLHTD: the teacher's of the same kind, aligned, layer-mapped, detached here;
             heads and dim may differ.
-        mask_BT: tokens that take part.
+        mask_BLT: tokens that take part in a layer's relations; other rows score 0.
         num_relations: relation heads; must divide ``H·D`` of both.
 
     Raises:
@@ -113,12 +114,12 @@ def relation_error(
             f"relation loss: student {tuple(ours)} and teacher {tuple(theirs)} must share B, L "
             f"and T, and H·D of both be a multiple of {num_relations} relation heads"
         )
-    tensors = student_BLHTD, teacher_BLHTD.detach()
-    return _mean_over_layers(_relation_layer, tensors, _valid_pairs(mask_BT), num_relations)
+    layer_kl = partial(_relation_layer, num_relations=num_relations)
+    return _by_layer(layer_kl, student_BLHTD, teacher_BLHTD.detach(), mask_BLT)
 
 
 def _relation_layer(
-    own_BHTD: Tensor, teacher_BHTD: Tensor, visible: Tensor, num_relations: int
+    own_BHTD: Tensor, teacher_BHTD: Tensor, mask_BT: Tensor, num_relations: int
 ) -> Tensor:
     logits_BRTT = []
     for x_BHTD in (own_BHTD, teacher_BHTD):
@@ -126,16 +127,13 @@ def _relation_layer(
         x = joined.reshape(*joined.shape[:2], num_relations, -1).transpose(1, 2)
         logits_BRTT.append((x * x.shape[-1] ** -0.5) @ x.mT)
     student, teacher = logits_BRTT
-    return masked_kl(teacher, student, visible.unsqueeze(1)).mean(1)
+    return masked_kl(teacher, student, _valid_pairs(mask_BT).unsqueeze(1)).mean(1)
 
 
-def _mean_over_layers(
-    layer_kl: Callable[..., Tensor], tensors_BLHTD: Sequence[Tensor], *shared: Any
-) -> Tensor:
-    """Mean of ``layer_kl(*tensors of a layer, *shared)``, each recomputed in the backward pass."""
-    layers = zip(*(x.unbind(1) for x in tensors_BLHTD), strict=True)
-    maps = [checkpoint(layer_kl, *layer, *shared, use_reentrant=False) for layer in layers]
-    return torch.stack(maps).mean(0)
+def _by_layer(layer_kl: Callable[..., Tensor], *tensors_BL: Tensor) -> Tensor:
+    """``layer_kl`` of every layer ``[B, L, T]``, each recomputed in the backward pass."""
+    layers = zip(*(x.unbind(1) for x in tensors_BL), strict=True)
+    return torch.stack([checkpoint(layer_kl, *x, use_reentrant=False) for x in layers], dim=1)
 
 
 def _valid_pairs(mask_BT: Tensor) -> Tensor:

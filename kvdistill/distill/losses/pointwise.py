@@ -22,7 +22,7 @@ def kv_error(
     distance: Distance = "mse",
     layer_std_L: Tensor | None = None,
 ) -> Tensor:
-    """Error per token, the mean over layers, heads and channels: ``[B, T]`` float32.
+    """Error per layer and token, the mean over heads and channels: ``[B, L, T]`` float32.
 
     Args:
         student_BLHTD: the student's keys (unrotated) or values, or a regression from them.
@@ -44,28 +44,28 @@ def kv_error(
         error = F.smooth_l1_loss(student, target, reduction="none").mean(dim=(2, 4))
     if layer_std_L is not None:
         error = error / layer_std_L.detach().float().clamp_min(1e-6)[:, None]
-    return error.mean(1)
+    return error
 
 
 def cosine_error(student_BLHTD: Tensor, target_BLHTD: Tensor) -> Tensor:
-    """``1 − cos`` of every head's vector, the mean over layers and heads: ``[B, T]`` float32.
+    """``1 − cos`` of every head's vector, the mean over heads: ``[B, L, T]`` float32.
 
     Raises:
         GeometryError: the shapes differ.
     """
     _check_same_shape(student_BLHTD, target_BLHTD)
     cosine = F.cosine_similarity(student_BLHTD.float(), target_BLHTD.float(), dim=-1, eps=1e-6)
-    return (1 - cosine).mean(dim=(1, 2))
+    return (1 - cosine).mean(dim=2)
 
 
-def layer_std(target_BLHTD: Tensor, mask_BT: Tensor) -> Tensor:
-    """Std of each layer's target over the valid tokens: ``[L]`` float32, detached."""
+def layer_std(target_BLHTD: Tensor, mask_BLT: Tensor) -> Tensor:
+    """Std of each layer's target over the layer's valid tokens: ``[L]`` float32, detached."""
     target = target_BLHTD.detach().float()
-    mask = mask_BT[:, None, None, :, None].to(target.dtype)
-    count = (mask_BT.sum() * target.shape[2] * target.shape[4]).clamp_min(1)
-    mean = (target * mask).sum(dim=(0, 2, 3, 4), keepdim=True) / count
-    square = ((target - mean) ** 2 * mask).sum(dim=(0, 2, 3, 4))
-    return torch.sqrt(square / count)
+    mask = mask_BLT[:, :, None, :, None].to(target.dtype)
+    count = mask.sum(dim=(0, 2, 3, 4), keepdim=True) * target.shape[2] * target.shape[4]
+    mean = (target * mask).sum(dim=(0, 2, 3, 4), keepdim=True) / count.clamp_min(1)
+    square = (target - mean).square() * mask
+    return (square.sum(dim=(0, 2, 3, 4)) / count.flatten().clamp_min(1)).sqrt()
 
 
 def hidden_error(student_BLE: Tensor, target_BLE: Tensor) -> Tensor:

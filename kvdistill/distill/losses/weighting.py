@@ -1,18 +1,19 @@
 """From errors per token to the loss of a step: reduction over tokens, weights and annealing.
 
-A loss is a sum over valid tokens divided by their *global* number, over accumulation steps and
-ranks. It therefore does not depend on how a step is cut into batches; a mean of means does.
+A loss on text is a sum over valid tokens divided by their *global* number, over accumulation steps
+and ranks. A loss against teachers is a weighted sum over served pairs of a layer and a token,
+divided by their global number: what no teacher serves is in neither. Both are independent of how a
+step is cut into batches; a mean of means is not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvdistill.config.distill import TEXT_LOSSES, LossConfig
+from kvdistill.config.distill import ANNEALED_LOSSES, LossConfig
 
 
 def reduce_tokens(
@@ -30,10 +31,14 @@ def reduce_tokens(
     return total / count.clamp_min(1)
 
 
-def num_covered(batch: Mapping[str, Any]) -> Tensor:
-    """Number of tokens that at least one teacher covers: what losses against teachers divide by."""
-    covered = [teacher["covered"] for teacher in batch["teachers"].values()]
-    return torch.stack(covered).any(0).sum() if covered else batch["labels"].new_zeros(())
+def sum_served(map_BLT: Tensor, weight_BLT: Tensor) -> Tensor:
+    """Weighted sum over layers and tokens: a float32 scalar.
+
+    Args:
+        map_BLT: a loss per layer and token.
+        weight_BLT: weight and mask in one; where it is 0 the loss is not read, NaN included.
+    """
+    return torch.where(weight_BLT > 0, weight_BLT * map_BLT.float(), 0.0).sum()
 
 
 def weighted_sum(
@@ -44,14 +49,13 @@ def weighted_sum(
     Args:
         parts: each loss by its name in the config, float32 scalars before weighting.
         losses: the weights.
-        kv_scale: factor on the losses against teachers, all but ``inject``; see
-            ``annealed_scale``.
+        kv_scale: factor on the ``ANNEALED_LOSSES``; see ``annealed_scale``.
 
     Returns:
         Two float32 scalars: the sum of all weighted parts, and of those that ``kv_scale`` scales.
     """
     weight = losses.weights()
-    of_teachers = [name for name in parts if name not in (*TEXT_LOSSES, "inject")]
+    of_teachers = [name for name in parts if name in ANNEALED_LOSSES]
     weight |= {name: kv_scale * weight[name] for name in of_teachers}
     weighted = {name: weight[name] * value for name, value in parts.items()}
     kv = [weighted[name] for name in of_teachers] or [torch.zeros_like(parts["cross_entropy"])]

@@ -207,7 +207,7 @@ class SpaceAdapter(nn.Module):
         return layerwise(z_BLHTD, self.back_LOI, self.back_bias_LI, self.model)
 
     def round_trip_error(self, x_BLHTD: Tensor) -> Tensor:
-        """Mean squared error of a model's KV after the way into the space and back: ``[B, T]``."""
+        """Mean squared error after the way into the space and back: ``[B, L, T]``."""
         return kv_error(self.out_of(self(x_BLHTD)), x_BLHTD)
 
 

@@ -41,7 +41,7 @@ def injecting(
     capture: KVCapture,
     key_BLHTD: Tensor,
     value_BLHTD: Tensor,
-    mask_BT: Tensor,
+    mask_BLT: Tensor,
     gate: InjectionGate | None = None,
 ) -> Iterator[None]:
     """Inject into the captured student while inside; gradients flow into the KV and the gate.
@@ -50,11 +50,11 @@ def injecting(
         capture: of the student.
         key_BLHTD: unrotated keys in the student's space, ``[B, L, H, T, D]``.
         value_BLHTD: values, likewise.
-        mask_BT: True where KV is injected; all other tokens keep their own.
+        mask_BLT: True where KV is injected; elsewhere a layer's tokens keep their own.
         gate: mixes own and injected KV; plain replacement if not given.
 
     Raises:
-        GeometryError: not the student's number of layers, heads or head dim.
+        GeometryError: not the student's number of layers, heads or head dim, or another mask.
     """
     geometry = capture.geometry
     for kind, injected in zip(KINDS, (key_BLHTD, value_BLHTD), strict=True):
@@ -64,11 +64,15 @@ def injecting(
                 f"injection: expected a {kind} [B, {shape[0]}, {shape[1]}, T, {shape[2]}], "
                 f"got {tuple(injected.shape)}"
             )
+    if mask_BLT.shape != (len(key_BLHTD), shape[0], key_BLHTD.shape[3]):
+        raise GeometryError(
+            f"injection: expected a mask [B, {shape[0]}, T], got {tuple(mask_BLT.shape)}"
+        )
 
     def rewrite(own_BHTD: Tensor, layer: int, kind: Kind) -> Tensor:
         injected = (key_BLHTD if kind == "key" else value_BLHTD)[:, layer].to(own_BHTD.dtype)
         mixed = injected if gate is None else gate(own_BHTD, injected, layer, kind)
-        return torch.where(mask_BT[:, None, :, None], mixed, own_BHTD)
+        return torch.where(mask_BLT[:, layer, None, :, None], mixed, own_BHTD)
 
     with capture.rewriting(rewrite):
         yield

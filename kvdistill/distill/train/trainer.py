@@ -29,17 +29,12 @@ from kvdistill.distill.data.collate import Batch
 from kvdistill.distill.data.stream import KVStream, steps_left
 from kvdistill.distill.distiller import Distiller
 from kvdistill.distill.evaluate.held_out import HeldOut, score_held_out, score_latent
-from kvdistill.distill.losses.absorption import (
-    AbsorptionMonitor,
-    explained_variance,
-    gradient_share,
-)
+from kvdistill.distill.losses.absorption import AbsorptionMonitor, gradient_share
 from kvdistill.distill.losses.weighting import annealed_scale
 from kvdistill.distill.train.callbacks import HumanLog, RunTensorBoard, RunWandb
 from kvdistill.distill.train.checkpoint import STUDENT_PREFIX, gathered, load_weights, save_weights
 from kvdistill.distill.train.guards import Best, StepGuard, StopOnSignal, best_of
 from kvdistill.distill.train.run_batches import PLACEHOLDER, EpochAccounting, RunBatches
-from kvdistill.types import KINDS
 
 log = logging.getLogger(__name__)
 
@@ -236,11 +231,6 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             )
         for warning in self._monitor.update(**watched):
             log.warning(warning)
-        errors = [output["parts"][kind] for kind in KINDS if kind in output["parts"]]
-        losses = self.experiment.losses
-        if errors and losses.distance == "mse" and not losses.layer_std:
-            error = torch.stack(errors).mean().detach()
-            found["explained_variance"] = explained_variance(error, watched["target_variance"])
         return found | watched
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

@@ -373,5 +373,5 @@ def _spectra(study: Study) -> list[ReportFigure]:
     ]
 
 
-def _mean_rows(rows: Sequence[Sequence[float]]) -> list[float]:
-    return [float(value) for value in np.mean(rows, axis=0)]
+def _mean_rows(rows: Sequence[Sequence[float | None]]) -> list[float]:
+    return [float(value) for value in np.mean(np.array(rows, float), axis=0)]

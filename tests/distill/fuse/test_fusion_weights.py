@@ -28,24 +28,39 @@ def batch(covered: Any = ((True, True), (True, True))) -> dict[str, Any]:
 
 def test_a_layer_with_one_teacher_is_its_own_and_a_shared_one_is_shared() -> None:
     fixed = weights(weights={"one": 3, "two": 1}, layers={"two": [2]})
-    alpha, _ = fixed(batch(), None)
+    alpha = fixed(batch(), None).alpha()
     assert alpha[0, 0, :, 0].tolist() == [1.0, 1.0, 0.75]
     assert alpha[1, 0, :, 0].tolist() == [0.0, 0.0, 0.25]
 
 
 def test_where_a_layers_only_teacher_covers_nothing_there_is_no_weight() -> None:
-    alpha, _ = weights(layers={"one": [0, 1], "two": [2]})(
-        batch(((True, False), (True, True))), None
-    )
+    fixed = weights(layers={"one": [0, 1], "two": [2]})
+    alpha = fixed(batch(((True, False), (True, True))), None).alpha()
     assert alpha.sum(0)[0].tolist() == [[1.0, 0.0], [1.0, 0.0], [1.0, 1.0]]
 
 
 def test_a_router_chooses_among_a_layers_teachers_alone() -> None:
     routed = weights(method="mlp", layers={"two": [0]})
     inputs = batch() | {"query_mask": torch.ones(1, 2, dtype=torch.bool)}
-    alpha, _ = routed(inputs, torch.randn(1, 2, 8))
+    alpha = routed(inputs, torch.randn(1, 2, 8)).alpha()
     assert (alpha[1, :, 1:] == 0).all()
     assert torch.allclose(alpha.sum(0), torch.ones(()))
+
+
+def test_served_pairs_are_counted_before_the_step_and_dropout_changes_none() -> None:
+    covers = batch(((True, False), (True, True)))
+    assert {k: int(v) for k, v in weights(layers={"two": [2]}).count(covers).items()} == {
+        "num_served": 4, "num_contested": 1,
+    }  # fmt: skip
+    dropping = weights(layers={"two": [2]}, teacher_dropout=0.9).train()
+    assert all(float(dropping(covers, None).alpha().sum()) == 4 for _ in range(20))
+    assert int(weights(weights={"one": 1, "two": 0}).count(covers)["num_served"]) == 3
+
+
+def test_a_subset_of_teachers_shares_the_weights_alone() -> None:
+    mixture = weights(layers={"one": [0, 1]})(batch(), None)
+    assert mixture.alpha([0])[:, 0, :, 0].tolist() == [[1, 1, 0], [0, 0, 0]]
+    assert mixture.alpha()[:, 0, :, 0].tolist() == [[0.5, 0.5, 0], [0.5, 0.5, 1]]
 
 
 @pytest.mark.parametrize("layers", [{"nobody": [0]}, {"one": [3]}])

@@ -16,7 +16,7 @@ def teachers(num):
 
 
 def everywhere(num):
-    return torch.ones(num, SHAPE[0], SHAPE[3], dtype=torch.bool)
+    return torch.ones(num, SHAPE[0], 1, SHAPE[3], dtype=torch.bool)
 
 
 def test_constructed_case():
@@ -42,14 +42,22 @@ def test_a_teacher_that_covers_nothing_changes_nothing():
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any), st.integers(0, 2**20))
-def test_weights_sum_to_one_over_the_teachers_that_cover(weights, seed):
+def test_weights_sum_to_one_over_the_teachers_that_serve(weights, seed):
     generator = torch.Generator().manual_seed(seed)
-    n = len(weights)
-    covered = torch.rand(n, 2, 5, generator=generator) < 0.5
-    alpha = renormalise(fixed_weights(weights), covered)
-    covered_by_any = (covered & (torch.tensor(weights) > 0)[:, None, None]).any(0)
-    torch.testing.assert_close(alpha.sum(0)[:, 0], covered_by_any.float())
-    assert not alpha.masked_fill(covered.unsqueeze(2), 0).any()
+    serves = torch.rand(len(weights), 2, 3, 5, generator=generator) < 0.5
+    alpha = renormalise(fixed_weights(weights), serves)
+    torch.testing.assert_close(alpha.sum(0), serves.any(0).float())
+    assert not alpha.masked_fill(serves, 0).any()
+
+
+def test_a_weight_that_underflows_leaves_no_served_token_without_a_target():
+    """A sharp softmax gives one teacher all; where it serves nothing, the others teach."""
+    logits = torch.tensor([0.0, 90.0, 300.0]).view(3, 1, 1, 1).requires_grad_()
+    serves = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 0, 1]]).bool().view(3, 1, 1, 3)
+    alpha = renormalise(logits.softmax(0), serves)
+    assert alpha[:, 0, 0].tolist() == [[1, 0.5, 0], [0, 0.5, 0], [0, 0, 1]]
+    alpha.square().sum().backward()
+    assert not logits.grad.any()
 
 
 def test_per_token_weights_against_a_loop():

@@ -13,22 +13,28 @@ from kvdistill.distill.losses.absorption import (
     target_variance,
 )
 from kvdistill.distill.losses.pointwise import kv_error
-from kvdistill.distill.losses.weighting import reduce_tokens
 from kvdistill.distill.project.projections import FullProjection, StudentToTeacher
 
 
-def test_target_variance_counts_valid_tokens_only():
+def test_target_variance_counts_what_is_served_by_its_weight():
     torch.manual_seed(0)
     x = torch.randn(3, 2, 2, 7, 4) * torch.tensor([1.0, 2.0, 3.0, 4.0]) + 5
-    mask = torch.rand(3, 7) < 0.6
-    x = x.masked_fill(~mask[:, None, None, :, None], float("nan"))
-    per_channel = x.permute(0, 3, 1, 2, 4)[mask].var(0, correction=0)
-    torch.testing.assert_close(target_variance(x, mask), per_channel.mean())
+    weight = torch.rand(3, 2, 7) * (torch.rand(3, 2, 7) < 0.6)
+    x = x.masked_fill(weight[:, :, None, :, None] == 0, float("nan"))
+    total = 0.0
+    for layer in range(2):
+        rows, w = x[:, layer].transpose(1, 2).reshape(21, 8), weight[:, layer].flatten()
+        rows, w = rows[w > 0], w[w > 0]
+        mean = (w[:, None] * rows).sum(0) / w.sum()
+        total += (w[:, None] * (rows - mean).square()).sum(0).mean()
+    torch.testing.assert_close(target_variance([(x, weight)]), total / weight.sum())
+    unserved = [(x, weight), (torch.full_like(x, torch.nan), torch.zeros_like(weight))]
+    torch.testing.assert_close(target_variance(unserved), total / weight.sum())
 
 
 def test_explained_variance():
-    assert explained_variance(0.25, 1.0) == 0.75
-    assert explained_variance(2.0, 1.0) == -1.0
+    error = torch.tensor([0.25, 2.0])
+    assert explained_variance(error, torch.tensor(1.0)).tolist() == [0.75, -1.0]
 
 
 def test_gradient_share_by_hand_and_the_graph_survives():
@@ -78,17 +84,17 @@ def train(joint, steps=200):
     )
     optimizer = torch.optim.Adam([*student.parameters(), *projector.parameters()], 0.01)
     monitor, warnings, history = AbsorptionMonitor(), [], []
-    mask = torch.ones(16, 1, dtype=torch.bool)
+    everywhere = torch.ones(16, 1, 1)
     for step in range(steps):
         text = torch.randn(16, 6)
         teacher = (text @ truth / 6**0.5 + 0.5 * torch.randn(16, 16)).view(16, 1, 2, 1, 8)
         own = student(text).view(16, 1, 1, 1, 4)
         guess, target = (own, projector(teacher)) if joint else (projector(own), teacher)
-        loss = reduce_tokens(kv_error(guess, target), mask)
+        loss = kv_error(guess, target).mean()
         if step % 5 == 0:
-            variance = float(target_variance(target, mask))
-            history.append(explained_variance(loss.detach(), variance))
-            warnings += monitor.update(target_variance=variance)
+            variance = target_variance([(target, everywhere)])
+            history.append(float(explained_variance(loss.detach(), variance)))
+            warnings += monitor.update(target_variance=float(variance))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

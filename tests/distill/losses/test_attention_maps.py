@@ -9,7 +9,8 @@ from kvdistill.distill.losses.pointwise import hidden_error
 from kvdistill.errors import GeometryError
 
 MASK = torch.tensor([[1, 1, 1, 1, 1, 0], [0, 1, 1, 0, 1, 1]]).bool()
-PAIRS = MASK[:, :, None] & MASK[:, None, :]
+MASK_BLT = torch.stack([MASK, MASK.roll(1, 1), torch.zeros_like(MASK)], 1)
+PAIRS_BLTT = MASK_BLT[..., :, None] & MASK_BLT[..., None, :]
 CAUSAL = torch.ones(6, 6).tril().bool()
 
 
@@ -30,14 +31,14 @@ def test_attention_kl_equals_the_dense_form():
     query = torch.randn(2, 3, 4, 6, 5, requires_grad=True)
     own = torch.randn(2, 3, 2, 6, 5, requires_grad=True)
     target = torch.randn(2, 3, 2, 6, 5)
-    got = attention_kl(query, own, target, MASK)
-    assert got.shape == (2, 6)
-    expected = torch.zeros(2, 6)
+    got = attention_kl(query, own, target, MASK_BLT)
+    expected = []
     for layer in range(3):
         q = query[:, layer]
         k, k_target = (x[:, layer].repeat_interleave(2, dim=1) for x in (own, target))
         logits, wanted = (q @ k.mT) / 5**0.5, (q.detach() @ k_target.mT) / 5**0.5
-        expected = expected + kl_rows(wanted, logits, PAIRS & CAUSAL).mean(1) / 3
+        expected.append(kl_rows(wanted, logits, PAIRS_BLTT[:, layer] & CAUSAL).mean(1))
+    expected = torch.stack(expected, 1)
     torch.testing.assert_close(got, expected)
     mine = torch.autograd.grad(got.sum(), [query, own], retain_graph=True)
     theirs = torch.autograd.grad(expected.sum(), [query, own])
@@ -47,12 +48,13 @@ def test_attention_kl_equals_the_dense_form():
 
 def test_equal_keys_have_no_divergence_and_masked_queries_score_zero():
     query, key = torch.randn(2, 1, 2, 6, 4), torch.randn(2, 1, 2, 6, 4)
-    got = attention_kl(query, key, key, MASK)
-    torch.testing.assert_close(got, torch.zeros(2, 6), atol=1e-6, rtol=0)
-    other = attention_kl(query, key, torch.randn_like(key), MASK)
-    assert not other[~MASK].any()
-    assert bool((other[MASK] >= -1e-6).all())
-    nothing = torch.zeros_like(MASK)
+    mask = MASK[:, None]
+    got = attention_kl(query, key, key, mask)
+    torch.testing.assert_close(got, torch.zeros(2, 1, 6), atol=1e-6, rtol=0)
+    other = attention_kl(query, key, torch.randn_like(key), mask)
+    assert not other[~mask].any()
+    assert bool((other[mask] >= -1e-6).all())
+    nothing = torch.zeros_like(mask)
     key.requires_grad_()
     empty = attention_kl(query, key, torch.randn_like(key), nothing)
     empty.sum().backward()
@@ -65,15 +67,16 @@ def test_relations_equal_the_dense_form_whatever_the_widths(num_relations):
     torch.manual_seed(0)
     own = torch.randn(2, 3, 2, 6, 5, requires_grad=True)
     teacher = torch.randn(2, 3, 3, 6, 4)
-    got = relation_error(own, teacher, MASK, num_relations)
-    expected = torch.zeros(2, 6)
+    got = relation_error(own, teacher, MASK_BLT, num_relations)
+    expected = []
     for layer in range(3):
         logits = []
         for x in (teacher, own):
             joined = torch.cat(list(x[:, layer].unbind(1)), dim=-1)
             cut = torch.stack(joined.chunk(num_relations, dim=-1), dim=1)
             logits.append(cut @ cut.mT / cut.shape[-1] ** 0.5)
-        expected = expected + kl_rows(*logits, PAIRS).mean(1) / 3
+        expected.append(kl_rows(*logits, PAIRS_BLTT[:, layer]).mean(1))
+    expected = torch.stack(expected, 1)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(
         torch.autograd.grad(got.sum(), own, retain_graph=True)[0],
@@ -88,7 +91,8 @@ def test_relations_ignore_a_rotation_of_the_teacher():
     own, teacher = torch.randn(2, 1, 1, 6, 8), torch.randn(2, 1, 1, 6, 8)
     turn = torch.linalg.qr(torch.randn(8, 8)).Q
     torch.testing.assert_close(
-        relation_error(own, teacher, MASK, 1), relation_error(own, teacher @ turn, MASK, 1)
+        relation_error(own, teacher, MASK[:, None], 1),
+        relation_error(own, teacher @ turn, MASK[:, None], 1),
     )
 
 
@@ -103,4 +107,4 @@ def test_hidden_error_against_its_definition():
 def test_errors():
     x = torch.zeros(2, 1, 2, 6, 4)
     with pytest.raises(GeometryError, match="a multiple of 3 relation heads"):
-        relation_error(x, x, MASK, 3)
+        relation_error(x, x, MASK[:, None], 3)

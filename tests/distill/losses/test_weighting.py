@@ -8,8 +8,8 @@ import torch
 from kvdistill.config.distill import LossConfig
 from kvdistill.distill.losses.weighting import (
     annealed_scale,
-    num_covered,
     reduce_tokens,
+    sum_served,
     weighted_sum,
 )
 
@@ -31,11 +31,14 @@ def test_reduction_of_nothing_is_zero_and_masked_nan_is_not_read():
 
 
 def test_only_losses_against_teachers_are_annealed_and_counted_as_kv():
-    losses = LossConfig(key=2.0, value=3.0, cross_entropy=5.0, inject=7.0)
-    parts = {name: torch.tensor(1.0) for name in ("cross_entropy", "key", "value", "inject")}
-    loss, kv = weighted_sum(parts, losses, 0.5)
-    assert float(kv) == 0.5 * (2 + 3)
-    assert float(loss) == 5 + 7 + 0.5 * (2 + 3)
+    """A router's entropy and the shared space's round trip compare the student with no teacher."""
+    annealed = {"key": 2, "value": 3, "cosine": 4, "attention_kl": 5, "relation": 6, "codi": 7}
+    constant = {"cross_entropy": 5, "rationale": 8, "inject": 7, "entropy": 9, "round_trip": 10}
+    parts = {name: torch.tensor(1.0) for name in annealed | constant}
+    loss, kv = weighted_sum(parts, LossConfig.model_validate(annealed | constant), 0.5)
+    assert float(kv) == 0.5 * sum(annealed.values())
+    assert float(loss) == sum(constant.values()) + 0.5 * sum(annealed.values())
+    assert {*annealed, *constant} == LossConfig().weights().keys()
 
 
 def test_without_teachers_the_kv_share_is_zero():
@@ -45,12 +48,13 @@ def test_without_teachers_the_kv_share_is_zero():
     assert (float(loss), float(kv)) == (6.0, 0.0)
 
 
-def test_a_token_is_counted_once_however_many_teachers_cover_it():
-    one, two = torch.tensor([[True, True, False]]), torch.tensor([[False, True, False]])
-    batch = {"labels": torch.zeros(1, 3, dtype=torch.long)}
-    teachers = {"a": {"covered": one}, "b": {"covered": two}}
-    assert int(num_covered({**batch, "teachers": teachers})) == 2
-    assert int(num_covered({**batch, "teachers": {}})) == 0
+def test_a_weight_of_zero_is_a_mask():
+    errors = torch.tensor([[[1.0, torch.nan], [3.0, 4.0]]], requires_grad=True)
+    weight = torch.tensor([[[0.5, 0.0], [0.0, 2.0]]])
+    total = sum_served(errors, weight)
+    total.backward()
+    assert float(total) == 8.5
+    assert torch.equal(errors.grad, weight)
 
 
 def test_weights_are_kept_where_nothing_is_annealed():

@@ -29,7 +29,7 @@ def step(student: Any, capture: KVCapture, *, inside: bool = False) -> dict[str,
     heads = capture.geometry.shapes["key"]
     given = [torch.randn(2, 2, heads.num_heads, 9, heads.head_dim)] * 2
     given = [x.requires_grad_() for x in given]
-    gate, mask = InjectionGate(2), (torch.arange(9) < 4)[None].expand(2, -1)
+    gate, mask = InjectionGate(2), (torch.arange(9) < 4).expand(2, 2, 9)
     for parameter in student.parameters():
         parameter.grad = None
     torch.manual_seed(2)  # dropout of GPT-2

@@ -44,7 +44,7 @@ def model(request):
 def test_own_keys_and_values_change_nothing(model):
     ids = torch.randint(0, 50, (2, 9))
     logits, key, value = run(model, ids)
-    with injecting(KVCapture(model), key, value, torch.ones(2, 9).bool()):
+    with injecting(KVCapture(model), key, value, torch.ones(2, 2, 9).bool()):
         again = model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(again, logits)
 
@@ -56,7 +56,7 @@ def test_another_texts_prompt_can_be_put_in(model):
     other[:, 5:] = ids[:, 5:]
     wanted, key, value = run(model, other)
     plain = model(input_ids=ids, use_cache=False).logits
-    prompt = (torch.arange(9) < 5)[None]
+    prompt = (torch.arange(9) < 5).expand(1, 2, 9)
     with injecting(KVCapture(model), key, value, prompt):
         got = model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(got[:, 5:], wanted[:, 5:], atol=1e-5, rtol=1e-4)
@@ -72,7 +72,7 @@ def test_gradients_reach_what_is_given_and_the_gate_but_not_masked_tokens():
     _, key, value = run(model, ids)
     key, value = (torch.randn_like(x).requires_grad_() for x in (key, value))
     gate = InjectionGate(2)
-    mask = (torch.arange(6) < 3)[None]
+    mask = (torch.arange(6) < 3).expand(1, 2, 6)
     with injecting(KVCapture(model), key, value, mask, gate):
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     for x in (key, value):
@@ -95,7 +95,7 @@ def test_a_router_trained_by_injection_votes_a_noise_teacher_out():
     capture, router = KVCapture(model), Router("mlp", 2, 4)
     meaning = torch.randn(2, 6, 2, 2, 1, 8)  # per kind and word: what the teacher makes of it
     optimizer = torch.optim.Adam([*model.parameters(), *router.parameters()], 0.01)
-    covered = torch.tensor([[[True, False]]]).expand(2, 32, 2)
+    covered = torch.tensor([True, False]).expand(2, 32, 2, 2)
     for _ in range(120):
         word = torch.randint(0, 6, (32,))
         alpha = renormalise(router(torch.randn(32, 4)), covered)
@@ -125,6 +125,6 @@ def test_a_teachers_own_shape_is_refused():
     wrong = torch.zeros(1, 2, 4, 6, 8)
     with (
         pytest.raises(GeometryError, match=r"expected a key \[B, 2, 2, T, 8\]"),
-        injecting(capture, wrong, wrong, torch.ones(1, 6).bool()),
+        injecting(capture, wrong, wrong, torch.ones(1, 2, 6).bool()),
     ):
         pass

@@ -31,7 +31,6 @@ from kvdistill.distill.losses.pointwise import (
     hidden_error,
     num_predicted,
 )
-from kvdistill.distill.losses.weighting import num_covered
 from kvdistill.distill.student.latent.model import LatentStudent
 from kvdistill.distill.targets import GroupSpace
 from kvdistill.errors import ConfigError
@@ -153,10 +152,9 @@ class LatentDistiller(Distiller):
         """Capture of the language model inside the student."""
         return KVCapture(student.backbone)
 
-    @staticmethod
-    def count(batch: Batch) -> dict[str, Tensor]:
+    def count(self, batch: Batch) -> dict[str, Tensor]:
         """As ``Distiller.count``, with labels of the full text and samples for the CODI term."""
-        counts = {"num_labels": num_predicted(batch["labels"]), "num_covered": num_covered(batch)}
+        counts = super().count(batch)
         if "rationale_labels" in batch:
             counts["num_words"] = num_predicted(batch["rationale_labels"])
         counts["num_samples"] = _answered(batch).sum()
