@@ -30,7 +30,7 @@ from kvdistill.config.distill import AlignmentConfig, FusionConfig, LossConfig, 
 from kvdistill.distill.align.band import band_of
 from kvdistill.distill.data.collate import Batch
 from kvdistill.distill.fuse.fusion_weights import FusionWeights
-from kvdistill.distill.fuse.weights import Mixture, entropy, fuse, mean_weights
+from kvdistill.distill.fuse.weights import ServedWeights, entropy, fuse, mean_weights
 from kvdistill.distill.kv_losses import fused_errors, teacher_errors
 from kvdistill.distill.losses.absorption import explained_variance, target_variance
 from kvdistill.distill.losses.attention_maps import AttentionMaps
@@ -229,7 +229,7 @@ class Distiller(nn.Module):
             parts["inject"] = self._inject(batch, projected, mixture, counts)
         return parts, self._figures(targets, fused, alpha, parts, counts) if figures else {}
 
-    def _entropy(self, mixture: Mixture, counts: Counts) -> Tensor:
+    def _entropy(self, mixture: ServedWeights, counts: Counts) -> Tensor:
         """Mean entropy of the router where it has a choice, before dropout takes it away."""
         sign = 1.0 if self.fusion.entropy == "specialized" else -1.0
         contested_BLT = (mixture.serves_NBLT.sum(0) > 1).float()
@@ -369,7 +369,7 @@ class Distiller(nn.Module):
         self,
         batch: Batch,
         projected: Mapping[Kind, list[Tensor]],
-        mixture: Mixture,
+        mixture: ServedWeights,
         counts: Counts,
     ) -> Tensor:
         """Cross-entropy of what follows when the student runs on the decoders' fused KV.

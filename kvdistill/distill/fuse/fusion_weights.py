@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from kvdistill.config.distill import FusionConfig
 from kvdistill.distill.data.collate import Batch
 from kvdistill.distill.fuse.router import Router
-from kvdistill.distill.fuse.weights import Mixture, fixed_weights
+from kvdistill.distill.fuse.weights import ServedWeights, fixed_weights
 from kvdistill.distill.targets import TeacherSpace
 from kvdistill.errors import ConfigError
 from kvdistill.types import Similarity
 
 
 class FusionWeights(nn.Module):
-    """The ``Mixture`` of a batch: which teachers serve what, and with which weights."""
+    """Which teachers serve what in a batch, and with which weights."""
 
     def __init__(
         self,
@@ -68,14 +68,14 @@ class FusionWeights(nn.Module):
         """Whether ``forward`` reads the student's hidden states."""
         return self.router is not None
 
-    def forward(self, batch: Batch, hidden_BTE: Tensor | None) -> Mixture:
+    def forward(self, batch: Batch, hidden_BTE: Tensor | None) -> ServedWeights:
         """The weights of a batch. ``hidden_BTE``: the last hidden state, where ``needs_hidden``."""
         serves, kept = self.serving(batch), None
         if self.training and self.config.teacher_dropout:
             draw = torch.rand(serves.shape[:2], device=serves.device)
             kept = draw >= self.config.teacher_dropout
         teachers = [batch["teachers"][name] for name in self.names]
-        return Mixture(self._raw(batch, teachers, hidden_BTE), serves, kept)
+        return ServedWeights(self._raw(batch, teachers, hidden_BTE), serves, kept)
 
     def serving(self, batch: Batch) -> Tensor:
         """Where each teacher serves, before any dropout: ``[N, B, L, T]`` bool."""

@@ -28,7 +28,7 @@ def fixed_weights(weights: Sequence[float]) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Mixture:
+class ServedWeights:
     """What the fusion weights of a batch follow from."""
 
     raw_NBLT: Tensor
