@@ -236,6 +236,7 @@ BART: Final = (
     _BART_DECODER,
     replace(_BART_DECODER, name="BART cross", attention="encoder_attn", stream="cross"),
 )
+T5GEMMA_CROSS: Final = replace(BART[2], name="T5Gemma cross", attention="cross_attn")
 
 _T5 = replace(_BART, attention="layer.0.SelfAttention", taps=("q", "k", "v"))
 _T5_DECODER = replace(_T5, name="T5 decoder", layers="decoder.block", stream="decoder")
@@ -302,7 +303,9 @@ def adapters_for(model: Any, stream: Stream | None = None) -> list[Adapter]:
     """
     model_type = model.config.get_text_config().model_type
     known = known_adapters(model)
-    streams = {adapter.stream: adapter for adapter in known}
+    if not known and model.config.is_encoder_decoder:
+        known = (*BART, T5GEMMA_CROSS, *T5)
+    streams = dict.fromkeys(adapter.stream for adapter in known)
     if "self" in streams or not known:
         if stream is not None:
             raise AdapterError(
@@ -316,4 +319,4 @@ def adapters_for(model: Any, stream: Stream | None = None) -> list[Adapter]:
             f"model type {model_type!r} is an encoder-decoder; set its `stream` to one of "
             f"{', '.join(streams)}"
         )
-    return [streams[stream]]
+    return [adapter for adapter in known if adapter.stream == stream]

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kvdistill.attention.adapters import QKV, Adapter, adapters_for
+from kvdistill.attention.fitting import Verified, first_fitting
 from kvdistill.attention.geometry import HeadShape, StudentGeometry, text_model
 from kvdistill.attention.hooks import Site, attached, capture, find_sites
-from kvdistill.attention.verification import Verified, first_fitting
 from kvdistill.errors import AdapterError, StudentError
 from kvdistill.types import KINDS, Kind
 
@@ -32,6 +32,9 @@ student attends to."""
 _FITTING: Final[WeakKeyDictionary[nn.Module, Adapter]] = WeakKeyDictionary()
 """The verified adapter of every student in memory. Its modules are located anew each time, since
 LoRA replaces them."""
+
+
+_NOT_CAUSAL: Final = "an encoder cannot be a student; choose a causal language model"
 
 
 def verify_student(student: Any) -> Verified:
@@ -49,6 +52,8 @@ def verify_student(student: Any) -> Verified:
         student.eval()
         try:
             verified = first_fitting(base, _student_adapters(base))
+            if verified.kind != "decoder":
+                raise AdapterError(_NOT_CAUSAL)
             _FITTING[base] = verified.adapter
             return verified
         except AdapterError as error:
@@ -62,7 +67,7 @@ def _student_adapters(base: Any) -> list[Adapter]:
     """The model type's own adapter, or every decoder's for an unknown type."""
     decoders = [adapter for adapter in adapters_for(base) if adapter.kind == "decoder"]
     if not decoders:
-        raise AdapterError("an encoder cannot be a student; choose a causal language model")
+        raise AdapterError(_NOT_CAUSAL)
     return decoders
 
 

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from kvdistill.attention.adapters import QKV, Adapter, adapters_for, known_adapters, separate
+from kvdistill.attention.adapters import QKV, Adapter, separate
 from kvdistill.attention.attention_rule import AttentionRule, MaskRule, OwnBias, fit_rule
 from kvdistill.attention.geometry import VerifiedLayer
 from kvdistill.attention.hooks import (
@@ -30,12 +29,10 @@ from kvdistill.attention.hooks import (
     Site,
     attention_probe,
     capture,
-    find_sites,
 )
 from kvdistill.attention.rotary import placements, rotary_candidates, rotate, unrotate
-from kvdistill.errors import AdapterError, TeacherError
+from kvdistill.errors import AdapterError
 from kvdistill.store.manifest import RotarySpec
-from kvdistill.types import Stream
 
 TOLERANCE: Final = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest difference, relative to the largest entry, that rounding explains."""
@@ -43,58 +40,10 @@ PROBE_TOKENS: Final = 13
 """Length of the verification run; prime, so that no other axis is mistaken for the token axis."""
 
 
-@dataclass(frozen=True, eq=False)
-class Verified:
-    """The adapter that fits a model, and what was measured with it."""
-
-    adapter: Adapter
-    sites: list[Site]
-    skipped: dict[int, str]
-    """Layers without attention, and why."""
-    layers: list[VerifiedLayer]
-
-
-def fit_adapter(name: str, model: Any, stream: Stream | None) -> Verified:
-    """Verify the adapters that may fit a teacher and return the first that does, else its cache.
-
-    Raises:
-        TeacherError: none fits; the message is about the likeliest.
-    """
-    try:
-        adapters = adapters_for(model, stream)
-    except AdapterError as error:
-        raise TeacherError(f"teacher {name!r}: {error}") from None
-    try:
-        return first_fitting(model, adapters)
-    except AdapterError as error:
-        if known_adapters(model) or model.config.is_encoder_decoder:
-            raise TeacherError(f"teacher {name!r}: {error}") from None
-    try:
-        layers, without = verify_cache(model)
-    except AdapterError as error:
-        raise TeacherError(f"teacher {name!r}: {error}") from None
-    return Verified(CACHE, [], without, layers)
-
-
-def first_fitting(model: Any, adapters: Sequence[Adapter]) -> Verified:
-    """Verify adapters on a model in turn and return the first that fits.
-
-    Raises:
-        AdapterError: none fits; the message is about the first.
-    """
-    problems: list[str] = []
-    for adapter in adapters:
-        try:
-            sites, skipped = find_sites(model, adapter)
-            return Verified(adapter, sites, skipped, verify_adapter(model, sites))
-        except (AdapterError, RuntimeError) as error:
-            # RuntimeError: tensors of an unknown model type need not split as the adapter cuts.
-            problems.append(" ".join(str(error).split()))
-    raise AdapterError(problems[0] if problems else f"no adapter to try on {type(model).__name__}")
-
-
 def verify_adapter(model: Any, sites: Sequence[Site]) -> list[VerifiedLayer]:
     """Run a few tokens through a model and compare taps and attention inputs at every site.
+
+    Layers whose attention runs without their own keys and values (Gemma 3n) are left out.
 
     Raises:
         AdapterError: a layer's tapped tensors are not what its attention is given.
@@ -105,7 +54,9 @@ def verify_adapter(model: Any, sites: Sequence[Site]) -> list[VerifiedLayer]:
         _run_probe(model)
     verified = []
     for site in sites:
-        if site.layer_idx not in seen or site.layer_idx not in tapped:
+        if site.layer_idx in seen and site.layer_idx not in tapped:
+            continue
+        if site.layer_idx not in seen:
             raise AdapterError(
                 f"layer {site.layer_idx}: the attention product of {type(site.attention).__name__} "
                 "was not observed; it runs neither through transformers' AttentionInterface nor "
@@ -113,23 +64,30 @@ def verify_adapter(model: Any, sites: Sequence[Site]) -> list[VerifiedLayer]:
             )
         compared = tapped[site.layer_idx], seen[site.layer_idx], rotations[site.layer_idx]
         verified.append(_compare_layer(site, sites, *compared))
+    if not verified:
+        raise AdapterError(f"no layer of {type(model).__name__} computes keys and values")
     return verified
 
 
 @torch.no_grad()
 def _run_probe(model: Any) -> None:
     """A pass over a few random tokens, through every stream of the model."""
-    inputs = {"input_ids": _probe_ids(model)}
+    inputs = {"input_ids": probe_ids(model)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"][:, :-2]
     model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), use_cache=False)
 
 
-def _probe_ids(model: Any) -> Tensor:
-    vocab_size = model.config.get_text_config().vocab_size
+def probe_ids(model: Any) -> Tensor:
+    """Ids that all differ and are ordinary tokens: ``[1, PROBE_TOKENS]``."""
+    config = model.config.get_text_config()
+    named = {**model.config.to_dict(), **config.to_dict()}
+    special = {v for k, v in named.items() if k.endswith(("token_id", "token_index"))}
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocab_size, (1, PROBE_TOKENS), generator=generator)
-    return ids.to(model.get_input_embeddings().weight.device)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    order = torch.randperm(min(vocab_size, config.vocab_size), generator=generator).tolist()
+    ids = [i for i in order if i not in special][:PROBE_TOKENS]
+    return torch.tensor([ids], device=model.get_input_embeddings().weight.device)
 
 
 def _compare_layer(
@@ -246,14 +204,16 @@ def forward_through_cache(
     attention_mask: Tensor,
     layers: Sequence[VerifiedLayer],
     on_layer: OnLayer,
+    *,
+    position: int = 0,
 ) -> Tensor:
     """One pass over right-padded ``[B, T]`` with a cache, handed out layer by layer afterwards.
 
     Returns the final hidden state. A cache holds no queries: ``on_layer`` receives the keys in
     their place, so nothing that needs queries may be computed from this.
     """
-    output, cache = _run_with_cache(model, input_ids, attention_mask, position=0)
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    output, cache = _run_with_cache(model, input_ids, attention_mask, position)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device) + position
     for layer in layers:
         key, value = _cache_entry(cache, layer.layer_idx)
         if layer.rotary is not None:
@@ -281,7 +241,7 @@ def verify_cache(model: Any) -> tuple[list[VerifiedLayer], dict[int, str]]:
             f"{unfit} it takes no position_ids, without which an un-rotated cache cannot be "
             "verified"
         )
-    ids = _probe_ids(model)
+    ids = probe_ids(model)
     mask = torch.ones_like(ids)
     (_, here), (_, there) = (_run_with_cache(model, ids, mask, position=p) for p in (0, SHIFT))
     verified, skipped = [], {}
@@ -300,6 +260,8 @@ def verify_cache(model: Any) -> tuple[list[VerifiedLayer], dict[int, str]]:
         verified.append(layer)
     if not verified:
         raise AdapterError(f"{unfit} its cache holds no keys")
+    for layer_idx in range(len(here.layers), model.config.get_text_config().num_hidden_layers):
+        skipped[layer_idx] = "no cache of its own: it attends to keys and values of another layer"
     return verified, skipped
 
 

@@ -29,7 +29,6 @@ from kvdistill.extract.teacher import Teacher
 from kvdistill.extract.tokenise import (
     TeacherBatch,
     TokenisedSample,
-    batch_by_tokens,
     collate_teacher_batch,
 )
 from kvdistill.store.channel_statistics import ChannelStatistics
@@ -77,7 +76,7 @@ def extract_samples(
     tokenised, truncated, skipped = _tokenise(teacher, samples, long_text)
     table = token_table(samples, tokenised)
     packer = ShardPacker(teacher.manifest, teacher.layers, table)
-    for sample_idx in batch_by_tokens([sample.num_tokens for sample in tokenised], batch_tokens):
+    for sample_idx in teacher.batches([sample.num_tokens for sample in tokenised], batch_tokens):
         _run_batch(teacher, tokenised, sample_idx, packer)
         if on_batch is not None:
             on_batch(sum(tokenised[i].num_tokens for i in sample_idx))

@@ -26,7 +26,6 @@ from kvdistill.config.extraction import GenerateConfig
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
 from kvdistill.extract.teacher import Teacher, max_positions
-from kvdistill.extract.tokenise import batch_by_tokens
 from kvdistill.types import SegmentName
 
 
@@ -102,7 +101,7 @@ def _batches(
             groups.setdefault(max(0, length + max_new_tokens - positions), []).append(i)
     for group in groups.values():
         steps = max(budgets[i] for i in group)
-        for batch in batch_by_tokens([lengths[i] + steps for i in group], batch_tokens):
+        for batch in teacher.batches([lengths[i] + steps for i in group], batch_tokens):
             chosen = [group[i] for i in batch]
             yield chosen, [budgets[i] for i in chosen]
 

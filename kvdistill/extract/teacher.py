@@ -11,7 +11,7 @@ input (a plain text is the input of both).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
@@ -22,10 +22,12 @@ from torch import Tensor
 from kvdistill import provenance
 from kvdistill.attention.adapters import Adapter
 from kvdistill.attention.attention_rule import unexplained
+from kvdistill.attention.behaviour import UNLIMITED, BatchRule
+from kvdistill.attention.fitting import Verified, fit_adapter
 from kvdistill.attention.geometry import VerifiedLayer
 from kvdistill.attention.hooks import OnLayer, Site, capture
 from kvdistill.attention.tokens import padding_id
-from kvdistill.attention.verification import CACHE, Verified, fit_adapter, forward_through_cache
+from kvdistill.attention.verification import CACHE, forward_through_cache
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.extraction import ExtractionConfig, GenerateConfig, TeacherConfig
 from kvdistill.corpus.samples import Sample
@@ -43,7 +45,13 @@ from kvdistill.extract.prompt_template import (
     chat_template,
     parse_template,
 )
-from kvdistill.extract.tokenise import Bos, PromptTokenizer, TeacherBatch, TokenisedSample
+from kvdistill.extract.tokenise import (
+    Bos,
+    PromptTokenizer,
+    TeacherBatch,
+    TokenisedSample,
+    batch_by_tokens,
+)
 from kvdistill.store.manifest import TeacherManifest
 from kvdistill.types import LayerGroup
 
@@ -59,6 +67,8 @@ class Teacher:
     manifest: TeacherManifest
     max_length: int | None
     """Most tokens of a text: the model's positions, or the config's limit if that is less."""
+    rule: BatchRule = UNLIMITED
+    """Which texts may share a batch."""
     causal_lm: Any = None
     """The model with its head, where it generates its own rationales."""
     generate: GenerateConfig | None = None
@@ -83,6 +93,11 @@ class Teacher:
     def pad_id(self) -> int:
         """Token id of padding, which is masked."""
         return padding_id(self.tokenizer, self.num_embeddings)
+
+    def batches(self, lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+        """``batch_by_tokens``, so that no text changes how another one is read."""
+        budget = 1 if self.rule.alone else batch_tokens
+        return batch_by_tokens(lengths, budget, self.rule.padded_to)
 
     def tokenise(
         self, samples: Sequence[Sample], max_length: int | None = None
@@ -182,7 +197,8 @@ def load_teacher(name: str, experiment: Experiment) -> Teacher:
     whole, missing = load_teacher_model(name, config, torch.device(device))
     model = whole if config.generate is None else whole.base_model
     prompt_tokenizer = _prompt_tokenizer(name, config, model)
-    verified = fit_adapter(name, model, config.stream)
+    longest = max_positions(model, extraction.max_length)
+    verified = fit_adapter(name, model, config.stream, longest)
     chosen = _chosen_layers(name, config, verified.layers)
     layers = tuple(layer for layer in verified.layers if layer.layer_idx in chosen)
     _refuse_unavailable(name, extraction, model, verified)
@@ -198,7 +214,8 @@ def load_teacher(name: str, experiment: Experiment) -> Teacher:
         tuple(site for site in verified.sites if site.layer_idx in chosen),
         layers,
         _manifest(name, experiment, model, verified, layers=layers, **fingerprints),
-        max_positions(model, extraction.max_length),
+        longest,
+        verified.batches,
         None if config.generate is None else whole,
         config.generate,
     )
@@ -286,7 +303,7 @@ def _manifest(
         model=config.model,
         revision=config.revision,
         model_type=model.config.model_type,
-        kind=adapter.kind,
+        kind=verified.kind,
         stream=adapter.stream,
         **fingerprints,
         extraction_fingerprint=experiment.extraction_fingerprint(name),
@@ -299,7 +316,7 @@ def _manifest(
         kept_heads=config.heads,
         eviction=config.eviction,
         skipped_layers=verified.skipped,
-        position_encoding=_position_encoding(model, verified.layers),
+        position_encoding=_position_encoding(verified),
         rotary={layer.layer_idx: layer.rotary for layer in layers if layer.rotary is not None},
         key_norm=adapter.key_norm,
         hidden_size=model.config.get_text_config().hidden_size,
@@ -330,16 +347,13 @@ def _layer_groups(
 
 
 def _position_encoding(
-    model: Any, layers: Sequence[VerifiedLayer]
+    verified: Verified,
 ) -> Literal["rotary", "absolute", "relative", "none"]:
-    if any(layer.rotary is not None for layer in layers):
+    if any(layer.rotary is not None for layer in verified.layers):
         return "rotary"
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    if names & {"wpe", "position_embeddings", "embed_positions", "embed_position"}:
+    if verified.behaviour.absolute_positions:
         return "absolute"
-    config = model.config.get_text_config()
-    is_relative = "relative_attention_bias" in names or getattr(config, "alibi", False)
-    return "relative" if is_relative else "none"
+    return "relative" if any(x.bias is not None for x in verified.layers) else "none"
 
 
 def max_positions(model: Any, limit: int | None) -> int | None:

@@ -217,18 +217,24 @@ class TeacherBatch:
         return _length_mask(self.source_ids, self.source_lengths).long()
 
 
-def batch_by_tokens(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def batch_by_tokens(
+    lengths: Sequence[int], batch_tokens: int, padded_to: int | None = None
+) -> Iterator[list[int]]:
     """Positions of samples per batch, longest first; at most ``batch_tokens`` with padding.
 
     Longest first, so that running out of memory happens at once and not after an hour. Samples
-    without tokens are in no batch; one that exceeds the budget is a batch of its own.
+    without tokens are in no batch; one that exceeds the budget is a batch of its own. Samples of
+    more than ``padded_to`` tokens share a batch with samples of their own length only.
     """
     order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i])
     start = 0
     while start < len(order):
-        count = max(1, batch_tokens // lengths[order[start]])
-        yield order[start : start + count]
-        start += count
+        longest = lengths[order[start]]
+        batch = order[start : start + max(1, batch_tokens // longest)]
+        if padded_to is not None and longest > padded_to:
+            batch = [i for i in batch if lengths[i] == longest]
+        yield batch
+        start += len(batch)
 
 
 def collate_teacher_batch(

@@ -14,10 +14,11 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
 from kvdistill.attention.adapters import QKV, adapters_for
+from kvdistill.attention.fitting import first_fitting
 from kvdistill.attention.geometry import VerifiedLayer
 from kvdistill.attention.hooks import capture, find_sites
 from kvdistill.attention.rotary import rotate, unrotate
-from kvdistill.attention.verification import first_fitting, verify_adapter
+from kvdistill.attention.verification import verify_adapter
 from kvdistill.errors import AdapterError
 from kvdistill.types import Stream
 from tests.attention.families import DECODERS, ENCODER_DECODERS, ENCODERS

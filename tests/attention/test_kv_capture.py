@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from kvdistill.attention.adapters import PLAIN
+from kvdistill.attention.fitting import fit_adapter
 from kvdistill.attention.geometry import text_model
 from kvdistill.attention.kv_capture import KVCapture, verify_student
-from kvdistill.attention.verification import fit_adapter
 from kvdistill.errors import StudentError
 from kvdistill.types import KINDS, Kind
 from tests.attention.families import DECODERS

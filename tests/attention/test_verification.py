@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from kvdistill.attention import verification
+from kvdistill.attention import fitting
 from kvdistill.attention.adapters import QKV
+from kvdistill.attention.fitting import fit_adapter
 from kvdistill.attention.geometry import VerifiedLayer
 from kvdistill.attention.hooks import PROBE_KERNEL, capture
 from kvdistill.attention.rotary import rotate
-from kvdistill.attention.verification import CACHE, fit_adapter, forward_through_cache
+from kvdistill.attention.verification import CACHE, forward_through_cache
 from kvdistill.errors import TeacherError
 from kvdistill.pipelines.extract import extract
 from kvdistill.store.reader import KVStore
@@ -137,8 +138,8 @@ def stranger(name: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tupl
     model_type, own = DECODERS[name]
     model = tiny_model(model_type, **{**own, **options})
     known = fit_adapter("t", model, None)
-    monkeypatch.setattr(verification, "adapters_for", lambda *args: [])
-    monkeypatch.setattr(verification, "known_adapters", lambda model: ())
+    monkeypatch.setattr(fitting, "adapters_for", lambda *args: [])
+    monkeypatch.setattr(fitting, "known_adapters", lambda model: ())
     return model, known
 
 
