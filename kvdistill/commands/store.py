@@ -15,7 +15,7 @@ from kvdistill.config.load import load_experiment
 from kvdistill.errors import ConfigError, ShardCorrupt, StoreMismatch
 from kvdistill.pipelines.inspect import check_store, dask_scheduler, inspect_teacher
 from kvdistill.store.maintenance import convert_store, merge_stores, remove_teacher, repair_store
-from kvdistill.store.prototypes import lacks_prototypes, make_prototypes
+from kvdistill.store.prototypes import teacher_prototypes
 from kvdistill.store.reader import KVStore
 from kvdistill.text import format_bytes, format_duration
 from kvdistill.types import KINDS
@@ -232,11 +232,11 @@ def merge_command(target: Path, sources: tuple[Path, ...], prototypes: int) -> N
     for name in opened.teachers():
         missing = opened.missing(name)
         state = f"{len(missing)} shards missing" if missing else "complete"
-        if lacks_prototypes(opened, name):
-            make_prototypes(opened, name, prototypes)
-            state += ", prototypes made"
-        elif missing and opened.teacher(name).has_summaries:
-            state += "; its prototypes need all of them"
+        if opened.teacher(name).has_summaries:
+            if missing:
+                state += "; its prototypes need all of them"
+            else:
+                teacher_prototypes(opened, name, prototypes)
         click.echo(f"  {name}: {state}")
 
 

@@ -32,7 +32,7 @@ from kvdistill.errors import ConfigError
 from kvdistill.store.codecs import CODECS
 from kvdistill.store.format import group_prefix
 from kvdistill.store.manifest import TeacherManifest
-from kvdistill.store.prototypes import read_prototypes
+from kvdistill.store.prototypes import teacher_prototypes
 from kvdistill.store.reader import KVStore
 from kvdistill.types import KINDS, CodecSpec, Kind, TimeMethod
 
@@ -98,12 +98,12 @@ class TeacherSpace:
 
 
 def teacher_space(
-    store: KVStore, name: str, mapping: LayerMap, fusion: FusionConfig
+    store: KVStore, name: str, mapping: LayerMap, fusion: FusionConfig, num_prototypes: int = 8
 ) -> TeacherSpace:
     """Shapes, statistics and prototypes of one stored teacher under a layer map.
 
     Raises:
-        ShardNotFound: fusion by similarity, but the teacher has no prototypes.
+        ShardNotFound: fusion by similarity, but the teacher has no summaries.
     """
     manifest = store.teacher(name)
     stored = store.statistics(name)
@@ -123,7 +123,7 @@ def teacher_space(
         groups.append(GroupSpace(prefix, student_layers, part, shapes, statistics))
     prototypes = None
     if fusion.method == "similarity":
-        found = read_prototypes(store, name)[fusion.prototypes]
+        found = teacher_prototypes(store, name, num_prototypes)[fusion.prototypes]
         prototypes = torch.from_numpy(found).reshape(-1, found.shape[-1])
     stack = manifest.kind if manifest.stream == "self" else manifest.stream
     return TeacherSpace(name, manifest.codec, tuple(groups), stack == "decoder", prototypes)

@@ -26,7 +26,7 @@ from kvdistill.extract.extract_shard import ExtractedShard, extract_samples
 from kvdistill.extract.teacher import Teacher, load_teacher
 from kvdistill.pipelines.extract_tasks import is_extracted, prepare_store
 from kvdistill.slurm.heartbeat import job_element
-from kvdistill.store.prototypes import make_prototypes
+from kvdistill.store.prototypes import teacher_prototypes
 from kvdistill.store.reader import KVStore
 from kvdistill.store.writer import add_teacher, publish_shard
 
@@ -219,7 +219,7 @@ def publish(
         },
     )
     if teacher.manifest.has_summaries and not store.missing(name):
-        make_prototypes(store, name, experiment.extraction.prototypes)
+        teacher_prototypes(store, name, experiment.extraction.prototypes)
     return published
 
 

@@ -2,27 +2,19 @@
 
 Each shard carries those of its own tokens, in float64 and of the values before quantisation. They
 are merged without a second pass over the data (Chan, Golub and LeVeque, Updating Formulae and a
-Pairwise Algorithm for Computing Sample Variances, 1979). The statistics of all committed shards
-are cached beside them in ``statistics.<digest>.npz``; the digest covers the shards' ids and commit
-times, so a cache is never stale, and losing it costs only another merge.
+Pairwise Algorithm for Computing Sample Variances, 1979).
 """
 
 from __future__ import annotations
 
-import contextlib
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from kvdistill.errors import GeometryError
-from kvdistill.store.format import COMMIT
 
 if TYPE_CHECKING:
     from typing import TypeVar
@@ -108,48 +100,12 @@ class ChannelStatistics:
         return ChannelStatistics(count, array[1], array[2])
 
 
-def cached_statistics(
-    folder: Path,
-    shard_ids: Sequence[str],
-    read: Callable[[str], Mapping[str, ChannelStatistics]],
+def merged_statistics(
+    shard_ids: Sequence[str], read: Callable[[str], Mapping[str, ChannelStatistics]]
 ) -> dict[str, ChannelStatistics]:
-    """Merged statistics of committed shards, from the cache if it was written for exactly these.
-
-    Args:
-        folder: of the teacher.
-        shard_ids: committed shards, in the order of the plan.
-        read: returns one shard's statistics by array name.
-    """
-    digest = xxhash.xxh3_64()
-    for shard_id in shard_ids:
-        commit = folder / "shards" / shard_id / COMMIT
-        digest.update(f"{shard_id} {commit.stat().st_mtime_ns}\n".encode())
-    path = folder / f"statistics.{digest.hexdigest()}.npz"
-    # A missing or damaged cache is computed again.
-    with (
-        contextlib.suppress(FileNotFoundError, zipfile.BadZipFile, ValueError),
-        np.load(path, allow_pickle=False) as arrays,
-    ):
-        return {
-            name.replace(".", "/"): ChannelStatistics.from_array(arrays[name])
-            for name in arrays.files
-        }
+    """Statistics of several shards together; ``read`` returns one shard's by array name."""
     merged: dict[str, ChannelStatistics] = {}
     for shard_id in shard_ids:
         for name, part in read(shard_id).items():
             merged[name] = merged[name].merge(part) if name in merged else part
-    _write_cache(path, merged)
     return merged
-
-
-def _write_cache(path: Path, statistics: Mapping[str, ChannelStatistics]) -> None:
-    """Publish a cache by one rename and delete older ones; a read-only store goes without."""
-    temporary = path.with_name(f".{uuid4().hex}.npz")
-    arrays = {name.replace("/", "."): part.to_array() for name, part in statistics.items()}
-    with contextlib.suppress(OSError):
-        np.savez(temporary, allow_pickle=False, **arrays)
-        for old in path.parent.glob("statistics.*.npz"):
-            old.unlink(missing_ok=True)
-        temporary.replace(path)
-    with contextlib.suppress(OSError):
-        temporary.unlink(missing_ok=True)

@@ -81,6 +81,10 @@ class StorePaths:
         """Provenance and geometry of one teacher."""
         return self.teacher(teacher) / TEACHER
 
+    def statistics(self, teacher: str) -> Path:
+        """Channel statistics of a teacher's committed shards; see ``derived.py``."""
+        return self.teacher(teacher) / "statistics.safetensors"
+
     def prototypes(self, teacher: str) -> Path:
         """Prototype vectors of one teacher, for routers."""
         return self.teacher(teacher) / "prototypes.safetensors"

@@ -20,10 +20,10 @@ import numpy as np
 from kvdistill.corpus.samples import Sample, Shard
 from kvdistill.errors import KVDistillError, ShardCorrupt, StoreError, StoreMismatch
 from kvdistill.store.commit import file_record, folder_records, publish_folder, staging_folder
+from kvdistill.store.derived import is_sound
 from kvdistill.store.format import COMMIT, folder_names
 from kvdistill.store.manifest import Commit
 from kvdistill.store.open_shard import open_shard
-from kvdistill.store.prototypes import copy_prototypes
 from kvdistill.store.reader import KVStore
 from kvdistill.store.shard import TokenTable
 from kvdistill.store.writer import add_teacher, check_finite, create, publish_shard
@@ -76,6 +76,9 @@ def _teacher_findings(
     folder = store.paths.shards(teacher)
     for name in sorted(folder_names(folder) - set(store.shard_ids)):
         yield Finding(teacher, name, f"{folder / name}: the plan has no such shard")
+    for path in _derived_files(store, teacher):
+        if not is_sound(path):
+            yield Finding(teacher, path.name, f"{path}: damaged; it is made again when needed")
     committed = store.committed(teacher)
     for shard_id in (name for name in shard_ids if name in committed):
         progress(teacher, shard_id)
@@ -84,6 +87,10 @@ def _teacher_findings(
                 yield Finding(teacher, shard_id, problem)
         except KVDistillError as error:
             yield Finding(teacher, shard_id, str(error))
+
+
+def _derived_files(store: KVStore, teacher: str) -> tuple[Path, Path]:
+    return store.paths.statistics(teacher), store.paths.prototypes(teacher)
 
 
 def _shard_problems(store: KVStore, teacher: str, shard_id: str) -> Iterator[str]:
@@ -141,17 +148,20 @@ def _token_problems(
 
 
 def repair_store(store: KVStore, findings: Iterable[Finding]) -> list[Path]:
-    """Move the shards with findings to the teacher's ``aside/``; returns their new paths.
+    """Move shards and derived files with findings to the teacher's ``aside/``; their new paths.
 
     Raises:
         StoreError: a folder cannot be moved.
     """
     moved = []
-    for teacher, shard_id in sorted({(f.teacher, f.shard_id) for f in findings}):
-        folder = store.paths.shards(teacher) / shard_id if teacher and shard_id else None
-        if folder is not None and folder.exists():
-            moved.append(_move_aside(folder, store.paths.aside(teacher)))
-            store.forget(teacher, shard_id)
+    for teacher, name in sorted({(f.teacher, f.shard_id) for f in findings if f.shard_id}):
+        if not teacher:
+            continue  # the corpus
+        derived = {path.name: path for path in _derived_files(store, teacher)}
+        path = derived.get(name, store.paths.shards(teacher) / name)
+        if path.exists():
+            moved.append(_move_aside(path, store.paths.aside(teacher)))
+        store.forget(teacher, name)
     return moved
 
 
@@ -175,8 +185,8 @@ def merge_stores(
 
     Files are copied byte for byte and checked against their commit before publication. Plans and
     teachers are compared before the first copy. Statistics are sums over shards and so remain
-    complete; prototypes are copied only with a whole teacher, see ``lacks_prototypes``. Records of
-    attempts and failures, and shards moved aside, are not copied.
+    complete; what is derived from shards is derived anew. Records of attempts and failures, and
+    shards moved aside, are not copied.
 
     Raises:
         StoreMismatch: another corpus, another plan, or a teacher of the same name extracted
@@ -202,7 +212,6 @@ def merge_stores(
             for shard_id in sorted(source.committed(teacher) - target.committed(teacher)):
                 progress(teacher, shard_id)
                 copied += _copy_files(source, target, teacher, shard_id)
-            copy_prototypes(source, target, teacher)
     return copied
 
 
@@ -251,7 +260,6 @@ def convert_store(
                 seconds=commit.seconds,
                 attempt=commit.attempt,
             )
-        copy_prototypes(source, target, teacher)
     return target
 
 

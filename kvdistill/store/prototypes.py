@@ -1,10 +1,8 @@
 """Prototypes: a few vectors per teacher that routers compare a sample with.
 
 They are computed from the hidden summaries that every shard carries, in the teacher's own hidden
-space and before any projection, once all shards are committed. The file is
-``teachers/<name>/prototypes.safetensors``; the computation is repeatable, so it may be replaced at
-any time. Prototypes are no sums over shards and cannot be merged: after shards of several sites
-were merged, they are computed anew.
+space and before any projection, once all shards are committed. The computation is repeatable, so
+the file that keeps them is made again whenever it is missing (``derived.py``), as after a merge.
 """
 
 from __future__ import annotations
@@ -13,10 +11,9 @@ import warnings
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save
 
 from kvdistill.errors import ShardNotFound
-from kvdistill.store.commit import flush, staging_folder
+from kvdistill.store.derived import derived_arrays, origin_of
 from kvdistill.store.reader import KVStore
 
 
@@ -28,7 +25,12 @@ def hidden_summaries(
     Raises:
         ShardNotFound: the teacher was extracted without them, or lacks a shard.
     """
-    manifest = store.teacher(teacher)
+    manifest, missing = store.teacher(teacher), store.missing(teacher)
+    if missing:
+        raise ShardNotFound(
+            f"{store.paths.root}: the prototypes of teacher {teacher!r} need all of its shards; "
+            f"{len(missing)} are missing: run `kvdistill extract`"
+        )
     if not manifest.has_summaries:
         raise ShardNotFound(
             f"{store.paths.root}: teacher {teacher!r} has no hidden summaries; extract it with "
@@ -79,57 +81,17 @@ def kmeans(
     return centres[order], count[order] / len(points_NE)
 
 
-def make_prototypes(store: KVStore, teacher: str, num_centres: int) -> None:
-    """Compute a complete teacher's prototypes from its hidden summaries, and write them.
+def teacher_prototypes(
+    store: KVStore, teacher: str, num_centres: int
+) -> dict[str, NDArray[np.float32]]:
+    """A complete teacher's prototypes by name, as ``prototypes`` returns them.
 
     Raises:
         ShardNotFound: the teacher was extracted without summaries, or lacks a shard.
-        StoreError: they cannot be written.
     """
-    write_prototypes(store, teacher, prototypes(*hidden_summaries(store, teacher), num_centres))
-
-
-def write_prototypes(store: KVStore, teacher: str, vectors: dict[str, NDArray[np.float32]]) -> None:
-    """Write a teacher's prototypes; readers see the old file or the new one.
-
-    Raises:
-        StoreError: it cannot be written.
-    """
-    final = store.paths.prototypes(teacher)
-    with staging_folder(store.paths.temporary(teacher), "prototypes") as folder:
-        staged = folder / final.name
-        staged.write_bytes(save(vectors))
-        flush(staged)
-        staged.replace(final)
-        flush(final.parent)
-
-
-def read_prototypes(store: KVStore, teacher: str) -> dict[str, NDArray[np.float32]]:
-    """A teacher's prototypes by name, as ``prototypes`` returns them.
-
-    Raises:
-        ShardNotFound: the teacher has none.
-    """
-    path = store.paths.prototypes(teacher)
-    if not path.is_file():
-        raise ShardNotFound(
-            f"{store.paths.root}: teacher {teacher!r} has no prototypes; extract all of its shards "
-            "with extraction.summaries: true"
-        )
-    found: dict[str, NDArray[np.float32]] = load_file(path)
-    return found
-
-
-def lacks_prototypes(store: KVStore, teacher: str) -> bool:
-    """Whether all summaries are committed, but no prototypes were computed from them."""
-    return (
-        store.teacher(teacher).has_summaries
-        and not store.missing(teacher)
-        and not store.paths.prototypes(teacher).is_file()
+    origin = origin_of(store.paths.teacher(teacher), store.committed_in_order(teacher))
+    return derived_arrays(
+        store.paths.prototypes(teacher),
+        f"{origin} {num_centres}",
+        lambda: dict(prototypes(*hidden_summaries(store, teacher), num_centres)),
     )
-
-
-def copy_prototypes(source: KVStore, target: KVStore, teacher: str) -> None:
-    """Copy a teacher's prototypes if the source has them and the target has every shard."""
-    if source.paths.prototypes(teacher).is_file() and not target.missing(teacher):
-        write_prototypes(target, teacher, read_prototypes(source, teacher))

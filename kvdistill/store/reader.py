@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import ShardCorrupt, ShardNotFound, StoreFormatError, StoreNotFound
-from kvdistill.store.channel_statistics import ChannelStatistics, cached_statistics
+from kvdistill.store.channel_statistics import ChannelStatistics, merged_statistics
 from kvdistill.store.commit import REMEDY
+from kvdistill.store.derived import Arrays, derived_arrays, origin_of
 from kvdistill.store.format import COMMIT, StorePaths, folder_names
 from kvdistill.store.manifest import Commit, ShardPlan, StoreManifest, TeacherManifest
 from kvdistill.store.open_shard import OpenedShard, open_shard, read_samples
@@ -285,11 +286,16 @@ class KVStore:
         Raises:
             ShardNotFound: nothing is committed.
         """
-        return cached_statistics(
-            self.paths.teacher(teacher),
-            self.committed_in_order(teacher),
-            lambda shard_id: self.shard_statistics(teacher, shard_id),
+        shard_ids, folder = self.committed_in_order(teacher), self.paths.teacher(teacher)
+
+        def derive() -> Arrays:
+            merged = merged_statistics(shard_ids, lambda i: self.shard_statistics(teacher, i))
+            return {name: part.to_array() for name, part in merged.items()}
+
+        arrays = derived_arrays(
+            self.paths.statistics(teacher), origin_of(folder, shard_ids), derive
         )
+        return {name: ChannelStatistics.from_array(array) for name, array in arrays.items()}
 
     def shard_statistics(self, teacher: str, shard_id: str) -> dict[str, ChannelStatistics]:
         """Statistics of one shard, by ``"key"``, ``"value"`` (``"g0/key"`` …)."""

@@ -16,7 +16,7 @@ from kvdistill.errors import ConfigError, ShardNotFound, TeacherError
 from kvdistill.extract.extract_shard import cue
 from kvdistill.extract.teacher import load_teacher
 from kvdistill.pipelines.extract import extract
-from kvdistill.store.prototypes import read_prototypes
+from kvdistill.store.prototypes import teacher_prototypes
 from kvdistill.store.reader import KVStore
 from tests.attention.families import ENCODER_DECODERS
 from tests.extract.models import save_teacher
@@ -144,7 +144,8 @@ def test_prototypes_are_made_of_all_shards(tmp_path: Path) -> None:
     save_teacher(tmp_path / "t")
     whole = make(tmp_path, {}, summaries=True, prototypes=2)
     store, shard = only_shard(whole)
-    found = read_prototypes(store, "t")
+    assert store.paths.prototypes("t").is_file()
+    found = teacher_prototypes(store, "t", 2)
     mean, first = shard.arrays["hidden_summary"]
     np.testing.assert_allclose(found["mean"], mean.mean(0), atol=1e-6)
     np.testing.assert_allclose(found["cls"], first.mean(0), atol=1e-6)
@@ -154,8 +155,8 @@ def test_prototypes_are_made_of_all_shards(tmp_path: Path) -> None:
 def test_no_prototypes_without_summaries(tmp_path: Path) -> None:
     save_teacher(tmp_path / "t")
     store, _ = only_shard(make(tmp_path, {}))
-    with pytest.raises(ShardNotFound, match="has no prototypes"):
-        read_prototypes(store, "t")
+    with pytest.raises(ShardNotFound, match="has no hidden summaries"):
+        teacher_prototypes(store, "t", 2)
 
 
 def test_importance_is_the_attention_of_the_answer(tmp_path: Path) -> None:

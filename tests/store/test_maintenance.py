@@ -22,7 +22,6 @@ from kvdistill.store.maintenance import (
     verify_store,
 )
 from kvdistill.store.prefetch import ShardRequest, prefetch
-from kvdistill.store.prototypes import read_prototypes, write_prototypes
 from kvdistill.store.reader import KVStore
 from kvdistill.store.writer import add_teacher, create, publish_shard
 
@@ -120,17 +119,6 @@ def test_merge_brings_missing_shards_and_teachers(tmp_path: Path, build: Any, ba
     _equal(whole, half, "tiny", "00000")
 
 
-def test_prototypes_go_where_their_teacher_goes(tmp_path: Path, build: Any) -> None:
-    store, _ = build.store(tmp_path / "a", build.teacher())
-    made = {"mean": np.arange(6, dtype=np.float32)}
-    write_prototypes(store, "tiny", made)
-    other = convert_store(store, tmp_path / "b", "safetensors")
-    np.testing.assert_array_equal(read_prototypes(other, "tiny")["mean"], made["mean"])
-    target = create(tmp_path / "c", build.corpus())
-    merge_stores(target, [store])
-    np.testing.assert_array_equal(read_prototypes(target, "tiny")["mean"], made["mean"])
-
-
 def test_merge_refuses_what_does_not_belong_together(tmp_path: Path, build: Any) -> None:
     store, _ = build.store(tmp_path / "a", build.teacher())
     longer, _ = build.store(tmp_path / "b", build.teacher(), num_shards=3)
@@ -216,21 +204,6 @@ def test_prefetch_raises_at_the_turn_of_the_bad_shard(tmp_path: Path, build: Any
         next(stream)
     with pytest.raises(ValueError, match="at least 1"):
         prefetch(store, [], threads=0)
-
-
-def test_cached_statistics_are_never_stale(tmp_path: Path, build: Any) -> None:
-    store, made = build.store(tmp_path / "store", build.teacher())
-    folder = store.paths.teacher("tiny")
-    both = store.statistics("tiny")
-    (cache,) = folder.glob("statistics.*.npz")
-    before = cache.stat().st_mtime_ns
-    np.testing.assert_array_equal(store.statistics("tiny")["key"].m2, both["key"].m2)
-    assert cache.stat().st_mtime_ns == before
-    shutil.rmtree(store.paths.shard("tiny", "00001"))
-    assert store.statistics("tiny")["key"].count == made["00000"].shard.tokens.num_tokens
-    (cache,) = folder.glob("statistics.*.npz")
-    cache.write_bytes(b"PK damaged")
-    assert store.statistics("tiny")["key"].count == made["00000"].shard.tokens.num_tokens
 
 
 def test_a_store_can_be_sent_to_another_process(tmp_path: Path, build: Any) -> None:

@@ -95,7 +95,8 @@ def assemble(
     for name in names:
         check_alignment(store.teacher(name), experiment.alignment.time)
     maps = {name: _layer_map_of(experiment, student, store, name, collate) for name in names}
-    teachers = [teacher_space(store, name, maps[name], experiment.fusion) for name in maps]
+    fusion = experiment.fusion, experiment.extraction.prototypes
+    teachers = [teacher_space(store, name, maps[name], *fusion) for name in maps]
     collate = replace(collate, teachers=teachers)
     layers = {space.name: space.needed for space in teachers}
     source = with_placebo(source_of(store, layers), store, layers, experiment.placebo)

@@ -1,0 +1,86 @@
+"""Arrays derived from all committed shards of a teacher: kept, checked, and made again at need.
+
+    teachers/<name>/statistics.safetensors    channel statistics, summed over shards
+    teachers/<name>/prototypes.safetensors    what routers compare a sample with
+
+No commit lists these files, and nothing is lost with them. Each states in its metadata what it was
+derived from (ids and commit times of the shards) and a checksum of its tensors. Whoever needs one
+that is missing, damaged or of other shards derives it anew, and keeps it if the store is writable;
+so a process that is killed between a teacher's last shard and its prototypes loses nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from kvdistill.store.format import COMMIT
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def origin_of(teacher: Path, shard_ids: Sequence[str]) -> str:
+    """A digest of which shards are committed in a teacher's folder, and when each was."""
+    digest = xxhash.xxh3_64()
+    for shard_id in shard_ids:
+        modified = (teacher / "shards" / shard_id / COMMIT).stat().st_mtime_ns
+        digest.update(f"{shard_id} {modified}\n".encode())
+    return digest.hexdigest()
+
+
+def derived_arrays(path: Path, origin: str, derive: Callable[[], Arrays]) -> Arrays:
+    """The arrays in ``path`` if they are sound and of this origin; derived and kept otherwise."""
+    stated, arrays = _sound_arrays(path)
+    if stated == origin:
+        return arrays
+    arrays = derive()
+    _write(path, origin, arrays)
+    return arrays
+
+
+def is_sound(path: Path) -> bool:
+    """Whether a derived file is absent or whole; what it was derived from does not matter."""
+    return not path.exists() or _sound_arrays(path)[0] is not None
+
+
+def _sound_arrays(path: Path) -> tuple[str | None, Arrays]:
+    """Origin and arrays of a file; no origin where it is missing or damaged."""
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return None, {}
+    origin = metadata.get("origin")
+    if origin is None or metadata.get("checksum") != _tensors_checksum(origin, arrays):
+        return None, {}
+    return origin, arrays
+
+
+def _write(path: Path, origin: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Publish by one rename; a read-only or full store goes without."""
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    kept = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    metadata = {"origin": origin, "checksum": _tensors_checksum(origin, kept)}
+    with contextlib.suppress(OSError):
+        temporary.write_bytes(save(kept, metadata))
+        temporary.replace(path)
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
+
+
+def _tensors_checksum(origin: str, arrays: Mapping[str, NDArray[Any]]) -> str:
+    digest = xxhash.xxh3_64(origin.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
