@@ -124,9 +124,9 @@ class TrainingConfig(Section):
     diagnostic_steps: Positive = 50
     """Steps between checks for a moving target (each costs two backward passes)."""
     window_shards: Positive = 4
-    """Decoded shards that form the shuffle buffer."""
+    """Half the number of shards that are open at once, over all ranks, and mixed."""
     prefetch_threads: Positive = 2
-    """Threads that read the shards of the next window."""
+    """Threads that read the next shards."""
     prefetch_steps: Positive = 2
     """Optimizer steps whose batches are collated in advance, in a background thread."""
     device: str = "auto"

@@ -1,20 +1,23 @@
 """In which order samples are read: a pure function of (seed, epoch).
 
-Shards are shuffled, then samples are shuffled inside windows of consecutive shuffled shards: as
-random as memory allows while every shard is read once, in order and whole. Ranks and workers do not
-enter, so the global order is the same on any number of them.
+    shards, shuffled → cells → units, shuffled within a cell → lanes, read in turn
 
-The order is a sequence of *units*, which are never split and which ranks take in turn. A unit is
-one sample, or with length buckets one whole batch of samples of similar length.
+The order is a sequence of *units*, which are never split. A unit is one sample of a cell of one
+shard, or with length buckets a batch of samples of similar length from a cell of a few shards. The
+sequence of all units is cut into lanes of equal length, and unit ``t`` is the next one of lane
+``t % num_lanes``: neighbours come from as many shards as there are lanes, each shard is read once,
+or twice where two lanes share it, and ranks that divide lanes among them read no shard in common.
+Ranks and workers do not enter, so the global order is the same on any number of them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import floor
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +27,13 @@ from kvdistill.errors import ConfigError
 
 Rows = NDArray[np.int64]
 """``[n, 2]``: (shard index, sample index in the shard)."""
+
+ORDER_VERSION: Final = 2
+"""Of the rules by which samples are ordered; a checkpoint of another version is refused."""
+
+BUCKET_LANES: Final = 8
+"""Lanes of length buckets at most: enough for eight ranks to read different shards. A larger window
+makes their cells larger instead, since buckets of more shards have less padding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,9 +94,9 @@ def mixture_of(samples: Sequence[Sample], weights: Mapping[str, float]) -> Mixtu
 class Buckets:
     """Batches of samples of similar length under a token budget: less padding, even memory.
 
-    A window's samples are sorted by length and cut where the next one would exceed the budget;
-    then the batches are shuffled. Which samples meet in a batch depends on length alone (and on
-    chance among equals), so a larger window pads less and mixes less. No sample is truncated or
+    A cell's samples are sorted by length and cut where the next one would exceed the budget; then
+    the batches are shuffled. Which samples meet in a batch depends on length alone (and on chance
+    among equals), so a larger cell pads less and mixes less. No sample is truncated or
     dropped. Packing several samples into one row would pad nothing, but needs block attention masks
     and alignment per row; after sorting there is too little padding left to gain.
     """
@@ -115,20 +125,12 @@ class Buckets:
 
 
 @dataclass(frozen=True, eq=False)
-class Window:
-    """Samples shuffled together, as units, and the shards that hold them."""
-
-    shards: tuple[int, ...]
-    units: Sequence[Rows] | Rows
-    """Where every unit is one sample, a single array ``[n, 1, 2]``: no list of small arrays."""
-
-
-@dataclass(frozen=True, eq=False)
 class Order:
     """What is read when, for every epoch.
 
-    ``shard_sizes`` are numbers of samples, ``window_shards`` shards per window. Without a
-    ``mixture`` every sample is read once per epoch; without ``buckets`` a unit is one sample.
+    ``shard_sizes`` are numbers of samples. ``window_shards`` is half the number of shards that are
+    mixed (a quarter with buckets). Without a ``mixture`` every sample is read once per epoch;
+    without ``buckets`` a unit is one sample.
     """
 
     seed: int
@@ -142,33 +144,58 @@ class Order:
         """Samples read per epoch, repetitions included; the same in all epochs."""
         return sum(self.shard_sizes) if self.mixture is None else self.mixture.num_samples
 
+    @property
+    def cell_shards(self) -> int:
+        """Shards that the samples of one unit come from, at most."""
+        return 1 if self.buckets is None else max(1, self.window_shards // 2)
+
+    @property
+    def num_lanes(self) -> int:
+        """Cells that are read in turn."""
+        mixed = 2 * self.window_shards
+        return mixed if self.buckets is None else min(mixed, BUCKET_LANES)
+
     def num_units(self, epoch: int) -> int:
         """Units of an epoch; with buckets they may differ from one epoch to the next."""
-        if self.buckets is None:
-            return self.num_samples
-        return sum(len(window.units) for window in self.windows(epoch))
+        return self.num_samples if self.buckets is None else len(self.units(epoch))
 
-    def windows(self, epoch: int, start: int = 0) -> Iterator[Window]:
-        """The epoch's windows from its unit ``start`` on; earlier units are left out."""
+    def units(self, epoch: int) -> Sequence[Rows] | Rows:
+        """The epoch's units in order. Where each is one sample, a single array ``[n, 1, 2]``."""
         counts = None if self.mixture is None else self.mixture.repeats(self.seed, epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.shard_sizes))
-        shards = [int(s) for s in order]
+        rng = np.random.default_rng([self.seed, epoch])
+        shards = [int(s) for s in rng.permutation(len(self.shard_sizes))]
         if counts is not None:
             ptr = self._sample_ptr
             shards = [s for s in shards if counts[ptr[s] : ptr[s + 1]].any()]
-        position = 0
-        for number, first in enumerate(range(0, len(shards), self.window_shards)):
-            chosen = tuple(shards[first : first + self.window_shards])
+        cells = []
+        for number, first in enumerate(range(0, len(shards), self.cell_shards)):
+            chosen = shards[first : first + self.cell_shards]
             rng = np.random.default_rng([self.seed, epoch, number])
-            units = self._units(chosen, counts, rng)
-            if position + len(units) > start:
-                yield Window(chosen, units[max(0, start - position) :])
-            position += len(units)
+            cells.append(self._units_of(chosen, counts, rng))
+        if self.buckets is None:
+            joined = np.concatenate(cells) if cells else np.zeros((0, 1, 2), np.int64)
+            return joined[self._turns(len(joined))]
+        batches = [batch for cell in cells for batch in cell]
+        return [batches[i] for i in self._turns(len(batches))]
+
+    def owners(self, first: int, count: int, world_size: int) -> NDArray[np.int64]:
+        """The rank of each of ``count`` units from unit ``first`` on, a global batch: ``[count]``.
+
+        All ranks get equally many, give or take one. Where their number divides ``num_lanes``, a
+        lane belongs to one rank; otherwise to one or two.
+        """
+        lanes = (first + np.arange(count)) % self.num_lanes
+        if self.num_lanes % world_size == 0:
+            return lanes % world_size
+        turn = np.empty(count, np.int64)
+        turn[np.argsort(lanes, kind="stable")] = np.arange(count)
+        return turn * world_size // count
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all that the order depends on: equal ones give equal orders."""
-        digest = hashlib.sha256(repr((self.seed, self.shard_sizes, self.window_shards)).encode())
+        settings = (ORDER_VERSION, self.seed, self.shard_sizes, self.window_shards)
+        digest = hashlib.sha256(repr(settings).encode())
         if self.mixture is not None:
             digest.update(b"mixture" + repr(self.mixture.weights).encode())
             digest.update(self.mixture.group.tobytes())
@@ -177,7 +204,14 @@ class Order:
             digest.update(self.buckets.length.tobytes())
         return digest.hexdigest()
 
-    def _units(
+    def _turns(self, count: int) -> NDArray[np.int64]:
+        """Which of ``count`` units, cut into lanes, is the ``t``-th."""
+        turn = np.arange(count)
+        lane, place = turn % self.num_lanes, turn // self.num_lanes
+        length, longer = divmod(count, self.num_lanes)
+        return lane * length + np.minimum(lane, longer) + place
+
+    def _units_of(
         self, shards: Sequence[int], counts: NDArray[np.int64] | None, rng: np.random.Generator
     ) -> Sequence[Rows] | Rows:
         shard = np.repeat(shards, [self.shard_sizes[s] for s in shards])

@@ -3,9 +3,10 @@
     order → shards, prefetched → items → batches, collated ahead of the step
 
 The epoch's global order (``order.py``) is cut into global batches, and each rank takes its share
-of every one. The state is one number, the global position: a run that stopped on two ranks resumes
-on three at the same sample. Shards of the next window are prefetched as stored codes, only the
-mapped layers of them; one thread collates a few batches ahead of the step.
+of every one, from lanes of its own, so that it reads only the shards whose samples it uses. The
+state is one number, the global position: a run that stopped on two ranks resumes on three at the
+same sample. Shards are prefetched as stored codes, only the mapped layers of them, and released
+after their last sample; one thread collates a few batches ahead of the step.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import IterableDataset
 
 from kvdistill.config.training import TrainingConfig
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.data.collate import Batch, Collate, Item, token_counts
-from kvdistill.distill.data.order import Buckets, Order, mixture_of
+from kvdistill.distill.data.order import ORDER_VERSION, Buckets, Order, Rows, mixture_of
 from kvdistill.errors import IncompleteStore, StoreMismatch
 from kvdistill.store.prefetch import ShardRequest, prefetch, prefetch_items
 from kvdistill.store.reader import KVStore
@@ -184,6 +187,7 @@ class KVStream(IterableDataset[Batch]):
             "seed": self.order.seed,
             "num_samples": self.order.num_samples,
             "order": self.order.fingerprint,
+            "order_version": ORDER_VERSION,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, batches_per_step: int = 1) -> None:
@@ -197,6 +201,11 @@ class KVStream(IterableDataset[Batch]):
         """
         here = self.state_dict()
         del here["epoch"], here["position"]
+        if state.get("order_version", 1) != ORDER_VERSION:
+            raise StoreMismatch(
+                "the checkpoint was written by a version of kvdistill that read samples in another "
+                "order; finish this run with that version, or start it anew under another name"
+            )
         there = {name: state.get(name) for name in here}
         if here != there:
             raise StoreMismatch(
@@ -226,36 +235,72 @@ class KVStream(IterableDataset[Batch]):
 
     def _batches(self) -> Generator[tuple[Batch, int], None, None]:
         """This rank's part of every global batch, and the units all ranks took for it."""
-        pending: list[list[Item]] = []
-        with closing(self._items(self.epoch, self.position)) as units:
-            for unit in units:
-                pending.append(unit)
-                if len(pending) == self._global_batch:
-                    yield self._batch(pending), len(pending)
-                    pending = []
-        if pending:
-            yield self._batch(pending), len(pending)
-
-    def _batch(self, units: Sequence[list[Item]]) -> Batch:
-        """Every ``world_size``-th unit of a global batch."""
-        mine = [item for unit in units[self.rank.rank :: self.rank.world_size] for item in unit]
-        batch = self.collate(mine or units[0][:1])
-        batch["sample_ids"] = [item.sample.sample_id for item in mine]  # named in errors
-        return batch if mine else self.collate.without_weight(batch)
-
-    def _items(self, epoch: int, start: int) -> Generator[list[Item], None, None]:
-        """Units in global order from unit ``start`` on."""
-        wanted = (i for window in self.order.windows(epoch, start) for i in window.shards)
+        planned = list(self._plan(self.epoch, self.position))
+        # A lane returns after at most as many batches as there are lanes.
+        hold = 4 * self.order.num_lanes
+        first, last, shard = _reads([rows[:, 0] for rows, _, _ in planned], hold)
         reads = self.source.load_all(
-            wanted, threads=self.read_threads, num_ahead=self.order.window_shards
+            shard.tolist(), threads=self.read_threads, num_ahead=self._num_ahead
         )
-        shards: dict[int, LoadedShard] = {}
+        held: dict[int, LoadedShard] = {}
+        ends: dict[int, int] = {}
         with closing(reads) as loaded:
-            for window in self.order.windows(epoch, start):
-                shards.clear()  # before the next ones arrive, or three windows would be in memory
-                shards.update(zip(window.shards, loaded, strict=False))
-                for unit in window.units:
-                    yield [shards[int(shard)].item(int(sample)) for shard, sample in unit]
+            arriving = iter(zip(first.tolist(), last.tolist(), shard.tolist(), strict=True))
+            coming = next(arriving, None)
+            for number, (rows, counts, taken) in enumerate(planned):
+                while coming is not None and coming[0] == number:
+                    _, ends[coming[2]], name = coming
+                    held[name] = next(loaded)
+                    coming = next(arriving, None)
+                items = [held[shard_idx].item(sample) for shard_idx, sample in rows.tolist()]
+                batch = self._batch(items, counts=counts)
+                del items  # or the shards that end here would stay in memory
+                for done in [name for name in held if ends[name] == number]:
+                    del held[done]
+                yield batch, taken
+
+    def _plan(self, epoch: int, start: int) -> Iterator[tuple[Rows, bool, int]]:
+        """Per global batch from unit ``start`` on: this rank's samples, whether they count, and the
+        number of units that all ranks take.
+
+        A rank without a unit takes part with a sample that it has at hand, which does not count.
+        """
+        units = self.order.units(epoch)
+        spare: Rows | None = None
+        for first in range(start, len(units), self._global_batch):
+            count = min(self._global_batch, len(units) - first)
+            owners = self.order.owners(first, count, self.rank.world_size)
+            mine = [units[first + int(i)] for i in np.flatnonzero(owners == self.rank.rank)]
+            rows = np.concatenate(mine) if mine else units[first][:1] if spare is None else spare
+            spare = rows[-1:]
+            yield rows, bool(mine), count
+
+    @property
+    def _num_ahead(self) -> int:
+        """Shards read in advance: this rank's share of half a window."""
+        return max(1, self.order.window_shards // (2 * self.rank.world_size))
+
+    def _batch(self, items: list[Item], *, counts: bool) -> Batch:
+        batch = self.collate(items)
+        named = items if counts else []
+        batch["sample_ids"] = [item.sample.sample_id for item in named]  # named in errors
+        return batch if counts else self.collate.without_weight(batch)
+
+
+def _reads(shards: Sequence[NDArray[np.int64]], hold: int) -> tuple[NDArray[np.int64], ...]:
+    """Which shards to read, given those of every batch: first batch, last batch, shard ``[R]``.
+
+    In the order of first use. A shard is kept if it is used again within ``hold`` batches, else
+    read again: one that two lanes share may be used at the start and at the end of an epoch.
+    """
+    shard = np.concatenate([np.zeros(0, np.int64), *shards])
+    batch = np.repeat(np.arange(len(shards)), [len(s) for s in shards])
+    by = np.lexsort((batch, shard))
+    shard, batch = shard[by], batch[by]
+    starts = np.flatnonzero((np.diff(shard, prepend=-1) != 0) | (np.diff(batch, prepend=0) > hold))
+    ends = np.append(starts[1:], len(shard))[: len(starts)] - 1
+    in_turn = np.argsort(batch[starts], kind="stable")
+    return tuple(x[in_turn] for x in (batch[starts], batch[ends], shard[starts]))
 
 
 def open_stream(

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
-from transformers import TrainingArguments
 
 from kvdistill.attention.geometry import HeadShape
 from kvdistill.attention.kv_capture import KVCapture, verify_student
@@ -38,6 +37,7 @@ from kvdistill.distill.student.latent.model import LatentStudent
 from kvdistill.distill.student.latent.questions import LatentCollate
 from kvdistill.distill.targets import TeacherHead, TeacherSpace, check_alignment, teacher_space
 from kvdistill.distill.train.callbacks import RunTensorBoard, RunWandb
+from kvdistill.distill.train.devices import OneDeviceArguments
 from kvdistill.errors import ConfigError
 from kvdistill.store.reader import KVStore
 from kvdistill.types import KINDS, Kind
@@ -245,14 +245,14 @@ def _similarity(student_parts: list[Tensor], teacher_parts: list[list[Tensor]]) 
     return torch.cat([linear_cka(student, group) for group in groups], dim=1)
 
 
-def training_arguments(experiment: Experiment, folder: Path, evaluates: bool) -> TrainingArguments:
+def training_arguments(experiment: Experiment, folder: Path, evaluates: bool) -> OneDeviceArguments:
     """Translate the config's ``training`` section.
 
     ``folder`` is the run's; ``evaluates`` is False where there are no held-out samples.
     """
     training = experiment.training
     evaluate = evaluates and training.eval_steps is not None
-    return TrainingArguments(
+    arguments = OneDeviceArguments(
         output_dir=str(folder),
         seed=experiment.seed,
         data_seed=experiment.seed,
@@ -274,12 +274,15 @@ def training_arguments(experiment: Experiment, folder: Path, evaluates: bool) ->
         save_total_limit=training.keep_checkpoints,
         logging_steps=training.log_steps,
         logging_nan_inf_filter=False,
-        use_cpu=training.device == "cpu",
+        # Without it, processes on a machine without accelerators would each train alone.
+        use_cpu=training.device == "cpu" or not torch.accelerator.is_available(),
         report_to=[],  # their callbacks belong to the run: `log_callbacks`
         run_name=experiment.name,
         remove_unused_columns=False,
         disable_tqdm=True,
     )
+    arguments.warn_of_idle_devices(experiment.name)
+    return arguments
 
 
 def log_callbacks(folder: Path) -> list[Any]:

@@ -18,12 +18,13 @@ SIZES = st.lists(st.integers(1, 7), min_size=1, max_size=9)
 Unit = list[tuple[int, int]]
 
 
-def units(order: Order, epoch: int, start: int = 0) -> list[Unit]:
-    return [
-        [(int(shard), int(sample)) for shard, sample in unit]
-        for window in order.windows(epoch, start)
-        for unit in window.units
-    ]
+def units(order: Order, epoch: int) -> list[Unit]:
+    return [[(int(shard), int(sample)) for shard, sample in unit] for unit in order.units(epoch)]
+
+
+def lanes(order: Order, epoch: int) -> list[list[Unit]]:
+    found = units(order, epoch)
+    return [found[lane :: order.num_lanes] for lane in range(order.num_lanes)]
 
 
 @st.composite
@@ -57,22 +58,24 @@ def test_an_epoch_is_every_sample_as_often_as_it_should_be(order: Order, epoch: 
     assert counts.total() == order.num_samples
 
 
-@given(order=orders(), epoch=st.integers(0, 2), data=st.data())
-def test_starting_at_any_unit_gives_the_tail(order: Order, epoch: int, data: st.DataObject) -> None:
-    whole = units(order, epoch)
-    start = data.draw(st.integers(0, len(whole)))
-    assert units(order, epoch, start) == whole[start:]
-
-
 @given(order=orders(), epoch=st.integers(0, 2))
-def test_windows_hold_few_shards_and_each_shard_is_in_one(order: Order, epoch: int) -> None:
-    found = list(order.windows(epoch))
-    assert all(len(window.shards) <= order.window_shards for window in found)
-    shards = [shard for window in found for shard in window.shards]
-    assert len(shards) == len(set(shards))
-    for window in found:
-        used = {int(shard) for unit in window.units for shard, _ in unit}
-        assert used == set(window.shards)  # nothing is read for nothing
+def test_a_lane_reads_whole_cells_one_after_the_other(order: Order, epoch: int) -> None:
+    """So few shards are open at once."""
+    for lane in lanes(order, epoch):
+        used = [{shard for shard, _ in unit} for unit in lane]
+        for shard in set().union(*used):
+            places = [i for i, shards in enumerate(used) if shard in shards]
+            between = set().union(*used[places[0] : places[-1] + 1])
+            assert len(between) <= order.cell_shards
+    sizes = [len(lane) for lane in lanes(order, epoch)]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_neighbours_come_from_as_many_shards_as_there_are_lanes() -> None:
+    order = Order(3, (20,) * 24, 4)
+    found = [unit[0][0] for unit in units(order, 0)]
+    for start in range(len(found) - 7):
+        assert len(set(found[start : start + 8])) >= 7  # 8 but where lanes go on to the next shard
 
 
 @given(order=orders().filter(lambda order: order.buckets is not None), epoch=st.integers(0, 2))
@@ -81,19 +84,20 @@ def test_a_bucket_keeps_to_its_budget_and_holds_neighbours_in_length(
 ) -> None:
     assert order.buckets is not None
     first = np.concatenate([[0], np.cumsum(order.shard_sizes)])
-    for window in order.windows(epoch):
-        spans = []
-        for unit in window.units:
-            lengths = [int(order.buckets.length[first[s] + i]) for s, i in unit]
-            assert len(unit) == 1 or max(lengths) * len(unit) <= order.buckets.tokens_per_batch
-            spans.append((min(lengths), max(lengths)))
-        spans.sort()
-        assert all(a[1] <= b[0] for a, b in pairwise(spans))
+    spans: dict[int, list[tuple[int, int]]] = {}
+    for unit in units(order, epoch):
+        lengths = [int(order.buckets.length[first[s] + i]) for s, i in unit]
+        assert len(unit) == 1 or max(lengths) * len(unit) <= order.buckets.tokens_per_batch
+        assert len({s for s, _ in unit}) <= order.cell_shards
+        if order.cell_shards == 1:
+            spans.setdefault(unit[0][0], []).append((min(lengths), max(lengths)))
+    for found in spans.values():
+        assert all(a[1] <= b[0] for a, b in pairwise(sorted(found)))
 
 
 def test_buckets_pad_less_than_batches_as_they_come() -> None:
     lengths = np.random.default_rng(0).integers(10, 500, 400)
-    order = Order(0, (100,) * 4, 4, buckets=Buckets(lengths, 4096))
+    order = Order(0, (100,) * 4, 16, buckets=Buckets(lengths, 4096))
 
     def padding(batches: list[list[int]]) -> float:
         return 1 - sum(map(sum, batches)) / sum(max(b) * len(b) for b in batches)
@@ -103,6 +107,17 @@ def test_buckets_pad_less_than_batches_as_they_come() -> None:
     rows = [int(lengths[100 * s + i]) for unit in units(plain, 0) for s, i in unit]
     assert padding(flat) < 0.1
     assert padding([rows[i : i + 8] for i in range(0, 400, 8)]) > 0.3
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 8])
+def test_ranks_get_equal_parts_of_any_batch_and_keep_their_lanes(world_size: int) -> None:
+    order = Order(0, (9,) * 9, 4)
+    for first, per_rank in ((0, 1), (5, 3), (24, 8)):
+        owners = order.owners(first, per_rank * world_size, world_size)
+        assert np.bincount(owners).tolist() == [per_rank] * world_size
+        if 8 % world_size == 0:
+            lane = (first + np.arange(len(owners))) % 8
+            assert all(len(set(owners[lane == i])) <= 1 for i in range(8))
 
 
 def test_epochs_and_seeds_differ() -> None:

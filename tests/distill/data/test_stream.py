@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections.abc import Generator, Iterable, Sequence
 from math import ceil
 from typing import Any
@@ -23,7 +24,7 @@ EVERYTHING = sorted(f"{s}.{i}" for s, size in enumerate(SIZES) for i in range(si
 LENGTHS = np.random.default_rng(0).integers(1, 20, len(EVERYTHING))
 ORDERS = {
     "plain": Order(5, SIZES, 2),
-    "buckets": Order(5, SIZES, 2, buckets=Buckets(LENGTHS, 16)),
+    "buckets": Order(5, SIZES, 4, buckets=Buckets(LENGTHS, 16)),
     "mixture": Order(5, SIZES, 2, Mixture(np.arange(len(EVERYTHING)) % 2, (1.0, 2.0))),
 }
 
@@ -43,6 +44,26 @@ class FakeSource:
         self, shard_idx: Iterable[int], *, threads: int, num_ahead: int
     ) -> Generator[LoadedShard, None, None]:
         yield from map(self.load, shard_idx)
+
+
+class CountingSource(FakeSource):
+    """Shards of given sizes; counts those that are read, and those in memory."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.sizes, self.num_open, self.most_open = sizes, 0, 0
+
+    def load(self, shard_idx: int) -> LoadedShard:
+        self.loaded.append(shard_idx)
+        names = [f"{shard_idx}.{i}" for i in range(self.sizes[shard_idx])]
+        shard = LoadedShard(tuple(Sample(name, (("text", name),)) for name in names), {})
+        self.num_open += 1
+        self.most_open = max(self.most_open, self.num_open)
+        weakref.finalize(shard, self.close)
+        return shard
+
+    def close(self) -> None:
+        self.num_open -= 1
 
 
 class FakeCollate:
@@ -102,13 +123,39 @@ def test_the_global_order_does_not_depend_on_the_ranks(world_size: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_ranks_take_turns_at_buckets_that_are_the_same_for_any_number(world_size: int) -> None:
+def test_ranks_share_buckets_that_are_the_same_for_any_number(world_size: int) -> None:
     buckets = [batch["ids"] for batch in stream(order="buckets")]
     assert len({len(bucket) for bucket in buckets}) > 1
     ranks = [list(stream(r, world_size, order="buckets")) for r in range(world_size)]
-    for rank, batches in enumerate(ranks):
-        found = [batch["ids"] for batch in batches if counted([batch])]
-        assert found == buckets[rank::world_size]
+    for number, start in enumerate(range(0, len(buckets), world_size)):
+        step = [batches[number] for batches in ranks]
+        found = [batch["ids"] for batch in step if counted([batch])]
+        assert sorted(found) == sorted(buckets[start : start + world_size])
+
+
+@pytest.mark.parametrize("batching", ["plain", "buckets"])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+@pytest.mark.parametrize("num_shards", [16, 64])
+def test_a_rank_reads_little_more_than_its_share(
+    num_shards: int, world_size: int, batching: str
+) -> None:
+    rng = np.random.default_rng(1)
+    sizes = (8,) * 16 if num_shards == 16 else tuple(rng.integers(8, 24, num_shards).tolist())
+    # A bucket for each sample of the small shards, which then have equally many.
+    budget = 20 if num_shards == 16 else 64
+    buckets = Buckets(rng.integers(11, 20, sum(sizes)), budget) if batching == "buckets" else None
+    order = Order(5, sizes, 4, buckets=buckets)
+    for rank in range(world_size):
+        source: Any = CountingSource(sizes)
+        make: Any = FakeCollate()
+        one = KVStream(
+            source, make, order, batch_size=3, read_threads=1, batches_ahead=1,
+            rank=Rank(rank, world_size),
+        )  # fmt: skip
+        seen = sum(len(b["ids"]) for b in one if (b["labels"] != -100).any())
+        assert seen == pytest.approx(sum(sizes) / world_size, rel=0.3)
+        assert len(source.loaded) <= 1.3 * num_shards / world_size
+        assert source.most_open <= order.cell_shards * order.num_lanes // world_size + 2
 
 
 def test_a_rank_without_samples_still_gets_a_batch_that_counts_nothing() -> None:
@@ -165,7 +212,8 @@ def test_few_shards_are_held_and_a_restored_stream_skips_what_it_does_not_need()
     batches = iter(one)
     next(batches)
     source: Any = one.source
-    assert len(source.loaded) <= 4  # this window, and the next if a batch ahead needs it
+    near = {int(unit[0, 0]) for unit in ORDERS["plain"].units(0)[:10]}
+    assert set(source.loaded) <= near < set(range(len(SIZES)))  # one batch, and three ahead
     late = stream()
     late.load_state_dict({**late.state_dict(), "position": 20})
     assert len(counted(list(late))) == 1
@@ -179,6 +227,13 @@ def test_a_state_of_another_run_is_refused(other: str) -> None:
         stream().load_state_dict(stream(order=other).state_dict())
     with pytest.raises(StoreMismatch, match="'seed': 6"):
         stream().load_state_dict({**stream().state_dict(), "seed": 6})
+
+
+def test_a_state_of_the_order_before_lanes_is_refused_in_words() -> None:
+    old = stream().state_dict()
+    del old["order_version"]
+    with pytest.raises(StoreMismatch, match="samples in another order; finish this run with"):
+        stream().load_state_dict(old)
 
 
 def threads() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import logging
 import os
 import sys
 import types
@@ -10,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainerControl, TrainerState
+import torch
+from torch import nn
+from transformers import Trainer, TrainerControl, TrainerState
+from transformers.training_args import ParallelMode
 
 from kvdistill.config.load import parse_experiment
 from kvdistill.distill.train.callbacks import RunTensorBoard, RunWandb
@@ -114,3 +118,33 @@ def test_precision_is_mixed_as_asked(
 ) -> None:
     made = arguments(tmp_path, precision=precision)
     assert (made.bf16, made.fp16) == flags
+
+
+def test_one_process_that_sees_two_gpus_trains_on_one_and_says_how_to_use_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with caplog.at_level(logging.WARNING):
+        made = arguments(tmp_path, device="auto", batch_size=3)
+    assert (made.n_gpu, made.train_batch_size) == (1, 3)
+    assert made.parallel_mode is ParallelMode.NOT_PARALLEL
+    model = nn.Linear(2, 2)
+    assert Trainer(model, made)._wrap_model(model) is model  # and not an nn.DataParallel
+    (record,) = caplog.records
+    assert "x: 2 GPUs are visible" in record.getMessage()
+    assert "torchrun --nproc_per_node=2 -m kvdistill.cli train" in record.getMessage()
+
+
+def test_one_device_is_no_news(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert arguments(tmp_path).n_gpu == 0
+    assert not caplog.records
+
+
+def test_processes_without_an_accelerator_train_together_on_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would give each of them a world of its own."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert arguments(tmp_path, device="auto").use_cpu
