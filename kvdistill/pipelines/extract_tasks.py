@@ -84,8 +84,9 @@ def has_other_settings(store: KVStore, experiment: Experiment, teacher: str) -> 
 
 
 def extraction_ledger(experiment: Experiment, teacher: str) -> Ledger:
-    """The ledger of a teacher's tasks, inside the store."""
-    return Ledger(StorePaths(experiment.store.absolute()).teacher(teacher))
+    """The ledger of a teacher's tasks: inside the store, its jobs beside the user's own runs."""
+    jobs = experiment.output_dir.absolute() / f"{experiment.name}.slurm" / f"extract-{teacher}"
+    return Ledger(StorePaths(experiment.store.absolute()).teacher(teacher), jobs)
 
 
 def freeze(experiment: Experiment, folder: Path) -> Path:
@@ -102,8 +103,11 @@ def extraction_tasks(
 ) -> list[Task]:
     """Partition shards of one teacher among ``num_tasks`` tasks, or as many as there are shards."""
     ledger = extraction_ledger(experiment, teacher)
-    arguments = {"config": str(freeze(experiment, ledger.jobs)), "teacher": teacher}
-    task = Task(TARGET, arguments, ledger.folder, units, warning_seconds=warning_seconds)
+    arguments = {"config": str(freeze(experiment, ledger.open_jobs())), "teacher": teacher}
+    task = Task(
+        TARGET, arguments, ledger.folder, units,
+        warning_seconds=warning_seconds, jobs_folder=ledger.jobs_folder,
+    )  # fmt: skip
     return partition_round_robin(task, num_tasks)
 
 

@@ -104,7 +104,7 @@ def write_scripts(
     open_store(experiment)
     ledgers = [extraction_ledger(experiment, name) for name in teachers]
     for ledger in (*ledgers, training_ledger(experiment)):
-        ledger.jobs.mkdir(parents=True, exist_ok=True)  # Slurm loses the log of a missing folder
+        ledger.open_jobs()  # Slurm loses the log of a missing folder
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in scripts.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -138,7 +138,7 @@ def submit_training(
         The job id.
     """
     ledger = training_ledger(experiment)
-    launch = training_launch(profile, str(freeze(experiment, ledger.jobs)))
+    launch = training_launch(profile, str(freeze(experiment, ledger.open_jobs())))
     name = f"kv-train-{experiment.name}"
     dependency = client.afterany(after) if after else None
     job_id = submit_job([launch], profile, name, ledger, dependency)

@@ -3,7 +3,11 @@
     attempts/<attempt>.json           host, pid, unit in progress, latest heartbeat
     claims/<unit>.json                the attempt that works on a unit
     failures/<unit>/<attempt>.json    one file per failure, so that no two writers share a count
-    jobs/                             submitted jobs, frozen settings, logs
+    submissions/submission-<job>.json submitted jobs, and the units of their array elements
+    jobs/                             frozen settings, logs, submitit's pickles: private
+
+Folders of a ledger may be shared, as a store's are; the one of jobs may lie elsewhere, and is its
+owner's alone, because unpickling runs code.
 
 None of it decides whether a unit is done: its published result does, and two workers on one unit
 are harmless. Claims save work; attempts and failures explain what happened. Every file appears
@@ -14,10 +18,13 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import uuid
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from kvdistill.errors import SlurmError
 
 Outcome = Literal["complete", "incomplete", "interrupted", "failed"]
 FailureKind = Literal["error", "out_of_memory", "time_limit", "killed"]
@@ -86,14 +93,31 @@ Record = TypeVar("Record", Attempt, Failure, Submission)
 
 @dataclass(frozen=True)
 class Ledger:
-    """Owner of every file name below one folder."""
+    """Owner of every file name below one folder, and of the folder of its jobs."""
 
     folder: Path
+    jobs_folder: Path | None = None
+    """Where jobs are kept if not in ``folder``, which others may be able to write."""
 
     @property
     def jobs(self) -> Path:
-        """Batch scripts, logs and submissions."""
-        return self.folder / "jobs"
+        """Batch scripts, logs, frozen settings and submitit's pickles."""
+        return self.jobs_folder or self.folder / "jobs"
+
+    def open_jobs(self) -> Path:
+        """Create the folder of jobs, for its owner alone: its pickles are run as its owner.
+
+        Raises:
+            SlurmError: it belongs to somebody else, or others may write in it.
+        """
+        self.jobs.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = self.jobs.stat()
+        if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            raise SlurmError(
+                f"{self.jobs}: jobs run what this folder holds, but others may write in it; make "
+                "it yours alone (chmod 700), or set another output_dir"
+            )
+        return self.jobs
 
     def log(self, job: str) -> Path:
         """Standard error of a job or array element (of its first node), as submitit names it."""
@@ -161,11 +185,13 @@ class Ledger:
 
     def record_submission(self, submission: Submission) -> None:
         """Record a submitted job for ``status`` and ``cancel``."""
-        _create(self.jobs / f"submission-{submission.job_id}.json", asdict(submission))
+        path = self.folder / "submissions" / f"submission-{submission.job_id}.json"
+        _create(path, asdict(submission))
 
     def submissions(self) -> list[Submission]:
         """All submitted jobs, oldest first."""
-        paths = [p for p in _files(self.jobs) if p.name.startswith("submission-")]
+        folders = self.folder / "submissions", self.folder / "jobs"  # the latter until 0.2
+        paths = [p for f in folders for p in _files(f) if p.name.startswith("submission-")]
         found = (_read(Submission, path) for path in paths)
         return sorted((s for s in found if s is not None), key=lambda s: s.submitted)
 

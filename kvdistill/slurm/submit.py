@@ -70,9 +70,9 @@ def submit_array(
     for first in range(0, len(tasks), longest):
         part = tasks[first : first + longest]
         calls = [ArrayElement(t.to_json(), profile.workers, profile.max_restarts) for t in part]
-        job_id = submit_job(calls, profile, name, Ledger(part[0].folder), dependency)
+        job_id = submit_job(calls, profile, name, part[0].ledger, dependency)
         submission = Submission(job_id, name, time.time(), tuple(t.units for t in part))
-        Ledger(part[0].folder).record_submission(submission)
+        part[0].ledger.record_submission(submission)
         ids.append(job_id)
     return ids
 
@@ -93,7 +93,7 @@ def submit_job(
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    executor = submitit.SlurmExecutor(ledger.jobs, python=python_command(profile))
+    executor = submitit.SlurmExecutor(ledger.open_jobs(), python=python_command(profile))
     try:
         executor.update_parameters(**_parameters(profile, name, dependency))
         if len(calls) == 1:

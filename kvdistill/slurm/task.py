@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 
 from kvdistill.errors import SlurmError
 from kvdistill.slurm.heartbeat import HEARTBEAT_SECONDS
-from kvdistill.slurm.ledger import Outcome
+from kvdistill.slurm.ledger import Ledger, Outcome
 
 TRY_AGAIN: Final = 75
 """Exit code (``EX_TEMPFAIL``): run the same task again."""
@@ -61,16 +61,25 @@ class Task:
     heartbeat_seconds: float = HEARTBEAT_SECONDS
     warning_seconds: float = 120.0
     """How long before a time limit Slurm sends USR2."""
+    jobs_folder: Path | None = None
+    """The ledger's folder of jobs; None if it is in ``folder``."""
 
     def to_json(self) -> str:
         """One line; ``from_json`` reads it back."""
-        return json.dumps({**dataclasses.asdict(self), "folder": str(self.folder)})
+        return json.dumps(dataclasses.asdict(self), default=str)
 
     @staticmethod
     def from_json(line: str) -> Task:
         """The inverse of ``to_json``."""
         body = json.loads(line)
-        return Task(**{**body, "folder": Path(body["folder"]), "units": tuple(body["units"])})
+        jobs = body["jobs_folder"] and Path(body["jobs_folder"])
+        units = tuple(body["units"])
+        return Task(**{**body, "folder": Path(body["folder"]), "jobs_folder": jobs, "units": units})
+
+    @property
+    def ledger(self) -> Ledger:
+        """Where attempts, claims, failures and jobs are recorded."""
+        return Ledger(self.folder, self.jobs_folder)
 
     def workload(self) -> Workload:
         """Import the target and call it.

@@ -29,7 +29,7 @@ FAILURES_IN_A_ROW: Final = 3
 
 def work(task: Task) -> Ending:
     """Run a task in this process. A failing unit raises nothing; the ledger records it."""
-    ledger = Ledger(task.folder)
+    ledger = task.ledger
     attempt = new_attempt(task.task, task.num_tasks, ledger, os.environ)
     with (
         stop_flag(task.warning_seconds) as stop,

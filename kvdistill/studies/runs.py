@@ -122,7 +122,7 @@ def ablation_tasks(
     study = {**body, "experiment": design.body}  # inline, so that later edits change no queued job
     text = yaml.safe_dump(study, sort_keys=False, allow_unicode=True)
     units = tuple(run.name for run in runs)
-    arguments = {"config": str(write_once(text, ledger.jobs, "study"))}
+    arguments = {"config": str(write_once(text, ledger.open_jobs(), "study"))}
     task = Task(TARGET, arguments, ledger.folder, units, warning_seconds=warning_seconds)
     return partition_round_robin(task, num_tasks)
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -16,8 +17,10 @@ import yaml
 from click.testing import CliRunner
 
 from kvdistill.cli import cli
+from kvdistill.config.load import parse_experiment
 from kvdistill.config.slurm import SlurmConfig, SlurmProfile
 from kvdistill.errors import ConfigError, SlurmError
+from kvdistill.pipelines.extract_tasks import extraction_ledger
 from kvdistill.slurm import client
 from kvdistill.slurm.heartbeat import job_element, new_attempt
 from kvdistill.slurm.launch import Launch, launch_command
@@ -25,7 +28,8 @@ from kvdistill.slurm.ledger import Failure, Submission
 from kvdistill.slurm.retry import crash_cause, requeue_this_job
 from kvdistill.slurm.status import read_status
 from kvdistill.slurm.submit import ArrayElement, batch_script, dask_options, submit_array
-from kvdistill.slurm.task import partition_round_robin
+from kvdistill.slurm.task import Task, partition_round_robin
+from tests.config.template import template
 from tests.slurm.experiment import ROOT, write_experiment
 from tests.slurm.toy import ledger, toy_task
 
@@ -393,3 +397,42 @@ def test_memory_may_be_left_to_the_site(fake: Fake, tmp_path: Path) -> None:
     assert "#SBATCH --mem-per-cpu=4G" in path.read_text()
     with pytest.raises(SlurmError, match="memory_gb"):
         dask_options(profile, tmp_path)
+
+
+def test_no_pickle_is_written_where_others_may_write(fake: Fake, tmp_path: Path) -> None:
+    fake("srun", "")
+    fake("sbatch", 'echo "Submitted batch job 7"')
+    fake("scontrol", 'echo "MaxArraySize = 1001"')
+    shared, own = tmp_path / "store", tmp_path / "runs" / "jobs"
+    tasks = [replace(toy_task(shared, name), jobs_folder=own) for name in "ab"]
+    assert submit_array(tasks, PROFILE, "kv") == ["7"]
+    assert list(own.rglob("*.pkl"))
+    assert {path.suffix for path in shared.rglob("*") if path.is_file()} == {".json"}
+    assert own.stat().st_mode & 0o777 == 0o700
+    assert [job.job_id for job in ledger(shared).submissions()] == ["7"]
+    assert Task.from_json(tasks[0].to_json()) == tasks[0]
+
+
+def test_extraction_keeps_its_jobs_beside_the_users_runs(tmp_path: Path) -> None:
+    settings = {"store": tmp_path / "shared", "output_dir": tmp_path / "mine", "name": "run"}
+    experiment = parse_experiment(template(**{k: str(v) for k, v in settings.items()}))
+    found = extraction_ledger(experiment, "smollm2")
+    assert found.folder == tmp_path / "shared/teachers/smollm2"
+    assert found.open_jobs() == tmp_path / "mine/run.slurm/extract-smollm2"
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o777])
+def test_a_folder_of_jobs_that_others_may_write_is_refused(tmp_path: Path, mode: int) -> None:
+    jobs = ledger(tmp_path).jobs
+    jobs.mkdir()
+    jobs.chmod(mode)
+    with pytest.raises(SlurmError, match="chmod 700"):
+        ledger(tmp_path).open_jobs()
+
+
+def test_submissions_of_earlier_versions_are_found(tmp_path: Path) -> None:
+    body = {"job_id": "6", "name": "kv", "submitted": 1.0, "elements": [["a"], ["b"]]}
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs/submission-6.json").write_text(json.dumps(body))
+    ledger(tmp_path).record_submission(Submission("7", "kv", 2.0, (("a",),)))
+    assert [job.job_id for job in ledger(tmp_path).submissions()] == ["6", "7"]
