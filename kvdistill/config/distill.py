@@ -37,7 +37,7 @@ TEACHER_LOSSES: Final = (
 """Losses that read the store."""
 ANNEALED_LOSSES: Final = ("key", "value", "cosine", "attention_kl", "relation", "codi")
 """Losses that compare the student with a teacher."""
-TEXT_LOSSES: Final = ("cross_entropy", "rationale")
+TEXT_LOSSES: Final = ("cross_entropy", "rationale", "router_aux")
 """Losses on the text alone."""
 
 
@@ -215,6 +215,9 @@ class LossConfig(Section):
     same place (needs `extraction.hidden_at_cue`)."""
     rationale: NonNegativeFloat = 0.0
     """Cross-entropy of a latent student on the written rationale and answer, given the question."""
+    router_aux: NonNegativeFloat | None = None
+    """Load-balancing loss of a mixture-of-experts student's own routers; the weight in the model's
+    config (`router_aux_loss_coef`) if not given."""
     entropy: NonNegativeFloat = 0.0
     """Weight of the router entropy; its sign is `fusion.entropy`."""
     round_trip: NonNegativeFloat = 0.0
@@ -237,7 +240,8 @@ class LossConfig(Section):
 
     def weights(self) -> dict[str, float]:
         """Weight by name of loss."""
-        return {name: getattr(self, name) for name in (*TEACHER_LOSSES, "entropy", *TEXT_LOSSES)}
+        names = (*TEACHER_LOSSES, "entropy", *TEXT_LOSSES)
+        return {name: getattr(self, name) or 0.0 for name in names}
 
 
 class EvictionConfig(Section):

@@ -17,7 +17,7 @@ Where the target comes from, and what may move it (``docs/projection.md``):
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -30,11 +30,21 @@ from kvdistill.config.distill import AlignmentConfig, FusionConfig, LossConfig, 
 from kvdistill.distill.align.band import band_of
 from kvdistill.distill.data.collate import Batch
 from kvdistill.distill.fuse.fusion_weights import FusionWeights
-from kvdistill.distill.fuse.weights import ServedWeights, entropy, fuse, mean_weights
-from kvdistill.distill.kv_losses import fused_errors, teacher_errors
-from kvdistill.distill.losses.absorption import explained_variance, target_variance
+from kvdistill.distill.fuse.weights import ServedWeights, entropy, fuse
+from kvdistill.distill.kv_losses import (
+    fused_errors,
+    kv_figures,
+    round_trip_errors,
+    teacher_errors,
+)
 from kvdistill.distill.losses.attention_maps import AttentionMaps
-from kvdistill.distill.losses.pointwise import IGNORED_LABEL, cross_entropy, num_predicted
+from kvdistill.distill.losses.load_balancing import LoadBalancing
+from kvdistill.distill.losses.pointwise import (
+    IGNORED_LABEL,
+    cross_entropy,
+    num_predicted,
+    share_of_step,
+)
 from kvdistill.distill.losses.regression import regression_error
 from kvdistill.distill.losses.weighting import sum_served, weighted_sum
 from kvdistill.distill.project.projections import SpaceAdapter
@@ -60,6 +70,8 @@ class StudentOutput:
     value_BLHTD: Tensor
     hidden: Tensor | None
     """Last hidden state ``[B, T, E]``, where a router needs it."""
+    router_aux: Tensor | None = field(default=None, kw_only=True)
+    """Load-balancing loss of this pass, where it has a weight."""
 
     def kind(self, kind: Kind) -> Tensor:
         """Keys or values ``[B, L, H, T, D]``."""
@@ -91,7 +103,9 @@ class Distiller(nn.Module):
         self.student = student
         self.capture = self.capture_of(student)
         self.teachers = teachers
-        self.projection, self.fusion, self.losses = projection, fusion, losses
+        self.projection, self.fusion = projection, fusion
+        self.balance = LoadBalancing(self.language_model, losses.router_aux)
+        self.losses = losses.model_copy(update={"router_aux": self.balance.weight})
         geometry = self.capture.geometry
         self.heads = nn.ModuleDict()
         if not teachers:
@@ -125,6 +139,11 @@ class Distiller(nn.Module):
                 self.gate = InjectionGate(geometry.num_layers, losses.inject_gate_init)
         if losses.attention_kl:
             self.attention_maps = AttentionMaps(student, alignment)
+
+    @property
+    def language_model(self) -> Any:
+        """The student as transformers has it."""
+        return self.student
 
     def capture_of(self, student: Any) -> KVCapture:
         """Captures the student's queries, keys and values."""
@@ -192,15 +211,20 @@ class Distiller(nn.Module):
                 attention_mask=batch["attention_mask"],
                 output_hidden_states=needs_hidden,
                 use_cache=False,
+                **self.balance.inputs,
             )
         query, key, value = (torch.stack(layers, dim=1) for layers in zip(*captured, strict=True))
         hidden = output.hidden_states[-1] if needs_hidden else None
-        return StudentOutput(output.logits, query, key, value, hidden)
+        aux = self.balance(output, batch["attention_mask"])
+        return StudentOutput(output.logits, query, key, value, hidden, router_aux=aux)
 
     def text_losses(self, batch: Batch, output: StudentOutput, counts: Counts) -> dict[str, Tensor]:
         """Losses that need no teacher."""
-        loss = cross_entropy(output.logits, batch["labels"], counts.get("num_labels"))
-        return {"cross_entropy": loss}
+        labels, number = batch["labels"], counts.get("num_labels")
+        parts = {"cross_entropy": cross_entropy(output.logits, labels, number)}
+        if output.router_aux is not None:
+            parts["router_aux"] = output.router_aux * share_of_step(labels, number)
+        return parts
 
     def _teacher_losses(
         self, batch: Batch, output: StudentOutput, counts: Counts, *, figures: bool
@@ -227,7 +251,16 @@ class Distiller(nn.Module):
             parts["entropy"] = self._entropy(mixture, counts)
         if self.losses.inject:
             parts["inject"] = self._inject(batch, projected, mixture, counts)
-        return parts, self._figures(targets, fused, alpha, parts, counts) if figures else {}
+        if not figures:
+            return parts, {}
+        kinds = [kind for kind in KINDS if kind in parts] or list(KINDS)
+        compared = [
+            (target, weight_BLT)
+            for kind in kinds
+            for _, weight_BLT, target in self.compared(kind, targets, alpha, fused.get(kind))
+        ]
+        errors = [parts[kind] for kind in kinds if kind in parts]
+        return parts, kv_figures(compared, alpha, errors, counts["num_served"], self.losses)
 
     def _entropy(self, mixture: ServedWeights, counts: Counts) -> Tensor:
         """Mean entropy of the router where it has a choice, before dropout takes it away."""
@@ -235,35 +268,6 @@ class Distiller(nn.Module):
         contested_BLT = (mixture.serves_NBLT.sum(0) > 1).float()
         total = sum_served(entropy(mixture.alpha(dropout=False)), contested_BLT)
         return sign * total / counts["num_contested"].clamp_min(1)
-
-    def _figures(
-        self,
-        targets: Targets,
-        fused: Mapping[Kind, Tensor],
-        alpha: Tensor,
-        parts: Mapping[str, Tensor],
-        counts: Counts,
-    ) -> dict[str, Tensor]:
-        """Mean fusion weights, and what shows whether the target moves, where a teacher serves."""
-        served_BLT = (alpha.sum(0) > 0).float()
-        kinds = [kind for kind in KINDS if kind in parts] or list(KINDS)
-        if fused:
-            compared = [(fused[kind], served_BLT) for kind in kinds]
-        else:
-            compared = [
-                (target, alpha[i][:, list(group.student_layers)])
-                for kind in kinds
-                for i, head in enumerate(self.heads_of(kind))
-                for group, target in zip(head.groups, targets[kind][i], strict=True)
-            ]
-        found = {"alpha": mean_weights(alpha), "target_variance": target_variance(compared)}
-        errors = [parts[kind].detach() for kind in kinds if kind in parts]
-        if errors and self.losses.distance == "mse" and not self.losses.layer_std:
-            # Parts are this batch's share of a step.
-            share = served_BLT.sum() / counts["num_served"].clamp_min(1)
-            error = torch.stack(errors).mean() / share
-            found["explained_variance"] = explained_variance(error, found["target_variance"])
-        return found
 
     def head(self, name: str, kind: Kind) -> TeacherHead:
         """The maps of one teacher and kind."""
@@ -346,24 +350,33 @@ class Distiller(nn.Module):
             )
             sums["attention_kl"] = sum_served(error_BLT, served_BLT.float()) / alpha.shape[2]
         if self.losses.round_trip:
-            sums["round_trip"] = self._round_trip(output, targets, alpha.detach())
+            lost = [
+                round_trip_errors(
+                    self.space[kind], output.kind(kind), self.heads_of(kind), targets[kind], alpha
+                )
+                for kind in KINDS
+            ]
+            sums["round_trip"] = torch.stack(lost).mean()
         return sums
 
-    def comparisons(
-        self, output: StudentOutput, kind: Kind, targets: Targets, alpha: Tensor
-    ) -> list[tuple[list[int], Tensor, Tensor, Tensor]]:
-        """What is compared for one kind: student layers, weight ``[B, L, T]``, ours, target."""
+    def compared(
+        self, kind: Kind, targets: Targets, alpha: Tensor, fused: Tensor | None = None
+    ) -> list[tuple[list[int], Tensor, Tensor]]:
+        """What is compared for one kind: student layers, weight ``[B, L, T]``, target."""
         if not self.regresses:
-            ours = self._in_target_space(output.kind(kind), kind)
-            target = fuse(alpha, self.projected(targets)[kind])
-            return [(list(range(alpha.shape[2])), alpha.sum(0), ours, target)]
-        found = []
-        for i, head in enumerate(self.heads_of(kind)):
-            predictions = head.predictions(output.kind(kind))
-            for group, ours, target in zip(head.groups, predictions, targets[kind][i], strict=True):
-                layers = list(group.student_layers)
-                found.append((layers, alpha[i][:, layers], ours, target))
-        return found
+            target = fuse(alpha, self.projected(targets)[kind]) if fused is None else fused
+            return [(list(range(alpha.shape[2])), alpha.sum(0), target)]
+        return [
+            (layers := list(group.student_layers), weight_BLT[:, layers], target)
+            for head, weight_BLT, xs in zip(self.heads_of(kind), alpha, targets[kind], strict=True)
+            for group, target in zip(head.groups, xs, strict=True)
+        ]
+
+    def predictions(self, output: StudentOutput, kind: Kind) -> list[Tensor]:
+        """The student's side of what is ``compared``."""
+        if not self.regresses:
+            return [self._in_target_space(output.kind(kind), kind)]
+        return [x for head in self.heads_of(kind) for x in head.predictions(output.kind(kind))]
 
     def _inject(
         self,
@@ -399,20 +412,6 @@ class Distiller(nn.Module):
     def _in_target_space(self, student_BLHTD: Tensor, kind: Kind) -> Tensor:
         shared = self.projection.mode == "shared_space"
         return self.space[kind](student_BLHTD) if shared else student_BLHTD
-
-    def _round_trip(self, output: StudentOutput, targets: Targets, alpha: Tensor) -> Tensor:
-        """Error of every model after the way into the shared space and back, where it is served."""
-        lost = []
-        for kind in KINDS:
-            own = self.space[kind].round_trip_error(output.kind(kind).detach())
-            lost.append(sum_served(own, (alpha.sum(0) > 0).float()))
-            for i, head in enumerate(self.heads_of(kind)):
-                adapters: Any = head.project
-                groups = zip(adapters, head.groups, targets[kind][i], strict=True)
-                for adapter, group, target in groups:
-                    weight_BLT = alpha[i][:, list(group.student_layers)]
-                    lost.append(sum_served(adapter.round_trip_error(target), weight_BLT))
-        return torch.stack(lost).sum() / (len(KINDS) * alpha.shape[2])
 
 
 def _module_name(teacher: str) -> str:

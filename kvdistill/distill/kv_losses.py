@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvdistill.config.distill import LossConfig
+from kvdistill.distill.fuse.weights import mean_weights
+from kvdistill.distill.losses.absorption import explained_variance, target_variance
 from kvdistill.distill.losses.attention_maps import relation_error
 from kvdistill.distill.losses.pointwise import cosine_error, kv_error, layer_std
 from kvdistill.distill.losses.weighting import sum_served
@@ -70,3 +73,46 @@ def fused_errors(
         name: torch.stack([sum_served(x, weight_BLT) for x in found]).sum() / num_layers
         for name, found in maps.items()
     }
+
+
+def round_trip_errors(
+    space: Any,
+    student_BLHTD: Tensor,
+    heads: Sequence[TeacherHead],
+    targets: Sequence[Sequence[Tensor]],
+    alpha_NBLT: Tensor,
+) -> Tensor:
+    """One kind's error of every model after the way into the shared space and back."""
+    alpha = alpha_NBLT.detach()
+    own = space.round_trip_error(student_BLHTD.detach())
+    lost = [sum_served(own, (alpha.sum(0) > 0).float())]
+    for head, alpha_BLT, groups in zip(heads, alpha, targets, strict=True):
+        adapters: Any = head.project
+        for adapter, group, target in zip(adapters, head.groups, groups, strict=True):
+            weight_BLT = alpha_BLT[:, list(group.student_layers)]
+            lost.append(sum_served(adapter.round_trip_error(target), weight_BLT))
+    return torch.stack(lost).sum() / alpha.shape[2]
+
+
+def kv_figures(
+    compared: Sequence[tuple[Tensor, Tensor]],
+    alpha_NBLT: Tensor,
+    errors: Sequence[Tensor],
+    num_served: Tensor,
+    losses: LossConfig,
+) -> dict[str, Tensor]:
+    """Mean fusion weights, and what shows whether the target moves, where a teacher serves.
+
+    Args:
+        compared: targets with the weights of their errors, as for ``target_variance``.
+        alpha_NBLT: the fusion weights.
+        errors: losses of keys and of values, this batch's shares of a step.
+        num_served: of the whole step.
+        losses: the error's distance.
+    """
+    found = {"alpha": mean_weights(alpha_NBLT), "target_variance": target_variance(compared)}
+    if errors and losses.distance == "mse" and not losses.layer_std:
+        share = (alpha_NBLT.sum(0) > 0).sum() / num_served.clamp_min(1)
+        error = torch.stack(list(errors)).mean().detach() / share
+        found["explained_variance"] = explained_variance(error, found["target_variance"])
+    return found

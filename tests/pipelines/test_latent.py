@@ -105,6 +105,24 @@ def test_every_form_trains_answers_and_comes_back(
     assert len(again.rows) == 3
 
 
+def test_a_latent_student_of_experts_is_balanced_on_the_full_text(
+    thinking: Path, tmp_path: Path
+) -> None:
+    shape = {
+        "model_type": "mixtral", "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4,
+    }  # fmt: skip
+    changes = {"student": {"tokenizer": f"{thinking.parent}/models/llama", "architecture": shape}}
+    run = assembled(variant(thinking, tmp_path, **changes))
+    batch = next(iter(run.stream))
+    output = run.distiller(batch)
+    texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    own = run.distiller.student.backbone(**texts, output_router_logits=True).aux_loss
+    torch.testing.assert_close(output["parts"]["router_aux"], own)
+    with pytest.raises(ConfigError, match=r"give losses.rationale a weight"):
+        assembled(variant(thinking, tmp_path, losses__rationale=0, **changes))
+
+
 def test_the_kv_loss_is_the_mean_error_over_kept_tokens(thinking: Path, tmp_path: Path) -> None:
     run = assembled(variant(thinking, tmp_path, losses__layer_std=False))
     distiller, batch = run.distiller, next(iter(run.stream))

@@ -46,6 +46,10 @@ CASES: dict[str, dict[str, Any]] = {
         **ROUTED, "losses__inject": 1.0, "losses__inject_style": "replace",
         "fusion__entropy": "specialized", "fusion__task_tag": True,
     },
+    "experts": {
+        "student__architecture__model_type": "mixtral",
+        "student__architecture__num_local_experts": 4,
+    },
     "layers by cka": {"alignment__layers": "cka"},
     "layers given": {
         "alignment__layers": "explicit",

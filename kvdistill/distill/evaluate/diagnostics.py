@@ -63,9 +63,12 @@ def _errors_by_layer(distiller: Distiller, batches: list[Batch]) -> dict[str, li
         alpha = distiller.weigh(batch, view.hidden).alpha()
         targets = distiller.targets(batch["teachers"])
         for kind in KINDS:
-            for layers, weight_BLT, ours, target in distiller.comparisons(
-                view, kind, targets, alpha
-            ):
+            sides = zip(
+                distiller.predictions(view, kind),
+                distiller.compared(kind, targets, alpha),
+                strict=True,
+            )
+            for ours, (layers, weight_BLT, target) in sides:
                 error_BLT = (ours.float() - target).square().mean(dim=(2, 4)) * weight_BLT
                 found = torch.stack([error_BLT, weight_BLT]).sum(dim=(1, 3))
                 totals[kind][:, layers] += found.cpu()

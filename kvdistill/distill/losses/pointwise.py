@@ -109,6 +109,15 @@ def num_predicted(labels_BT: Tensor) -> Tensor:
     return (labels_BT[:, 1:] != IGNORED_LABEL).sum()
 
 
+def share_of_step(labels_BT: Tensor, num_labels: Tensor | None) -> Tensor:
+    """Share of a step's ``num_labels`` that are this batch's; 1 if not given.
+
+    Times it, a figure of a batch adds up to the mean over the batches of a step by their labels.
+    """
+    own = num_predicted(labels_BT)
+    return own / (own if num_labels is None else num_labels).clamp_min(1)
+
+
 def _check_same_shape(student: Tensor, target: Tensor) -> None:
     if student.shape != target.shape:
         raise GeometryError(

@@ -33,7 +33,10 @@ def test_reduction_of_nothing_is_zero_and_masked_nan_is_not_read():
 def test_only_losses_against_teachers_are_annealed_and_counted_as_kv():
     """A router's entropy and the shared space's round trip compare the student with no teacher."""
     annealed = {"key": 2, "value": 3, "cosine": 4, "attention_kl": 5, "relation": 6, "codi": 7}
-    constant = {"cross_entropy": 5, "rationale": 8, "inject": 7, "entropy": 9, "round_trip": 10}
+    constant = {
+        "cross_entropy": 5, "rationale": 8, "inject": 7, "entropy": 9, "round_trip": 10,
+        "router_aux": 11,
+    }  # fmt: skip
     parts = {name: torch.tensor(1.0) for name in annealed | constant}
     loss, kv = weighted_sum(parts, LossConfig.model_validate(annealed | constant), 0.5)
     assert float(kv) == 0.5 * sum(annealed.values())

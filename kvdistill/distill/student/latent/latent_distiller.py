@@ -30,6 +30,7 @@ from kvdistill.distill.losses.pointwise import (
     cross_entropy,
     hidden_error,
     num_predicted,
+    share_of_step,
 )
 from kvdistill.distill.student.latent.model import LatentStudent
 from kvdistill.distill.targets import GroupSpace
@@ -138,6 +139,11 @@ class LatentDistiller(Distiller):
         **settings: Any,
     ) -> None:
         super().__init__(student, teachers, **settings)
+        if self.losses.router_aux and not self.losses.rationale:
+            raise ConfigError(
+                "losses.router_aux: the experts of a latent student are balanced in its pass over "
+                "the full text; give losses.rationale a weight, or set losses.router_aux to 0"
+            )
         self.latent: LatentConfig = student.config
         self.evictions = {
             name: RationaleEviction.of(self.latent, m) for name, m in manifests.items()
@@ -147,6 +153,11 @@ class LatentDistiller(Distiller):
             CueMap(ours.num_layers, ours.hidden_size, manifests[teacher.name], teacher.depths)
             for teacher in (teachers if self.losses.codi else ())
         )
+
+    @property
+    def language_model(self) -> Any:
+        """The one inside the student."""
+        return self.student.backbone
 
     def capture_of(self, student: LatentStudent) -> KVCapture:
         """Capture of the language model inside the student."""
@@ -175,13 +186,17 @@ class LatentDistiller(Distiller):
         """Cross-entropy of the answer after the latents, and of the full text; CODI."""
         parts = super().text_losses(batch, view, counts)
         if self.losses.rationale:
-            logits = self.student.backbone(
+            output = self.student.backbone(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
                 use_cache=False,
-            ).logits
+                **self.balance.inputs,
+            )
             labels, number = batch["rationale_labels"], counts.get("num_words")
-            parts["rationale"] = cross_entropy(logits, labels, number)
+            parts["rationale"] = cross_entropy(output.logits, labels, number)
+            aux = self.balance(output, batch["attention_mask"])
+            if aux is not None:
+                parts["router_aux"] = aux * share_of_step(labels, number)
         if self.losses.codi and isinstance(view, LatentOutput):
             parts["codi"] = self._codi(batch, view, counts)
         return parts
