@@ -51,7 +51,7 @@ def verify_adapter(model: Any, sites: Sequence[Site]) -> list[VerifiedLayer]:
     rotations = rotary_candidates(model, max(site.layer_idx for site in sites) + 1)
     tapped: dict[int, QKV] = {}
     with attention_probe(model, sites) as seen, capture(sites, tapped.__setitem__):
-        _run_probe(model)
+        run_probe(model)
     verified = []
     for site in sites:
         if site.layer_idx in seen and site.layer_idx not in tapped:
@@ -70,7 +70,7 @@ def verify_adapter(model: Any, sites: Sequence[Site]) -> list[VerifiedLayer]:
 
 
 @torch.no_grad()
-def _run_probe(model: Any) -> None:
+def run_probe(model: Any) -> None:
     """A pass over a few random tokens, through every stream of the model."""
     inputs = {"input_ids": probe_ids(model)}
     if model.config.is_encoder_decoder:

@@ -7,14 +7,17 @@ independent of where it was loaded from.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import xxhash
+from torch import Tensor
 
+from kvdistill.attention.geometry import text_model
 from kvdistill.attention.tokens import report_whole_offsets
+from kvdistill.attention.verification import TOLERANCE, probe_ids, run_probe
 from kvdistill.config.extraction import TeacherConfig
 from kvdistill.errors import TeacherError
 
@@ -28,11 +31,9 @@ def load_teacher_model(
     random: none of them may belong to a layer.
 
     Raises:
-        TeacherError: not found, gated, unreadable, pickled weights, or incomplete weights.
+        TeacherError: not found, gated, unreadable, pickled weights, incomplete weights, or weights
+            quantised in a way that needs a package or a device that is not there.
     """
-    from transformers import AutoModel, AutoModelForCausalLM
-
-    kind = AutoModel if config.generate is None else AutoModelForCausalLM
     options: dict[str, Any] = {
         "trust_remote_code": config.trust_remote_code,
         "dtype": getattr(torch, config.dtype),
@@ -41,13 +42,19 @@ def load_teacher_model(
             None if config.attn_implementation == "sdpa" else config.attn_implementation
         ),
     }
+    quantised = None
     try:
+        architecture = _architecture(config)
+        kind = _auto_class(config, architecture)
         if config.weights == "random":
-            return _random_model(kind, config, options).to(device), set()
+            return _random_model(kind, architecture, options).to(device), set()
+        quantised = _quantisation(architecture)
         if config.gguf_file:
             options["gguf_file"] = config.gguf_file
-        if config.device_map is not None:
-            options["device_map"] = config.device_map
+        # Quantised weights are unpacked on their device, and most cannot be moved afterwards.
+        device_map = {"": device} if quantised and config.device_map is None else config.device_map
+        if device_map is not None:
+            options["device_map"] = device_map
         with _without_progress_bars():
             model, info = kind.from_pretrained(
                 config.model,
@@ -56,8 +63,12 @@ def load_teacher_model(
                 output_loading_info=True,
                 **options,
             )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise _cannot_load(name, config.model, error) from error
+        if quantised is not None:
+            run_probe(text_model(model))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # quantisers and remote code raise anything
+        raise _cannot_load(name, config.model, error, quantised) from error
     missing = set(info["missing_keys"])
     lacking = sorted(key for key in missing if "pooler" not in key)
     if lacking:
@@ -67,19 +78,86 @@ def load_teacher_model(
             "checkpoint"
         )
     model = model.eval().requires_grad_(False)
-    return model if config.device_map is not None else model.to(device), missing
+    return model if device_map is not None else model.to(device), missing
 
 
-def _random_model(kind: Any, config: TeacherConfig, options: dict[str, Any]) -> Any:
+def _architecture(config: TeacherConfig) -> Any:
+    from transformers import AutoConfig
+
+    options = {"gguf_file": config.gguf_file} if config.gguf_file else {}
+    return AutoConfig.from_pretrained(
+        config.model,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        **options,
+    )
+
+
+def _auto_class(config: TeacherConfig, architecture: Any) -> Any:
+    """Where transformers finds the model; with its head, a multimodal one is listed elsewhere."""
+    import transformers
+
+    if config.generate is None:
+        return transformers.AutoModel
+    is_multimodal = (
+        type(architecture) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        and type(architecture) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+    name = "AutoModelForImageTextToText" if is_multimodal else "AutoModelForCausalLM"
+    return getattr(transformers, name)
+
+
+def _quantisation(architecture: Any) -> str | None:
+    """How the weights of a checkpoint are quantised: ``fp8``, ``gptq`` and others."""
+    found = getattr(architecture, "quantization_config", None)
+    if found is None:
+        return None
+    options = found if isinstance(found, dict) else found.to_dict()
+    method = options.get("quant_method", "unknown")
+    return str(getattr(method, "value", method))
+
+
+def text_model_of(name: str, whole: Any) -> Any:
+    """The layers of a teacher that read text; of a multimodal model, its language model.
+
+    That one is compared with the whole on a few tokens: what it reads from text alone must be what
+    the whole reads.
+
+    Raises:
+        TeacherError: they differ, or the whole cannot read text alone.
+    """
+    text = text_model(whole)
+    outer = whole.base_model
+    if text is outer or text.config.is_encoder_decoder:
+        return text
+    ids = probe_ids(text)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    inputs["output_hidden_states"] = True
+    kinds = f"{type(text).__name__} inside {type(outer).__name__}"
+    try:
+        with torch.inference_mode():
+            own, other = (model(**inputs).hidden_states[-1] for model in (text, outer))
+    except Exception as error:  # whatever a model raises that wants an image
+        cause = " ".join(str(error).split())[:200]
+        raise TeacherError(
+            f"teacher {name!r}: {kinds} cannot be read on text alone: {type(error).__name__}: "
+            f"{cause}; save the language model in a folder of its own and use that"
+        ) from error
+    difference = float((own - other).abs().max() / other.abs().max().clamp_min(1e-30))
+    if not difference <= 10 * TOLERANCE[own.dtype]:
+        raise TeacherError(
+            f"teacher {name!r}: {kinds} reads text otherwise than the whole model does (hidden "
+            f"states differ by {difference:.1e}); save the language model in a folder of its own "
+            "and use that"
+        )
+    return text
+
+
+def _random_model(kind: Any, architecture: Any, options: dict[str, Any]) -> Any:
     """The model's architecture with random weights: a placebo for what it has learned.
 
     The seed is fixed, so that every process of an extraction reads with the same teacher.
     """
-    from transformers import AutoConfig
-
-    architecture = AutoConfig.from_pretrained(
-        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = kind.from_config(architecture, **options)
@@ -115,13 +193,19 @@ def load_teacher_tokenizer(name: str, config: TeacherConfig) -> Any:
     return tokenizer
 
 
-def _cannot_load(name: str, source: str, error: Exception) -> TeacherError:
+def _cannot_load(
+    name: str, source: str, error: Exception, quantised: str | None = None
+) -> TeacherError:
     """One line: transformers' messages are long, and their first sentences hold the cause."""
     cause = " ".join(str(error).split())[:300]
-    return TeacherError(
-        f"teacher {name!r}: cannot load {source!r}: {cause} (check the name and your access to "
-        "it; without a network, run `kvdistill fetch` ahead of time)"
+    remedy = (
+        "check the name and your access to it; without a network, run `kvdistill fetch` ahead of "
+        "time"
+        if quantised is None
+        else f"its weights are quantised by {quantised}: install the package or use the device "
+        "that this asks for, or an unquantised checkpoint"
     )
+    return TeacherError(f"teacher {name!r}: cannot load {source!r}: {cause} ({remedy})")
 
 
 @contextmanager
@@ -138,19 +222,33 @@ def _without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def weights_fingerprint(model: Any, excluded: Collection[str] = ()) -> str:
+def weights_fingerprint(
+    model: Any, excluded: Collection[str] = (), *, quantised: bool = False
+) -> str:
     """xxh3 over every parameter's name, dtype, shape and bytes, in order of names.
 
     ``excluded`` are parameters that the checkpoint lacks (a BERT without its pooler): they are
-    random, and keys and values do not depend on them.
+    random, and keys and values do not depend on them. Quantised weights are packed into buffers
+    (GPTQ) or into several tensors (torchao, bitsandbytes), all of which count.
     """
     digest = xxhash.xxh3_128()
-    for name, parameter in sorted(model.named_parameters()):
+    stated = model.state_dict() if quantised else dict(model.named_parameters())
+    for name, tensor in _plain_tensors(stated):
         if name in excluded:
             continue
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().contiguous().view(torch.uint8).cpu().numpy())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy().data)
     return f"xxh3:{digest.hexdigest()}"
+
+
+def _plain_tensors(named: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in order of their names; one that is made of others (torchao) gives these."""
+    for name, tensor in sorted(named.items()):
+        if hasattr(tensor, "__tensor_flatten__"):
+            parts, _ = tensor.__tensor_flatten__()
+            yield from _plain_tensors({f"{name}.{part}": getattr(tensor, part) for part in parts})
+        elif isinstance(tensor, Tensor):
+            yield name, tensor
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -35,6 +35,7 @@ from kvdistill.errors import TeacherError
 from kvdistill.extract.loading import (
     load_teacher_model,
     load_teacher_tokenizer,
+    text_model_of,
     tokenizer_fingerprint,
     weights_fingerprint,
 )
@@ -195,7 +196,7 @@ def load_teacher(name: str, experiment: Experiment) -> Teacher:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     whole, missing = load_teacher_model(name, config, torch.device(device))
-    model = whole if config.generate is None else whole.base_model
+    model = text_model_of(name, whole)
     prompt_tokenizer = _prompt_tokenizer(name, config, model)
     longest = max_positions(model, extraction.max_length)
     verified = fit_adapter(name, model, config.stream, longest)
@@ -204,7 +205,11 @@ def load_teacher(name: str, experiment: Experiment) -> Teacher:
     _refuse_unavailable(name, extraction, model, verified)
     _refuse_unstorable(name, config, verified.adapter, layers)
     fingerprints = {
-        "weights_fingerprint": weights_fingerprint(model, missing),
+        "weights_fingerprint": weights_fingerprint(
+            model,
+            missing,
+            quantised=getattr(whole.config, "quantization_config", None) is not None,
+        ),
         "tokenizer_fingerprint": tokenizer_fingerprint(prompt_tokenizer.tokenizer),
         "template": prompt_tokenizer.template.source,
     }

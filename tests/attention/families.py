@@ -276,3 +276,66 @@ ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bart": ("bart", _SEQ2SEQ),
     "marian": ("marian", _SEQ2SEQ),
 }
+_SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+_QWEN_VISION = {
+    "depth": 1,
+    "embed_dim": 16,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "intermediate_size": 16,
+    "out_hidden_size": 32,
+    "fullatt_block_indexes": [0],
+    "deepstack_visual_indexes": [0],
+    "patch_size": 14,
+    "num_position_embeddings": 16,
+}
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_QWEN = {
+    "text_config": {**_B, "rope_parameters": _SECTIONS},
+    "vision_config": _QWEN_VISION,
+    "image_token_id": 60,
+    "video_token_id": 61,
+    "vision_start_token_id": 62,
+    "vision_end_token_id": 63,
+}
+MULTIMODAL: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": {**DECODERS["gemma3, sliding"][1], "model_type": "gemma3_text"},
+        "vision_config": _VISION,
+        "mm_tokens_per_image": 1,
+        "image_token_index": 60,
+        "boi_token_index": 61,
+        "eoi_token_index": 62,
+    },
+    "mistral3": {
+        "text_config": {**_B, "head_dim": 8, "model_type": "mistral"},
+        "vision_config": {**_VISION, "model_type": "pixtral"},
+        "image_token_index": 60,
+    },
+    "llava": {
+        "text_config": {**_B, "model_type": "llama"},
+        "vision_config": {**_VISION, "model_type": "clip_vision_model"},
+        "image_token_index": 60,
+    },
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": {**_QWEN, "text_config": {**_B, "head_dim": 8, "rope_parameters": _SECTIONS}},
+    "llama4": {
+        "text_config": DECODERS["llama4, norm after rotary"][1],
+        "vision_config": {
+            **_VISION,
+            "vision_output_dim": 16,
+            "projector_input_dim": 16,
+            "projector_output_dim": 16,
+        },
+        "image_token_index": 60,
+    },
+}
+"""Models with a language model inside; their type, as the key, and arguments of their config."""
