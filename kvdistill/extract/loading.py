@@ -44,7 +44,7 @@ def load_teacher_model(
     }
     quantised = None
     try:
-        architecture = _architecture(config)
+        architecture = _model_config(config)
         kind = _auto_class(config, architecture)
         if config.weights == "random":
             return _random_model(kind, architecture, options).to(device), set()
@@ -81,7 +81,7 @@ def load_teacher_model(
     return model if device_map is not None else model.to(device), missing
 
 
-def _architecture(config: TeacherConfig) -> Any:
+def _model_config(config: TeacherConfig) -> Any:
     from transformers import AutoConfig
 
     options = {"gguf_file": config.gguf_file} if config.gguf_file else {}

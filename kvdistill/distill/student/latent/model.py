@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvdistill.attention.padded_generation import pad_left, through_first
 from kvdistill.config.distill import LatentConfig
@@ -78,6 +79,14 @@ class LatentStudent(nn.Module):
     def __init__(self, backbone: Any, config: LatentConfig) -> None:
         super().__init__()
         self.backbone, self.config = backbone, config
+        plain = {DynamicLayer, DynamicSlidingWindowLayer}
+        kinds = {type(layer) for layer in DynamicCache(config=backbone.config).layers}
+        if kinds - plain:
+            raise StudentError(
+                f"latent: the cache of a student of type {backbone.config.model_type!r} keeps more "
+                f"than keys and values ({(kinds - plain).pop().__name__}) and cannot go back to "
+                "the end of the question; choose a student of attention layers alone"
+            )
         table = backbone.get_input_embeddings().weight.detach()
         scale, size = float(table.float().std()), int(table.shape[1])
         like = {"device": table.device, "dtype": table.dtype}
