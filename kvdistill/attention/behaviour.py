@@ -103,11 +103,13 @@ def measure_behaviour(read: Read, layers: Sequence[int], ids_1T: Tensor, shifts:
     changed[:, CUT:] = ids_1T[:, : ids_1T.shape[1] - CUT]
     base, other = read(ids_1T, source=ids_1T), read(changed, source=ids_1T)
     first, limit = base.keys[0], MOVED[base.keys[0].dtype]
-    if first.shape[2] != ids_1T.shape[1] or not token_movement(first, other.keys[0])[CUT] > limit:
+    moved = token_movement(first, other.keys[0])
+    if first.shape[2] != ids_1T.shape[1] or not moved[CUT] > limit:
+        read_others = "reads other tokens than it is given, as one does that shifts its input"
+        why = read_others if bool((moved > limit).any()) else "has keys that no token changes"
         raise AdapterError(
             f"layer {layers[0]}: key {CUT} of {first.shape[2]} does not depend on token {CUT} of "
-            f"{ids_1T.shape[1]}; the model reads other tokens than it is given, as one does that "
-            "shifts its input by itself"
+            f"{ids_1T.shape[1]}; the model {why}"
         )
     every = zip(base.compared(slice(None)), other.compared(slice(None)), strict=True)
     later = [(here[0], there[0]) for here, there in every][1:]

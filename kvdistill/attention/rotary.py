@@ -136,17 +136,23 @@ def rotary_candidates(model: Any, num_layers: int) -> list[list[RotarySpec]]:
         table = _position_table(model)
         return [[] if table is None else [table]] * num_layers
     halves = [_read_module(modules[0], model, layer_idx) for layer_idx in range(num_layers)]
-    return [[spec, spec.model_copy(update={"interleaved": True})] for spec in halves]
+    return [[s, s.model_copy(update={"interleaved": True})] if s else [] for s in halves]
 
 
-def _read_module(module: nn.Module, model: Any, layer_idx: int) -> RotarySpec:
-    """Measure a rotary module at position 1, in float32, in a short text and in a long one."""
+def _read_module(module: nn.Module, model: Any, layer_idx: int) -> RotarySpec | None:
+    """Measure a rotary module at position 1, in float32, in a short text and in a long one.
+
+    None for a layer of a type that the module does not rotate (Beam's full attention).
+    """
     extra: dict[str, Any] = {}
     config = model.config.get_text_config()
     parameters = getattr(config, "rope_parameters", None) or {}
     if "layer_type" in inspect.signature(module.forward).parameters:
         extra["layer_type"] = config.layer_types[layer_idx]
         parameters = parameters.get(extra["layer_type"]) or parameters
+        rotated: Any = getattr(module, "rope_type", None)
+        if isinstance(rotated, dict) and extra["layer_type"] not in rotated:
+            return None
     short = _measured(module, model, 1, extra)
     kind = parameters.get("rope_type")
     if kind == "longrope":

@@ -82,7 +82,8 @@ def probe_ids(model: Any) -> Tensor:
     """Ids that all differ and are ordinary tokens: ``[1, PROBE_TOKENS]``."""
     config = model.config.get_text_config()
     named = {**model.config.to_dict(), **config.to_dict()}
-    special = {v for k, v in named.items() if k.endswith(("token_id", "token_index"))}
+    ids_of = [v for k, v in named.items() if k.endswith(("token_id", "token_index"))]
+    special = {i for ids in ids_of for i in (ids if isinstance(ids, list | tuple) else [ids])}
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     order = torch.randperm(min(vocab_size, config.vocab_size), generator=generator).tolist()

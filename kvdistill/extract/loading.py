@@ -78,6 +78,7 @@ def load_teacher_model(
             "checkpoint"
         )
     model = model.eval().requires_grad_(False)
+    _read_decoder_start(model, config)
     return model if device_map is not None else model.to(device), missing
 
 
@@ -153,6 +154,20 @@ def text_model_of(name: str, whole: Any) -> Any:
     return text
 
 
+def _read_decoder_start(model: Any, config: TeacherConfig) -> None:
+    """Give an encoder-decoder's config the start token that only its generation config states."""
+    from transformers import GenerationConfig
+
+    own = getattr(model.config, "decoder_start_token_id", None)
+    if own is not None or not model.config.is_encoder_decoder:
+        return
+    try:
+        found = GenerationConfig.from_pretrained(config.model, revision=config.revision)
+    except OSError:  # a folder without one; what needs a start token then refuses in words
+        return
+    model.config.decoder_start_token_id = found.decoder_start_token_id
+
+
 def _random_model(kind: Any, architecture: Any, options: dict[str, Any]) -> Any:
     """The model's architecture with random weights: a placebo for what it has learned.
 
@@ -182,7 +197,7 @@ def load_teacher_tokenizer(name: str, config: TeacherConfig) -> Any:
             trust_remote_code=config.trust_remote_code,
             **options,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # of any library or of the tokenizer's own code
         raise _cannot_load(name, source, error) from error
     if not tokenizer.is_fast:
         raise TeacherError(

@@ -176,10 +176,11 @@ class Teacher:
 
 
 def _decoder_start(model: Any) -> int:
-    token_id: int | None = model.config.decoder_start_token_id
+    token_id: int | None = getattr(model.config, "decoder_start_token_id", None)
     if token_id is None:
         raise TeacherError(
-            f"the config of {type(model).__name__} has no decoder_start_token_id; set it there"
+            f"the config of {type(model).__name__} has no decoder_start_token_id, nor "
+            "has its generation config; set it in either"
         )
     return token_id
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, GenerationConfig
 
 from kvdistill.attention.adapters import OPT, PLAIN, separate_heads_first
 from kvdistill.attention.fitting import first_fitting, fit_adapter
@@ -195,3 +195,35 @@ def test_the_manifest_of_a_bidirectional_llama_is_an_encoders(tmp_path: Path) ->
     """What ``losses.inject`` is refused by: an answer leaks into an encoder's prompt."""
     save_teacher(tmp_path / "t", is_causal=False)
     assert load_teacher("t", make(tmp_path, {})).manifest.kind == "encoder"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [("llama", {"eos_token_id": [2, 5]}), ("lfm3", {})],
+    ids=["several end tokens", "layer types without a rotation"],
+)
+def test_what_configs_may_hold_is_read(model_type: str, options: dict[str, Any]) -> None:
+    assert fit_adapter("t", model_of(model_type, **options), None).kind == "decoder"
+
+
+def test_a_start_token_may_be_in_the_generation_config(tmp_path: Path) -> None:
+    """T5 saved by transformers 5 states it there alone."""
+    options = {**ENCODER_DECODERS["t5"][1]}
+    del options["decoder_start_token_id"]
+    save_teacher(tmp_path / "t", "t5", **options, base={})
+    experiment = make(tmp_path, {"stream": "decoder"})
+    with pytest.raises(TeacherError, match="no decoder_start_token_id, nor has its generation"):
+        codes(load_teacher("t", experiment), ["one"])
+    GenerationConfig(decoder_start_token_id=7).save_pretrained(tmp_path / "t")
+    teacher = load_teacher("t", experiment)
+    (tokens,) = teacher.tokenise([Sample("a", (("text", "one"),))])
+    assert tokens.token_ids[0] == 7
+
+
+def test_a_folder_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "t")
+    weights = tmp_path / "t" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(TeacherError, match="teacher 't': cannot load") as error:
+        load_teacher("t", make(tmp_path, {}))
+    assert "\n" not in str(error.value)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto import modeling_auto as auto
 
 VOCAB = 320
+MAX_PARAMETERS = 8_000_000
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 32, 4, 2, 8, 4
 
 _NAMES = (
@@ -60,41 +62,119 @@ NOT_TEXT = (
 
 
 def text_types() -> list[str]:
-    """Model types with a causal, masked or sequence-to-sequence language model."""
+    """Model types with a causal, masked or sequence-to-sequence language model, and text models."""
     mappings = (
         auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     )
-    found = {name for mapping in mappings for name in mapping} & set(auto.MODEL_MAPPING_NAMES)
+    every = set(auto.MODEL_MAPPING_NAMES)
+    found = {name for mapping in mappings for name in mapping} & every
+    found |= {name for name in every if name.endswith("_text")} | {"mistral4", "splinter"}
     return sorted(name for name in found if not any(part in name for part in NOT_TEXT))
 
 
 def tiny_config(model_type: str, **options: Any) -> Any:
     """A config of this type with every size shrunk; ``options`` win."""
     default = AutoConfig.for_model(model_type)
-    return type(default)(**{**_shrunk(default), **options})
+    config = type(default)(**{**_shrunk(default), **options})
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 0
+    return config
 
 
 def _shrunk(config: Any) -> dict[str, Any]:
     small: dict[str, Any] = {}
     for name, value in config.to_dict().items():
-        inner = getattr(config, name, None)
+        inner = getattr(config, name, None) if isinstance(value, dict) else None
         if hasattr(inner, "to_dict"):
             small[name] = type(inner)(**_shrunk(inner))
         elif name in SIZES and isinstance(value, int) and not isinstance(value, bool):
             small[name] = min(SIZES[name], value) if value > 0 else value
         elif name.endswith("token_id") and isinstance(value, int):
             small[name] = min(value, 2)
-        elif (
-            name in ("layer_types", "layers_block_type", "block_types", "mlp_layer_types") and value
-        ):
+        elif ("layer_types" in name and value) or name in ("layers_block_type", "block_types"):
             kinds = list(dict.fromkeys(value))
             small[name] = [kinds[i % len(kinds)] for i in range(LAYERS)]
-        elif (
-            isinstance(value, list)
-            and "window" not in name
-            and len(value) == getattr(config, "num_hidden_layers", -1)
-        ):
+        elif isinstance(value, list) and len(value) in _lengths(config):
             small[name] = value[:LAYERS]
     return small
+
+
+def _lengths(config: Any) -> set[int]:
+    names = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers")
+    return {getattr(config, name, None) for name in names} - {None}
+
+
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"num_key_value_heads": HEADS, "num_experts": 8, "n_group": 1},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "big_bird": {"attention_type": "original_full"},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}},
+    "deepseek_v2": {"num_key_value_heads": HEADS, "num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "esm": {"vocab_size": VOCAB, "pad_token_id": 1, "mask_token_id": 2},
+    "esmc": {"num_key_value_heads": HEADS, "vocab_size": VOCAB},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
+    "funnel": {"block_sizes": [2, 2], "n_head": HEADS, "d_head": HEAD_DIM},
+    "gemma4_text": {"global_head_dim": 16},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "led": {"attention_window": 8, "max_encoder_position_embeddings": 128},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": {"qk_head_dim": 16, "num_key_value_heads": HEADS},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "neomme": {"head_dim": 16},
+    "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
+    "roc_bert": {
+        **{"pronunciation_vocab_size": 16, "pronunciation_embed_dim": 8},
+        **{"shape_vocab_size": 16, "shape_embed_dim": 8},
+    },
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+}
+"""Settings of single types, tried first."""
+
+_VARIANTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"num_key_value_heads": HEADS},
+    {"head_dim": HEAD_DIM},
+    {"num_key_value_heads": HEADS, "head_dim": HEAD_DIM},
+)
+"""Settings beyond sizes that some types need: tried until a model runs."""
+
+
+def scatter(model: torch.nn.Module) -> None:
+    """Give parameters that start as constants (norms, biases, gates) random values."""
+    for parameter in model.parameters():
+        if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
+            parameter.data += 0.1 * torch.randn_like(parameter)
+
+
+def small_model(model_type: str) -> tuple[Any, Any]:
+    """A random base model in float32, and one with a causal head where the type has it.
+
+    ``(None, why not)`` for a type that cannot be built small.
+    """
+    problem = ""
+    for variant in (OVERRIDES.get(model_type, {}), *_VARIANTS):
+        try:
+            config = tiny_config(model_type, **variant)
+            torch.manual_seed(0)
+            base = AutoModel.from_config(config, dtype=torch.float32).eval()
+            if sum(p.numel() for p in base.parameters()) > MAX_PARAMETERS:
+                return None, "too many parameters when small"
+            scatter(base)
+            ids = torch.arange(3, 16)[None]
+            is_pair = config.is_encoder_decoder
+            with torch.no_grad():
+                base(input_ids=ids, **({"decoder_input_ids": ids} if is_pair else {}))
+        except Exception as error:
+            problem = problem or f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            continue
+        headed = None
+        if model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_pair:
+            torch.manual_seed(0)
+            headed = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            scatter(headed)
+        return base.requires_grad_(False), headed
+    return None, problem
