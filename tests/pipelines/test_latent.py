@@ -123,6 +123,33 @@ def test_a_latent_student_of_experts_is_balanced_on_the_full_text(
         assembled(variant(thinking, tmp_path, losses__rationale=0, **changes))
 
 
+def test_codi_is_of_the_layers_and_teachers_that_fusion_counts(
+    thinking: Path, tmp_path: Path
+) -> None:
+    def codi(**changes: Any) -> float:
+        return float(losses(assembled(variant(thinking, tmp_path, **changes)))["parts"]["codi"])
+
+    each = [codi(fusion__layers={"llama": [layer]}) for layer in range(3)]
+    assert len(set(each)) == 3
+    assert codi() == pytest.approx(sum(each) / 3, rel=1e-5)
+    assert codi(fusion__layers={"llama": [0, 2]}) == pytest.approx((each[0] + each[2]) / 2)
+
+
+def test_latent_targets_are_fused_by_similarity(tmp_path: Path) -> None:
+    write_models(tmp_path / "models")
+    path = write_experiment(tmp_path, tmp_path / "models")
+    changes: dict[str, Any] = {
+        "preset": "kava", "corpus__max_samples": 6, "extraction__summaries": True,
+        "extraction__hidden_at_cue": True, "fusion__method": "similarity",
+        "latent": {"num_latents": 4, "iterations": 1, "projector_width": 16},
+        "projection__mode": "student_to_teacher", "losses__layer_std": False,
+    }  # fmt: skip
+    extract(variant(path, tmp_path, **changes))
+    found = losses(assembled(variant(path, tmp_path, **changes)), figures=True)
+    torch.testing.assert_close(found["figures"]["alpha"].sum(), torch.tensor(1.0))
+    assert {"key", "value", "codi"} <= found["parts"].keys()
+
+
 def test_the_kv_loss_is_the_mean_error_over_kept_tokens(thinking: Path, tmp_path: Path) -> None:
     run = assembled(variant(thinking, tmp_path, losses__layer_std=False))
     distiller, batch = run.distiller, next(iter(run.stream))

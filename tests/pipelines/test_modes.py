@@ -12,6 +12,7 @@ import torch
 from kvdistill.config.load import PRESETS
 from kvdistill.corpus.readers import load_corpus
 from kvdistill.distill.data.stream import Rank
+from kvdistill.distill.evaluate.diagnostics import diagnose
 from kvdistill.distill.train.set_up import Assembled, assemble
 from kvdistill.errors import ConfigError
 from kvdistill.pipelines.extract import extract
@@ -131,6 +132,18 @@ def test_a_router_that_warms_up_is_uniform_and_still_has_gradients(
     torch.testing.assert_close(output["figures"]["alpha"], torch.full((2,), 0.5), atol=0.02, rtol=0)
     output["loss"].backward()
     assert all(p.grad is not None and not p.grad.any() for p in run.distiller.weigh.parameters())
+
+
+def test_diagnostics_are_of_what_is_served(extracted: Path, tmp_path: Path) -> None:
+    layers = {"llama": [0], "bert": [0]}
+    run = assembled(extracted, tmp_path, fusion__layers=layers)
+    found = diagnose(run.distiller, run.stream)
+    for errors in found["error_by_layer"].values():
+        assert errors[0] > 0
+        assert errors[1] is None
+    by_layer = found["weights"]["by_layer"]
+    assert [sum(row) for row in zip(*by_layer.values(), strict=True)] == pytest.approx([1, 0])
+    assert sum(found["weights"]["by_task"][""].values()) == pytest.approx(1)
 
 
 def test_an_encoder_is_never_injected(extracted: Path, tmp_path: Path) -> None:

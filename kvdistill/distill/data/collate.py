@@ -141,8 +141,7 @@ class Collate:
                 for group in space.groups
             }
         if space.prototypes_KE is not None:
-            means = [shard.arrays["hidden_summary"][0, idx] for shard, idx in rows]
-            batch["summary"] = torch.from_numpy(np.stack(means))
+            batch["summary"] = summaries(rows)
         return batch
 
 
@@ -236,6 +235,12 @@ def padded(arrays: Sequence[np.ndarray], fill: int, length: int | None = None) -
     for row, array in enumerate(arrays):
         out[row, : len(array)] = array
     return torch.from_numpy(out)
+
+
+def summaries(rows: list[tuple[EncodedShard, int]]) -> Tensor:
+    """The teacher's mean hidden state of every sample, ``[B, E]``."""
+    means = [shard.arrays["hidden_summary"][0, idx] for shard, idx in rows]
+    return torch.from_numpy(np.stack(means))
 
 
 def padded_parts(

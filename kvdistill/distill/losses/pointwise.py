@@ -69,10 +69,10 @@ def layer_std(target_BLHTD: Tensor, mask_BLT: Tensor) -> Tensor:
 
 
 def hidden_error(student_BLE: Tensor, target_BLE: Tensor) -> Tensor:
-    """CODI: hidden states just before the answer, student against teacher: ``[B]`` float32.
+    """CODI: hidden states just before the answer, student against teacher: ``[B, L]`` float32.
 
-    Smooth-L1, the mean over channels divided by the target's std in each layer of
-    this batch, the mean over layers (CODI, arXiv 2502.21074; used by KaVa, arXiv 2510.02312).
+    Smooth-L1, the mean over channels divided by the target's std in each layer of this batch
+    (CODI, arXiv 2502.21074; used by KaVa, arXiv 2510.02312).
 
     Args:
         student_BLE: the student's hidden states at the token that predicts the answer, mapped to
@@ -82,7 +82,7 @@ def hidden_error(student_BLE: Tensor, target_BLE: Tensor) -> Tensor:
     target = target_BLE.detach().float()
     error = F.smooth_l1_loss(student_BLE.float(), target, reduction="none").mean(2)
     std = target.std(dim=(0, 2), correction=0)
-    return (error / std.clamp_min(1e-6)).mean(1)
+    return error / std.clamp_min(1e-6)
 
 
 def cross_entropy(logits_BTV: Tensor, labels_BT: Tensor, num_labels: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ the teacher's own rotary embedding, at the teacher's own positions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from kvdistill.distill.losses.pointwise import (
     num_predicted,
     share_of_step,
 )
+from kvdistill.distill.losses.weighting import sum_served
 from kvdistill.distill.student.latent.model import LatentStudent
 from kvdistill.distill.targets import GroupSpace
 from kvdistill.errors import ConfigError
@@ -236,16 +237,19 @@ class LatentDistiller(Distiller):
         return parts, shown
 
     def _codi(self, batch: Batch, view: LatentOutput, counts: Counts) -> Tensor:
-        """Smooth-L1 of the layers' outputs before the answer (CODI, arXiv 2502.21074)."""
-        mask_B = _answered(batch)
+        """Smooth-L1 of the layers' outputs before the answer (CODI, arXiv 2502.21074).
+
+        Teachers count by their fusion weights, in the layers that they teach.
+        """
+        teaches_N1L1 = self.weigh.get_buffer("serves")
+        serves_NBLT = teaches_N1L1 & _answered(batch)[:, None, None]
+        alpha = replace(self.weigh(batch, None), serves_NBLT=serves_NBLT).alpha()
         errors = []
-        for cue_map, space in zip(self.cues, self.teachers, strict=True):
+        for cue_map, space, alpha_BL1 in zip(self.cues, self.teachers, alpha, strict=True):
             compared = cue_map(view.cue_BLE, batch["teachers"][space.name]["cue"])
-            errors.append(hidden_error(*compared))
-        error_B = torch.stack(errors).mean(0)
-        number = counts.get("num_samples", mask_B.sum())
-        total: Tensor = torch.where(mask_B, error_B, 0.0).sum()
-        return total / number.clamp_min(1)
+            errors.append(sum_served(hidden_error(*compared), alpha_BL1[..., 0]))
+        num_served = counts["num_samples"].clamp_min(1) * teaches_N1L1.any(0).sum().clamp_min(1)
+        return torch.stack(errors).sum() / num_served
 
 
 class CueMap(nn.Module):

@@ -27,6 +27,7 @@ from kvdistill.distill.data.collate import (
     padded,
     padded_parts,
     student_batch,
+    summaries,
     tokenize,
 )
 from kvdistill.distill.losses.pointwise import IGNORED_LABEL
@@ -126,6 +127,8 @@ class LatentCollate(Collate):
             for group in space.groups
             if f"{group.prefix}importance" in rows[0][0].arrays
         }
+        if space.prototypes_KE is not None:
+            batch["summary"] = summaries(rows)
         if self.losses.codi:
             cues = [shard.arrays["hidden_at_cue"][:, idx] for shard, idx in rows]
             batch["cue"] = torch.from_numpy(np.stack(cues))
