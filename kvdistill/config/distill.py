@@ -84,30 +84,44 @@ class ProjectionConfig(Section):
     """Teacher-to-student map: over head dims, then over heads (`linear`), one joint matrix
     (`full`), or a two-layer MLP (`bottleneck`)."""
     init: ProjectionInit | None = None
-    """Initial weights of the map; if not given, whitened `pca` in mode `frozen` and `grouped_mean`
-    in the others."""
+    """Initial weights of the maps. `ridge`: regression on a pilot, of heads (mode
+    `student_to_teacher`) and of projectors. `pca`: whitened PCA of the teacher, for projectors.
+    `grouped_mean`, `orthogonal`: fixed or random projectors, and random heads. If not given,
+    `ridge` for a pretrained student; else `pca` in mode `frozen` and `grouped_mean` in others."""
     mlp_ratio: PositiveFloat = 0.5
     """Hidden width of the bottleneck over the geometric mean of its input and output width."""
     pilot_batches: Positive = 8
-    """Batches from which `init: pca`, `init: ridge` and `alignment.layers: cka` are computed."""
+    """Batches of 8 texts from which `init: pca`, `init: ridge` and `alignment.layers: cka` are
+    computed. Every fourth text is held out from the fit, to choose the ridge penalty and to report
+    the variance explained."""
     space_heads: Positive = 2
     """Heads of the shared space."""
     space_dim: Positive = 64
     """Head dim of the shared space."""
     learning_rate: PositiveFloat | None = None
-    """Learning rate of projectors and routers; `training.learning_rate` if not given."""
+    """Peak learning rate of heads, projectors and routers. If not given, 1e-3 for a pretrained
+    student, else `training.learning_rate`."""
 
-    @property
-    def first_weights(self) -> ProjectionInit:
-        """``init``, or the default of the mode."""
+    def first_weights(self, *, pretrained: bool) -> ProjectionInit:
+        """``init``, or the default of the mode and of a student that is ``pretrained`` or not."""
         if self.init is not None:
             return self.init
+        if pretrained and self.has_closed_form:
+            return "ridge"
         return "pca" if self.mode == "frozen" else "grouped_mean"
+
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether the maps of this mode can be fitted to a pilot."""
+        if self.mode == "student_to_teacher":
+            return True
+        return self.mode in ("frozen", "task", "joint") and self.method != "bottleneck"
 
     @model_validator(mode="after")
     def _init_fits(self) -> Self:
-        if self.init in ("pca", "ridge") and self.method == "bottleneck":
-            raise ValueError(f"init {self.init} has no closed form for a bottleneck")
+        if self.init in ("pca", "ridge") and not self.has_closed_form:
+            what = "a bottleneck" if self.method == "bottleneck" else f"mode {self.mode}"
+            raise ValueError(f"init {self.init} has no closed form for {what}; leave it out")
         if self.mode == "frozen" and self.method == "bottleneck":
             raise ValueError("a frozen bottleneck would stay random; use linear or full")
         return self
@@ -177,9 +191,9 @@ class LossConfig(Section):
     """Weights of the losses; a weight of zero disables the loss."""
 
     key: NonNegativeFloat = 3.0
-    """Error of keys, before rotation."""
+    """Error of keys, before rotation; 0.3 by default for a pretrained student."""
     value: NonNegativeFloat = 3.0
-    """Error of values."""
+    """Error of values; 0.3 by default for a pretrained student."""
     anneal_by: Annotated[float, Field(gt=0, le=1)] | None = None
     """Fraction of training over which the losses that compare the student with a teacher (`key`,
     `value`, `cosine`, `attention_kl`, `relation`, `codi`) are annealed linearly to zero; constant

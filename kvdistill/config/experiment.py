@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Self
+from typing import Final, Literal, Self
 
 from pydantic import model_validator
 
@@ -26,7 +26,17 @@ from kvdistill.config.distill import (
 from kvdistill.config.extraction import ExtractionConfig, TeacherConfig
 from kvdistill.config.slurm import SlurmConfig
 from kvdistill.config.training import StudentConfig, TrainingConfig
-from kvdistill.types import RANKED_EVICTIONS, CodecSpec, Name
+from kvdistill.types import RANKED_EVICTIONS, CodecSpec, Name, ProjectionInit
+
+PRETRAINED: Final[dict[str, dict[str, float]]] = {
+    "projection": {"learning_rate": 1e-3},
+    "losses": {"key": 0.3, "value": 0.3},
+    "training": {"learning_rate": 5e-5, "warmup_steps": 0.1},
+}
+"""Defaults of a pretrained student where they differ, by section (``docs/students.md``)."""
+
+LORA_RATE: Final = 5e-4
+"""Default learning rate of LoRA adapters."""
 
 
 class Experiment(Section):
@@ -56,6 +66,35 @@ class Experiment(Section):
     """Makes the student reason in latent positions; an ordinary language model if not given."""
     training: TrainingConfig = TrainingConfig()
     slurm: SlurmConfig = SlurmConfig()
+
+    @model_validator(mode="after")
+    def _defaults_of_the_student(self) -> Self:
+        """What is given, by the file or a preset, wins."""
+        if self.student.model is None:
+            return self
+        for name, defaults in PRETRAINED.items():
+            section = getattr(self, name)
+            missing = {k: v for k, v in defaults.items() if k not in section.model_fields_set}
+            if name == "training" and section.schedule == "constant":
+                missing.pop("warmup_steps", None)  # it has none
+            if name == "training" and "learning_rate" in missing and self.student.lora is not None:
+                missing["learning_rate"] = LORA_RATE
+            object.__setattr__(self, name, section.model_copy(update=missing))
+        return self
+
+    @property
+    def first_projection(self) -> ProjectionInit:
+        """Initial weights of the maps between student and teachers."""
+        return self.projection.first_weights(pretrained=self.student.model is not None)
+
+    @property
+    def fitted(self) -> Literal["pca", "ridge"] | None:
+        """Closed form by which maps are fitted before step 1; None where none are."""
+        init, regresses = self.first_projection, self.projection.mode == "student_to_teacher"
+        if init not in ("pca", "ridge") or not self.teachers or not self.losses.of_kv:
+            return None
+        # PCA fits projectors to the student's space, which regression needs for `inject` alone.
+        return None if init == "pca" and regresses and not self.losses.inject else init
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:

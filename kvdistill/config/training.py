@@ -80,11 +80,13 @@ class TrainingConfig(Section):
     max_length: Positive = 512
     """Student tokens per sample; longer texts are truncated."""
     learning_rate: PositiveFloat = 1e-3
-    """Peak learning rate of the student."""
+    """Peak learning rate of the student. By default 5e-5 if it is pretrained, and 5e-4 of
+    its LoRA adapters."""
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     """Learning-rate schedule after warm-up; `constant` has none."""
-    warmup_steps: NonNegative = 0
-    """Steps of linear warm-up."""
+    warmup_steps: NonNegative | Annotated[float, Field(gt=0, lt=1)] = 0
+    """Steps of linear warm-up; below 1, a fraction of all steps. 0.1 by default for a pretrained
+    student, where the schedule has a warm-up."""
     weight_decay: NonNegativeFloat = 0.01
     """Weight decay of AdamW."""
     max_grad_norm: PositiveFloat = 1.0

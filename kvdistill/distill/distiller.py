@@ -49,7 +49,13 @@ from kvdistill.distill.losses.regression import regression_error
 from kvdistill.distill.losses.weighting import sum_served, weighted_sum
 from kvdistill.distill.project.projections import SpaceAdapter
 from kvdistill.distill.student.injection import InjectionGate, injecting
-from kvdistill.distill.targets import LayerTargets, TargetOf, TeacherHead, TeacherSpace
+from kvdistill.distill.targets import (
+    LayerTargets,
+    TargetOf,
+    TeacherHead,
+    TeacherSpace,
+    unmeasured,
+)
 from kvdistill.errors import ConfigError
 from kvdistill.types import KINDS, Kind
 
@@ -58,6 +64,9 @@ Counts = Mapping[str, Tensor]
 
 Targets = Mapping[Kind, list[list[Tensor]]]
 """Per kind, teacher and group: the standardised target ``[B, L, H_t, T, D_t]``."""
+
+Rows = Sequence[Sequence[TargetOf]]
+"""Per teacher and group: targets by row of the student layers that the group serves."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +94,7 @@ class Distiller(nn.Module):
     space: Any
     weigh: FusionWeights
     gate: InjectionGate | None
+    standardise_student: Any
     attention_maps: AttentionMaps
     kv_scale = 1.0  # of the losses against teachers; the trainer sets it at every step
 
@@ -107,9 +117,13 @@ class Distiller(nn.Module):
         self.balance = LoadBalancing(self.language_model, losses.router_aux)
         self.losses = losses.model_copy(update={"router_aux": self.balance.weight})
         geometry = self.capture.geometry
-        self.heads = nn.ModuleDict()
+        self.heads, self.standardise_student = nn.ModuleDict(), nn.ModuleDict()
         if not teachers:
             return
+        if self.regresses and projection.init == "ridge":
+            for kind in KINDS:
+                shape = geometry.shapes[kind]
+                self.standardise_student[kind] = unmeasured(geometry.num_layers, shape)
         for teacher in teachers:
             heads = nn.ModuleDict()
             for kind in KINDS:
@@ -285,6 +299,20 @@ class Distiller(nn.Module):
             for space, head in zip(self.teachers, self.heads_of(kind), strict=True)
         ]
 
+    def target_rows(self, teachers: Batch, targets: Targets) -> Mapping[Kind, Rows]:
+        """Per kind, teacher and group: row → target. Of ``targets``, or else made row by row."""
+        return {
+            kind: [[partial(torch.select, x, 1) for x in groups] for groups in targets[kind]]
+            if targets
+            else self.layers(kind, teachers)
+            for kind in KINDS
+        }
+
+    def regressed(self, output: StudentOutput, kind: Kind) -> Tensor:
+        """The student's KV as heads read it: standardised where these are fitted."""
+        kv_BLHTD = output.kind(kind)
+        return self.standardise_student[kind](kv_BLHTD) if self.standardise_student else kv_BLHTD
+
     def targets(self, teachers: Batch) -> Targets:
         """The targets of all layers at once."""
         return {
@@ -309,18 +337,16 @@ class Distiller(nn.Module):
         Targets are made layer by layer where ``targets`` is empty.
         """
         sums: dict[str, Tensor] = {}
+        rows = self.target_rows(teachers, targets)
         for kind in KINDS:
             if not self.losses.weights()[kind]:
                 continue
-            rows: Sequence[Sequence[TargetOf]] = (
-                [[partial(torch.select, x, 1) for x in groups] for groups in targets[kind]]
-                if targets
-                else self.layers(kind, teachers)
-            )
             regressions = []
-            for head, groups, alpha_BLT in zip(self.heads_of(kind), rows, alpha_NBLT, strict=True):
+            of_kind = zip(self.heads_of(kind), rows[kind], alpha_NBLT, strict=True)
+            for head, groups, alpha_BLT in of_kind:
                 regressions += head.regressions(groups, alpha_BLT)
-            sums[kind] = regression_error(output.kind(kind), regressions, self.losses.distance)
+            ours = self.regressed(output, kind)
+            sums[kind] = regression_error(ours, regressions, self.losses.distance)
         return sums
 
     def kv_errors(
@@ -334,8 +360,9 @@ class Distiller(nn.Module):
         if self.regresses:
             if not (self.losses.cosine or self.losses.relation):
                 return {}
+            pairs = {k: (output.kind(k), self.regressed(output, k)) for k in KINDS}
             keys, values = (
-                teacher_errors(output.kind(k), self.heads_of(k), targets[k], alpha, self.losses)
+                teacher_errors(pairs[k], self.heads_of(k), targets[k], alpha, self.losses)
                 for k in KINDS
             )
             return {name: (keys[name] + values[name]) / len(KINDS) for name in keys}
@@ -376,7 +403,8 @@ class Distiller(nn.Module):
         """The student's side of what is ``compared``."""
         if not self.regresses:
             return [self._in_target_space(output.kind(kind), kind)]
-        return [x for head in self.heads_of(kind) for x in head.predictions(output.kind(kind))]
+        ours = self.regressed(output, kind)
+        return [x for head in self.heads_of(kind) for x in head.predictions(ours)]
 
     def _inject(
         self,

@@ -24,7 +24,7 @@ from kvdistill.types import KINDS, Kind
 
 
 def teacher_errors(
-    student_BLHTD: Tensor,
+    student: tuple[Tensor, Tensor],
     heads: Sequence[TeacherHead],
     targets: Sequence[Sequence[Tensor]],
     alpha_NBLT: Tensor,
@@ -33,12 +33,14 @@ def teacher_errors(
     """One kind in mode ``student_to_teacher``, weighted by teacher.
 
     ``cosine`` and ``relation`` where they have a weight in ``losses``; the regression error itself
-    is ``losses.regression_error``, which materialises no prediction. ``heads`` are one per teacher,
-    ``targets`` per teacher and group.
+    is ``losses.regression_error``, which materialises no prediction. ``student`` is its KV
+    ``[B, L, H, T, D]`` as it is, and as heads read it. ``heads`` are one per teacher, ``targets``
+    per teacher and group.
     """
+    student_BLHTD, regressed_BLHTD = student
     sums: dict[str, list[Tensor]] = defaultdict(list)
     for head, alpha_BLT, groups in zip(heads, alpha_NBLT, targets, strict=True):
-        predictions = head.predictions(student_BLHTD) if losses.cosine else groups
+        predictions = head.predictions(regressed_BLHTD) if losses.cosine else groups
         for i, (ours, target) in enumerate(zip(predictions, groups, strict=True)):
             weight_BLT = alpha_BLT[:, list(head.groups[i].student_layers)]
             if losses.cosine:

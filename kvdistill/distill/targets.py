@@ -162,12 +162,8 @@ class Standardise(nn.Module):
 
     def __init__(self, statistics: TargetStatistics) -> None:
         super().__init__()
-        std = statistics.variance_LHD.float().clamp_min(0).sqrt()
-        floor = MIN_RELATIVE_STD * std.mean(dim=(-2, -1), keepdim=True)
-        safe = torch.maximum(std, floor)
-        scale = torch.where(safe > 0, 1 / safe.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
         self.register_buffer("mean_LHD", statistics.mean_LHD.float())
-        self.register_buffer("scale_LHD", scale)
+        self.register_buffer("scale_LHD", _inverse_std(statistics.variance_LHD))
 
     def forward(self, x_BLHTD: Tensor) -> Tensor:
         """``[B, L, H, T, D]`` to the same, standardised; a constant layer becomes zero."""
@@ -176,6 +172,26 @@ class Standardise(nn.Module):
     def layer(self, x_BHTD: Tensor, row: int) -> Tensor:
         """As ``forward`` for one of the layers, ``[B, H, T, D]``."""
         return (x_BHTD - self.mean_LHD[row, :, None]) * self.scale_LHD[row, :, None]
+
+    def set_layer(self, row: int, mean: Tensor, variance: Tensor) -> None:
+        """Replace one layer's statistics, ``[H·D]`` each."""
+        shape = self.mean_LHD[row].shape
+        self.mean_LHD[row] = mean.view(shape)
+        self.scale_LHD[row] = _inverse_std(variance.view(1, *shape))[0]
+
+
+def unmeasured(num_layers: int, shape: HeadShape) -> Standardise:
+    """The identity, whose statistics are set layer by layer."""
+    zeros = torch.zeros(num_layers, *shape)
+    return Standardise(TargetStatistics(zeros, torch.ones_like(zeros)))
+
+
+def _inverse_std(variance_LHD: Tensor) -> Tensor:
+    """``1 / std`` in float32, bounded by ``MIN_RELATIVE_STD``; 0 in a constant layer."""
+    std = variance_LHD.float().clamp_min(0).sqrt()
+    floor = MIN_RELATIVE_STD * std.mean(dim=(-2, -1), keepdim=True)
+    safe = torch.maximum(std, floor)
+    return torch.where(safe > 0, 1 / safe.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
 
 
 class BandProduct:
@@ -317,9 +333,13 @@ class LayerTargets:
             return self._placed[lower]
         return torch.lerp(self._placed[lower], self._placed[upper], fraction)
 
+    def __len__(self) -> int:
+        """Student layers."""
+        return len(self._mapping.lower)
+
     def stacked(self) -> Tensor:
         """All student layers, ``[B, L, H_t, T_s, D_t]``."""
-        return torch.stack([self(row) for row in range(len(self._mapping.lower))], dim=1)
+        return torch.stack([self(row) for row in range(len(self))], dim=1)
 
     def _place(self, layer: int) -> Tensor:
         """A stored layer, decoded and standardised, on the student's tokens."""

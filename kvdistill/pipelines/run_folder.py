@@ -82,7 +82,7 @@ def begin(experiment: Experiment) -> RunFolder:
     if not record.get("finished"):
         attempts = [*record.get("attempts", []), provenance.describe()]
         head = {"name": experiment.name, "seed": experiment.seed, "finished": False}
-        folder.write_record({**head, "attempts": attempts})
+        folder.write_record(record | head | {"attempts": attempts})
     return folder
 
 

@@ -161,6 +161,7 @@ def build_trainer(
 
     from kvdistill.distill.data.stream import Rank, StoreSource
     from kvdistill.distill.train.callbacks import HumanLog, JsonLines, ProgressBar
+    from kvdistill.distill.train.pilot import explained_lines
     from kvdistill.distill.train.set_up import assemble, log_callbacks, training_arguments
     from kvdistill.distill.train.trainer import KVDistillTrainer
 
@@ -173,7 +174,13 @@ def build_trainer(
         Rank(arguments.process_index, arguments.world_size),
         resuming=folder.checkpoint() is not None,
         source_of=source_of or StoreSource,
+        device=arguments.device,
     )
+    human_log = HumanLog(folder.human_log, experiment.name)
+    if run.explained and arguments.process_index == 0:
+        folder.write_record(folder.read_record() | {"explained_at_start": run.explained})
+        for line in explained_lines(run.explained):
+            human_log.write(line)
     initial_student = weights_hash(run.distiller.student)
     if experiment.training.gradient_checkpointing:
         run.distiller.capture.checkpoint_activations()
@@ -188,7 +195,7 @@ def build_trainer(
         evaluation=splits.evaluation,
         callbacks=[
             JsonLines(folder.log),
-            HumanLog(folder.human_log, experiment.name),
+            human_log,
             ProgressBar(experiment.name),
             *log_callbacks(folder.path),
         ],

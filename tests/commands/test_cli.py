@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from kvdistill.cli import COMMANDS
 
@@ -39,6 +40,27 @@ def test_every_command_has_help(name: str) -> None:
     done = kvdistill(name, "--help")
     assert done.returncode == 0, done.stderr
     assert "Usage:" in done.stdout
+
+
+def test_init_writes_the_defaults_of_a_pretrained_student(tmp_path: Path) -> None:
+    from kvdistill.config.experiment import PRETRAINED
+    from kvdistill.config.load import load_experiment
+
+    done = kvdistill("init", "new.yaml", "--student", "models/smollm2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    experiment = load_experiment(tmp_path / "new.yaml")
+    assert experiment.student.model == "models/smollm2"
+    written = yaml.safe_load((tmp_path / "new.yaml").read_text())
+    for name, defaults in PRETRAINED.items():
+        for key, value in defaults.items():
+            assert getattr(getattr(experiment, name), key) == value
+            assert name == "projection" or written[name][key] == value
+    shown = kvdistill("config", "show", "new.yaml", cwd=tmp_path).stdout
+    assert shown.endswith(
+        "# fitted before step 1 on 8 batches of 8 texts: the maps of smollm2, minilm "
+        "(projection.mode student_to_teacher), in closed form by ridge\n"
+    )
+    assert yaml.safe_load(shown) == experiment.model_dump(mode="json")
 
 
 def test_init_writes_a_config_that_show_accepts(tmp_path: Path) -> None:

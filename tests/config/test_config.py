@@ -47,6 +47,95 @@ def test_invalid_config_is_one_line(changes: dict[str, Any], words: list[str]) -
         assert word in message
 
 
+def pretrained(**changes: Any) -> Experiment:
+    """The template with a pretrained student, and only what ``changes`` states."""
+    body = template(student={"model": "org/pretrained"}, losses={}, training={})
+    body.pop("projection", None)
+    for dotted, value in changes.items():
+        section, key = dotted.split("__")
+        body.setdefault(section, {})[key] = value
+    return parse_experiment(body)
+
+
+def rates(experiment: Experiment) -> tuple[float | None, ...]:
+    training, losses = experiment.training, experiment.losses
+    rate, own = training.learning_rate, experiment.projection.learning_rate
+    return rate, training.warmup_steps, losses.key, losses.value, own
+
+
+def test_a_pretrained_student_has_defaults_of_its_own() -> None:
+    assert rates(pretrained()) == (5e-5, 0.1, 0.3, 0.3, 1e-3)
+    assert rates(pretrained(student__lora={})) == (5e-4, 0.1, 0.3, 0.3, 1e-3)
+    assert rates(pretrained(training__schedule="constant")) == (5e-5, 0, 0.3, 0.3, 1e-3)
+    scratch = parse_experiment(template(losses={}, training={}))
+    assert rates(scratch) == (1e-3, 0, 3, 3, None)
+    assert (scratch.first_projection, pretrained().first_projection) == ("grouped_mean", "ridge")
+    assert (scratch.fitted, pretrained().fitted) == (None, "ridge")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("training__learning_rate", 1e-3),  # the default of a student from scratch, but stated
+        ("training__warmup_steps", 0),
+        ("training__warmup_steps", 7),
+        ("losses__key", 3.0),
+        ("projection__learning_rate", 1e-4),
+        ("projection__init", "grouped_mean"),
+    ],
+)
+def test_what_is_stated_wins_over_the_student_s_defaults(setting: str, value: Any) -> None:
+    experiment = pretrained(**{setting: value})
+    section, key = setting.split("__")
+    assert getattr(getattr(experiment, section), key) == value
+    assert parse_experiment(experiment.model_dump(mode="json")) == experiment
+    if key == "init":
+        assert experiment.fitted is None
+
+
+def test_a_preset_wins_over_the_student_s_defaults() -> None:
+    body = template(student={"model": "org/pretrained"}, losses={}, training={}, preset="kava")
+    body["alignment"] = {}
+    experiment = parse_experiment(body)
+    assert (experiment.losses.key, experiment.training.learning_rate) == (0.5, 5e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "scratch", "ours"),
+    [
+        ({"projection__mode": "frozen"}, "pca", "ridge"),
+        ({"projection__mode": "joint"}, None, "ridge"),
+        ({"projection__mode": "joint", "projection__method": "bottleneck"}, None, None),
+        ({"projection__mode": "shared_space", "losses__round_trip": 1.0}, None, None),
+        ({"projection__init": "pca"}, None, None),  # heads have none, and nothing is projected
+        ({"projection__init": "pca", "losses__inject": 1.0}, "pca", "pca"),
+        ({"projection__init": "ridge"}, "ridge", "ridge"),
+        ({"losses__key": 0, "losses__value": 0}, None, None),
+    ],
+)
+def test_what_is_fitted_before_the_first_step(
+    changes: dict[str, Any], scratch: str | None, ours: str | None
+) -> None:
+    assert pretrained(**changes).fitted == ours
+    body = pretrained(**changes).model_dump(mode="json")
+    assert parse_experiment(body | {"student": template()["student"]}).fitted == scratch
+
+
+@pytest.mark.parametrize("mode", ["identity", "shared_space"])
+def test_a_mode_without_a_closed_form_refuses_one(mode: str) -> None:
+    extra = {"losses__round_trip": 1.0} if mode == "shared_space" else {}
+    with pytest.raises(ConfigError, match=f"init ridge has no closed form for mode {mode}"):
+        pretrained(projection__mode=mode, projection__init="ridge", **extra)
+
+
+def test_a_fraction_of_steps_is_a_warm_up() -> None:
+    assert pretrained(training__warmup_steps=0.25).training.warmup_steps == 0.25
+    with pytest.raises(ConfigError) as caught:
+        pretrained(training__warmup_steps=1.5)
+    assert "training.warmup_steps" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_missing_section_is_named() -> None:
     body = template()
     del body["student"]

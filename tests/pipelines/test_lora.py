@@ -24,7 +24,10 @@ def test_a_lora_run_resumes_and_leaves_a_merged_model_and_its_adapter(
 ) -> None:
     model = str(extracted.parent / "models" / "llama")
     student = {"model": model, "lora": {"rank": 2, "dropout": 0.1}}
-    changes = {"student": student, "training__log_steps": 1, "training__save_steps": 3}
+    changes = {
+        "student": student, "training__log_steps": 1, "training__save_steps": 3,
+        "training__learning_rate": 1e-3, "losses__key": 3.0, "projection__init": "grouped_mean",
+    }  # fmt: skip
     whole = train(variant(extracted, tmp_path / "whole", **changes))
     stopped = variant(extracted, tmp_path / "stopped", **changes)
     trainer = build_trainer(

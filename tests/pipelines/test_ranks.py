@@ -75,6 +75,22 @@ def test_two_processes_train_as_one_does(extracted: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_two_processes_fit_the_heads_of_a_pretrained_student_as_one_does(
+    extracted: Path, tmp_path: Path
+) -> None:
+    pretrained = {
+        "student": {"model": str(extracted.parent / "models/llama")},
+        "training__learning_rate": 1e-3,
+        "training__batch_size": 3,  # the pilot's, too
+    }
+    accumulated = {"training__gradient_accumulation_steps": 2}
+    one = run(extracted, tmp_path / "1", 1, **pretrained, **accumulated)
+    two = run(extracted, tmp_path / "2", 2, **pretrained)
+    assert one["rows"][0]["loss_key"] < 0.5
+    same_losses(one, two)
+
+
+@pytest.mark.slow
 def test_two_processes_in_buckets_train_as_one_does(extracted: Path, tmp_path: Path) -> None:
     """A bucket per rank and batch; a rank without a bucket takes part and counts nothing."""
     buckets = {"training__batching": "bucketed", "training__tokens_per_batch": 600}

@@ -3,7 +3,8 @@
 Every student layer gets a depth between two *stored* teacher layers and the linear mix of both, so
 a hybrid model whose 8 attention layers are among 32 is still read from bottom to top. Choosing
 layers cleverly rarely pays (Revisiting Intermediate-Layer Matching in Knowledge Distillation,
-arXiv 2502.04499), so ``ratio`` is the default; ``cka`` matches layers by ``linear_cka`` on a pilot.
+arXiv 2502.04499), so ``ratio`` is the default; ``cka`` matches layers by ``MinibatchCKA`` on a
+pilot.
 
 A teacher whose layers differ in heads or dims is stored in groups of equal geometry. Layers of
 different groups cannot be mixed, so each group acts as a teacher of its own for the student layers
@@ -13,14 +14,18 @@ that it serves; together the groups serve every student layer exactly once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from kvdistill.errors import ConfigError, GeometryError
 from kvdistill.types import LayerGroup, LayerMethod
+
+CKA_TOKENS: Final = 1024
+"""Tokens of a batch that CKA compares."""
 
 
 @dataclass(frozen=True)
@@ -155,25 +160,65 @@ def by_group(
         yield group_idx, students, LayerMap(lowers, uppers, fractions)
 
 
-def linear_cka(student_LNC: Tensor, teacher_LNC: Tensor) -> Tensor:
-    """Similarity of every student layer to every teacher layer: ``[L_s, L_t]`` in [0, 1].
+class MinibatchCKA:
+    """Similarity of every student layer to every teacher layer: linear CKA from batches of tokens.
 
-        CKA(X, Y) = ‖Yᵀ X‖² / (‖Xᵀ X‖ · ‖Yᵀ Y‖),   X, Y centred, Frobenius norms
+        CKA = Σ HSIC(K, L) / √(Σ HSIC(K, K) · Σ HSIC(L, L)),   K = X Xᵀ, L = Y Yᵀ
 
-    (Similarity of Neural Network Representations Revisited, arXiv 1905.00414.) It needs no equal
-    widths and is invariant to rotation and scale. An untrained student resembles nothing.
-
-    Args:
-        student_LNC: ``[L_s, N, C_s]``: N aligned tokens, all heads and channels of a layer.
-        teacher_LNC: ``[L_t, N, C_t]``: the same tokens.
+    summed over batches with the unbiased estimator of HSIC, which makes the result independent of
+    the batches' size (Do Wide and Deep Networks Learn the Same Things?, arXiv 2010.15327, eq. 3).
+    It needs no equal widths and is invariant to rotation and scale. Nothing grows with the widths
+    or with the number of batches: kernels of ``CKA_TOKENS`` squared per student layer are the
+    largest part of it. An untrained student resembles nothing.
     """
-    x = student_LNC.float() - student_LNC.float().mean(1, keepdim=True)
-    y = teacher_LNC.float() - teacher_LNC.float().mean(1, keepdim=True)
-    norm_x, norm_y = (
-        torch.einsum("lnc,lnd->lcd", z, z).square().sum((1, 2)).sqrt() for z in (x, y)
-    )
-    cross = torch.stack([torch.einsum("nc,lnd->lcd", one, y).square().sum((1, 2)) for one in x])
-    return cross / (norm_x[:, None] * norm_y[None]).clamp_min(torch.finfo(torch.float32).tiny)
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+
+    def add(self, student: Sequence[Tensor], teacher: Iterable[Tensor]) -> None:
+        """Add a batch: layers ``[N, C]`` of the same tokens, a teacher's taken one at a time."""
+        kernels = torch.stack([_kernel(layer) for layer in student])
+        columns, own = [], []
+        for layer in teacher:
+            kernel = _kernel(layer)[None]
+            columns.append(_unbiased_hsic(kernels, kernel))
+            own.append(_unbiased_hsic(kernel, kernel))
+        found = [torch.stack(columns, 1), _unbiased_hsic(kernels, kernels), torch.cat(own)]
+        doubled = [x.double().cpu() for x in found]
+        before = self._sums or [torch.zeros_like(x) for x in doubled]
+        self._sums = [a + b for a, b in zip(before, doubled, strict=True)]
+
+    def value(self) -> Tensor:
+        """``[L_s, L_t]``, at most about 1; 0 where a layer does not vary.
+
+        Raises:
+            ConfigError: no batch has been added.
+        """
+        if not self._sums:
+            raise ConfigError("alignment.layers: cka has no pilot; the store has no sample")
+        cross, student, teacher = self._sums
+        scale = student.clamp_min(0)[:, None] * teacher.clamp_min(0)
+        return cross / scale.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _kernel(tokens_NC: Tensor) -> Tensor:
+    """Linear kernel ``[N, N]`` of at most ``CKA_TOKENS`` evenly spaced tokens, diagonal zero."""
+    num = len(tokens_NC)
+    if num > CKA_TOKENS:
+        tokens_NC = tokens_NC[torch.arange(CKA_TOKENS, device=tokens_NC.device) * num // CKA_TOKENS]
+    centred = tokens_NC.float() - tokens_NC.float().mean(0)
+    return (centred @ centred.T).fill_diagonal_(0)
+
+
+def _unbiased_hsic(k_LNN: Tensor, l_LNN: Tensor) -> Tensor:
+    """HSIC_1 of kernels with zero diagonals, ``[L]``: 0 with fewer than four tokens."""
+    n = k_LNN.shape[-1]
+    if n < 4:
+        return k_LNN.new_zeros(len(k_LNN))
+    rows_k, rows_l = k_LNN.sum(-1), l_LNN.sum(-1)
+    trace = (k_LNN * l_LNN).sum((1, 2))
+    sums = rows_k.sum(-1) * rows_l.sum(-1) / ((n - 1) * (n - 2))
+    return (trace + sums - 2 * (rows_k * rows_l).sum(-1) / (n - 2)) / (n * (n - 3))
 
 
 def monotone_map(similarity: Tensor, teacher_layers: Sequence[int]) -> LayerMap:

@@ -4,8 +4,10 @@
     ridge:  W = (C_xx + ρ·tr(C_xx)/I · 1)⁻¹ C_xy,   b = ȳ − x̄ W
 
 Whitened PCA depends on the teacher alone and weighs all kept directions equally. Ridge regresses
-the student's own initial KV on the teacher's, which suits a pretrained student. Both follow from
-counts, means and centred products, so a pilot is read once and never held in memory.
+one model's KV on the other's: the teacher's on that of a pretrained student (``StudentToTeacher``),
+or the student's on the teacher's. Both follow from counts, means and centred products, so a pilot
+is read in batches and never held in memory. A part of its texts is held out: the penalty ρ with
+the smallest error there is taken, and the variance explained there is what the map is worth.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvdistill.distill.project.projections import (
-    FullProjection,
+    JointMap,
     LinearProjection,
     grouped_mean,
     orthogonal,
@@ -24,46 +26,63 @@ from kvdistill.distill.project.projections import (
 from kvdistill.errors import ConfigError
 from kvdistill.store.channel_statistics import merge_moments
 
-RIDGE: Final = 1e-3
-"""Penalty ρ, as a share of the source's mean variance."""
+PENALTIES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Penalties ρ to choose from, as shares of the source's mean variance."""
+
+PENALTY: Final = 1e-2
+"""Where no text is held out."""
 
 EIGENVALUE_FLOOR: Final = 1e-6
 """Directions below this share of the largest variance are noise: whitening maps them to zero."""
 
 
-class PilotMoments:
-    """Joint moments per layer of source ``x`` (width I) and target ``y`` (width O).
+class Moments:
+    """Joint moments of a source ``x`` (width I) and a target ``y`` (width O) of one layer.
 
-    Both are kept side by side, the source first: means ``[L, I + O]``, and centred products of the
-    source with both, ``[L, I, I + O]``; float64, on the CPU.
+    Kept are the means of both, the centred products of the source with both ``[I, I + O]``, and of
+    the target the centred squares ``[O]``. A batch's products are computed in float32 around its
+    own mean and added up in float64: where means are a hundred times the spread, as those of keys
+    with a bias are, covariances are right to 1e-6 (float64 throughout would take twice the time).
     """
 
-    def __init__(self, num_layers: int, width_x: int, width_y: int) -> None:
-        self.count, self._width_x = 0, width_x
-        self._mean = torch.zeros(num_layers, width_x + width_y, dtype=torch.float64)
-        self._products = torch.zeros(num_layers, width_x, width_x + width_y, dtype=torch.float64)
+    def __init__(self, width_x: int, width_y: int, device: torch.device | str = "cpu") -> None:
+        self.count, self.width_x = 0, width_x
+        mps = torch.device(device).type == "mps"  # has no float64
+        exact = torch.float32 if mps else torch.float64
+        self.mean = torch.zeros(width_x + width_y, dtype=exact, device=device)
+        self.products = self.mean.new_zeros(width_x, width_x + width_y)
+        self.squares = self.mean.new_zeros(width_y)
 
-    def add(self, x_BLHTD: Tensor, y_BLHTD: Tensor, mask_BT: Tensor) -> None:
-        """Add the tokens of a batch where ``mask_BT`` is True; the two KVs must be aligned."""
-        flat_NLC = [
-            kv.detach().permute(0, 3, 1, 2, 4).flatten(3)[mask_BT] for kv in (x_BLHTD, y_BLHTD)
-        ]
-        joint_LNC = torch.cat([x.transpose(0, 1).double().cpu() for x in flat_NLC], dim=-1)
-        if joint_LNC.shape[1] == 0:
+    def add(self, x_NI: Tensor, y_NO: Tensor) -> None:
+        """Add N tokens; the two must be aligned."""
+        joint_NC = torch.cat([x_NI.float(), y_NO.float()], dim=1)
+        if len(joint_NC) == 0:
             return
-        mean = joint_LNC.mean(1)
-        centred = joint_LNC - mean.unsqueeze(1)
-        self.count, self._mean, self._products = merge_moments(
-            (self.count, self._mean, self._products),
-            (joint_LNC.shape[1], mean, centred[..., : self._width_x].mT @ centred),
+        mean = joint_NC.to(self.mean.dtype).mean(0)
+        centred = joint_NC - mean.float()
+        products = centred[:, : self.width_x].T @ centred
+        squares = centred[:, self.width_x :].square().sum(0)
+        self._merge(len(joint_NC), mean, products.to(mean), squares.to(mean))
+
+    def merge(self, other: Moments) -> None:
+        """Add all tokens of ``other``."""
+        self._merge(other.count, other.mean, other.products, other.squares)
+
+    def _merge(self, count: int, mean: Tensor, products: Tensor, squares: Tensor) -> None:
+        w, before = self.width_x, (self.count, self.mean)
+        _, _, self.squares = merge_moments(
+            (before[0], before[1][w:], self.squares), (count, mean[w:], squares)
+        )
+        self.count, self.mean, self.products = merge_moments(
+            (*before, self.products), (count, mean, products)
         )
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """Means of source ``[L, I]`` and target ``[L, O]``."""
-        return self._mean[:, : self._width_x], self._mean[:, self._width_x :]
+        """Means of source ``[I]`` and target ``[O]``."""
+        return self.mean[: self.width_x], self.mean[self.width_x :]
 
     def covariances(self) -> tuple[Tensor, Tensor]:
-        """Covariance of the source, ``[L, I, I]``, and of source and target, ``[L, I, O]``.
+        """Covariance of the source, ``[I, I]``, and of source and target, ``[I, O]``.
 
         Raises:
             ConfigError: no token has been added.
@@ -73,97 +92,178 @@ class PilotMoments:
                 "projection.init: no token of the pilot is covered by the teacher; raise "
                 "projection.pilot_batches"
             )
-        xx, xy = self._products[..., : self._width_x], self._products[..., self._width_x :]
+        xx, xy = self.products[:, : self.width_x], self.products[:, self.width_x :]
         return xx / self.count, xy / self.count
+
+    def explained(self, weight_IO: Tensor, bias_O: Tensor) -> float:
+        """Share of the target's variance that ``x W + b`` explains: 1 − error / variance."""
+        xx, xy = self.covariances()
+        mean_x, mean_y = self.means()
+        variance = self.squares.sum() / self.count
+        error = variance - 2 * (weight_IO * xy).sum() + (weight_IO * (xx @ weight_IO)).sum()
+        error = error + (mean_x @ weight_IO + bias_O - mean_y).square().sum()
+        return 1 - float(error / variance.clamp_min(1e-12))
+
+
+class PilotMoments:
+    """Moments of one layer over the texts that a map is fitted to, and over those held out."""
+
+    def __init__(self, width_x: int, width_y: int, device: torch.device | str = "cpu") -> None:
+        self.fitted, self.held_out = (Moments(width_x, width_y, device) for _ in range(2))
+
+    @staticmethod
+    def size_bytes(width_x: int, width_y: int) -> int:
+        """Memory of one layer's moments, nearly all of it products."""
+        return 2 * 8 * width_x * (width_x + width_y)
+
+    def add(self, x_NI: Tensor, y_NO: Tensor, held_out_N: Tensor) -> None:
+        """Add N aligned tokens; ``held_out_N`` is True for those of texts that are held out."""
+        self.fitted.add(x_NI[~held_out_N], y_NO[~held_out_N])
+        self.held_out.add(x_NI[held_out_N], y_NO[held_out_N])
+
+    def source_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the source, ``[I]``, over all texts."""
+        w = self.fitted.width_x
+        parts = [(m.count, m.mean[:w], m.products.diagonal()) for m in (self.fitted, self.held_out)]
+        count, mean, squares = merge_moments(*parts)
+        return mean, squares / max(count, 1)
+
+    def standardise(self, mean_I: Tensor, scale_I: Tensor) -> None:
+        """Turn the moments, in place, into those of the source ``(x − mean) · scale``."""
+        for part in (self.fitted, self.held_out):
+            w, scale = part.width_x, scale_I.to(part.mean)
+            part.mean[:w] = (part.mean[:w] - mean_I.to(part.mean)) * scale
+            part.products *= scale[:, None]
+            part.products[:, :w] *= scale
 
 
 @torch.no_grad()
-def initialise(
-    projection: FullProjection | LinearProjection,
+def fit_layer(
+    projection: JointMap | LinearProjection,
+    row: int,
     moments: PilotMoments,
     init: Literal["pca", "ridge"],
-) -> None:
-    """Set a projection's weights and bias from pilot moments, in place.
+) -> float | None:
+    """Set the map of one layer in closed form, in place, from all texts of the pilot.
 
     A ``LinearProjection`` cannot represent every joint map. For ``ridge`` it takes the nearest one
     it can (``nearest_two_step``); for ``pca`` its dims whiten the covariance pooled over heads, its
-    heads stay grouped means, and one factor per layer restores unit variance.
+    heads stay grouped means, and one factor restores unit variance.
+
+    Returns:
+        For ``ridge``, the share of the target's variance on the held-out texts that a map fitted
+        to the others explains; the penalty is the one with the largest. None without such texts,
+        and for ``pca``, which has no target.
 
     Raises:
         ConfigError: the pilot is empty.
     """
-    covariance, _ = moments.covariances()
-    mean_x, mean_y = moments.means()
+    fitted, held_out, best = moments.fitted, moments.held_out, None
+    penalty = PENALTY
+    if init == "ridge" and fitted.count and held_out.count:
+        shares = {}
+        for candidate in PENALTIES:
+            weight = _representable(projection, ridge(fitted, candidate))
+            shares[candidate] = held_out.explained(_joint(weight), _bias(fitted, weight))
+        penalty = max(shares, key=lambda candidate: shares[candidate])
+        best = shares[penalty]
+    fitted.merge(held_out)
     if init == "pca":
-        mean_y = torch.zeros_like(mean_y)
-    if isinstance(projection, FullProjection):
-        width = projection.target.width
-        weight = ridge(moments) if init == "ridge" else whitened_pca(covariance, width)
-        projection.weight_LIO.copy_(weight)
-        projection.bias_LO.copy_(mean_y - torch.einsum("li,lio->lo", mean_x, weight))
-        return
-    if init == "ridge":
-        heads, dims = nearest_two_step(projection, ridge(moments))
+        weight = _whitening(projection, fitted)
+        _set(projection, row, weight, -fitted.means()[0] @ _joint(weight))
     else:
-        heads, dims = _pooled_pca(projection, covariance)
-    projection.head_LHG.copy_(heads)
-    projection.dim_LDE.copy_(dims)
-    image = torch.einsum("lhd,lhg,lde->lge", mean_x.view(-1, *projection.source), heads, dims)
-    projection.bias_LGE.copy_(mean_y.view_as(image) - image)
+        weight = _representable(projection, ridge(fitted, penalty))
+        _set(projection, row, weight, _bias(fitted, weight))
+    return best
 
 
-def whitened_pca(covariance_LII: Tensor, width: int) -> Tensor:
-    """``[L, I, width]`` float64 whose image of the source has unit variance per channel.
+Steps = tuple[Tensor, Tensor]
+"""Heads ``[H, G]`` and dims ``[D, E]`` of a two-step map."""
+
+
+def _joint(weight: Tensor | Steps) -> Tensor:
+    """The joint map ``[I, O]``."""
+    return torch.kron(*weight) if isinstance(weight, tuple) else weight
+
+
+def _bias(moments: Moments, weight: Tensor | Steps) -> Tensor:
+    """The bias ``[O]`` under which a map's mean is the target's."""
+    mean_x, mean_y = moments.means()
+    return mean_y - mean_x @ _joint(weight)
+
+
+def _representable(projection: JointMap | LinearProjection, weight_IO: Tensor) -> Tensor | Steps:
+    if isinstance(projection, JointMap):
+        return weight_IO
+    return nearest_two_step(projection, weight_IO)
+
+
+def _set(
+    projection: JointMap | LinearProjection, row: int, weight: Tensor | Steps, bias_O: Tensor
+) -> None:
+    if isinstance(projection, JointMap):
+        projection.weight_LIO[row].copy_(_joint(weight))
+        projection.bias_LO[row].copy_(bias_O)
+        return
+    heads, dims = weight
+    projection.head_LHG[row].copy_(heads)
+    projection.dim_LDE[row].copy_(dims)
+    projection.bias_LGE[row].copy_(bias_O.view(projection.target))
+
+
+def whitened_pca(covariance_II: Tensor, width: int) -> Tensor:
+    """``[I, width]`` float64 whose image of the source has unit variance per channel.
 
     A source narrower than ``width`` is spread over all channels by an orthogonal map, so that no
     target channel is identically zero.
     """
-    values, vectors = torch.linalg.eigh(covariance_LII)
-    kept = min(width, covariance_LII.shape[-1])
-    values, vectors = values[:, -kept:].flip(-1), vectors[..., -kept:].flip(-1)
-    floor = EIGENVALUE_FLOOR * values[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
-    white: Tensor = vectors * torch.maximum(values, floor).rsqrt().unsqueeze(1)
-    white = white.masked_fill((values <= floor).unsqueeze(1), 0.0)
+    values, vectors = torch.linalg.eigh(covariance_II)
+    kept = min(width, len(covariance_II))
+    values, vectors = values[-kept:].flip(-1), vectors[:, -kept:].flip(-1)
+    floor = EIGENVALUE_FLOOR * values[:1].clamp_min(torch.finfo(torch.float32).tiny)
+    white: Tensor = vectors * torch.maximum(values, floor).rsqrt()
+    white = white.masked_fill(values <= floor, 0.0)
     if width > kept:
-        spread = torch.stack([orthogonal(kept, width).double() for _ in white])
-        white = white @ spread * (width / kept) ** 0.5
+        white = white @ orthogonal(kept, width).to(white) * (width / kept) ** 0.5
     return white
 
 
-def ridge(moments: PilotMoments) -> Tensor:
-    """Regression of the centred target on the centred source: ``[L, I, O]`` float64.
+def ridge(moments: Moments, penalty: float) -> Tensor:
+    """Regression of the centred target on the centred source: ``[I, O]``.
+
+    ``penalty`` is a share of the source's mean variance.
 
     Raises:
         ConfigError: the pilot is empty.
     """
     covariance, cross = moments.covariances()
-    scale = covariance.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-    eye = torch.eye(covariance.shape[-1], dtype=torch.float64)
-    loaded = covariance + RIDGE * scale[:, None, None] * eye
-    weight: Tensor = torch.linalg.solve(loaded, cross)
+    covariance.diagonal().add_(penalty * covariance.diagonal().mean().clamp_min(1e-12))
+    weight: Tensor = torch.linalg.solve(covariance, cross)
     return weight
 
 
-def nearest_two_step(projection: LinearProjection, weight_LIO: Tensor) -> tuple[Tensor, Tensor]:
-    """Heads ``[L, H, G]`` and dims ``[L, D, E]`` whose joint map is nearest to ``weight_LIO``.
+def nearest_two_step(projection: LinearProjection, weight_IO: Tensor) -> Steps:
+    """Heads ``[H, G]`` and dims ``[D, E]`` whose joint map is nearest to ``weight_IO``.
 
     The joint map of two steps is a Kronecker product; the nearest one is the leading singular pair
     of the rearranged weights (Van Loan and Pitsianis, *Approximation with Kronecker Products*,
     1993).
     """
     (h, d), (g, e) = projection.source, projection.target
-    blocks = weight_LIO.view(-1, h, d, g, e).permute(0, 1, 3, 2, 4).reshape(-1, h * g, d * e)
+    blocks = weight_IO.view(h, d, g, e).permute(0, 2, 1, 3).reshape(h * g, d * e)
     u, s, vh = torch.linalg.svd(blocks, full_matrices=False)
-    root = s[:, :1].sqrt()
-    return (u[..., 0] * root).view(-1, h, g), (vh[:, 0] * root).view(-1, d, e)
+    root = s[0].sqrt()
+    return (u[:, 0] * root).view(h, g), (vh[0] * root).view(d, e)
 
 
-def _pooled_pca(projection: LinearProjection, covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Heads ``[L, H, G]`` (grouped means) and whitening dims ``[L, D, E]``."""
+def _whitening(projection: JointMap | LinearProjection, moments: Moments) -> Tensor | Steps:
+    """Whitening of the source: joint, or of two steps for all heads alike."""
+    covariance, _ = moments.covariances()
+    if isinstance(projection, JointMap):
+        return whitened_pca(covariance, projection.target.width)
     (h, d), (g, e) = projection.source, projection.target
-    blocks = covariance.view(-1, h, d, h, d)
-    dims = whitened_pca(torch.einsum("lhdhf->ldf", blocks) / h, e)
-    heads = grouped_mean(h, g).double().expand(len(dims), h, g)
-    variance = torch.einsum("lhg,lde,lhdif,lig,lfe->lge", heads, dims, blocks, heads, dims)
-    scale = variance.mean(dim=(1, 2), keepdim=True).clamp_min(1e-12).rsqrt()
-    return heads, dims * scale
+    blocks = covariance.view(h, d, h, d)
+    dims = whitened_pca(torch.einsum("hdhf->df", blocks) / h, e)
+    heads = grouped_mean(h, g).to(dims)
+    variance = torch.einsum("hg,de,hdif,ig,fe->ge", heads, dims, blocks, heads, dims)
+    return heads, dims * variance.mean().clamp_min(1e-12).rsqrt()

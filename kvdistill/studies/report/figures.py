@@ -102,7 +102,7 @@ def sections(study: Study, rows: Sequence[Row]) -> dict[str, list[ReportFigure]]
         "Training curves": _curves(study, looks),
         "Calibration and exact match": _behaviour(study, looks),
         "Errors and fusion weights by layer": [
-            *_errors(study, looks), *_routing(study), *_layer_maps(study)
+            *_errors(study, looks), *_explained(study), *_routing(study), *_layer_maps(study)
         ],
         FOLDED: [*_alignments(study), *_spectra(study)],
         "Cost": _cost(study, looks),
@@ -273,6 +273,28 @@ def _errors(study: Study, looks: Mapping[str, Look]) -> list[ReportFigure]:
             )
             name = f"error-by-layer-{kind}"
             found.append(ReportFigure(name, caption, figure, _runs(study, series)))
+    return found
+
+
+def _explained(study: Study) -> list[ReportFigure]:
+    """Per kind, a line per arm and teacher whose maps were fitted before the first step."""
+    found = []
+    for kind in ("key", "value"):
+        series = {
+            f"{arm.label}: {teacher}": [float(share) for share in layers[kind]]
+            for arm in study.arms
+            for teacher, layers in arm.runs[0].record.get("explained_at_start", {}).items()
+            if None not in layers[kind]
+        }
+        if series:
+            title = f"Variance of the {kind}s explained before the first step"
+            figure = plots.over_layers(series, "share of the variance", title, limits=(None, 1))
+            caption = (
+                f"Share of the variance of each layer's target {kind}s that the maps fitted to a "
+                "pilot explain on texts that they were not fitted to: how much of a teacher the "
+                "initial student already holds, linearly. The rest is what there is left to teach."
+            )
+            found.append(ReportFigure(f"explained-{kind}", caption, figure, _runs(study)))
     return found
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, permutations
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvdistill.distill.align.layers import by_group, layer_map, linear_cka, monotone_map
+from kvdistill.distill.align.layers import (
+    CKA_TOKENS,
+    MinibatchCKA,
+    by_group,
+    layer_map,
+    monotone_map,
+)
 from kvdistill.distill.align.resample import align_global
 from kvdistill.errors import ConfigError, GeometryError
 from kvdistill.types import LayerGroup
@@ -125,30 +131,71 @@ def test_every_student_layer_is_served_once(num_student, owners):
         assert set(mapping.needed) <= set(members[group_idx])
 
 
-def kernel_cka(x, y):
-    """HSIC of linear kernels, the definition."""
-    n = len(x)
-    centre = torch.eye(n, dtype=torch.float64) - 1 / n
-    k, m = (centre @ (z.double() @ z.double().T) @ centre for z in (x, y))
-    return float((k * m).sum() / ((k * k).sum() * (m * m).sum()).sqrt())
+def cka(student, *teacher_batches):
+    found = MinibatchCKA()
+    for x, y in zip(student, teacher_batches, strict=True):
+        found.add(list(x), iter(y))
+    return found.value()
 
 
-def test_linear_cka_equals_the_kernel_form():
+def hsic(x, y):
+    """The unbiased estimator as a mean over all ordered quadruples of different tokens."""
+    k, m = x.double() @ x.double().T, y.double() @ y.double().T
+    terms = [
+        k[a, b] * (m[a, b] + m[c, d] - 2 * m[a, c]) for a, b, c, d in permutations(range(len(x)), 4)
+    ]
+    return float(torch.stack(terms).mean())
+
+
+def test_cka_equals_the_mean_over_quadruples_of_tokens():
     torch.manual_seed(0)
-    x, y = torch.randn(3, 40, 5), torch.randn(4, 40, 7) + 2
-    got = linear_cka(x, y)
-    for i in range(3):
-        for j in range(4):
-            assert float(got[i, j]) == pytest.approx(kernel_cka(x[i], y[j]), rel=1e-4)
+    batches = [(torch.randn(2, n, 5), torch.randn(3, n, 7) + 2) for n in (8, 6)]
+    got = cka([x for x, _ in batches], *(y for _, y in batches))
+    for i in range(2):
+        for j in range(3):
+            pairs = [(x[i], y[j]) for x, y in batches]
+            cross, own, theirs = (
+                sum(hsic(*way(x, y)) for x, y in pairs)
+                for way in (lambda x, y: (x, y), lambda x, _: (x, x), lambda _, y: (y, y))
+            )
+            assert float(got[i, j]) == pytest.approx(cross / (own * theirs) ** 0.5, rel=1e-3)
+
+
+def test_cka_does_not_depend_on_the_batches():
+    torch.manual_seed(0)
+    x = torch.randn(1, 4000, 6)
+    y = x @ torch.randn(6, 6) + 2 * torch.randn(1, 4000, 6)
+    small = cka(x.split(100, 1), *y.split(100, 1))
+    large = cka(x.split(1000, 1), *y.split(1000, 1))
+    assert float(small) == pytest.approx(float(large), abs=0.02)
+    assert 0.1 < float(large) < 0.9
+
+
+def test_unrelated_layers_are_not_alike_even_where_channels_outnumber_tokens():
+    torch.manual_seed(0)
+    x, y = torch.randn(1, 60, 500), torch.randn(1, 60, 500)
+    assert abs(float(cka([x], y))) < 0.05  # the biased estimator finds 0.9
+
+
+def test_a_long_batch_is_thinned_evenly():
+    torch.manual_seed(0)
+    x = torch.randn(1, 2 * CKA_TOKENS, 4)
+    assert torch.equal(cka([x], x.flip(2)), cka([x[:, ::2]], x.flip(2)[:, ::2]))
 
 
 def test_a_rotated_and_scaled_layer_is_itself():
     torch.manual_seed(0)
     teacher = torch.randn(5, 300, 6)
     turn = torch.linalg.qr(torch.randn(6, 6)).Q
-    similarity = linear_cka(3 * teacher[[0, 2, 3]] @ turn + 1, teacher)
-    torch.testing.assert_close(similarity[[0, 1, 2], [0, 2, 3]], torch.ones(3))
+    similarity = cka([3 * teacher[[0, 2, 3]] @ turn + 1], teacher)
+    ones = torch.ones(3, dtype=torch.float64)
+    torch.testing.assert_close(similarity[[0, 1, 2], [0, 2, 3]], ones, atol=1e-5, rtol=0)
     assert monotone_map(similarity, [1, 2, 4, 6, 9]).lower == (1, 4, 6)
+
+
+def test_cka_without_a_pilot_is_refused():
+    with pytest.raises(ConfigError, match="cka has no pilot"):
+        MinibatchCKA().value()
 
 
 @pytest.mark.parametrize("seed", range(8))

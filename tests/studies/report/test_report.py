@@ -18,6 +18,7 @@ from kvdistill.commands.report import report_command
 from kvdistill.corpus.samples import Sample, cut_into_shards
 from kvdistill.errors import ConfigError
 from kvdistill.store.writer import create
+from kvdistill.studies.report import figures
 from kvdistill.studies.report.comparison import Comparison, unfair_arms
 from kvdistill.studies.report.page import write_plots, write_report
 from kvdistill.studies.report.reading import read_study
@@ -331,6 +332,28 @@ def test_the_command_says_what_it_wrote(tmp_path: Path) -> None:
     assert {path.name for path in output.parent.iterdir()} == {
         "page.html", "page.md", "page.csv", "page-runs.csv",
     }  # fmt: skip
+
+
+def test_what_fitted_maps_explain_is_drawn_by_layer(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", ARMS[1], 0)
+    before = figures.sections(study := read_study([folder]), [])
+    rewrite(folder, explained_at_start={
+        "smollm2": {"key": [0.5, 0.7], "value": [0.2, 0.25]},
+        "minilm": {"key": [None, None], "value": [0.1, 0.3]},
+    })  # fmt: skip
+    after = figures.sections(study := read_study([folder]), [])
+    by_layer = "Errors and fusion weights by layer"
+    drawn = {figure.name: figure.figure for figure in after[by_layer]}
+    assert drawn.keys() - {figure.name for figure in before[by_layer]} == {
+        "explained-key", "explained-value",
+    }  # fmt: skip
+    label = study.arms[0].label
+    for name, expected in {
+        "explained-key": {f"{label}: smollm2": [0.5, 0.7]},
+        "explained-value": {f"{label}: smollm2": [0.2, 0.25], f"{label}: minilm": [0.1, 0.3]},
+    }.items():
+        lines = drawn[name].axes[0].get_lines()
+        assert {line.get_label(): list(line.get_ydata()) for line in lines} == expected
 
 
 def test_plots_of_one_run(tmp_path: Path) -> None:
