@@ -77,6 +77,16 @@ def text_model(model: Any) -> Any:
         found = deeper
 
 
+def quantisation(config: Any) -> str | None:
+    """How a checkpoint's weights are quantised, by its config: ``fp8``, ``gptq`` and others."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    options = found if isinstance(found, dict) else found.to_dict()
+    method = options.get("quant_method", "unknown")
+    return str(getattr(method, "value", method))
+
+
 @dataclass(frozen=True)
 class StudentGeometry:
     """Layers, key/value heads and hidden size of the student.

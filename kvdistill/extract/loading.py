@@ -15,7 +15,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from kvdistill.attention.geometry import text_model
+from kvdistill.attention.geometry import quantisation, text_model
 from kvdistill.attention.tokens import report_whole_offsets
 from kvdistill.attention.verification import TOLERANCE, probe_ids, run_probe
 from kvdistill.config.extraction import TeacherConfig
@@ -48,7 +48,7 @@ def load_teacher_model(
         kind = _auto_class(config, architecture)
         if config.weights == "random":
             return _random_model(kind, architecture, options).to(device), set()
-        quantised = _quantisation(architecture)
+        quantised = quantisation(architecture)
         if config.gguf_file:
             options["gguf_file"] = config.gguf_file
         # Quantised weights are unpacked on their device, and most cannot be moved afterwards.
@@ -106,16 +106,6 @@ def _auto_class(config: TeacherConfig, architecture: Any) -> Any:
     )
     name = "AutoModelForImageTextToText" if is_multimodal else "AutoModelForCausalLM"
     return getattr(transformers, name)
-
-
-def _quantisation(architecture: Any) -> str | None:
-    """How the weights of a checkpoint are quantised: ``fp8``, ``gptq`` and others."""
-    found = getattr(architecture, "quantization_config", None)
-    if found is None:
-        return None
-    options = found if isinstance(found, dict) else found.to_dict()
-    method = options.get("quant_method", "unknown")
-    return str(getattr(method, "value", method))
 
 
 def text_model_of(name: str, whole: Any) -> Any:

@@ -24,7 +24,7 @@ from kvdistill.attention.adapters import Adapter
 from kvdistill.attention.attention_rule import unexplained
 from kvdistill.attention.behaviour import UNLIMITED, BatchRule
 from kvdistill.attention.fitting import Verified, fit_adapter
-from kvdistill.attention.geometry import VerifiedLayer
+from kvdistill.attention.geometry import VerifiedLayer, quantisation
 from kvdistill.attention.hooks import OnLayer, Site, capture
 from kvdistill.attention.tokens import padding_id
 from kvdistill.attention.verification import CACHE, forward_through_cache
@@ -209,7 +209,7 @@ def load_teacher(name: str, experiment: Experiment) -> Teacher:
         "weights_fingerprint": weights_fingerprint(
             model,
             missing,
-            quantised=getattr(whole.config, "quantization_config", None) is not None,
+            quantised=quantisation(whole.config) is not None,
         ),
         "tokenizer_fingerprint": tokenizer_fingerprint(prompt_tokenizer.tokenizer),
         "template": prompt_tokenizer.template.source,

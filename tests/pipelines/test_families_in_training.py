@@ -17,8 +17,9 @@ from kvdistill.errors import StudentError
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.train import train
 from kvdistill.store.reader import KVStore
-from tests.attention.families import DECODERS
-from tests.extract.models import save_teacher
+from tests.attention.families import DECODERS, ENCODER_DECODERS
+from tests.extract.models import save_teacher, tiny_tokenizer
+from tests.extract.test_loading import quantised_folder, save_multimodal
 from tests.pipelines.test_modes import assembled
 from tests.pipelines.tiny import variant
 from tests.slurm.experiment import write_experiment, write_models
@@ -127,6 +128,41 @@ def test_a_hybrid_student_with_lora_trains_and_is_saved(stored: Path, tmp_path: 
     first = AutoModelForCausalLM.from_pretrained(tmp_path / "lfm2").state_dict()
     changed = {n for n, p in student.state_dict().items() if not torch.equal(p, first[n])}
     assert any("self_attn" in name for name in changed)
+
+
+def test_the_language_model_of_a_multimodal_student_trains_alone(
+    stored: Path, tmp_path: Path
+) -> None:
+    save_multimodal(tmp_path / "gemma", "gemma3")
+    changes = {
+        **settings(stored.parent),
+        "student": {"model": str(tmp_path / "gemma")},
+        "training__max_steps": 2,
+    }
+    report = train(variant(stored, tmp_path / "runs", **changes))
+    student, first = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (report.folder / "student", tmp_path / "gemma")
+    )
+    changed = {name for name, weight in student.items() if not torch.equal(weight, first[name])}
+    assert any("language_model" in name for name in changed)
+    assert not any("vision" in name or "projector" in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("save", "words"),
+    [
+        (lambda folder: save_multimodal(folder, "qwen2_vl"), "no causal language model of type"),
+        (lambda folder: quantised_folder(folder, "gptq", {"bits": 4}), "quantised by gptq"),
+        (lambda folder: save_teacher(folder, "t5", **ENCODER_DECODERS["t5"][1]), "no causal"),
+    ],
+)
+def test_a_folder_that_cannot_be_trained_is_refused(save: Any, words: str, tmp_path: Path) -> None:
+    save(tmp_path)
+    for build in (check_student, lambda config, tokenizer: build_student(config, tokenizer, 0)):
+        with pytest.raises(StudentError, match=words) as caught:
+            build(StudentConfig(model=str(tmp_path)), tiny_tokenizer())
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("family", ["lfm2, hybrid", "falcon_h1, hybrid", "jamba, hybrid"])

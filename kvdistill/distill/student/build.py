@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 
-from kvdistill.attention.geometry import StudentGeometry
+from kvdistill.attention.geometry import StudentGeometry, quantisation, text_model
 from kvdistill.attention.kv_capture import KVCapture
 from kvdistill.attention.tokens import num_token_ids, report_whole_offsets, with_ends
 from kvdistill.config.training import StudentConfig
@@ -39,6 +39,7 @@ def build_student(config: StudentConfig, tokenizer: Any, seed: int) -> Any:
     from transformers import AutoModelForCausalLM
 
     with _one_line_errors(f"build the student {config.model or config.architecture!r}"):
+        architecture = _architecture(config, tokenizer)
         if config.model is not None:
             student = AutoModelForCausalLM.from_pretrained(
                 config.model, dtype=torch.float32, trust_remote_code=config.trust_remote_code
@@ -46,9 +47,19 @@ def build_student(config: StudentConfig, tokenizer: Any, seed: int) -> Any:
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                student = AutoModelForCausalLM.from_config(_architecture(config, tokenizer))
+                student = AutoModelForCausalLM.from_config(architecture)
     _require_embeddings(student, tokenizer)
+    if student.config.get_text_config() is not student.config:
+        _freeze_all_but_text(student)
     return student if config.lora is None else adapt(student, config.lora, seed)
+
+
+def _freeze_all_but_text(student: Any) -> None:
+    """Leave what only images pass through as it is: no text gives it a gradient."""
+    trained = (text_model(student), student.get_output_embeddings())
+    kept = {id(parameter) for module in trained for parameter in module.parameters()}
+    for parameter in student.parameters():
+        parameter.requires_grad_(id(parameter) in kept)
 
 
 def _require_embeddings(student: Any, tokenizer: Any) -> None:
@@ -163,11 +174,26 @@ def prompt_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _architecture(config: StudentConfig, tokenizer: Any) -> Any:
-    """The student's transformers config; from scratch, with the tokenizer's special tokens."""
-    from transformers import AutoConfig
+    """The student's transformers config; from scratch, with the tokenizer's special tokens.
+
+    Raises:
+        StudentError: no causal language model, or quantised weights.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     if config.model is not None:
-        return AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+        found = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+        if type(found) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(found, "auto_map"):
+            raise StudentError(
+                f"transformers has no causal language model of type {found.model_type!r}; of a "
+                "multimodal model, save the language model in a folder of its own and use that"
+            )
+        if method := quantisation(found):
+            raise StudentError(
+                f"its weights are quantised by {method}, and training needs plain ones; save it "
+                "dequantised and use that"
+            )
+        return found
     tokens = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
     }
