@@ -124,7 +124,12 @@ def build(case: Case, *, kind: type[Distiller] = Leaves, causal: Any = None) -> 
         llama(),
         [space(name, case, flag) for name, flag in zip(case.names, causal, strict=True)],
         alignment=AlignmentConfig(),
-        projection=ProjectionConfig(mode=case.mode, space_heads=1, space_dim=5),
+        projection=ProjectionConfig(
+            mode=case.mode,
+            init="ridge" if case.mode == "student_to_teacher" and case.grouped else None,
+            space_heads=1,
+            space_dim=5,
+        ),
         fusion=FusionConfig.model_validate(case.fusion),
         losses=LossConfig.model_validate(case.losses),
     )
@@ -133,6 +138,9 @@ def build(case: Case, *, kind: type[Distiller] = Leaves, causal: Any = None) -> 
             torch.nn.init.normal_(parameter)
         elif "key_OW" in name:  # a router with preferences
             torch.nn.init.normal_(parameter, std=0.5)
+    for standardise in distiller.standardise_student.values():
+        torch.nn.init.normal_(standardise.mean_LHD)
+        torch.nn.init.uniform_(standardise.scale_LHD, 0.5, 2)
     return distiller.train()
 
 
@@ -285,7 +293,9 @@ def loop_regressed(distiller, case, kind, known):
     total = dict.fromkeys((kind, "cosine", "relation"), 0.0)
     own = distiller.output.kind(kind)
     for i, head in enumerate(distiller.heads_of(kind)):
-        guesses = by_layer(head.groups, head.predictions(own))
+        guesses = by_layer(
+            head.groups, head.predictions(distiller.regressed(distiller.output, kind))
+        )
         wanted = by_layer(head.groups, targets[kind][i])
         for (b, layer, t), alpha in weights.items():
             if i not in alpha:

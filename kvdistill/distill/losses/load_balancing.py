@@ -25,20 +25,22 @@ class LoadBalancing:
         """``weight`` is the model's own if not given.
 
         Raises:
-            ConfigError: a weight, but the model has no such loss.
+            ConfigError: a weight, but the model has no such loss, or one that is not transformers'.
         """
         names = ("router_aux_loss_coef", "aux_loss_coef")
         own = [getattr(model, name) for name in names if hasattr(model, name)]
         exists = bool(own) and bool(getattr(model, "num_experts", None))
-        if weight and not exists:
-            raise ConfigError(
-                f"losses.router_aux: a student of type {model.config.model_type!r} has no "
-                "load-balancing loss; leave it out"
-            )
         self.weight = float((own[0] or 0.0) if weight is None and exists else weight or 0.0)
         if not self.weight:
             return
-        self._loss = vars(sys.modules[type(model).__module__])["load_balancing_loss_func"]
+        module = sys.modules[type(model).__module__]
+        self._loss: Any = getattr(module, "load_balancing_loss_func", None)
+        if not exists or self._loss is None:
+            what = "one that cannot be computed" if exists else "none"
+            raise ConfigError(
+                f"losses.router_aux weighs the load-balancing loss of the student's experts, but "
+                f"type {model.config.model_type!r} has {what}; set it to 0"
+            )
         known = {
             "num_experts": model.num_experts,
             "top_k": model.num_experts_per_tok,

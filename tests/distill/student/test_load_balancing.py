@@ -117,5 +117,14 @@ def test_checkpointed_layers_have_the_same_gradients() -> None:
 
 def test_a_weight_for_a_student_without_experts_is_refused() -> None:
     assert "router_aux" not in distiller("llama", router_aux=0)(batch())["parts"]
-    with pytest.raises(ConfigError, match="'llama' has no load-balancing loss; leave it out"):
+    with pytest.raises(ConfigError, match="'llama' has none; set it to 0"):
         distiller("llama", router_aux=0.1)
+
+
+def test_experts_of_unknown_code_are_not_left_unbalanced_in_silence() -> None:
+    stranger = type("Stranger", (), {"__module__": __name__})()
+    stranger.router_aux_loss_coef, stranger.num_experts = 0.01, 4
+    stranger.config = AutoConfig.for_model("mixtral")
+    with pytest.raises(ConfigError, match="'mixtral' has one that cannot be computed; set it to 0"):
+        LoadBalancing(stranger, None)
+    assert LoadBalancing(stranger, 0).inputs == {}
