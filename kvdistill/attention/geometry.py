@@ -131,3 +131,30 @@ def check_kv(x_BLHTD: Tensor, num_layers: int, shape: HeadShape, what: str) -> N
         f"{what}: expected [B, {num_layers}, {shape.num_heads}, T, {shape.head_dim}] "
         f"(samples, layers, KV heads, tokens, head dim), got {list(got)}{hint}"
     )
+
+
+def position_limit(model: Any) -> int | None:
+    """Tokens that a model has positions for in a table, learned or computed beforehand.
+
+    None where every length is computed (rotary embeddings, ALiBi), whatever the length in training.
+    """
+    config = model.config.get_text_config()
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    tables = {
+        name: (module.weight, module.padding_idx)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
+    growing = [n for n, m in model.named_modules() if hasattr(m, "make_weights")]  # XGLM
+    for name, buffer in model.named_buffers():
+        if not name.startswith(tuple(growing) or "."):
+            tables[name] = (buffer, None)
+    for name, (table, padding_idx) in tables.items():
+        sized = any(positions <= size <= positions + 2 for size in table.shape)
+        if sized and ("pos" in name or name.endswith("wpe")):
+            # RoBERTa counts positions from after the padding's.
+            late = name.endswith("embeddings.position_embeddings")
+            return positions if not late or padding_idx is None else positions - padding_idx - 1
+    return None

@@ -24,7 +24,7 @@ from kvdistill.attention.adapters import Adapter
 from kvdistill.attention.attention_rule import unexplained
 from kvdistill.attention.behaviour import UNLIMITED, BatchRule
 from kvdistill.attention.fitting import Verified, fit_adapter
-from kvdistill.attention.geometry import VerifiedLayer, quantisation
+from kvdistill.attention.geometry import VerifiedLayer, position_limit, quantisation
 from kvdistill.attention.hooks import OnLayer, Site, capture
 from kvdistill.attention.tokens import padding_id
 from kvdistill.attention.verification import CACHE, forward_through_cache
@@ -364,12 +364,6 @@ def _position_encoding(
 
 def max_positions(model: Any, limit: int | None) -> int | None:
     """Most tokens of a text: the model's positions, or ``limit`` if that is less."""
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    table = next(
-        (m for n, m in model.named_modules() if n.endswith("embeddings.position_embeddings")), None
-    )
-    if positions and table is not None and table.padding_idx is not None:
-        positions -= table.padding_idx + 1  # RoBERTa counts positions from after the padding's
-    known = [length for length in (positions, limit) if length]
+    trained = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    known = [length for length in (position_limit(model), trained, limit) if length]
     return min(known, default=None)

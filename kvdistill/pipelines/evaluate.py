@@ -8,7 +8,7 @@ from kvdistill.config.training import StudentConfig
 from kvdistill.corpus.readers import read_jsonl
 from kvdistill.distill.evaluate.answers import is_gradable
 from kvdistill.distill.evaluate.held_out import HeldOut, score_held_out, score_latent
-from kvdistill.distill.student.build import build_student, load_student_tokenizer
+from kvdistill.distill.student.build import build_student, load_student_tokenizer, require_positions
 from kvdistill.distill.student.latent.model import LatentStudent, is_latent
 from kvdistill.distill.student.latent.probes import diagnose_latents
 from kvdistill.errors import CorpusError, StudentError
@@ -55,6 +55,7 @@ def evaluate_folder(
     if diagnose:
         raise StudentError(f"{student} is not a latent student; leave out --diagnose")
     model = build_student(StudentConfig(model=str(student)), tokenizer, seed=0)
+    require_positions(model, max_length, "--max-length")
     return score_held_out(
         model,
         tokenizer,

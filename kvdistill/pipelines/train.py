@@ -99,7 +99,8 @@ def require_trainable_student(experiment: Experiment) -> None:
 
     config = experiment.student
     name = config.tokenizer or str(config.model)
-    check_student(config, load_student_tokenizer(name, config.trust_remote_code))
+    tokenizer = load_student_tokenizer(name, config.trust_remote_code)
+    check_student(config, tokenizer, experiment.training.max_length)
 
 
 def require_matching_store(store: KVStore, experiment: Experiment, splits: Splits) -> None:

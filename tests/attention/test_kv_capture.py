@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvdistill.attention.adapters import PLAIN
 from kvdistill.attention.fitting import fit_adapter
-from kvdistill.attention.geometry import text_model
+from kvdistill.attention.geometry import position_limit, text_model
 from kvdistill.attention.kv_capture import KVCapture, verify_student
 from kvdistill.errors import StudentError
 from kvdistill.types import KINDS, Kind
@@ -152,3 +153,34 @@ def test_a_student_whose_taps_are_not_its_keys_is_refused(monkeypatch: pytest.Mo
 def test_a_model_that_cannot_be_a_student_is_refused(model: Any, words: str) -> None:
     with pytest.raises(StudentError, match=words):
         KVCapture(model())
+
+
+POSITIONS = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 24, "pad_token_id": 1,
+    "ffn_dim": 32, "decoder_ffn_dim": 32, "embed_dim": 32, "rotary_dim": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["llama", "gemma3_text", "gpt_neox", "bloom", "falcon", "xglm", "gpt2", "opt", "gptj",
+     "codegen", "ctrl", "biogpt", "openai-gpt", "gpt_bigcode", "roberta", "bert", "bart"],
+)  # fmt: skip
+def test_a_table_of_positions_is_found_where_longer_texts_fail(model_type: str) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **POSITIONS)
+    model = AutoModelForCausalLM.from_config(config).eval()
+
+    def runs(length: int) -> bool:
+        ids = torch.arange(length)[None] % 60 + 2
+        try:
+            with torch.no_grad():
+                model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        except (IndexError, RuntimeError):
+            return False
+        return True
+
+    limit = position_limit(model)
+    assert runs(limit or 40)
+    assert runs((limit or 40) + 1) == (limit is None)

@@ -28,8 +28,9 @@ from kvdistill.errors import (
     StoreNotFound,
     StudentError,
 )
+from kvdistill.pipelines.evaluate import evaluate_folder
 from kvdistill.pipelines.run_folder import RunFolder, begin
-from kvdistill.pipelines.train import build_trainer, train
+from kvdistill.pipelines.train import build_trainer, require_trainable_student, train
 from kvdistill.store.reader import KVStore
 from kvdistill.studies.report.page import write_plots, write_report
 from tests.pipelines.tiny import variant
@@ -235,6 +236,48 @@ def test_report_refuses_what_is_no_finished_run(extracted: Path, tmp_path: Path)
     folder = begin(variant(extracted, tmp_path))
     with pytest.raises(ConfigError, match="has not finished"):
         write_report([folder.path], tmp_path / "report.html")
+
+
+GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, "training.max_length: 64 tokens, but the student .* has 32 positions"),
+        (
+            {"training__max_length": 32, "training__exact_match_samples": 2},
+            "max_new_tokens: expected fewer than the student's 32 positions",
+        ),
+        (
+            {"training__max_length": 32, "latent": {"num_latents": 4, "max_new_tokens": 4},
+             "alignment__time": "latent", "projection__mode": "identity"},
+            "a question, its latents and answer: .* has 32 positions",
+        ),
+    ],
+)  # fmt: skip
+def test_too_few_positions_are_refused_before_the_start(
+    extracted: Path, tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    experiment = variant(extracted, tmp_path, student__architecture=GPT2, **changes)
+    with pytest.raises(StudentError, match=says) as caught:
+        train(experiment)
+    assert "\n" not in str(caught.value)
+    assert not [*tmp_path.rglob("training_log.jsonl")]
+    if not changes:
+        with pytest.raises(StudentError, match=says):
+            require_trainable_student(experiment)
+
+
+def test_texts_longer_than_the_positions_are_not_evaluated(extracted: Path, tmp_path: Path) -> None:
+    settings = {"student__architecture": GPT2, "training__max_length": 32, "training__max_steps": 1}
+    student = train(variant(extracted, tmp_path, **settings)).folder / "student"
+    corpus = Path("examples/data/gsm8k_train.jsonl")
+    options: dict[str, Any] = {"max_samples": 2, "batch_size": 2}
+    with pytest.raises(StudentError, match=r"--max-length: 64 tokens, but .* 32 positions"):
+        evaluate_folder(student, corpus, max_length=64, **options)
+    found = evaluate_folder(student, corpus, max_length=32, **options)
+    assert found.metrics["num_tokens"] == 2 * 31
 
 
 def test_a_run_of_another_config_is_not_overwritten(extracted: Path, tmp_path: Path) -> None:

@@ -180,18 +180,29 @@ def _truncated_prompts(
 ) -> list[list[int]]:
     """Token ids of every prompt, left-truncated after BOS to the model's positions."""
     prompts = prompt_ids(tokenizer, [dict(sample.segments)["prompt"] for sample in samples])
+    budget = prompt_budget(student, max_new_tokens)
+    if budget is None:
+        return prompts
+    num_bos = int(tokenizer.bos_token_id is not None)
+    kept = max(budget - num_bos, 0)
+    return [ids[:num_bos] + ids[max(len(ids) - kept, num_bos) :] for ids in prompts]
+
+
+def prompt_budget(student: Any, max_new_tokens: int) -> int | None:
+    """Tokens that a prompt may have beside its answer; None for a student without a limit.
+
+    Raises:
+        StudentError: the model has too few positions for ``max_new_tokens``.
+    """
     positions = getattr(student.config.get_text_config(), "max_position_embeddings", None)
     if positions is None:
-        return prompts
-    budget = positions - max_new_tokens
-    if budget < 1:
+        return None
+    if positions <= max_new_tokens:
         raise StudentError(
             f"max_new_tokens: expected fewer than the student's {positions} positions, got "
             f"{max_new_tokens}, which leaves none for a prompt; generate fewer"
         )
-    num_bos = int(tokenizer.bos_token_id is not None)
-    kept = max(budget - num_bos, 0)
-    return [ids[:num_bos] + ids[max(len(ids) - kept, num_bos) :] for ids in prompts]
+    return int(positions - max_new_tokens)
 
 
 def _greedy_settings(student: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:

@@ -11,7 +11,12 @@ from typing import Any, Final
 
 import torch
 
-from kvdistill.attention.geometry import StudentGeometry, quantisation, text_model
+from kvdistill.attention.geometry import (
+    StudentGeometry,
+    position_limit,
+    quantisation,
+    text_model,
+)
 from kvdistill.attention.kv_capture import KVCapture
 from kvdistill.attention.tokens import num_token_ids, report_whole_offsets, with_ends
 from kvdistill.config.training import StudentConfig
@@ -83,11 +88,26 @@ def _require_embeddings(student: Any, tokenizer: Any) -> None:
         )
 
 
-def check_student(config: StudentConfig, tokenizer: Any) -> StudentGeometry:
+def require_positions(student: Any, needed: int, setting: str) -> None:
+    """Refuse a setting by which a text has more tokens than the student has positions.
+
+    Raises:
+        StudentError: names the setting and both numbers.
+    """
+    positions = position_limit(student)
+    if positions is not None and needed > positions:
+        raise StudentError(
+            f"{setting}: {needed} tokens, but the student ({type(student).__name__}) has "
+            f"{positions} positions; set it to {positions} or less, or take a student with more"
+        )
+
+
+def check_student(config: StudentConfig, tokenizer: Any, max_length: int = 1) -> StudentGeometry:
     """Check without loading weights that a student can be built and its KV captured.
 
     Raises:
-        StudentError: as ``build_student``, or no adapter locates its keys and values.
+        StudentError: as ``build_student``, fewer positions than ``max_length``, or no adapter
+            locates its keys and values.
     """
     from transformers import AutoModelForCausalLM
 
@@ -97,6 +117,7 @@ def check_student(config: StudentConfig, tokenizer: Any) -> StudentGeometry:
             _architecture(config, tokenizer), trust_remote_code=config.trust_remote_code
         )
     _require_embeddings(student, tokenizer)
+    require_positions(student, max_length, "training.max_length")
     return KVCapture(student).geometry
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from kvdistill.attention.geometry import position_limit
 from kvdistill.attention.kv_capture import KVCapture, verify_student
 from kvdistill.config.distill import FusionConfig
 from kvdistill.config.experiment import Experiment
@@ -25,9 +26,14 @@ from kvdistill.distill.data.collate import Collate
 from kvdistill.distill.data.placebo import with_placebo
 from kvdistill.distill.data.stream import KVStream, Rank, Source, StoreSource, open_stream
 from kvdistill.distill.distiller import Distiller
-from kvdistill.distill.student.build import build_student, load_student_tokenizer
+from kvdistill.distill.evaluate.held_out import prompt_budget
+from kvdistill.distill.student.build import (
+    build_student,
+    load_student_tokenizer,
+    require_positions,
+)
 from kvdistill.distill.student.latent.latent_distiller import LatentDistiller, nearest_layers
-from kvdistill.distill.student.latent.model import LatentStudent
+from kvdistill.distill.student.latent.model import LatentStudent, question_room
 from kvdistill.distill.student.latent.questions import LatentCollate
 from kvdistill.distill.targets import TeacherSpace, check_alignment, teacher_space
 from kvdistill.distill.train.callbacks import RunTensorBoard, RunWandb
@@ -95,6 +101,7 @@ def assemble(
         if experiment.latent is None
         else LatentCollate(*settings, (), task_ids, experiment.latent)
     )
+    _check_lengths(experiment, student, collate, samples)
     names = experiment.teachers if experiment.losses.uses_teachers else ()
     for name in names:
         check_alignment(store.teacher(name), experiment.alignment.time)
@@ -117,6 +124,19 @@ def assemble(
             explained = fit_projections(distiller, pilot, experiment.fitted)
     stream = open_stream(source, collate, samples, training, seed=experiment.seed, rank=rank)
     return Assembled(distiller, stream, tokenizer, explained)
+
+
+def _check_lengths(
+    experiment: Experiment, student: Any, collate: Collate, samples: Sequence[Sample]
+) -> None:
+    """Refuse texts and answers that the student has too few positions for; raises StudentError."""
+    training = experiment.training
+    require_positions(student, training.max_length, "training.max_length")
+    if isinstance(collate, LatentCollate) and position_limit(student) is not None:
+        require_positions(student, collate.longest(samples), "a question, its latents and answer")
+        question_room(student, collate.latent, collate.latent.max_new_tokens)
+    elif experiment.latent is None and training.exact_match_samples:
+        prompt_budget(student, training.max_new_tokens)
 
 
 def _distiller(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from kvdistill.attention.geometry import position_limit
 from kvdistill.attention.padded_generation import pad_left, through_first
 from kvdistill.config.distill import LatentConfig
 from kvdistill.distill.student.build import prompt_ids
@@ -234,20 +235,41 @@ def answer(
         Token ids of every answer, up to and including its first EOS token.
 
     Raises:
-        StudentError: ``max_new_tokens`` is less than 1.
+        StudentError: ``max_new_tokens`` is less than 1, or leaves no position for a question.
     """
     if max_new_tokens < 1:
         raise StudentError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     if not questions:
         return []
+    room = question_room(student.backbone, student.config, max_new_tokens)
     was_training = student.training
     student.eval()
     device = student.get_input_embeddings().weight.device
     ids, mask = left_padded(tokenizer, questions)
+    kept = slice(None if room is None else -room, None)  # questions are left-padded
+    ids, mask = ids[:, kept], mask[:, kept]
     thought = (think or student)(ids.to(device), mask.to(device))
     generated = _continue_greedily(student, thought, max_new_tokens, tokenizer.eos_token_id)
     student.train(was_training)
     return generated
+
+
+def question_room(backbone: Any, config: LatentConfig, max_new_tokens: int) -> int | None:
+    """Last tokens of a question that fit beside latents and answer; None where all do.
+
+    Raises:
+        StudentError: none.
+    """
+    positions = position_limit(backbone)
+    if positions is None:
+        return None
+    room = positions - config.positions - 2 - max_new_tokens  # bot and eot
+    if room < 1:
+        raise StudentError(
+            f"max_new_tokens: the student's {positions} positions hold no question beside "
+            f"{config.positions} latents and {max_new_tokens} tokens; generate fewer"
+        )
+    return room
 
 
 def left_padded(tokenizer: Any, questions: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -72,6 +72,12 @@ class LatentCollate(Collate):
         }
         return batch
 
+    def longest(self, samples: Sequence[Sample]) -> int:
+        """Positions of the longest sample: question, bot, latents, eot and answer."""
+        batch = self._student(list(samples))
+        tokens = batch["question_mask"].sum(1) + batch["answer_mask"].sum(1)
+        return int(tokens.max()) + self.latent.positions + 2
+
     def _student(self, samples: list[Sample]) -> Batch:
         pad_id = self.tokenizer.pad_token_id or 0
         questions, answers = zip(*(question_and_answer(sample) for sample in samples), strict=True)
