@@ -139,17 +139,23 @@ def latent_interleaved(outputs: tuple[Tensor, ...], heads: Heads) -> QKV:
     return QKV(halved(query), halved(key), value)
 
 
-def _llama4_norm(attention: nn.Module, qkv: QKV) -> QKV:
-    """Norms without weights, and a factor on queries that grows with their position."""
+def _behind_rotation(attention: nn.Module, qkv: QKV) -> QKV:
+    """What some families do to heads after the rotation, which it commutes with.
+
+    Norms without weights (Llama 4, NanoChat), a factor on queries that grows with their position
+    (Llama 4), a factor on values (MiMo). Norms with weights do not commute: they fail verification.
+    """
     module: Any = attention
     query, key, value = qkv
-    if hasattr(module, "qk_norm"):
-        query, key = module.qk_norm(query), module.qk_norm(key)
+    shared = getattr(module, "qk_norm", None)
+    norms: list[Any] = [getattr(module, name, shared) for name in ("q_norm", "k_norm")]
+    if None not in norms:
+        query, key = norms[0](query), norms[1](key)
     if getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
         place = torch.arange(1, query.shape[2] + 1, device=query.device).float()
         growth = torch.log1p((place / module.floor_scale).floor()) * module.attn_scale + 1
         query = (query * growth[:, None]).to(query.dtype)
-    return QKV(query, key, value)
+    return QKV(query, key, value * getattr(module, "v_scale", 1.0))
 
 
 def _split(x: Tensor, head_dim: int) -> Tensor:
@@ -190,7 +196,9 @@ LAYERNORMED_HEADS_FIRST: Final = replace(
 )
 FUSED: Final = Adapter("fused qkv", "layers", "self_attn", ("qkv_proj",), fused)
 GPT2: Final = Adapter("GPT-2", "h", "attn", ("c_attn",), fused)
-LLAMA4: Final = replace(PLAIN, name="Llama 4", finish=_llama4_norm)
+SCALED: Final = replace(
+    PLAIN, name="separate projections, scaled behind the rotation", finish=_behind_rotation
+)
 MIXER: Final = replace(PLAIN, name="Nemotron-H", attention="mixer")
 LATENT: Final = Adapter(
     "multi-head latent attention",
@@ -265,7 +273,8 @@ ADAPTERS: Final[dict[str, tuple[Adapter, ...]]] = {
         "glm_moe_dsa", "mistral4", "youtu", "axk1",
     ), (LATENT, LATENT_INTERLEAVED)),
     **dict.fromkeys(("gemma3n_text", "gemma4_text"), (ALL_NORMED,)),
-    "llama4_text": (LLAMA4,), "nemotron_h": (MIXER,), "gpt_neo": (GPT_NEO,),
+    **dict.fromkeys(("llama4_text", "nanochat", "mimo_v2_flash"), (SCALED,)),
+    "nemotron_h": (MIXER,), "gpt_neo": (GPT_NEO,),
     "phi3": (FUSED,), "gpt2": (GPT2,), "gptj": (GPTJ,), "gpt_neox": (GPT_NEOX,),
     "falcon": (FALCON,), "opt": (OPT,),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie"), (BERT,)),

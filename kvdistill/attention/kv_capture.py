@@ -185,8 +185,8 @@ class KVCapture:
             if self.replaying != replays:
                 return output
             rewritten = output.clone()
-            views = site.adapter.cut((rewritten,) * len(site.taps), site.heads)
-            own = site.cut((output,) * len(site.taps))
+            views = site.adapter.cut(_alone(rewritten, kinds, site), site.heads)
+            own = site.cut(_alone(output, kinds, site))
             for kind in kinds:
                 before, seen = getattr(views, kind), getattr(own, kind)
                 new = rewrite(seen, index, kind)
@@ -197,6 +197,19 @@ class KVCapture:
             return rewritten
 
         return hook
+
+
+def _alone(output: Tensor, kinds: Sequence[Kind], site: Site) -> tuple[Tensor, ...]:
+    """The outputs of all taps where only that of ``kinds`` is there; the others are never read."""
+    if len(site.taps) == 1:
+        return (output,)
+    dims = {"query": site.heads.head_dim, "key": site.heads.head_dim}
+    dims["value"] = site.heads.value_head_dim
+    blank = output[..., :1]
+    return tuple(
+        output if name in kinds else blank.expand(*output.shape[:-1], dim)
+        for name, dim in dims.items()
+    )
 
 
 class _Replay:

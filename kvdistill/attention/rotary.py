@@ -136,7 +136,17 @@ def rotary_candidates(model: Any, num_layers: int) -> list[list[RotarySpec]]:
         table = _position_table(model)
         return [[] if table is None else [table]] * num_layers
     halves = [_read_module(modules[0], model, layer_idx) for layer_idx in range(num_layers)]
-    return [[s, s.model_copy(update={"interleaved": True})] if s else [] for s in halves]
+    ways: list[dict[str, Any]] = [{}, {"interleaved": True}]
+    # NanoChat turns the other way round.
+    return [
+        [
+            *(s.model_copy(update=way) for way in ways),
+            s.model_copy(update={"inv_freq": tuple(-f for f in s.inv_freq)}),
+        ]
+        if s
+        else []
+        for s in halves
+    ]
 
 
 def _read_module(module: nn.Module, model: Any, layer_idx: int) -> RotarySpec | None:

@@ -180,6 +180,19 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
             "floor_scale": 4,
         },
     ),
+    "nanochat, norm after a reversed rotary": ("nanochat", {**_B, "head_dim": 8}),
+    "mimo, narrow scaled values": (
+        "mimo_v2_flash",
+        {
+            **_B,
+            **_MOE,
+            "n_routed_experts": 4,
+            "head_dim": 8,
+            "v_head_dim": 6,
+            "attention_value_scale": 0.7,
+            "layer_types": ["full_attention"] * 3,
+        },
+    ),
     "gpt_oss, sinks": (
         "gpt_oss",
         {
