@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,26 @@ COMMON = {
     "training__save_steps": None,
     "training__max_length": 600,
 }
+ACCUMULATED = {"training__gradient_accumulation_steps": 2}
+NORM_BOUNDS = {"float32": 1e-5, "bfloat16": 2e-3}
+"""Relative difference of the gradient norm between several processes and one, by precision."""
 
 
 def run(
-    extracted: Path, folder: Path, ranks: int, stop_step: int = 10_000, **changes: Any
+    extracted: Path,
+    folder: Path,
+    ranks: int,
+    stop_step: int = 10_000,
+    flags: Sequence[str] = (),
+    **changes: Any,
 ) -> dict[str, Any]:
-    """Train on some ranks; the texts that counted, the steps, and the logged rows."""
+    """Train on some ranks; what they counted, the steps, and the logged rows."""
     folder.mkdir(parents=True, exist_ok=True)
     experiment = variant(extracted, folder / "runs", **(COMMON | changes))
     config = folder / "config.yaml"
     config.write_text(dump_experiment(experiment), encoding="utf-8")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [str(WORKER), str(config), str(folder), str(stop_step)]
+    command = [str(WORKER), str(config), str(folder), str(stop_step), *flags]
     done = subprocess.run(
         [sys.executable, *(launcher if ranks > 1 else []), *command],
         capture_output=True, text=True, check=False, cwd=ROOT, timeout=300,
@@ -51,6 +60,8 @@ def run(
         "step": found[0]["step"],
         "of": found[0]["of"],
         "rows": [row for row in rows if "loss" in row],
+        "counts": [rank["counts"] for rank in found],
+        "sharded": found[0]["sharded"],
     }
 
 
@@ -58,20 +69,61 @@ def corpus_texts(extracted: Path) -> list[str]:
     return sorted(s.text for s in load_corpus(load_experiment(extracted).corpus).train)
 
 
-def same_losses(one: dict[str, Any], two: dict[str, Any]) -> None:
+def same_losses(one: dict[str, Any], two: dict[str, Any], norm_bound: float = 1e-5) -> None:
     assert len(one["rows"]) == len(two["rows"]) > 3
+    assert two["counts"] == one["counts"] * len(two["counts"])
     for alone, shared in zip(one["rows"], two["rows"], strict=True):
-        for part in ("loss", "loss_key", "loss_value", "loss_cross_entropy", "grad_norm"):
+        for part in ("loss", "loss_key", "loss_value", "loss_cross_entropy"):
             assert shared[part] == pytest.approx(alone[part], rel=1e-5), (alone["step"], part)
+        assert shared["grad_norm"] == pytest.approx(alone["grad_norm"], rel=norm_bound)
 
 
 def test_two_processes_train_as_one_does(extracted: Path, tmp_path: Path) -> None:
     """Unequal lengths, accumulation, and a last step of fewer texts."""
-    accumulated = {"training__gradient_accumulation_steps": 2}
-    one = run(extracted, tmp_path / "1", 1, training__batch_size=6, **accumulated)
-    two = run(extracted, tmp_path / "2", 2, training__batch_size=3, **accumulated)
+    one = run(extracted, tmp_path / "1", 1, training__batch_size=6, **ACCUMULATED)
+    two = run(extracted, tmp_path / "2", 2, training__batch_size=3, **ACCUMULATED)
     assert one["texts"] == two["texts"] == corpus_texts(extracted)
     same_losses(one, two)
+
+
+@pytest.fixture(scope="module")
+def alone(extracted: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One process, by precision."""
+    return {
+        precision: run(
+            extracted, tmp_path_factory.mktemp(precision), 1,
+            training__batch_size=6, training__precision=precision, **ACCUMULATED,
+        )
+        for precision in NORM_BOUNDS
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", NORM_BOUNDS)
+@pytest.mark.parametrize(("ranks", "flags"), [(2, []), (2, ["fsdp"]), (3, []), (3, ["fsdp"])])
+def test_processes_train_as_one_does_sharded_or_not_in_any_precision(
+    extracted: Path, tmp_path: Path, *, alone: dict[str, Any], ranks: int, flags: list[str],
+    precision: str,
+) -> None:  # fmt: skip
+    """Losses to 1e-5, counts exactly; in bfloat16 gradients add up in another order."""
+    many = run(
+        extracted, tmp_path, ranks, flags=flags,
+        training__batch_size=6 // ranks, training__precision=precision, **ACCUMULATED,
+    )  # fmt: skip
+    assert many["sharded"] == bool(flags)
+    assert many["texts"] == corpus_texts(extracted)
+    same_losses(alone[precision], many, NORM_BOUNDS[precision])
+
+
+@pytest.mark.slow
+def test_a_loss_that_one_rank_finds_broken_ends_all(extracted: Path, tmp_path: Path) -> None:
+    """The other waits for no one: it ends by itself, and leaves a message too."""
+    with pytest.raises(AssertionError):
+        run(extracted, tmp_path, 2, flags=["nan"])
+    messages = [(tmp_path / f"error-{rank}.txt").read_text() for rank in range(2)]
+    assert all("step 2: loss, " in message for message in messages)
+    assert "named by another rank" in messages[0]
+    assert "samples " in messages[1].partition("infinite")[2]
 
 
 @pytest.mark.slow

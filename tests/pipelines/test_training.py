@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from kvdistill.corpus.readers import load_corpus
-from kvdistill.distill.train.guards import StepGuard
+from kvdistill.distill.train.guards import StepGuard, StepReport
 from kvdistill.distill.train.trainer import KVDistillTrainer
 from kvdistill.errors import ConfigError
 from kvdistill.pipelines.run_folder import RunFolder, begin
@@ -141,9 +141,10 @@ def test_a_spike_can_be_left_out(
     spikes: list[bool] = []
     real = StepGuard.check
 
-    def check(self: Any, *args: Any) -> bool:
-        spikes.append(real(self, *args))
-        return spikes[-1]
+    def check(self: Any, *args: Any, **options: Any) -> StepReport:
+        report = real(self, *args, **options)
+        spikes.append(report.spike)
+        return report
 
     monkeypatch.setattr(StepGuard, "check", check)
     settings = {"training__spike_factor": 1.0001, "training__skip_spikes": True}

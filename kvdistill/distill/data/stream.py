@@ -11,7 +11,7 @@ after their last sample; one thread collates a few batches ahead of the step.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from math import ceil
@@ -152,6 +152,7 @@ class KVStream(IterableDataset[Batch]):
         self.source, self.collate, self.order = source, collate, order
         self.read_threads, self.batches_ahead = read_threads, batches_ahead
         self.rank = rank
+        self.stage: Callable[[Batch], Batch] = dict  # what the trainer prepares a transfer with
         self.epoch = 0
         self.position = 0
         units_per_batch = batch_size if order.buckets is None else 1
@@ -284,7 +285,7 @@ class KVStream(IterableDataset[Batch]):
         batch = self.collate(items)
         named = items if counts else []
         batch["sample_ids"] = [item.sample.sample_id for item in named]  # named in errors
-        return batch if counts else self.collate.without_weight(batch)
+        return self.stage(batch if counts else self.collate.without_weight(batch))
 
 
 def _reads(shards: Sequence[NDArray[np.int64]], hold: int) -> tuple[NDArray[np.int64], ...]:

@@ -1,10 +1,23 @@
-"""Devices of a run: one per process."""
+"""Devices of a run: one per process, one transfer per batch, losses and statistics in float32.
+
+A batch has dozens of tensors per teacher. The collating thread copies them into one page-locked
+buffer (``Staging``), which moves to the device as a whole, asynchronously (``to_device``).
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
 
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
+
+from kvdistill.distill.data.collate import Batch
+from kvdistill.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -30,3 +43,128 @@ class OneDeviceArguments(TrainingArguments):  # type: ignore[misc]
                 "run `torchrun --nproc_per_node=%d -m kvdistill.cli train CONFIG`",
                 name, visible, self.device, visible,
             )  # fmt: skip
+
+
+def keep_precision(accelerator: Any) -> None:
+    """Leave mixed precision to autocast under FSDP, as it is in one process.
+
+    accelerate's policy for FSDP would compute the projectors and the fusion weights in bfloat16,
+    reduce gradients in it, and return losses of three digits.
+
+    Raises:
+        ConfigError: FSDP 1, or DeepSpeed in mixed precision: both cast the teachers' statistics.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:
+        if plugin.fsdp_version != 2:
+            raise ConfigError(
+                "FSDP version 1 casts the teachers' statistics, and its weights cannot be gathered "
+                "for evaluation; set fsdp_version: 2, as examples/accelerate/fsdp.yaml does"
+            )
+        plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    if deepspeed is not None and accelerator.mixed_precision != "no":
+        raise ConfigError(
+            f"DeepSpeed in {accelerator.mixed_precision} casts the teachers' statistics and all "
+            "projectors; set training.precision to float32, or use examples/accelerate/fsdp.yaml"
+        )
+
+
+class OpaqueMapping:
+    """A read-only mapping that a module's wrappers pass on as it is.
+
+    FSDP, DDP and DeepSpeed look for tensors in dicts, lists and data classes among a module's
+    arguments, and cast or copy them: bfloat16 would round a count of 4,100 to 4,096.
+    """
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self._content = content
+
+    def __getitem__(self, key: str) -> Any:
+        return self._content[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._content)
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._content
+
+    def keys(self) -> Any:
+        """Its keys; with ``[]``, what ``{**mapping}`` needs."""
+        return self._content.keys()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key, or the default."""
+        return self._content.get(key, default)
+
+
+ALIGNMENT: Final = 64
+"""Bytes to whose multiples the tensors of a buffer are aligned."""
+
+
+class StagedBatch(dict[str, Any]):
+    """A batch whose tensors are views of one ``buffer``, uint8 ``[N]``."""
+
+    buffer: Tensor
+
+
+def page_locked(num_bytes: int) -> Tensor:
+    """Memory that the device reads by itself, from torch's cache of such memory: uint8 ``[N]``."""
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Staging:
+    """Prepares a batch for its transfer, in the thread that collated it.
+
+    Its ``counts``, what losses are divided by, are part of the batch and need no transfer of their
+    own. For a GPU, its tensors are copied into one buffer.
+    """
+
+    count: Callable[[Batch], dict[str, Tensor]]
+    device: torch.device
+    allocate: Callable[[int], Tensor] = page_locked
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch with ``counts``, packed unless the device is a CPU."""
+        batch = {**batch, "counts": self.count(batch)}
+        if self.device.type != "cuda":
+            return batch
+        tensors: list[Tensor] = []
+
+        def collect(x: Tensor) -> Tensor:
+            tensors.append(x)
+            return x
+
+        _each_tensor(batch, collect)
+        ends = torch.tensor([-(-x.nbytes // ALIGNMENT) * ALIGNMENT for x in tensors]).cumsum(0)
+        starts = [0, *ends.tolist()]
+        buffer = self.allocate(starts[-1])
+        views = (_view(buffer, start, x) for start, x in zip(starts, tensors, strict=False))
+        staged = StagedBatch(_each_tensor(batch, lambda x: next(views).copy_(x)))
+        staged.buffer = buffer
+        return staged
+
+
+def to_device(batch: Batch, device: torch.device) -> OpaqueMapping:
+    """A batch on the device; of a ``StagedBatch`` in one asynchronous copy."""
+    if not isinstance(batch, StagedBatch):
+        return OpaqueMapping(_each_tensor(batch, lambda x: x.to(device)))
+    there = batch.buffer.to(device, non_blocking=True)
+    return OpaqueMapping(
+        _each_tensor(batch, lambda x: _view(there, int(x.storage_offset()) * x.element_size(), x))
+    )
+
+
+def _view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
+    return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+
+def _each_tensor(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The batch with ``function`` of every tensor in it; nested dicts are followed."""
+    if isinstance(batch, dict):
+        return {key: _each_tensor(value, function) for key, value in batch.items()}
+    return function(batch) if isinstance(batch, Tensor) else batch

@@ -42,10 +42,24 @@ RISING: Final = frozenset({"exact_match"})
 """Metrics of which more is better; of all others less is."""
 
 
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did, the same on every rank."""
+
+    parts: Mapping[str, float]
+    """``loss`` and its parts, summed over micro-batches and ranks."""
+    grad_norm: float | None
+    spike: bool
+    stop: bool
+    """Whether any rank asked to stop."""
+
+
 class StepGuard:
     """Checks the losses of each optimizer step against finiteness and the running median.
 
-    Losses stay on the device until the step's check, which reads all of them at once.
+    Losses stay on the device until the step's check, which sums them over ranks and reads them and
+    the gradient norm at once. Ranks judge the same sums: if one raised alone, the others would wait
+    for it for ever.
     """
 
     def __init__(self, run: str, spike_factor: float) -> None:
@@ -59,36 +73,59 @@ class StepGuard:
         self._recorded.append((sample_ids, tuple(parts), values))
 
     def check(
-        self, step: int, grad_norm: float | None, sum_over_ranks: Callable[[Tensor], Tensor]
-    ) -> bool:
-        """Whether the loss of the recorded micro-batches, one step, is a spike; clears them.
+        self,
+        step: int,
+        grad_norm: Tensor | None,
+        sum_over_ranks: Callable[[Tensor], Tensor],
+        *,
+        stop: bool = False,
+        may_overflow: bool = False,
+    ) -> StepReport:
+        """Judge the recorded micro-batches, one step, and clear them.
 
         Args:
             step: number of the step, from 1.
-            grad_norm: before clipping; None where it may be infinite (fp16).
-            sum_over_ranks: sums a scalar over ranks.
+            grad_norm: before clipping, a scalar that is the same on all ranks.
+            sum_over_ranks: sums a vector over ranks.
+            stop: whether this rank asks all to stop after the step.
+            may_overflow: the norm may be infinite (fp16).
 
         Raises:
-            NonFiniteError: names the step, the parts of the loss and the samples.
+            NonFiniteError: on every rank; names the step, the parts of the loss and, on the rank
+                that has them, the samples.
         """
         recorded, self._recorded = self._recorded, []
         if not recorded:
-            return False
-        rows = torch.stack([values for _, _, values in recorded]).tolist()
-        for (sample_ids, names, _), row in zip(recorded, rows, strict=True):
-            bad = [name for name, value in zip(names, row, strict=True) if not math.isfinite(value)]
-            if bad:
-                self._refuse(step, f"{', '.join(bad)} became NaN or infinite", sample_ids)
-        if grad_norm is not None and not math.isfinite(grad_norm):
-            step_ids = [sample_id for sample_ids, _, _ in recorded for sample_id in sample_ids]
-            self._refuse(step, "the gradient became NaN or infinite", step_ids)
-        loss = float(sum_over_ranks(torch.stack([values[0] for _, _, values in recorded]).sum()))
+            return StepReport({}, None, spike=False, stop=False)
+        names = recorded[0][1]
+        sums = torch.stack([values for _, _, values in recorded]).sum(0)
+        shared = sum_over_ranks(torch.cat([sums, sums.new_full((1,), float(stop))]))
+        norm = shared.new_zeros(1) if grad_norm is None else grad_norm.reshape(1)
+        *values, stops, read_norm = torch.cat([shared, norm.to(shared)]).tolist()
+        if bad := [name for name, x in zip(names, values, strict=True) if not math.isfinite(x)]:
+            broken = [ids for ids, _, row in recorded if not row.isfinite().all()]
+            self._refuse(step, f"{', '.join(bad)} became NaN or infinite", broken[:1])
+        if not may_overflow and not math.isfinite(read_norm):
+            self._refuse(step, "the gradient became NaN or infinite", [r[0] for r in recorded])
+        return StepReport(
+            dict(zip(names, values, strict=True)),
+            None if grad_norm is None else read_norm,
+            self._is_spike(step, values[0], recorded),
+            stops > 0,
+        )
+
+    def _is_spike(
+        self,
+        step: int,
+        loss: float,
+        recorded: Sequence[tuple[Sequence[str], tuple[str, ...], Tensor]],
+    ) -> bool:
         usual = median(self.losses) if len(self.losses) >= MIN_STEPS else 0.0
         if usual > 0 and loss > self.spike_factor * usual:
-            worst = max(range(len(recorded)), key=lambda i: rows[i][0])
+            worst = max(recorded, key=lambda record: float(record[2][0]))
             log.warning(
                 "%s: step %d: the loss is %.4g, %.1f times the median of the last %d steps; %s",
-                self.run, step, loss, loss / usual, len(self.losses), _named(recorded[worst][0]),
+                self.run, step, loss, loss / usual, len(self.losses), _named(worst[0]),
             )  # fmt: skip
             return True
         self.losses.append(loss)
@@ -102,7 +139,8 @@ class StepGuard:
         """Continue from ``state_dict``."""
         self.losses = deque(losses, maxlen=WINDOW)
 
-    def _refuse(self, step: int, what: str, sample_ids: Sequence[str]) -> None:
+    def _refuse(self, step: int, what: str, batches: Sequence[Sequence[str]]) -> None:
+        sample_ids = [sample_id for batch in batches for sample_id in batch]
         raise NonFiniteError(
             f"{self.run}: step {step}: {what}; {_named(sample_ids)}. Check these texts; if they "
             "are sound, lower training.learning_rate or training.max_grad_norm, or use bfloat16 "
@@ -112,7 +150,7 @@ class StepGuard:
 
 def _named(sample_ids: Sequence[str]) -> str:
     if not sample_ids:
-        return "this rank had no samples"
+        return "the samples are named by another rank"
     more = f" and {len(sample_ids) - MAX_NAMED} more" if len(sample_ids) > MAX_NAMED else ""
     return f"samples {', '.join(sample_ids[:MAX_NAMED])}{more}"
 
@@ -121,12 +159,13 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
     """Saves and stops after the step during which a signal arrives; ``name`` is the signal's.
 
     Slurm sends SIGTERM before it takes a node away, and SIGUSR1 or SIGUSR2 where a profile
-    configures an earlier warning. A second signal has its usual effect. Ranks agree after every
-    step, because a checkpoint needs all of them.
+    configures an earlier warning. A second signal has its usual effect. A checkpoint needs all
+    ranks, so they agree: with the ``StepGuard``'s check, after which ``agreed`` is set on all.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.agreed = False
         self._previous: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -137,7 +176,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop with a checkpoint if any rank received a signal."""
-        if _any_rank(self.name is not None, args.device):
+        if self.agreed or (self.name is not None and args.world_size == 1):
             self.name = self.name or "a signal to another rank"
             control.should_save = control.should_training_stop = True
 
@@ -150,14 +189,6 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
     def _handle(self, number: int, frame: Any) -> None:
         self.name = signal.Signals(number).name
         signal.signal(number, self._previous.get(number) or signal.SIG_DFL)
-
-
-def _any_rank(value: bool, device: torch.device) -> bool:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return value
-    flag = torch.tensor(float(value), device=device)
-    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-    return bool(flag)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,12 @@ from kvdistill.distill.losses.absorption import AbsorptionMonitor, gradient_shar
 from kvdistill.distill.losses.weighting import annealed_scale
 from kvdistill.distill.train.callbacks import HumanLog, RunTensorBoard, RunWandb
 from kvdistill.distill.train.checkpoint import STUDENT_PREFIX, gathered, load_weights, save_weights
+from kvdistill.distill.train.devices import (
+    OpaqueMapping,
+    Staging,
+    keep_precision,
+    to_device,
+)
 from kvdistill.distill.train.guards import Best, StepGuard, StopOnSignal, best_of
 from kvdistill.distill.train.run_batches import PLACEHOLDER, EpochAccounting, RunBatches
 
@@ -75,7 +81,7 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         self.stream, self.experiment, self.evaluation = stream, experiment, evaluation
         self.optimizer: Any = None
         self.control: Any = None
-        self._parts: dict[str, Tensor] = {}
+        self._parts: dict[str, float] = {}
         self._parts_since = 0
         self._figures: dict[str, float] = {}
         self._figures_step = -1
@@ -94,6 +100,8 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        keep_precision(self.accelerator)
+        stream.stage = Staging(distiller.count, self.args.device)
         self.stop = StopOnSignal()
         self.add_callback(self.stop)
         self.remove_callback(PrinterCallback)  # JsonLines and ProgressBar replace it
@@ -130,33 +138,42 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """This rank's whole batches, as the stream makes them."""
-        return DataLoader(self._batches, batch_size=None, num_workers=0)
+        return DataLoader(self._batches, batch_size=None, collate_fn=lambda batch: batch)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], dict[str, Tensor]]:
-        """Micro-batches of one step, and the step's token counts over all ranks."""
-        batches = list(islice(epoch_iterator, num_batches))
-        found = [self.distiller.count(batch) for batch in batches if PLACEHOLDER not in batch]
+    ) -> tuple[list[Any], Any]:
+        """Micro-batches of one step, and the step's token counts over all ranks.
+
+        The counts of all micro-batches move with the first of them.
+        """
+        batches: list[Any] = list(islice(epoch_iterator, num_batches))
+        found = [batch for batch in batches if PLACEHOLDER not in batch]
         if not found:
             return batches, {}
-        rows = [torch.stack(list(counts.values())) for counts in found]
-        counts = self.accelerator.reduce(torch.stack(rows).sum(0).float().to(device), "sum")
-        return batches, dict(zip(found[0], counts, strict=True))
+        names = list(found[0]["counts"])
+        for name in names:
+            found[0]["counts"][name] += sum(batch["counts"][name] for batch in found[1:])
+        first = to_device(found[0], device)
+        batches[-len(found)] = first  # placeholders come before
+        counts = self.accelerator.reduce(torch.stack([first["counts"][n] for n in names]), "sum")
+        return batches, OpaqueMapping(dict(zip(names, counts, strict=True)))
 
     def training_step(
-        self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> Tensor:
         """Forward and backward pass of one micro-batch; nothing for a placeholder."""
         if PLACEHOLDER in inputs:
             return torch.zeros((), device=self.args.device)
+        if not isinstance(inputs, OpaqueMapping):
+            inputs = to_device(inputs, self.args.device)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: Batch,
+        inputs: Any,
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
@@ -168,11 +185,10 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             distiller.kv_scale = annealed_scale(
                 self.state.global_step, self.state.max_steps, self.experiment.losses.anneal_by
             )
-        output = model(inputs, num_items_in_batch, figures=figures)
-        parts = {"loss": output["loss"], **output["parts"]}
-        for name, value in parts.items():
-            self._parts[name] = self._parts.get(name, 0) + value.detach()
+        with self.accelerator.autocast():  # accelerate gives none to a model under FSDP
+            output = model(inputs, num_items_in_batch, figures=figures)
         if self.model.training:
+            parts = {"loss": output["loss"], **output["parts"]}
             self.guard.record(inputs.get("sample_ids", ()), parts)
         if figures:
             self._figures = self._read_figures(output)
@@ -184,9 +200,8 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         """Add every part of the loss, as its mean per step since the last log."""
         if "loss" in logs and self._parts:
             steps = max(self.state.global_step - self._parts_since, 1)
-            for name, value in self._parts.items():
-                total = self.accelerator.reduce(value, "sum")
-                logs[name if name == "loss" else f"loss_{name}"] = float(total) / steps
+            for name, total in self._parts.items():
+                logs[name if name == "loss" else f"loss_{name}"] = total / steps
             self._parts, self._parts_since = {}, self.state.global_step
             logs |= self._figures
             self._figures = {}
@@ -236,17 +251,24 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Refuse a non-finite loss or gradient, and drop the gradients of a spike if configured."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        spike = self.guard.check(
+        if norm is not None:
+            # That of a sharded model is a DTensor, whose local value is not the norm.
+            norm = getattr(norm, "full_tensor", lambda: norm)()
+            norm = torch.as_tensor(norm, device=self.args.device)
+        report = self.guard.check(
             self.state.global_step + 1,
-            # The scaler of fp16 skips steps with infinite gradients itself.
-            # The norm of a sharded model is a DTensor, whose local value is not the norm.
-            None if self.args.fp16 else float(getattr(norm, "full_tensor", lambda: norm)()),
-            lambda loss: self.accelerator.reduce(loss, "sum"),
+            norm,
+            lambda sums: self.accelerator.reduce(sums, "sum"),
+            stop=self.stop.name is not None,
+            may_overflow=self.args.fp16,  # its scaler skips steps with infinite gradients itself
         )
-        if spike and self.experiment.training.skip_spikes:
+        self.stop.agreed |= report.stop
+        for name, value in report.parts.items():
+            self._parts[name] = self._parts.get(name, 0.0) + value
+        if report.spike and self.experiment.training.skip_spikes:
             log.warning("step %d is skipped", self.state.global_step + 1)
             model.zero_grad(set_to_none=True)
-        return norm
+        return report.grad_norm
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Score the student on the held-out samples; cached for the current step.
