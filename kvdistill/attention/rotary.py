@@ -14,6 +14,7 @@ leaves an MSE unchanged); attention maps and R-KV do.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -196,7 +197,14 @@ def _measured(
     elif not is_complex and torch.equal(cos[::2], cos[1::2]):
         once = slice(None, None, 2)
     measured = _spec(cos[once], sin[once])
-    return measured.model_copy(update={"inv_freq": _exact(module, measured.inv_freq)})
+    scaling = measured.attention_scaling
+    stated = [x for name, x in vars(module).items() if name.endswith("attention_scaling")]
+    stated = [x for x in stated if math.isclose(x, scaling, rel_tol=1e-5)]
+    exact = {
+        "inv_freq": _exact(module, measured.inv_freq),
+        "attention_scaling": (*stated, scaling)[0],
+    }
+    return measured.model_copy(update=exact)
 
 
 def _exact(module: nn.Module, measured: tuple[float, ...]) -> tuple[float, ...]:

@@ -119,7 +119,10 @@ class Experiment(Section):
         """
         body = self.teachers[teacher].model_dump(
             mode="json",
-            exclude={"model", "tokenizer", "trust_remote_code", "device_map", "codec"},
+            exclude={
+                *("model", "tokenizer", "trust_remote_code", "device_map", "codec"),
+                "template_date",  # part of the rendered template
+            },
             exclude_defaults=True,
         )
         body["codec"] = self.codec(teacher).model_dump(mode="json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -51,6 +52,9 @@ class TeacherConfig(Section):
     """Apply the tokenizer's chat template; the prompt is the user's turn."""
     system: str | None = None
     """System message of the chat template."""
+    template_date: date | None = None
+    """Date that the chat template prints as today's, such as `2026-01-31`. The day of the teacher's
+    first extraction if not given; the store records it."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Begin-of-sequence token. `auto`: as the tokenizer does, and always for Gemma."""
     generate: GenerateConfig | None = None
@@ -74,8 +78,9 @@ class TeacherConfig(Section):
     def _settings_fit(self) -> Self:
         if self.chat and self.template is not None:
             raise ValueError("give `template` or `chat`, not both")
-        if self.system is not None and not self.chat:
-            raise ValueError("`system` needs `chat: true`")
+        for name in ("system", "template_date"):
+            if getattr(self, name) is not None and not self.chat:
+                raise ValueError(f"`{name}` needs `chat: true`")
         if self.stream == "decoder" and (self.chat or self.template is not None):
             raise ValueError("stream `decoder` takes neither `template` nor `chat`")
         if self.weights == "random" and (self.gguf_file is not None or self.device_map is not None):

@@ -7,9 +7,14 @@ track of which characters come from where, so templates differ freely and still 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from string import Formatter
+from types import SimpleNamespace
 from typing import Any, Final
+
+from jinja2.exceptions import TemplateError
 
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
@@ -53,6 +58,8 @@ class PromptTemplate:
     pieces: tuple[str | Placeholder, ...]
     source: str | None = None
     """The template as the manifest records it; None for the plain text."""
+    date: str | None = None
+    """ISO date that a chat template prints as today's; None where it prints none."""
 
     def render(self, sample: Sample) -> RenderedPrompt:
         """The string that a teacher reads, and which parts of it are which part of the sample.
@@ -136,14 +143,18 @@ def parse_template(template: str | None) -> PromptTemplate:
     return PromptTemplate(tuple(pieces), template)
 
 
-def chat_template(tokenizer: Any, system: str | None = None) -> PromptTemplate:
+def chat_template(
+    tokenizer: Any, system: str | None = None, day: date | None = None
+) -> PromptTemplate:
     """A tokenizer's chat template as a prompt template: a user turn, then an assistant turn.
 
     The chat template is rendered once with marks in place of the turns and cut at the marks, so
-    none of its rules are re-implemented.
+    none of its rules are re-implemented. Templates that print a date (Llama 3, gpt-oss, SmolLM3)
+    print ``day``, or today where it is None.
 
     Raises:
-        TeacherError: the tokenizer has no chat template, or one that drops or changes its turns.
+        TeacherError: the tokenizer has no chat template, or one that fails, or that drops or
+            changes its turns.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise TeacherError(
@@ -151,7 +162,7 @@ def chat_template(tokenizer: Any, system: str | None = None) -> PromptTemplate:
         )
     turns = [{"role": "system", "content": system}] if system is not None else []
     turns += [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}]
-    rendered: str = tokenizer.apply_chat_template(turns, tokenize=False)
+    rendered, prints_date = _render_on(day, tokenizer, turns)
     before, user_mark, rest = rendered.partition(_USER)
     between, assistant_mark, after = rest.partition(_ASSISTANT)
     if not user_mark or not assistant_mark or _USER in rest or _ASSISTANT in after:
@@ -162,7 +173,34 @@ def chat_template(tokenizer: Any, system: str | None = None) -> PromptTemplate:
     turn = (Placeholder("rationale", "lstrip"), Placeholder("answer", "rstrip"))
     pieces = (before, Placeholder("prompt", "strip"), between, *turn, after)
     source = f"{before}{{prompt:strip}}{between}{{rationale:lstrip}}{{answer:rstrip}}{after}"
-    return PromptTemplate(tuple(piece for piece in pieces if piece), source)
+    printed = (day or date.today()).isoformat() if prints_date else None
+    return PromptTemplate(tuple(piece for piece in pieces if piece), source, printed)
+
+
+def _render_on(
+    day: date | None, tokenizer: Any, turns: Sequence[dict[str, str]]
+) -> tuple[str, bool]:
+    """A chat template rendered on a day, and whether the day matters.
+
+    Templates call transformers' ``strftime_now``, whose clock is replaced meanwhile; it takes none
+    as an argument. Some read ``date_string`` instead, and print a fixed date without it.
+    """
+    from transformers.utils import chat_template_utils
+
+    texts, clock = [], chat_template_utils.datetime
+    try:
+        for shown in (day or date.today(), date(2001, 2, 3)):
+            chat_template_utils.datetime = SimpleNamespace(now=lambda shown=shown: shown)
+            string = {} if day is None else {"date_string": shown.strftime("%d %b %Y")}
+            texts.append(tokenizer.apply_chat_template(turns, tokenize=False, **string))
+    except TemplateError as error:
+        raise TeacherError(
+            f"the chat template of {type(tokenizer).__name__} refuses these turns: {error}; change "
+            "`system`, or set `template` instead of `chat`"
+        ) from error
+    finally:
+        chat_template_utils.datetime = clock
+    return texts[0], texts[0] != texts[1]
 
 
 def _named_spans(sample: Sample) -> dict[str, tuple[int, int]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from itertools import groupby
 from typing import Any, Literal
 
@@ -185,8 +186,10 @@ def _decoder_start(model: Any) -> int:
     return token_id
 
 
-def load_teacher(name: str, experiment: Experiment) -> Teacher:
+def load_teacher(name: str, experiment: Experiment, day: date | None = None) -> Teacher:
     """Load a teacher, find and verify its adapter, and describe it.
+
+    ``day`` is the date that a chat template prints where the config sets none; else today.
 
     Raises:
         TeacherError: no such model, weights that are missing or not safe to read, a tokenizer
@@ -198,7 +201,7 @@ def load_teacher(name: str, experiment: Experiment) -> Teacher:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     whole, missing = load_teacher_model(name, config, torch.device(device))
     model = text_model_of(name, whole)
-    prompt_tokenizer = _prompt_tokenizer(name, config, model)
+    prompt_tokenizer = _prompt_tokenizer(name, config, model, config.template_date or day)
     longest = max_positions(model, extraction.max_length)
     verified = fit_adapter(name, model, config.stream, longest)
     chosen = _chosen_layers(name, config, verified.layers)
@@ -213,6 +216,7 @@ def load_teacher(name: str, experiment: Experiment) -> Teacher:
         ),
         "tokenizer_fingerprint": tokenizer_fingerprint(prompt_tokenizer.tokenizer),
         "template": prompt_tokenizer.template.source,
+        "template_date": prompt_tokenizer.template.date,
     }
     return Teacher(
         model,
@@ -227,11 +231,20 @@ def load_teacher(name: str, experiment: Experiment) -> Teacher:
     )
 
 
-def _prompt_tokenizer(name: str, config: TeacherConfig, model: Any) -> PromptTokenizer:
+def _prompt_tokenizer(
+    name: str, config: TeacherConfig, model: Any, day: date | None
+) -> PromptTokenizer:
     tokenizer = load_teacher_tokenizer(name, config)
     template = (
-        chat_template(tokenizer, config.system) if config.chat else parse_template(config.template)
+        chat_template(tokenizer, config.system, day)
+        if config.chat
+        else parse_template(config.template)
     )
+    if config.template_date is not None and template.date is None:
+        raise TeacherError(
+            f"teacher {name!r}: its chat template prints no date; remove "
+            f"teachers.{name}.template_date"
+        )
     if config.generate is not None and template.source is None:
         template = SEGMENTS
     needs_bos = model.config.model_type.startswith("gemma")

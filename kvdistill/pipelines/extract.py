@@ -15,13 +15,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import load_experiment
-from kvdistill.errors import ConfigError, Interrupted
+from kvdistill.errors import ConfigError, Interrupted, StoreMismatch
 from kvdistill.extract.extract_shard import ExtractedShard, extract_samples
 from kvdistill.extract.teacher import Teacher, load_teacher
 from kvdistill.pipelines.extract_tasks import is_extracted, prepare_store
@@ -159,9 +160,23 @@ def open_teacher(store: KVStore, experiment: Experiment, name: str) -> Teacher:
         TeacherError: it cannot be loaded or verified.
         StoreMismatch: the store holds another extraction under this name.
     """
-    teacher = load_teacher(name, experiment)
-    add_teacher(store, teacher.manifest)
+    day = _recorded_date(store, name)
+    teacher = load_teacher(name, experiment, day)
+    try:
+        add_teacher(store, teacher.manifest)
+    except StoreMismatch:
+        if _recorded_date(store, name) == day:
+            raise
+        # Another process has registered the teacher meanwhile, on another day.
+        return open_teacher(store, experiment, name)
     return teacher
+
+
+def _recorded_date(store: KVStore, name: str) -> date | None:
+    """The date that a stored teacher's chat template printed, if any."""
+    known = store.paths.teacher_manifest(name).is_file()
+    recorded = store.teacher(name).template_date if known else None
+    return None if recorded is None else date.fromisoformat(recorded)
 
 
 def read_shard(

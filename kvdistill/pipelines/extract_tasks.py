@@ -65,11 +65,12 @@ def is_extracted(store: KVStore, experiment: Experiment, teacher: str, shard_id:
     """
     if not store.paths.teacher_manifest(teacher).is_file():
         return False
-    manifest = store.teacher(teacher)
+    manifest, date = store.teacher(teacher), experiment.teachers[teacher].template_date
     same = (
         manifest.extraction_fingerprint == experiment.extraction_fingerprint(teacher)
         and manifest.model == experiment.teachers[teacher].model
         and manifest.backend == experiment.extraction.backend
+        and (date is None or manifest.template_date in (None, date.isoformat()))
     )
     return same and store.is_committed(teacher, shard_id)
 

@@ -136,6 +136,8 @@ class TeacherManifest(Document):
     weights_fingerprint: str
     tokenizer_fingerprint: str
     template: str | None
+    template_date: str | None = None
+    """ISO date that the chat template prints; None where it prints none."""
     extraction_fingerprint: str
     """Hash of every setting that changes stored numbers; different extractions never mix."""
     versions: dict[str, str]

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from kvdistill.attention.rotary import rotate_layers, scale_frequencies
+from kvdistill.attention.rotary import rotary_candidates, rotate_layers, scale_frequencies
 from kvdistill.errors import ConfigError, GeometryError
+from tests.extract.models import BASE, tiny_model
 
 
 def inverse_frequencies(rotary_dim, base=10_000.0):
@@ -106,3 +107,34 @@ def test_errors():
         scale_frequencies(inverse_frequencies(8), "dynamic", 2.0)
     with pytest.raises(GeometryError, match="head dim is 4"):
         rotate_layers(torch.zeros(1, 1, 1, 1, 4), torch.zeros(1, 1), inverse_frequencies(8))
+
+
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("llama", {"rope_parameters": {**YARN, "rope_theta": 1e4}}),
+        (
+            "gemma3_text",
+            {
+                "head_dim": 8,
+                "rope_parameters": {
+                    "full_attention": {**YARN, "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                },
+                "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            },
+        ),
+    ],
+)
+def test_the_scaling_that_a_module_states_is_taken_as_it_is(model_type, options):
+    model = tiny_model(model_type, **BASE, **options, vocab_size=32)
+    layers = [candidates[0] for candidates in rotary_candidates(model, 3)]
+    module = model.rotary_emb
+    name = "full_attention_attention_scaling"
+    stated = getattr(module, name, None) or module.attention_scaling
+    assert stated != 1
+    assert layers[1].attention_scaling == stated
+    assert layers[0].attention_scaling == (1.0 if hasattr(module, name) else stated)

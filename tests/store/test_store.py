@@ -21,7 +21,7 @@ from kvdistill.errors import (
 from kvdistill.store.channel_statistics import ChannelStatistics
 from kvdistill.store.codecs import CODECS
 from kvdistill.store.codecs.parts import parts_of
-from kvdistill.store.manifest import FORMAT_VERSION
+from kvdistill.store.manifest import FORMAT_VERSION, RotarySpec
 from kvdistill.store.reader import KVStore
 from kvdistill.store.shard import block_idx
 from kvdistill.store.writer import add_teacher, create, publish_shard
@@ -183,6 +183,23 @@ def test_another_plan_is_refused(tmp_path: Any, build: Any) -> None:
     (tmp_path / "other" / "file").touch()
     with pytest.raises(StoreError, match="not a kvdistill store"):
         create(tmp_path / "other", build.corpus())
+
+
+@pytest.mark.parametrize("factor", [1 + 3e-7, 1 - 2e-6, 1 + 1e-3])
+def test_measured_numbers_may_differ_by_rounding(tmp_path: Any, build: Any, factor: float) -> None:
+    """Another kind of node measures rotations a little differently."""
+
+    def teacher(by: float) -> Any:
+        spec = RotarySpec(rotary_dim=4, inv_freq=(by, by * 1e-4), attention_scaling=1.2079441 * by)
+        return build.teacher(position_encoding="rotary", rotary={0: spec, 1: spec})
+
+    store = create(tmp_path / "store", build.corpus())
+    first = add_teacher(store, teacher(1.0))
+    if abs(factor - 1) < 1e-4:
+        assert add_teacher(store, teacher(factor)) == first
+    else:
+        with pytest.raises(StoreMismatch, match="rotary: stored"):
+            add_teacher(store, teacher(factor))
 
 
 def test_another_teacher_of_the_same_name_is_refused(tmp_path: Any, build: Any) -> None:
