@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from kvdistill.store.format import COMMIT
 from kvdistill.store.manifest import Commit, FileRecord
 
 REMEDY: Final = "run `kvdistill verify --repair`, then extract again"
+
+MAX_DOCUMENT_BYTES: Final = 1 << 28
+"""Of a JSON document or a text file of a store."""
 
 _READ_BYTES: Final = 1 << 22
 
@@ -112,6 +116,27 @@ def folder_records(folder: Path) -> dict[str, FileRecord]:
     }
 
 
+def read_regular(path: Path, limit: int) -> bytes:
+    """A file's content, if it is a regular file of at most ``limit`` bytes.
+
+    A store may be somebody else's: its files can be pipes, devices or of any size.
+
+    Raises:
+        OSError: it cannot be opened; FileNotFoundError if there is none.
+        StoreError: it is no regular file, or larger.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > limit:
+            what = f"{found.st_size:,} bytes" if stat.S_ISREG(found.st_mode) else "no regular file"
+            raise StoreError(f"{path}: {what}, expected a file of at most {limit:,} bytes")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
 def check_size(folder: Path, name: str, commit: Commit) -> None:
     """Refuse a file that is missing or does not have the committed size.
 
@@ -137,7 +162,7 @@ def checked_bytes(folder: Path, name: str, commit: Commit) -> bytes:
         ShardCorrupt: names the file and the remedy.
     """
     check_size(folder, name, commit)
-    content = (folder / name).read_bytes()
+    content = read_regular(folder / name, MAX_DOCUMENT_BYTES)
     if xxhash.xxh3_64_hexdigest(content) != commit.files[name].xxh3:
         raise ShardCorrupt(f"{folder / name}: does not match its committed checksum; {REMEDY}")
     return content

@@ -27,6 +27,7 @@ from kvdistill.store.open_shard import open_shard
 from kvdistill.store.reader import KVStore
 from kvdistill.store.shard import TokenTable
 from kvdistill.store.writer import add_teacher, check_finite, create, publish_shard
+from kvdistill.text import shorten
 from kvdistill.types import SEGMENT_IDS, SEGMENT_SPECIAL, Backend
 
 OnShard = Callable[[str, str], None]
@@ -60,7 +61,13 @@ def verify_store(
             store.samples(shard_id)
         except KVDistillError as error:
             findings.append(Finding("", shard_id, str(error)))
-    for teacher in store.teachers() if teachers is None else teachers:
+    if teachers is None:
+        teachers = store.teachers()
+        for name in sorted(folder_names(store.paths.teachers) - set(teachers)):
+            if folder_names(store.paths.shards(name)):
+                path = store.paths.teacher_manifest(name)
+                findings.append(Finding(name, "", f"{path}: missing, or no file; shards need it"))
+    for teacher in teachers:
         findings += _teacher_findings(store, teacher, chosen, progress)
     return findings
 
@@ -87,6 +94,8 @@ def _teacher_findings(
                 yield Finding(teacher, shard_id, problem)
         except KVDistillError as error:
             yield Finding(teacher, shard_id, str(error))
+        except Exception as error:  # a check reports whatever it meets, and goes on
+            yield Finding(teacher, shard_id, f"cannot be read: {shorten(repr(error))}")
 
 
 def _derived_files(store: KVStore, teacher: str) -> tuple[Path, Path]:

@@ -55,7 +55,7 @@ class Document(BaseModel):
         """
         try:
             body = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StoreFormatError(f"{where}: not JSON ({error}); run `kvdistill verify`") from None
         if not isinstance(body, dict):
             raise StoreFormatError(f"{where}: expected a JSON object, got {type(body).__name__}")

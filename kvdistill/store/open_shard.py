@@ -85,7 +85,7 @@ class OpenedShard:
 
     def token_table(self) -> TokenTable:
         """The token table; read from disk at every call."""
-        sample_ids = self.data.attributes["sample_ids"]
+        sample_ids = self.data.attributes.get("sample_ids")
         if not isinstance(sample_ids, list) or len(sample_ids) != self.commit.num_samples:
             raise ShardCorrupt(
                 f"{self.folder}: sample_ids is not a list of the committed "

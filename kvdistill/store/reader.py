@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import ShardCorrupt, ShardNotFound, StoreFormatError, StoreNotFound
 from kvdistill.store.channel_statistics import ChannelStatistics, merged_statistics
-from kvdistill.store.commit import REMEDY
+from kvdistill.store.commit import MAX_DOCUMENT_BYTES, REMEDY, read_regular
 from kvdistill.store.derived import Arrays, derived_arrays, origin_of
 from kvdistill.store.format import COMMIT, StorePaths, folder_names
 from kvdistill.store.manifest import Commit, ShardPlan, StoreManifest, TeacherManifest
@@ -57,7 +57,7 @@ class KVStore:
         """
         paths = StorePaths(Path(path))
         try:
-            text = paths.manifest.read_bytes()
+            text = read_regular(paths.manifest, MAX_DOCUMENT_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             raise StoreNotFound(
                 f"no store at {paths.root}: {paths.manifest.name} is missing; "
@@ -101,7 +101,8 @@ class KVStore:
                 raise ShardNotFound(
                     f"{self.paths.root} has no teacher {name!r}; it has {self.teachers()}"
                 )
-            manifest = TeacherManifest.from_json(path.read_bytes(), str(path))
+            text = read_regular(path, MAX_DOCUMENT_BYTES)
+            manifest = TeacherManifest.from_json(text, str(path))
             if manifest.name != name:
                 raise StoreFormatError(f"{path}: of teacher {manifest.name!r}, expected {name!r}")
             self._teachers[name] = manifest
@@ -139,7 +140,8 @@ class KVStore:
         """
         plan = self.plan(shard_id)
         path = self.paths.samples(shard_id)
-        text = path.read_bytes() if path.is_file() else b""
+        limit = 2**16 * plan.num_samples + 16 * plan.num_chars  # JSON escapes, ids, tags
+        text = read_regular(path, limit) if path.is_file() else b""
         if sha256(text).hexdigest() != plan.sha256:
             state = "does not match the plan's checksum" if text else "missing or empty"
             raise ShardCorrupt(f"{path}: {state}; restore it from a copy of the store")
@@ -156,7 +158,7 @@ class KVStore:
         manifest, plan = self.teacher(teacher), self.plan(shard_id)
         path = self.paths.shard(manifest.name, shard_id) / COMMIT
         try:
-            text = path.read_bytes()
+            text = read_regular(path, MAX_DOCUMENT_BYTES)
         except FileNotFoundError:
             if path.parent.is_dir():
                 raise ShardCorrupt(f"{path}: missing; {REMEDY}") from None

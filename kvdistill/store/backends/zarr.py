@@ -30,12 +30,16 @@ from kvdistill.store.backends import ArrayReader, Specs
 from kvdistill.store.commit import REMEDY, check_size, checked_bytes
 from kvdistill.store.format import ArraySpec
 from kvdistill.store.manifest import Commit
+from kvdistill.text import brief, shorten
 
 if TYPE_CHECKING:
     from zarr import Array
     from zarr.abc.buffer import Buffer
 
 CHUNK_TOKENS: Final = 1024
+
+MAX_COMPRESSION: Final = 1 << 17
+"""zstd stores a block of 128 kB in no less than a few bytes."""
 
 FILL_VALUES: Final[dict[str, float]] = {
     "int8": -128,
@@ -101,8 +105,11 @@ class ZarrBackend:
     def open(self, folder: Path, commit: Commit, specs: Specs) -> ArrayReader:
         """See ``Backend.open``."""
         _import_libraries()
-        group = json.loads(checked_bytes(folder, "zarr.json", commit))
-        return _ZarrShard(folder, commit, specs, group["attributes"])
+        group = _metadata(folder / "zarr.json", checked_bytes(folder, "zarr.json", commit))
+        attributes = group.get("attributes")
+        if not isinstance(attributes, dict):
+            raise ShardCorrupt(f"{folder / 'zarr.json'}: has no attributes; {REMEDY}")
+        return _ZarrShard(folder, commit, specs, attributes)
 
 
 class _ZarrShard:
@@ -142,9 +149,16 @@ class _ZarrShard:
     def _open(self, spec: ArraySpec) -> _ZarrArray:
         """Open an array once, after checking its metadata and its file's size."""
         if spec.name not in self._arrays:
-            metadata = checked_bytes(self._folder, f"{spec.name}/zarr.json", self._commit)
-            array = _ZarrArray(self._folder, spec, metadata.decode())
+            name = f"{spec.name}/zarr.json"
+            metadata = checked_bytes(self._folder, name, self._commit)
+            array = _ZarrArray(self._folder, spec, metadata)
             check_size(self._folder, array.key, self._commit)
+            compressed = self._commit.files[array.key].size_bytes
+            if array.num_bytes > compressed * MAX_COMPRESSION:
+                raise ShardCorrupt(
+                    f"{self._folder / array.key}: {compressed} bytes cannot hold the "
+                    f"{array.num_bytes:,} that its metadata declares; {REMEDY}"
+                )
             self._arrays[spec.name] = array
         return self._arrays[spec.name]
 
@@ -152,17 +166,19 @@ class _ZarrShard:
 class _ZarrArray:
     """One array in one file, read by zarrs, or by zarr-python where zarrs cannot be used."""
 
-    def __init__(self, folder: Path, spec: ArraySpec, metadata: str) -> None:
-        found = json.loads(metadata)
-        if (found["shape"], found["data_type"]) != (list(spec.shape), spec.dtype):
+    def __init__(self, folder: Path, spec: ArraySpec, metadata: bytes) -> None:
+        found = _metadata(folder / spec.name / "zarr.json", metadata)
+        declared, expected = (found.get("shape"), found.get("data_type")), list(spec.shape)
+        if declared != (expected, spec.dtype):
             raise ShardCorrupt(
-                f"{folder / spec.name}: {found['data_type']} {found['shape']}, but the manifest "
-                f"declares {spec.dtype} {list(spec.shape)}; {REMEDY}"
+                f"{folder / spec.name}: {brief(declared)}, but the manifest declares "
+                f"{spec.dtype} {expected}; {REMEDY}"
             )
         self.key = _data_file(spec)
-        self._folder, self._name, self._metadata = folder, spec.name, metadata
+        self._folder, self._name, self._metadata = folder, spec.name, metadata.decode()
         self._path = folder / self.key
-        self._file_shape = found["chunk_grid"]["configuration"]["chunk_shape"]
+        self._file_shape = _file_shape(found, spec, folder / spec.name)
+        self.num_bytes = math.prod(self._file_shape) * np.dtype(spec.dtype).itemsize
         self._zarrs_pipeline: Any = None
         self._zarr_array: Array[Any] | None = None
 
@@ -181,8 +197,12 @@ class _ZarrArray:
                 self._read_with_zarrs(out, boxes, targets)
             else:
                 self._read_with_zarr(out, boxes, targets)
-        except (RuntimeError, ValueError, OSError) as error:
-            raise ShardCorrupt(f"{self._path}: {error}; {REMEDY}") from error
+        except (RuntimeError, ValueError, TypeError, LookupError, OSError) as error:
+            raise ShardCorrupt(f"{self._path}: {shorten(str(error))}; {REMEDY}") from error
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # zarrs meets an impossible offset
+                raise
+            raise ShardCorrupt(f"{self._path}: {shorten(str(error))}; {REMEDY}") from None
         # After the read, because zarr takes a file that has vanished for one of fill values.
         if not self._path.exists():
             raise ShardCorrupt(f"{self._path}: missing; {REMEDY}")
@@ -221,6 +241,49 @@ class _ZarrArray:
             self._zarr_array = zarr.Array.from_dict(path, json.loads(self._metadata))
         for box, target in zip(boxes, targets, strict=True):
             out[target] = self._zarr_array[box]
+
+
+def _metadata(path: Path, content: bytes) -> dict[str, Any]:
+    """A metadata document.
+
+    Raises:
+        ShardCorrupt: it is no JSON object.
+    """
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ShardCorrupt(f"{path}: not JSON ({error}); {REMEDY}") from None
+    if not isinstance(found, dict):
+        raise ShardCorrupt(f"{path}: expected a JSON object, got {type(found).__name__}; {REMEDY}")
+    return found
+
+
+_CHUNK_KEYS: Final = {"name": "default", "configuration": {"separator": "/"}}
+
+
+def _file_shape(metadata: Mapping[str, Any], spec: ArraySpec, where: Path) -> list[int]:
+    """The shape of an array's one file: its own, each axis rounded up to whole chunks.
+
+    Raises:
+        ShardCorrupt: the metadata declares another grid, or chunks of no positive whole size.
+    """
+    try:
+        keys = metadata["chunk_key_encoding"]
+        if keys not in ({"name": "default"}, _CHUNK_KEYS):
+            raise ValueError(f"chunk keys {brief(keys)}")
+        outer = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+        inner = metadata["codecs"][0]["configuration"]["chunk_shape"]
+        if not all(type(size) is int and size > 0 for size in inner):
+            raise ValueError(f"chunks of {brief(inner)}")
+        sizes = zip(spec.shape, inner, strict=True)
+        if outer != [-(-max(size, 1) // chunk) * chunk for size, chunk in sizes]:
+            raise ValueError(f"a file of {brief(outer)} in chunks of {brief(inner)}")
+    except (LookupError, TypeError, ValueError) as error:
+        raise ShardCorrupt(
+            f"{where}: not the chunk grid of one file ({shorten(repr(error))}); {REMEDY}"
+        ) from None
+    shape: list[int] = outer
+    return shape
 
 
 _HAS_ZARRS: Final = find_spec("zarrs") is not None

@@ -1,0 +1,199 @@
+"""Stores are shared: what somebody else wrote, with valid checksums, is refused and reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvdistill.errors import KVDistillError
+from kvdistill.store.commit import file_record
+from kvdistill.store.maintenance import verify_store
+from kvdistill.store.manifest import _document_checksum
+from kvdistill.store.reader import KVStore
+from tests.store.test_faults import exit_code, in_child, touch_everything
+
+GIGABYTE = 2**30
+
+
+def sign(path: Path, change: Callable[[Any], None]) -> None:
+    """Change a JSON document of the store and make its checksum right again."""
+    body = json.loads(path.read_text())
+    body.pop("checksum")
+    change(body)
+    path.write_text(json.dumps({**body, "checksum": _document_checksum(body)}))
+
+
+def recommit(shard: Path, name: str, content: bytes) -> None:
+    """Replace a file of a shard, and its record in the commit."""
+    (shard / name).write_bytes(content)
+    record = file_record(shard / name).model_dump()
+    sign(shard / "COMMIT.json", lambda body: body["files"].update({name: record}))
+
+
+def refused_and_reported(root: Path) -> None:
+    """Reading fails with an error of ours, verification reports; neither takes a gigabyte."""
+
+    def look() -> int:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+        resource.setrlimit(resource.RLIMIT_AS, (used + GIGABYTE, GIGABYTE * 1024))
+        try:
+            store = KVStore.open(root)
+            store.teacher("tiny")
+            touch_everything(store)
+        except KVDistillError:
+            pass
+        else:
+            return 3
+        try:
+            return 0 if verify_store(KVStore.open(root)) else 4
+        except KVDistillError:
+            return 0  # the plan itself
+
+    assert exit_code(in_child(look)) == 0
+
+
+@pytest.fixture
+def shard(tmp_path: Path, build: Any) -> Path:
+    store, _ = build.store(tmp_path / "store", build.teacher(), num_shards=1)
+    path: Path = store.paths.shard("tiny", "00000")
+    return path
+
+
+def deep(levels: int = 100_000) -> bytes:
+    return b"[" * levels + b"]" * levels
+
+
+@pytest.mark.parametrize("name", ["kvstore.json", "teacher.json", "COMMIT.json", "corpus"])
+@pytest.mark.parametrize("kind", ["fifo", "zero", "folder", "deep", "huge"])
+def test_documents_that_are_no_small_files(
+    shard: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    root = tmp_path / "store"
+    path = root / "corpus/00000.jsonl" if name == "corpus" else next(root.rglob(name))
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "zero":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "deep":
+        path.write_bytes(deep())
+    else:
+        with path.open("wb") as file:
+            file.truncate(2 * GIGABYTE)
+    refused_and_reported(root)
+
+
+CHUNKS = ("chunk_grid", "configuration", "chunk_shape")
+
+
+def inner(body: Any) -> Any:
+    return body["codecs"][0]["configuration"]
+
+
+HOSTILE: dict[str, Callable[[Any], None]] = {
+    "zero chunk": lambda b: inner(b).update(chunk_shape=[0, 1, 1, 1]),
+    "negative chunk": lambda b: inner(b).update(chunk_shape=[1, 1, -1, 8]),
+    "fractional chunk": lambda b: inner(b).update(chunk_shape=[1, 1, 1.5, 8]),
+    "endless chunk": lambda b: inner(b).update(chunk_shape=[2**40, 2**40, 2**40, 8]),
+    "text chunk": lambda b: inner(b).update(chunk_shape="all"),
+    "few axes": lambda b: inner(b).update(chunk_shape=[1]),
+    "endless grid": lambda b: b["chunk_grid"]["configuration"].update(chunk_shape=[2**62] * 4),
+    "zero grid": lambda b: b["chunk_grid"]["configuration"].update(chunk_shape=[0] * 4),
+    "no grid": lambda b: b.pop("chunk_grid"),
+    "other grid": lambda b: b.update(chunk_grid={"name": "rectilinear"}),
+    "no codecs": lambda b: b.update(codecs=[]),
+    "unknown codec": lambda b: b["codecs"].append({"name": "exec"}),
+    "no type": lambda b: b.pop("data_type"),
+    "type": lambda b: b.update(data_type={"name": "struct"}),
+    "shape": lambda b: b.update(shape=[2**31] * 4),
+    "fill value": lambda b: b.pop("fill_value"),
+    "other key": lambda b: b.update(chunk_key_encoding={"name": "v2"}),
+}
+
+
+@pytest.mark.parametrize("harm", HOSTILE)
+def test_hostile_array_metadata(shard: Path, tmp_path: Path, harm: str) -> None:
+    body = json.loads((shard / "value/zarr.json").read_text())
+    HOSTILE[harm](body)
+    recommit(shard, "value/zarr.json", json.dumps(body).encode())
+    refused_and_reported(tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"[]", b"null", b"\xff\xfe", deep(), b'{"attributes": 1}', b'{"attributes": {}}'],
+    ids=lambda content: content[:20].decode("latin-1"),
+)
+@pytest.mark.parametrize("name", ["zarr.json", "token_ids/zarr.json"])
+def test_hostile_group_metadata(shard: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    recommit(shard, name, content)
+    refused_and_reported(tmp_path / "store")
+
+
+@pytest.mark.parametrize("value", [2**64 - 1, 2**63, 2**62, 0])
+def test_hostile_offsets_of_chunks(shard: Path, tmp_path: Path, value: int) -> None:
+    """The shard index stands at the end of the file, with a CRC-32C."""
+    import google_crc32c  # a dependency of zarr
+
+    (path,) = (shard / "value").glob("c/*/*/*/*")
+    content = bytearray(path.read_bytes())
+    num_chunks = 1
+    outer = json.loads((shard / "value/zarr.json").read_text())
+    for size, chunk in zip(
+        outer["chunk_grid"]["configuration"]["chunk_shape"],
+        inner(outer)["chunk_shape"],
+        strict=True,
+    ):
+        num_chunks *= size // chunk
+    start = len(content) - 16 * num_chunks - 4
+    content[start : start + 8] = value.to_bytes(8, "little")
+    content[-4:] = google_crc32c.value(bytes(content[start:-4])).to_bytes(4, "little")
+    if value == 0 and content == path.read_bytes():
+        content[start + 8 : start + 16] = (2**40).to_bytes(8, "little")
+        content[-4:] = google_crc32c.value(bytes(content[start:-4])).to_bytes(4, "little")
+    recommit(shard, path.relative_to(shard).as_posix(), bytes(content))
+    refused_and_reported(tmp_path / "store")
+
+
+def test_hostile_safetensors(tmp_path: Path, build: Any) -> None:
+    store, _ = build.store(tmp_path / "store", build.teacher(backend="safetensors"), num_shards=1)
+    shard = store.paths.shard("tiny", "00000")
+    whole = (shard / "shard.safetensors").read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    tensor = next(name for name in header if name != "__metadata__")
+    bodies = [b"", b"{}", deep(), b"\0" * 100]
+    bodies += [
+        json.dumps({**header, tensor: {**header[tensor], **change}}).encode()
+        for change in (
+            {"shape": [2**62, 2**62]}, {"shape": [-1, 8]}, {"data_offsets": [0, 2**64 - 1]},
+            {"data_offsets": [2**63, 0]}, {"dtype": "F1024"}, {"data_offsets": []},
+        )
+    ]  # fmt: skip
+    files = [len(body).to_bytes(8, "little") + body + whole[8 + length :] for body in bodies]
+    files += [size.to_bytes(8, "little") + whole[8:] for size in (2**64 - 1, 2**40, 0, length + 1)]
+    for content in files:
+        recommit(shard, "shard.safetensors", content)
+        refused_and_reported(tmp_path / "store")
+
+
+@pytest.mark.parametrize("tokens", [2**31 - 1, 10**6])
+def test_sizes_on_which_both_manifests_agree(shard: Path, tmp_path: Path, tokens: int) -> None:
+    sign(shard / "COMMIT.json", lambda body: body.update(num_tokens=tokens, num_blocks=tokens))
+    for path in shard.glob("*/zarr.json"):
+        body = json.loads(path.read_text())
+        axes = body.get("dimension_names") or ()
+        for i, axis in enumerate(axes):
+            if axis in ("token", "block"):
+                body["shape"][i] = tokens
+                body["chunk_grid"]["configuration"]["chunk_shape"][i] = tokens
+        recommit(shard, path.relative_to(shard).as_posix(), json.dumps(body).encode())
+    refused_and_reported(tmp_path / "store")
