@@ -1,13 +1,17 @@
 """Do the defaults for a pretrained student cost anything against cross-entropy alone?
 
 SmolLM2-135M-Instruct is trained on short GSM8K texts, from the key/value caches of one teacher of
-another family: Gemma 3 270M, or Qwen2.5-Coder-0.5B-Instruct. The learning rate of cross-entropy and
-the settings of the defaults are chosen on validation texts (``search``); the chosen ones are then
-run under three seeds and scored on test texts that no setting was chosen on (``final``).
+another family: Gemma 3 270M, or Qwen2.5-Coder-0.5B-Instruct. The learning rate of cross-entropy is
+chosen on validation texts (``search``); it and the defaults are then run under three seeds and
+scored on test texts that no setting was chosen on (``final``), and once with random heads and the
+weights of a student from scratch (``former``).
 
     make models
     python examples/get_models.py models qwen2.5-coder
     python benchmarks/pretrained.py pretrained-output
+
+``scratch`` compares heads fitted by ridge with random ones for a small student from scratch: at its
+random start, and after ``WARM_STEPS`` steps of cross-entropy.
 
 Every run is a folder; finished runs are not repeated, and the same command resumes.
 Results: ``docs/students.md``.
@@ -24,6 +28,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
+
+from kvdistill.corpus.readers import read_jsonl
+from kvdistill.distill.student.build import train_tokenizer
 
 DATA: Final = Path(__file__).parents[1] / "examples/data"
 MAX_CHARACTERS: Final = 450
@@ -43,17 +50,32 @@ TRAINING: Final = {
     "device": "cpu",
 }
 RATES: Final = (5e-5, 1e-4, 2e-4)
-TUNED_RATE: Final = 5e-5
+TUNED_RATE: Final = 2e-4
 """Of cross-entropy alone, as selected by the search."""
 NO_TEACHER: Final = {"losses.key": 0, "losses.value": 0}
 FORMER: Final = {
     "losses.key": 3,
     "losses.value": 3,
     "projection.init": "grouped_mean",
-    "projection.learning_rate": 5e-5,
-    "training.learning_rate": 5e-5,
+    "projection.learning_rate": 1e-4,
 }
 """The defaults of a student from scratch, at the rate of the others: random heads, weight 3."""
+ARCHITECTURE: Final = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 344,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+SCRATCH_RATE: Final = 4e-3
+SCRATCH_STEPS: Final = 150
+SCRATCH_SEEDS: Final = [0, 1]
+WARM_STEPS: Final = 30
+STAGES: Final = ("extract", "search", "final", "former", "scratch")
 GOAL: Final = 1.01
 """Perplexity of the defaults over that of cross-entropy, at most."""
 
@@ -79,25 +101,55 @@ def prepare(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
 
 
+def text_alone(rate: float) -> dict[str, Any]:
+    """An arm without a teacher."""
+    return {"teachers": [], "settings": {**NO_TEACHER, "training.learning_rate": rate}}
+
+
 def search_arms() -> dict[str, Any]:
-    """Rates of cross-entropy; the defaults with one teacher, and with each of them changed."""
-    arms: dict[str, Any] = {}
-    for rate in RATES:
-        settings = {**NO_TEACHER, "training.learning_rate": rate}
-        arms[f"cross-entropy-{rate:g}"] = {"teachers": [], "settings": settings}
-    return arms
+    """Rates of cross-entropy."""
+    return {f"cross-entropy-{rate:g}": text_alone(rate) for rate in RATES}
 
 
 def final_arms() -> dict[str, Any]:
-    """Tuned cross-entropy, and per teacher the defaults."""
-    tuned = {**NO_TEACHER, "training.learning_rate": TUNED_RATE}
-    arms = {"cross-entropy": {"teachers": [], "settings": tuned}}
+    """Cross-entropy, tuned and at the rate of the defaults; per teacher the defaults."""
+    arms = {"cross-entropy": text_alone(TUNED_RATE), "cross-entropy-same-rate": text_alone(1e-4)}
     return arms | {f"defaults-{teacher}": {"teachers": [teacher]} for teacher in TEACHERS}
 
 
 def former_arms() -> dict[str, Any]:
     """For contrast: random heads and the weights of a student from scratch."""
     return {f"former-{name}": {"teachers": [name], "settings": FORMER} for name in TEACHERS}
+
+
+def scratch_arms() -> dict[str, Any]:
+    """Text alone, random heads, and heads fitted before step 1, with Gemma 3."""
+    kv = {"losses.key": 5, "losses.value": 5, "projection.learning_rate": SCRATCH_RATE}
+    arms: dict[str, Any] = {"cross-entropy": {"teachers": [], "settings": NO_TEACHER}}
+    for init in ("grouped_mean", "ridge"):
+        settings = {**kv, "projection.init": init}
+        arms[init] = {"teachers": ["gemma3"], "settings": settings}
+    return arms
+
+
+def scratch_experiment(folder: Path, student: dict[str, Any], steps: int) -> dict[str, Any]:
+    """A small student: the given section, and a schedule of its own."""
+    training = {"batching": "bucketed", "tokens_per_batch": 768, "max_length": 224}
+    training |= {"max_steps": steps, "warmup_steps": 10, "learning_rate": SCRATCH_RATE}
+    training |= {"log_steps": 30, "diagnostic_steps": 1000, "device": "cpu"}
+    body = experiment(folder, "test")
+    return {**body, "student": student, "training": {**training, "epochs": 20}}
+
+
+def warm_student(folder: Path, student: dict[str, Any], seed: int) -> str:
+    """Train the small student by cross-entropy for a few steps, and return its folder."""
+    name, steps = f"warm-{seed}", WARM_STEPS
+    body = scratch_experiment(folder, student, steps)
+    body |= {"name": name, "seed": seed, "teachers": {}, "losses": {"key": 0, "value": 0}}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(body, sort_keys=False), encoding="utf-8")
+    kvdistill("train", str(path))
+    return str(folder / name / "student")
 
 
 def experiment(folder: Path, evaluation: str) -> dict[str, Any]:
@@ -119,11 +171,18 @@ def experiment(folder: Path, evaluation: str) -> dict[str, Any]:
     }
 
 
-def study(folder: Path, name: str, seeds: list[int], arms: dict[str, Any]) -> Path:
-    """Write a study file and return its path."""
+def study(
+    folder: Path,
+    name: str,
+    seeds: list[int],
+    arms: dict[str, Any],
+    shared: dict[str, Any] | None = None,
+) -> Path:
+    """Write a study file and return its path; ``shared`` is the experiment that arms share."""
+    evaluation = "validation" if name == "search" else "test"
     body = {
         "name": name,
-        "experiment": experiment(folder, "validation" if name == "search" else "test"),
+        "experiment": experiment(folder, evaluation) if shared is None else shared,
         "seeds": seeds,
         "arms": arms,
         "may_differ": ["training.learning_rate"],
@@ -138,26 +197,46 @@ def kvdistill(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "kvdistill.cli", *arguments], check=True)
 
 
-def perplexities(folder: Path) -> dict[str, list[float]]:
-    """Perplexity of every finished run under ``folder``, by arm, in the order of the seeds."""
-    found: dict[str, list[float]] = {}
+def scratch_studies(folder: Path) -> dict[str, Path]:
+    """From random weights, and per seed from a student that has been warmed up."""
+    tokenizer = folder / "tokenizer"
+    if not tokenizer.exists():
+        texts = [sample.text for sample in read_jsonl(folder / "train.jsonl")]
+        train_tokenizer(texts, 2048).save_pretrained(str(tokenizer))
+    student = {"tokenizer": str(tokenizer), "architecture": ARCHITECTURE}
+    shared = scratch_experiment(folder, student, SCRATCH_STEPS)
+    found = {"scratch": study(folder, "scratch", SCRATCH_SEEDS, scratch_arms(), shared)}
+    for seed in SCRATCH_SEEDS:
+        warm = {"model": warm_student(folder, student, seed)}
+        shared = scratch_experiment(folder, warm, SCRATCH_STEPS - WARM_STEPS)
+        name = f"scratch-warmed-{seed}"
+        found[name] = study(folder, name, [seed], scratch_arms(), shared)
+    return found
+
+
+def perplexities(folder: Path) -> dict[str, dict[int, float]]:
+    """Perplexity of every finished run under ``folder``, by arm and seed."""
+    found: dict[str, dict[int, float]] = {}
     for record in sorted(folder.glob("*/run.json")):
         run = json.loads(record.read_text(encoding="utf-8"))
         if run.get("finished"):
-            arm = record.parent.name.rpartition("-seed")[0] or record.parent.name
-            found.setdefault(arm, []).append(run["metrics"]["eval_perplexity"])
+            arm = record.parent.name.rpartition("-s")[0]
+            found.setdefault(arm, {})[run["seed"]] = run["metrics"]["eval_perplexity"]
     return found
 
 
 def summary(folder: Path) -> None:
     """Print the perplexity of every arm, and its ratio to cross-entropy of the same seeds."""
-    for name in ("search", "final", "former"):
+    names = ("search", "final", "former", "scratch", "scratch-warmed-0", "scratch-warmed-1")
+    for name in names:
         found = perplexities(folder / name)
-        base = perplexities(folder / "final").get("cross-entropy", [])
+        baseline = perplexities(folder / "final") if name == "former" else found
         for arm, values in found.items():
-            line = f"{name} {arm}: " + " ".join(f"{value:.4f}" for value in values)
-            if name != "search" and arm != "cross-entropy" and base:
-                ratios = [x / y for x, y in zip(values, base, strict=False)]
+            line = f"{name} {arm}: " + " ".join(f"{value:.4f}" for value in values.values())
+            base = baseline.get("cross-entropy", {})
+            shared = base.keys() & values.keys()
+            if arm != "cross-entropy" and shared:
+                ratios = [values[seed] / base[seed] for seed in sorted(shared)]
                 verdict = "within" if max(ratios) <= GOAL else "beyond"
                 line += f"; over cross-entropy: mean {statistics.mean(ratios):.4f}, "
                 line += f"largest {max(ratios):.4f} ({verdict} {GOAL})"
@@ -169,7 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, help="output folder")
     parser.add_argument("--workers", type=int, default=1, help="parallel runs")
-    parser.add_argument("--only", choices=("extract", "search", "final", "former", "summary"))
+    parser.add_argument("--only", choices=(*STAGES, "summary"))
     asked = parser.parse_args()
     prepare(asked.folder)
     studies = {
@@ -181,8 +260,10 @@ def main() -> None:
         both = asked.folder / "extract.yaml"
         both.write_text(yaml.safe_dump(experiment(asked.folder, "test")), encoding="utf-8")
         kvdistill("extract", str(both))
+    if asked.only in (None, "scratch"):
+        studies |= scratch_studies(asked.folder)
     for name, path in studies.items():
-        if asked.only in (None, name):
+        if asked.only in (None, name, name.partition("-")[0]):
             kvdistill("ablate", str(path), "--workers", str(asked.workers))
     summary(asked.folder)
 

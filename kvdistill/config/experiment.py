@@ -31,7 +31,7 @@ from kvdistill.types import RANKED_EVICTIONS, CodecSpec, Name, ProjectionInit
 PRETRAINED: Final[dict[str, dict[str, float]]] = {
     "projection": {"learning_rate": 1e-3},
     "losses": {"key": 0.3, "value": 0.3},
-    "training": {"learning_rate": 5e-5, "warmup_steps": 0.1},
+    "training": {"learning_rate": 1e-4, "warmup_steps": 0.1},
 }
 """Defaults of a pretrained student where they differ, by section (``docs/students.md``)."""
 

@@ -80,7 +80,7 @@ class TrainingConfig(Section):
     max_length: Positive = 512
     """Student tokens per sample; longer texts are truncated."""
     learning_rate: PositiveFloat = 1e-3
-    """Peak learning rate of the student. By default 5e-5 if it is pretrained, and 5e-4 of
+    """Peak learning rate of the student. By default 1e-4 if it is pretrained, and 5e-4 of
     its LoRA adapters."""
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     """Learning-rate schedule after warm-up; `constant` has none."""

@@ -64,9 +64,9 @@ def rates(experiment: Experiment) -> tuple[float | None, ...]:
 
 
 def test_a_pretrained_student_has_defaults_of_its_own() -> None:
-    assert rates(pretrained()) == (5e-5, 0.1, 0.3, 0.3, 1e-3)
+    assert rates(pretrained()) == (1e-4, 0.1, 0.3, 0.3, 1e-3)
     assert rates(pretrained(student__lora={})) == (5e-4, 0.1, 0.3, 0.3, 1e-3)
-    assert rates(pretrained(training__schedule="constant")) == (5e-5, 0, 0.3, 0.3, 1e-3)
+    assert rates(pretrained(training__schedule="constant")) == (1e-4, 0, 0.3, 0.3, 1e-3)
     scratch = parse_experiment(template(losses={}, training={}))
     assert rates(scratch) == (1e-3, 0, 3, 3, None)
     assert (scratch.first_projection, pretrained().first_projection) == ("grouped_mean", "ridge")
@@ -97,7 +97,7 @@ def test_a_preset_wins_over_the_student_s_defaults() -> None:
     body = template(student={"model": "org/pretrained"}, losses={}, training={}, preset="kava")
     body["alignment"] = {}
     experiment = parse_experiment(body)
-    assert (experiment.losses.key, experiment.training.learning_rate) == (0.5, 5e-5)
+    assert (experiment.losses.key, experiment.training.learning_rate) == (0.5, 1e-4)
 
 
 @pytest.mark.parametrize(

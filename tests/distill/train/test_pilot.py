@@ -170,3 +170,15 @@ def test_a_pilot_of_few_texts_holds_none_out(extracted: Path, tmp_path: Path) ->
     found = pilot.fit_projections(run.distiller, few, "ridge")
     assert found["llama"]["key"] == [None] * 3
     assert not pilot.explained_lines(found)
+
+
+@pytest.mark.gpu
+def test_a_pilot_runs_where_the_student_trains(extracted: Path, tmp_path: Path) -> None:
+    experiment = pretrained(extracted, tmp_path, alignment__layers="cka")
+    torch.cuda.reset_peak_memory_stats()
+    there, here = (assembled(experiment, device=device) for device in ("cuda", "cpu"))
+    assert torch.cuda.max_memory_allocated() > 0
+    assert {parameter.device.type for parameter in there.distiller.parameters()} == {"cpu"}
+    for teacher, kinds in here.explained.items():
+        for kind, shares in kinds.items():
+            assert there.explained[teacher][kind] == pytest.approx(shares, abs=1e-3)
