@@ -84,9 +84,9 @@ class LatentStudent(nn.Module):
         kinds = {type(layer) for layer in DynamicCache(config=backbone.config).layers}
         if kinds - plain:
             raise StudentError(
-                f"latent: the cache of a student of type {backbone.config.model_type!r} keeps more "
-                f"than keys and values ({(kinds - plain).pop().__name__}) and cannot go back to "
-                "the end of the question; choose a student of attention layers alone"
+                f"latent: a student of type {backbone.config.model_type!r} has layers that do not "
+                f"keep keys and values alone ({(kinds - plain).pop().__name__}), and cannot go "
+                "back to the end of the question; choose one whose layers are all attention"
             )
         table = backbone.get_input_embeddings().weight.detach()
         scale, size = float(table.float().std()), int(table.shape[1])

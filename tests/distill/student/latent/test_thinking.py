@@ -19,7 +19,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "three refinements": {"method": "pccot", "iterations": 3},
     "codi": {"method": "codi"},
 }
-FAMILIES = ["llama", "mistral, sliding", "qwen3", "gemma3, sliding", "gpt2, fused"]
+FAMILIES = [
+    "llama",
+    "mistral, sliding",
+    "qwen3",
+    "gemma3, sliding",
+    "gpt2, fused",
+    "falcon, MQA",
+    "deepseek_v3, latent",
+    "minicpm3, latent",
+    "gpt_oss, sinks",
+]
 
 
 def gradients(student: LatentStudent, *values: Tensor) -> dict[str, Tensor]:
