@@ -156,24 +156,28 @@ def recorded(sites: Sequence[Site]) -> Iterator[dict[int, tuple[Tensor, Tensor]]
 
     def sdpa(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
         if running:
-            seen.setdefault(running[-1], (key, value))
+            seen[running[-1]] = key, value  # rather than products of an indexer before it
         return original[0](query, key, value, *args, **options)
 
-    keys: dict[int, Tensor] = {}
+    products: list[tuple[Tensor, Tensor]] = []
 
     def matmul(one: Tensor, other: Tensor, **options: Any) -> Tensor:
-        if running and one.ndim == 4 == other.ndim and running[-1] not in seen:
-            if running[-1] in keys:
-                seen[running[-1]] = keys.pop(running[-1]), other
-            else:
-                keys[running[-1]] = other.mT
+        if running and one.ndim == 4 == other.ndim:
+            products.append((one, other))
         return original[1](one, other, **options)
+
+    def leave(*args: Any) -> None:
+        if running[-1] not in seen and len(products) > 1:
+            (_, key_transposed), (_, value) = products[-2:]  # an indexer's come before
+            seen[running[-1]] = key_transposed.mT, value
+        running.clear()
+        products.clear()
 
     handles = []
     for site in sites:
         enter = lambda module, args, i=site.layer_idx: running.append(i)  # noqa: E731
         handles.append(site.attention.register_forward_pre_hook(enter))
-        handles.append(site.attention.register_forward_hook(lambda *args: running.clear()))
+        handles.append(site.attention.register_forward_hook(leave))
     F.scaled_dot_product_attention, torch.matmul = sdpa, matmul  # type: ignore[assignment]
     try:
         yield seen

@@ -89,6 +89,12 @@ def _shrunk(config: Any) -> dict[str, Any]:
         inner = getattr(config, name, None) if isinstance(value, dict) else None
         if hasattr(inner, "to_dict"):
             small[name] = type(inner)(**_shrunk(inner))
+        elif name == "rope_parameters" and isinstance(value, dict) and "mrope_section" in value:
+            num = int(HEAD_DIM * value.get("partial_rotary_factor", 1.0)) // 2
+            small[name] = {
+                **value,
+                "mrope_section": [num - num // 2, num // 4, num // 2 - num // 4],
+            }
         elif name in SIZES and isinstance(value, int) and not isinstance(value, bool):
             small[name] = min(SIZES[name], value) if value > 0 else value
         elif name.endswith("token_id") and isinstance(value, int):
@@ -106,7 +112,16 @@ def _lengths(config: Any) -> set[int]:
     return {getattr(config, name, None) for name in names} - {None}
 
 
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+_MROPE_TYPES = (
+    "glm4v_text", "glm_image_text", "glm_ocr_text", "qwen2_vl_text", "qwen2_5_vl_text",
+)  # fmt: skip
 OVERRIDES: dict[str, dict[str, Any]] = {
+    **{name: {"rope_parameters": _MROPE} for name in _MROPE_TYPES},
+    "glm4v_moe_text": {
+        "rope_parameters": {**_MROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
+    },
+    "hunyuan_vl_text": {"head_dim": HEAD_DIM, "rope_parameters": _MROPE},
     "bailing_hybrid": {"num_key_value_heads": HEADS, "num_experts": 8, "n_group": 1},
     "bamba": {"attn_layer_indices": [1, 3]},
     "big_bird": {"attention_type": "original_full"},
@@ -125,7 +140,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "longcat_flash": {"qk_head_dim": 16, "num_key_value_heads": HEADS},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "neomme": {"head_dim": 16},
-    "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
+    "mistral4": {"num_key_value_heads": HEADS, "head_dim": 16, "qk_head_dim": 16},
+    "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
     "roc_bert": {
         **{"pronunciation_vocab_size": 16, "pronunciation_embed_dim": 8},
         **{"shape_vocab_size": 16, "shape_embed_dim": 8},
@@ -168,13 +184,13 @@ def small_model(model_type: str) -> tuple[Any, Any]:
             is_pair = config.is_encoder_decoder
             with torch.no_grad():
                 base(input_ids=ids, **({"decoder_input_ids": ids} if is_pair else {}))
+            headed = None
+            if model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_pair:
+                torch.manual_seed(0)
+                headed = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+                scatter(headed)
         except Exception as error:
             problem = problem or f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             continue
-        headed = None
-        if model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_pair:
-            torch.manual_seed(0)
-            headed = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-            scatter(headed)
         return base.requires_grad_(False), headed
     return None, problem
