@@ -13,13 +13,12 @@ mixture of experts routes near ties differently after it.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from kvdistill.errors import AdapterError
@@ -31,8 +30,6 @@ CUT: Final = 7
 SHORT: Final = 5
 SHIFT: Final = 7
 """Positions that a text is shifted by."""
-LONGEST: Final = 1 << 17
-"""Tokens up to which a rotary module is examined where nothing limits a model's texts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,37 +173,3 @@ def _is_same(alone: Reading, batch: Reading) -> bool:
             if not bool((moved.max() if is_exact else moved.median()) <= limit):
                 return False
     return True
-
-
-def rotary_limit(model: Any, longest: int | None) -> int | None:
-    """Longest text that is rotated as a short one is; None if all are, up to ``longest``.
-
-    longrope chooses its factors by the longest text of a batch. (So does dynamic NTK, but only
-    beyond the model's positions, where no text is read.) The rotary modules themselves are run.
-    """
-    limit = None
-    for module in model.modules():
-        types: Any = getattr(module, "rope_type", None)
-        for layer_type, rope_type in (types if isinstance(types, dict) else {None: types}).items():
-            low, high = 2, limit or longest or LONGEST
-            short = _at_position_1(module, layer_type, low) if rope_type == "longrope" else None
-            if short is None or torch.equal(short, _at_position_1(module, layer_type, high)):
-                continue
-            while high - low > 1:
-                middle = (low + high) // 2
-                is_short = torch.equal(short, _at_position_1(module, layer_type, middle))
-                low, high = (middle, high) if is_short else (low, middle)
-            limit = low
-    return limit
-
-
-@torch.no_grad()
-def _at_position_1(module: nn.Module, layer_type: str | None, length: int) -> Tensor:
-    """Cosines at position 1 beside a text of ``length`` tokens."""
-    device = next(module.buffers()).device
-    position_ids = torch.tensor([[1, length - 1]], device=device)
-    takes_type = "layer_type" in inspect.signature(module.forward).parameters
-    options = {"layer_type": layer_type} if takes_type else {}
-    cos, _ = module(torch.zeros(1, 1, 1, device=device), position_ids, **options)
-    cosines: Tensor = cos[0, 0].clone()
-    return cosines

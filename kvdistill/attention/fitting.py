@@ -31,7 +31,6 @@ from kvdistill.attention.behaviour import (
     Reading,
     measure_batching,
     measure_behaviour,
-    rotary_limit,
 )
 from kvdistill.attention.geometry import VerifiedLayer
 from kvdistill.attention.hooks import Site, capture, find_sites
@@ -68,31 +67,27 @@ class Verified:
         return "decoder" if self.behaviour.causal else "encoder"
 
 
-def fit_adapter(
-    name: str, model: Any, stream: Stream | None, longest: int | None = None
-) -> Verified:
+def fit_adapter(name: str, model: Any, stream: Stream | None) -> Verified:
     """Verify the adapters that may fit a teacher and return the first that does, else its cache.
-
-    ``longest`` is the most tokens of a text, up to which its rotation is examined.
 
     Raises:
         TeacherError: none fits; the message is about the likeliest.
     """
     try:
         verified = _fit(model, stream)
-        read = _tap_reader(model, verified.sites) if verified.sites else (
-            _cache_reader(model, verified.layers)
-        )  # fmt: skip
+        layers, sites = verified.layers, verified.sites
+        read = _tap_reader(model, sites) if sites else _cache_reader(model, layers)
         with fitting_step(model, "comparing a text alone with the same text in a batch"):
             batches = measure_batching(read, probe_ids(model))
-        if batches.padded_to is None:
-            with fitting_step(model, "running its rotary modules"):
-                batches = BatchRule(rotary_limit(model, longest))
-        # An encoder's input is as long as it likes, so its texts are not of one length either.
-        elif verified.adapter.stream == "decoder":
-            batches = BatchRule(padded_to=0, alone=True)
     except AdapterError as error:
         raise TeacherError(f"teacher {name!r}: {error}") from None
+    if batches.padded_to is None:
+        # longrope chooses the factors of a whole batch by its longest text.
+        lengths = (layer.rotary.trained_length for layer in layers if layer.rotary is not None)
+        batches = BatchRule(min((n for n in lengths if n is not None), default=None))
+    elif verified.adapter.stream == "decoder":
+        # Texts of one length need not have encoder inputs of one length.
+        batches = BatchRule(padded_to=0, alone=True)
     return replace(verified, batches=batches)
 
 

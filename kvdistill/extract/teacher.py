@@ -202,8 +202,7 @@ def load_teacher(name: str, experiment: Experiment, day: date | None = None) -> 
     whole, missing = load_teacher_model(name, config, torch.device(device))
     model = text_model_of(name, whole)
     prompt_tokenizer = _prompt_tokenizer(name, config, model, config.template_date or day)
-    longest = max_positions(model, extraction.max_length)
-    verified = fit_adapter(name, model, config.stream, longest)
+    verified = fit_adapter(name, model, config.stream)
     chosen = _chosen_layers(name, config, verified.layers)
     layers = tuple(layer for layer in verified.layers if layer.layer_idx in chosen)
     _refuse_unavailable(name, extraction, model, verified)
@@ -224,7 +223,7 @@ def load_teacher(name: str, experiment: Experiment, day: date | None = None) -> 
         tuple(site for site in verified.sites if site.layer_idx in chosen),
         layers,
         _manifest(name, experiment, model, verified, layers=layers, **fingerprints),
-        longest,
+        max_positions(model, extraction.max_length),
         verified.batches,
         None if config.generate is None else whole,
         config.generate,
