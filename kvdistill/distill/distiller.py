@@ -56,7 +56,7 @@ from kvdistill.distill.targets import (
     TeacherSpace,
     unmeasured,
 )
-from kvdistill.errors import ConfigError
+from kvdistill.errors import ConfigError, StudentError
 from kvdistill.types import KINDS, Kind
 
 Counts = Mapping[str, Tensor]
@@ -127,8 +127,8 @@ class Distiller(nn.Module):
         for teacher in teachers:
             heads = nn.ModuleDict()
             for kind in KINDS:
-                student_shape = geometry.shapes[kind]
-                heads[kind] = TeacherHead(teacher, kind, student_shape, projection, self.projects)
+                own = geometry.shapes[kind]
+                heads[kind] = TeacherHead(teacher, kind, own, projection, self.projects)
             self.heads[_module_name(teacher.name)] = heads
         self.weigh = FusionWeights(
             fusion, teachers, geometry.hidden_size, geometry.num_layers, num_tasks
@@ -229,6 +229,9 @@ class Distiller(nn.Module):
             )
         query, key, value = (torch.stack(layers, dim=1) for layers in zip(*captured, strict=True))
         hidden = output.hidden_states[-1] if needs_hidden else None
+        if hidden is not None and hidden.ndim != 3:
+            form = f"one hidden state a token, the student gives {list(hidden.shape)}"
+            raise StudentError(f"fusion.method {self.fusion.method} reads {form}; use fixed")
         aux = self.balance(output, batch["attention_mask"])
         return StudentOutput(output.logits, query, key, value, hidden, router_aux=aux)
 

@@ -187,7 +187,13 @@ def _layer_inputs(
     """While inside, append ``[B, E]`` for every site: its layer's input at ``positions_B``."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs_LBE.append(_token_at(args[0] if args else kwargs["hidden_states"], positions_B))
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.ndim != 3:
+            raise TeacherError(
+                f"extraction.hidden_at_cue: {type(module).__name__} reads several hidden states a "
+                f"token ({list(hidden.shape)}); set it to false"
+            )
+        inputs_LBE.append(_token_at(hidden, positions_B))
 
     with attached(site.layer.register_forward_pre_hook(hook, with_kwargs=True) for site in sites):
         yield

@@ -13,7 +13,7 @@ from kvdistill.config.distill import LatentConfig
 from kvdistill.config.training import StudentConfig
 from kvdistill.distill.student.build import build_student, check_student, load_student_tokenizer
 from kvdistill.distill.student.latent.model import LatentStudent
-from kvdistill.errors import StudentError
+from kvdistill.errors import StudentError, TeacherError
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.train import train
 from kvdistill.store.reader import KVStore
@@ -21,6 +21,7 @@ from tests.attention.families import DECODERS, ENCODER_DECODERS
 from tests.extract.models import save_teacher, tiny_tokenizer
 from tests.extract.test_loading import quantised_folder, save_multimodal
 from tests.pipelines.test_modes import assembled
+from tests.pipelines.test_teachers import make, only_shard
 from tests.pipelines.tiny import variant
 from tests.slurm.experiment import write_experiment, write_models
 
@@ -128,6 +129,19 @@ def test_a_hybrid_student_with_lora_trains_and_is_saved(stored: Path, tmp_path: 
     first = AutoModelForCausalLM.from_pretrained(tmp_path / "lfm2").state_dict()
     changed = {n for n, p in student.state_dict().items() if not torch.equal(p, first[n])}
     assert any("self_attn" in name for name in changed)
+
+
+def test_several_hidden_states_a_token_are_refused(stored: Path, tmp_path: Path) -> None:
+    """Gemma 3n: keys and values are read, what needs one hidden state is not available."""
+    family = "gemma3n, shared layers"
+    model_type, options = DECODERS[family]
+    save_teacher(tmp_path / "t", model_type, base={}, **options)
+    with pytest.raises(TeacherError, match=r"extraction\.hidden_at_cue.*set it to false"):
+        only_shard(make(tmp_path, {}, hidden_at_cue=True))
+    changes = {"student__architecture": architecture(family), "fusion__method": "mlp"}
+    run = assembled(stored, tmp_path, **settings(stored.parent), **changes)
+    with pytest.raises(StudentError, match=r"fusion\.method mlp.*use fixed"):
+        run.distiller(next(iter(run.stream)))
 
 
 def test_the_language_model_of_a_multimodal_student_trains_alone(
