@@ -84,7 +84,7 @@ def token_movement(one_BHTD: Tensor, other_BHTD: Tensor) -> Tensor:
 
 
 def measure_behaviour(read: Read, layers: Sequence[int], ids_1T: Tensor, shifts: bool) -> Behaviour:
-    """Direction and positions of a model, from ids that all differ.
+    """Direction and positions of a model, from ids that differ from those ``CUT`` places before.
 
     Args:
         read: runs the model and captures ``layers``.

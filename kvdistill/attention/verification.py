@@ -79,7 +79,10 @@ def run_probe(model: Any) -> None:
 
 
 def probe_ids(model: Any) -> Tensor:
-    """Ids that all differ and are ordinary tokens: ``[1, PROBE_TOKENS]``."""
+    """Ordinary tokens that differ from those 7 places before: ``[1, PROBE_TOKENS]``.
+
+    All of them differ where the vocabulary suffices.
+    """
     config = model.config.get_text_config()
     named = {**model.config.to_dict(), **config.to_dict()}
     ids_of = [v for k, v in named.items() if k.endswith(("token_id", "token_index"))]
@@ -87,7 +90,10 @@ def probe_ids(model: Any) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     order = torch.randperm(min(vocab_size, config.vocab_size), generator=generator).tolist()
-    ids = [i for i in order if i not in special][:PROBE_TOKENS]
+    ordinary = [i for i in order if i not in special]
+    chosen = (ordinary if len(ordinary) > 1 else order)[:PROBE_TOKENS]
+    chosen = chosen[:6] if len(chosen) == 7 else chosen
+    ids = [chosen[i % len(chosen)] for i in range(PROBE_TOKENS)]
     return torch.tensor([ids], device=model.get_input_embeddings().weight.device)
 
 

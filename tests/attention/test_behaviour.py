@@ -227,3 +227,10 @@ def test_a_folder_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match="teacher 't': cannot load") as error:
         load_teacher("t", make(tmp_path, {}))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("vocab_size", [4, 6, 9, 10, 12, 17])
+def test_a_vocabulary_of_few_tokens_is_enough(vocab_size: int) -> None:
+    model = tiny_model("llama", **{**B, "vocab_size": vocab_size})
+    verified = fit_adapter("t", model, None)
+    assert (verified.kind, verified.batches.padded_to) == ("decoder", None)
