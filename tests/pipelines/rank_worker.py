@@ -91,10 +91,12 @@ def main(config: str, output: str, stop_step: str, flag: str = "") -> None:
         Path(output, f"error-{rank}.txt").write_text(str(error), encoding="utf-8")
         time.sleep(2)  # torchrun ends all ranks when one fails
         raise
+    metrics = trainer.evaluate()
+    trainer.save_model(str(folder.student))
     tokenizer = trainer.processing_class
     texts = [tokenizer.decode(ids) for ids in seen]
     found = {
-        "texts": texts, "counts": counted,
+        "texts": texts, "counts": counted, "metrics": metrics,
         "step": trainer.state.global_step, "of": trainer.state.max_steps,
         "sharded": any(isinstance(p, DTensor) for p in trainer.model.parameters()),
     }  # fmt: skip

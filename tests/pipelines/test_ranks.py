@@ -62,6 +62,7 @@ def run(
         "rows": [row for row in rows if "loss" in row],
         "counts": [rank["counts"] for rank in found],
         "sharded": found[0]["sharded"],
+        "metrics": found[0]["metrics"],
     }
 
 
@@ -113,6 +114,21 @@ def test_processes_train_as_one_does_sharded_or_not_in_any_precision(
     assert many["sharded"] == bool(flags)
     assert many["texts"] == corpus_texts(extracted)
     same_losses(alone[precision], many, NORM_BOUNDS[precision])
+    metric = "eval_bits_per_character"
+    assert many["metrics"][metric] == pytest.approx(alone[precision]["metrics"][metric], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_that_stopped_goes_on_as_if_it_had_not(
+    extracted: Path, tmp_path: Path
+) -> None:
+    settings = {"flags": ["fsdp"], "training__batch_size": 3, "training__save_steps": 1}
+    whole = run(extracted, tmp_path / "whole", 2, **settings)
+    run(extracted, tmp_path / "parts", 2, stop_step=2, **settings)
+    parts = run(extracted, tmp_path / "parts", 2, **settings)
+    for name in ("loss", "grad_norm"):
+        assert [row[name] for row in parts["rows"]] == [row[name] for row in whole["rows"]]
+    assert parts["metrics"] == whole["metrics"]
 
 
 @pytest.mark.slow

@@ -7,7 +7,9 @@ buffer (``Staging``), which moves to the device as a whole, asynchronously (``to
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from kvdistill.distill.data.collate import Batch
 from kvdistill.errors import ConfigError
@@ -121,7 +124,8 @@ class Staging:
     """Prepares a batch for its transfer, in the thread that collated it.
 
     Its ``counts``, what losses are divided by, are part of the batch and need no transfer of their
-    own. For a GPU, its tensors are copied into one buffer.
+    own; ``padded`` is whether any token of it is padding. For a GPU, its tensors are copied into
+    one buffer.
     """
 
     count: Callable[[Batch], dict[str, Tensor]]
@@ -129,8 +133,9 @@ class Staging:
     allocate: Callable[[int], Tensor] = page_locked
 
     def __call__(self, batch: Batch) -> Batch:
-        """The batch with ``counts``, packed unless the device is a CPU."""
-        batch = {**batch, "counts": self.count(batch)}
+        """The batch with ``counts`` and ``padded``, packed unless the device is a CPU."""
+        padded = not bool(batch["attention_mask"].all())
+        batch = {**batch, "counts": self.count(batch), "padded": padded}
         if self.device.type != "cuda":
             return batch
         tensors: list[Tensor] = []
@@ -168,3 +173,23 @@ def _each_tensor(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, dict):
         return {key: _each_tensor(value, function) for key, value in batch.items()}
     return function(batch) if isinstance(batch, Tensor) else batch
+
+
+@contextmanager
+def known_padding(padded: bool) -> Iterator[None]:
+    """Build SDPA's masks in this thread without asking the device whether the batch is padded.
+
+    transformers reads it back in every forward pass, to leave out a mask that hides nothing.
+    """
+    build, thread = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], threading.get_ident()
+
+    def build_without_reading(*args: Any, **options: Any) -> Any:
+        if threading.get_ident() == thread:
+            options |= {"allow_is_causal_skip": False} if padded else {"attention_mask": None}
+        return build(*args, **options)
+
+    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = build_without_reading
+    try:
+        yield
+    finally:
+        del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -37,6 +38,7 @@ from kvdistill.distill.train.devices import (
     OpaqueMapping,
     Staging,
     keep_precision,
+    known_padding,
     to_device,
 )
 from kvdistill.distill.train.guards import Best, StepGuard, StopOnSignal, best_of
@@ -185,7 +187,9 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             distiller.kv_scale = annealed_scale(
                 self.state.global_step, self.state.max_steps, self.experiment.losses.anneal_by
             )
-        with self.accelerator.autocast():  # accelerate gives none to a model under FSDP
+        # A latent student runs on parts of the batch, padded each in its own way.
+        known = nullcontext() if self.experiment.latent else known_padding(inputs["padded"])
+        with known, self.accelerator.autocast():  # accelerate gives none to a model under FSDP
             output = model(inputs, num_items_in_batch, figures=figures)
         if self.model.training:
             parts = {"loss": output["loss"], **output["parts"]}
