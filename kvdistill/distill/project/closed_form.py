@@ -62,19 +62,15 @@ class Moments:
         centred = joint_NC - mean.float()
         products = centred[:, : self.width_x].T @ centred
         squares = centred[:, self.width_x :].square().sum(0)
-        self._merge(len(joint_NC), mean, products.to(mean), squares.to(mean))
+        self.merge(len(joint_NC), mean, products.to(mean), squares.to(mean))
 
-    def merge(self, other: Moments) -> None:
-        """Add all tokens of ``other``."""
-        self._merge(other.count, other.mean, other.products, other.squares)
-
-    def _merge(self, count: int, mean: Tensor, products: Tensor, squares: Tensor) -> None:
-        w, before = self.width_x, (self.count, self.mean)
-        _, _, self.squares = merge_moments(
-            (before[0], before[1][w:], self.squares), (count, mean[w:], squares)
-        )
+    def merge(self, count: int, mean: Tensor, products: Tensor, squares: Tensor) -> None:
+        """Add the moments of other tokens."""
+        w, (n, before) = self.width_x, (self.count, self.mean)
+        others = (n, before[w:], self.squares), (count, mean[w:], squares)
+        _, _, self.squares = merge_moments(*others)
         self.count, self.mean, self.products = merge_moments(
-            (*before, self.products), (count, mean, products)
+            (n, before, self.products), (count, mean, products)
         )
 
     def means(self) -> tuple[Tensor, Tensor]:
@@ -121,13 +117,6 @@ class PilotMoments:
         self.fitted.add(x_NI[~held_out_N], y_NO[~held_out_N])
         self.held_out.add(x_NI[held_out_N], y_NO[held_out_N])
 
-    def source_statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance of the source, ``[I]``, over all texts."""
-        w = self.fitted.width_x
-        parts = [(m.count, m.mean[:w], m.products.diagonal()) for m in (self.fitted, self.held_out)]
-        count, mean, squares = merge_moments(*parts)
-        return mean, squares / max(count, 1)
-
     def standardise(self, mean_I: Tensor, scale_I: Tensor) -> None:
         """Turn the moments, in place, into those of the source ``(x − mean) · scale``."""
         for part in (self.fitted, self.held_out):
@@ -167,7 +156,7 @@ def fit_layer(
             shares[candidate] = held_out.explained(_joint(weight), _bias(fitted, weight))
         penalty = max(shares, key=lambda candidate: shares[candidate])
         best = shares[penalty]
-    fitted.merge(held_out)
+    fitted.merge(held_out.count, held_out.mean, held_out.products, held_out.squares)
     if init == "pca":
         weight = _whitening(projection, fitted)
         _set(projection, row, weight, -fitted.means()[0] @ _joint(weight))

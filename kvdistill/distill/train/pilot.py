@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Final, Literal
+from itertools import islice, product
+from statistics import mean
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
@@ -85,22 +86,17 @@ def measuring(module: nn.Module, device: torch.device) -> Iterator[None]:
     module.to(home).train(training)
 
 
-@dataclass(frozen=True, eq=False)
-class _Fit:
+class _Fit(NamedTuple):
     """One layer's map to fit: ``regress`` from the student's KV to the teacher's, or back."""
 
-    teacher: TeacherSpace
     teacher_idx: int
     kind: Kind
-    maps: Any
     group_idx: int
     row: int
+    layer: int
+    """Of the student."""
+    maps: Any
     regress: bool
-
-    @property
-    def layer(self) -> int:
-        """The student layer."""
-        return self.teacher.groups[self.group_idx].student_layers[self.row]
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -119,25 +115,23 @@ def fit_projections(
     Raises:
         ConfigError: no token of the pilot is covered by a teacher.
     """
-    num_layers = distiller.capture.geometry.num_layers
-    explained: Explained = {
-        t.name: {kind: [None] * num_layers for kind in KINDS} for t in distiller.teachers
-    }
+    layers, names = distiller.capture.geometry.num_layers, [t.name for t in distiller.teachers]
+    explained: Explained = {name: {kind: [None] * layers for kind in KINDS} for name in names}
     standardised: set[tuple[Kind, int]] = set()
     for chunk in _chunks(_fits(distiller, init)):
         for fit, moments in zip(chunk, _measure(distiller, pilot, chunk), strict=True):
             if fit.regress:
                 standardise = distiller.standardise_student[fit.kind]
                 if (fit.kind, fit.layer) not in standardised:
-                    standardise.set_layer(fit.layer, *moments.source_statistics())
+                    fitted = moments.fitted
+                    variance = fitted.covariances()[0].diagonal()
+                    standardise.set_layer(fit.layer, fitted.means()[0], variance)
                     standardised.add((fit.kind, fit.layer))
-                moments.standardise(
-                    standardise.mean_LHD[fit.layer].flatten(),
-                    standardise.scale_LHD[fit.layer].flatten(),
-                )
+                statistics = standardise.mean_LHD, standardise.scale_LHD
+                moments.standardise(*(x[fit.layer].flatten() for x in statistics))
             share = fit_layer(fit.maps, fit.row, moments, init)
             if fit.regress or not distiller.regresses:
-                explained[fit.teacher.name][fit.kind][fit.layer] = share
+                explained[names[fit.teacher_idx]][fit.kind][fit.layer] = share
     if torch.distributed.is_initialized():
         for module in (distiller.heads, distiller.standardise_student):
             for tensor in module.state_dict().values():
@@ -146,17 +140,16 @@ def fit_projections(
 
 
 def _fits(distiller: Distiller, init: Literal["pca", "ridge"]) -> Iterator[_Fit]:
-    for idx, teacher in enumerate(distiller.teachers):
-        for kind in KINDS:
-            head = distiller.head(teacher.name, kind)
-            for group_idx, group in enumerate(head.groups):
-                for row in range(len(group.student_layers)):
-                    if init == "ridge" and len(head.regress):
-                        maps: Any = head.regress[group_idx]
-                        yield _Fit(teacher, idx, kind, maps, group_idx, row, regress=True)
-                    maps = head.project[group_idx] if len(head.project) else None
-                    if isinstance(maps, JointMap | LinearProjection):
-                        yield _Fit(teacher, idx, kind, maps, group_idx, row, regress=False)
+    for (idx, teacher), kind in product(enumerate(distiller.teachers), KINDS):
+        head = distiller.head(teacher.name, kind)
+        for group_idx, group in enumerate(head.groups):
+            for row, layer in enumerate(group.student_layers):
+                place = idx, kind, group_idx, row, layer
+                if init == "ridge" and len(head.regress):
+                    yield _Fit(*place, head.regress[group_idx], regress=True)
+                maps = head.project[group_idx] if len(head.project) else None
+                if isinstance(maps, JointMap | LinearProjection):
+                    yield _Fit(*place, maps, regress=False)
 
 
 def _chunks(fits: Iterable[_Fit]) -> Iterator[list[_Fit]]:
@@ -188,7 +181,7 @@ def _measure(distiller: Distiller, pilot: Iterable[Batch], fits: list[_Fit]) -> 
         stacked = distiller.targets(teachers) if distiller.needs_all_layers else {}
         targets = distiller.target_rows(teachers, stacked)
         for fit, found in zip(fits, moments, strict=True):
-            mask_BT = teachers[fit.teacher.name]["covered"]
+            mask_BT = teachers[distiller.teachers[fit.teacher_idx].name]["covered"]
             target = targets[fit.kind][fit.teacher_idx][fit.group_idx](fit.row)
             ours, theirs = (
                 _masked_tokens(kv_BHTD, mask_BT)
@@ -207,15 +200,11 @@ def _masked_tokens(kv_BHTD: Tensor, mask_BT: Tensor) -> Tensor:
 def explained_lines(explained: Explained) -> list[str]:
     """One line per teacher and kind that was fitted by ridge, for the log."""
     lines = []
-    for teacher, kinds in explained.items():
-        for kind, layers in kinds.items():
-            found = [share for share in layers if share is not None]
-            if found:
-                lines.append(
-                    f"{teacher}: variance of {kind}s explained before step 1, on texts held out "
-                    f"from the fit: {sum(found) / len(found):.2f} (by layer "
-                    + " ".join(f"{share:.2f}" for share in found) + ")"
-                )  # fmt: skip
+    for (teacher, kinds), kind in product(explained.items(), KINDS):
+        if found := [share for share in kinds[kind] if share is not None]:
+            what = f"{teacher}: variance of {kind}s explained before step 1, on texts held out"
+            layers = " ".join(f"{share:.2f}" for share in found)
+            lines.append(f"{what} from the fit: {mean(found):.2f} (by layer {layers})")
     return lines
 
 

@@ -11,8 +11,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from kvdistill.attention.geometry import HeadShape
 from kvdistill.attention.kv_capture import KVCapture
 from kvdistill.distill.student.injection import InjectionGate, injecting
+from kvdistill.distill.targets import unmeasured
 from kvdistill.distill.train.checkpoint import gathered, load_state
 from tests.distill.student.test_checkpointing import IDS, build
 
@@ -24,6 +26,7 @@ class Holder(nn.Module):
         super().__init__()
         self.student, self.gate = student, InjectionGate(2)
         self.capture = KVCapture(student)
+        self.standardise = unmeasured(2, HeadShape(2, 4))  # buffers, which are loaded too
 
     def forward(self, given: Tensor) -> Tensor:
         mask = (torch.arange(9) < 4).expand(2, 2, 9)
