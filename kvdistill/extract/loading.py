@@ -203,6 +203,8 @@ def _cannot_load(
 ) -> TeacherError:
     """One line: transformers' messages are long, and their first sentences hold the cause."""
     cause = " ".join(str(error).split())[:300]
+    if isinstance(error, LookupError):  # whose text is the missing key alone
+        cause = f"{type(error).__name__}: {cause}"
     remedy = (
         "check the name and your access to it; without a network, run `kvdistill fetch` ahead of "
         "time"

@@ -17,6 +17,7 @@ from kvdistill.attention.kv_capture import verify_student
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import AdapterError, StudentError, TeacherError
 from kvdistill.extract.extract_shard import extract_samples
+from kvdistill.extract.loading import load_teacher_tokenizer
 from kvdistill.extract.teacher import Teacher, load_teacher
 from tests.attention.families import DECODERS, ENCODER_DECODERS, ENCODERS
 from tests.attention.tiny_configs import tiny_config
@@ -227,6 +228,9 @@ def test_a_folder_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match="teacher 't': cannot load") as error:
         load_teacher("t", make(tmp_path, {}))
     assert "\n" not in str(error.value)
+    (tmp_path / "t" / "tokenizer.json").write_text("{}")
+    with pytest.raises(TeacherError, match=r"cannot load .*: KeyError: 'added_tokens'"):
+        load_teacher_tokenizer("t", make(tmp_path, {}).teachers["t"])
 
 
 @pytest.mark.parametrize("vocab_size", [4, 6, 9, 10, 12, 17])
