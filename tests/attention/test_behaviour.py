@@ -19,6 +19,7 @@ from kvdistill.errors import AdapterError, StudentError, TeacherError
 from kvdistill.extract.extract_shard import extract_samples
 from kvdistill.extract.loading import load_teacher_tokenizer
 from kvdistill.extract.teacher import Teacher, load_teacher
+from kvdistill.extract.tokenise import batch_by_tokens
 from tests.attention.families import DECODERS, ENCODER_DECODERS, ENCODERS
 from tests.attention.tiny_configs import tiny_config
 from tests.extract.models import TEXTS, save_teacher, tiny_model, tiny_tokenizer
@@ -238,3 +239,27 @@ def test_a_vocabulary_of_few_tokens_is_enough(vocab_size: int) -> None:
     model = tiny_model("llama", **{**B, "vocab_size": vocab_size})
     verified = fit_adapter("t", model, None)
     assert (verified.kind, verified.batches.padded_to) == ("decoder", None)
+
+
+@pytest.mark.parametrize(
+    ("leak", "outcome"),
+    [
+        (lambda hidden: hidden + hidden.mean(0), (0, True)),
+        (lambda hidden: hidden + torch.randn_like(hidden), "differ from one pass to the next"),
+    ],
+    ids=["expert capacity of a batch", "random hashes"],
+)
+def test_texts_that_change_one_another_at_any_length_are_read_alone(
+    leak: Any, outcome: Any
+) -> None:
+    """As experts of a capacity that a batch shares would, and hashing of tokens into buckets."""
+    model = tiny_model("bert", **{**ENCODERS["bert"][1], "initializer_range": 0.3})
+    middle = model.encoder.layer[1]
+    middle.register_forward_pre_hook(lambda module, args: (leak(args[0]), *args[1:]))
+    if isinstance(outcome, str):
+        with pytest.raises(TeacherError, match=outcome):
+            fit_adapter("t", model, None)
+        return
+    batches = fit_adapter("t", model, None).batches
+    assert (batches.padded_to, batches.alone) == outcome
+    assert list(batch_by_tokens([3, 3, 2], 1)) == [[0], [1], [2]]
