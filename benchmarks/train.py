@@ -8,6 +8,7 @@
 ``cached``   two ablations with SmolLM2 as the student, from the store (int8, zarr)
 ``live``     the same two with the teachers in memory
 ``scale``    a tiny student over a synthetic store, and over one ten times larger
+``words``    cross-entropy of 2,048 tokens over 150,000 words: all logits at once, and in chunks
 
 Each run has a process of its own. Reported: the share of step time spent waiting for batches (after
 the first, which cannot be prefetched); peak memory, live over cached; total time of k ablations,
@@ -121,6 +122,13 @@ def scale(_: argparse.Namespace, work: Path) -> dict[str, Any]:
     return found
 
 
+def words(_: argparse.Namespace, __: Path) -> dict[str, Any]:
+    return {
+        name: child(what="words", vocabulary=150_000, tokens=2048, chunked=name == "chunked")
+        for name in ("whole", "chunked")
+    }
+
+
 MANIFEST = {
     "name": "synthetic", "model": "synthetic", "revision": None, "model_type": "llama",
     "kind": "decoder", "weights_fingerprint": "0", "tokenizer_fingerprint": "0",
@@ -135,7 +143,7 @@ MANIFEST = {
 }  # fmt: skip
 
 
-PARTS = {"extract": extract, "cached": cached, "live": live, "scale": scale}
+PARTS = {"extract": extract, "cached": cached, "live": live, "scale": scale, "words": words}
 
 
 def ratios(results: dict[str, Any], clock: str) -> dict[str, float]:
@@ -159,6 +167,11 @@ def ratios(results: dict[str, Any], clock: str) -> dict[str, float]:
         small, large = results["small"], results["large"]
         figures["store_size_ratio"] = large["store_mib"] / small["store_mib"]
         figures["memory_large_over_small"] = large["peak_mib"] / small["peak_mib"]
+    if "whole" in results:
+        whole, chunked = results["whole"], results["chunked"]
+        for name in ("step_mib", "step_s"):
+            figures[f"words_whole_over_chunked_{name}"] = whole[name] / chunked[name]
+        figures["words_loss_difference"] = abs(whole["loss"] - chunked["loss"])
     return figures
 
 

@@ -126,9 +126,38 @@ def synthesise(spec: dict[str, Any]) -> dict[str, Any]:
     return {"store_mib": size / 2**20}
 
 
+def words(spec: dict[str, Any]) -> dict[str, Any]:
+    """Cross-entropy, forward and backward, of a student that is little but its vocabulary."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from kvdistill.distill.losses.pointwise import cross_entropy
+    from kvdistill.distill.student import language_head
+
+    if not spec["chunked"]:
+        language_head.MAX_LOGITS = sys.maxsize
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=spec["vocabulary"], hidden_size=128, intermediate_size=128, num_hidden_layers=1,
+        num_attention_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    ids = torch.randint(0, spec["vocabulary"], (4, spec["tokens"] // 4))
+    head = language_head.LanguageHead(model)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    _, logits = head.run(input_ids=ids, use_cache=False)
+    loss = cross_entropy(logits, ids, None)
+    loss.backward()
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"step_mib": (peak - before) / 2**10, "step_s": seconds, "loss": float(loss)}
+
+
 def main() -> None:
     spec = json.loads(sys.argv[1])
-    work = {"train": train, "extract": extract, "synthesise": synthesise}[spec["what"]]
+    works = {"train": train, "extract": extract, "synthesise": synthesise, "words": words}
+    work = works[spec["what"]]
     with redirect_stdout(sys.stderr):
         found = work(spec)
     found["wall_s"] = time.perf_counter() - STARTED

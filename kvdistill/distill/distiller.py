@@ -49,6 +49,7 @@ from kvdistill.distill.losses.regression import regression_error
 from kvdistill.distill.losses.weighting import sum_served, weighted_sum
 from kvdistill.distill.project.projections import SpaceAdapter
 from kvdistill.distill.student.injection import InjectionGate, injecting
+from kvdistill.distill.student.language_head import DeferredLogits, LanguageHead
 from kvdistill.distill.targets import (
     LayerTargets,
     TargetOf,
@@ -73,7 +74,7 @@ Rows = Sequence[Sequence[TargetOf]]
 class StudentOutput:
     """One forward pass of the student; keys and queries are not rotated."""
 
-    logits: Tensor
+    logits: Tensor | DeferredLogits
     query_BLQTD: Tensor
     key_BLHTD: Tensor
     value_BLHTD: Tensor
@@ -112,6 +113,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.student = student
         self.capture = self.capture_of(student)
+        self.language_head = LanguageHead(self.language_model)
         self.teachers = teachers
         self.projection, self.fusion = projection, fusion
         self.balance = LoadBalancing(self.language_model, losses.router_aux)
@@ -220,7 +222,7 @@ class Distiller(nn.Module):
         """One forward pass of the student: logits, unrotated Q, K and V, last hidden state."""
         needs_hidden = bool(self.teachers) and self.weigh.needs_hidden
         with self.capture() as captured:
-            output = self.student(
+            output, logits = self.language_head.run(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
                 output_hidden_states=needs_hidden,
@@ -233,7 +235,7 @@ class Distiller(nn.Module):
             form = f"one hidden state a token, the student gives {list(hidden.shape)}"
             raise StudentError(f"fusion.method {self.fusion.method} reads {form}; use fixed")
         aux = self.balance(output, batch["attention_mask"])
-        return StudentOutput(output.logits, query, key, value, hidden, router_aux=aux)
+        return StudentOutput(logits, query, key, value, hidden, router_aux=aux)
 
     def text_losses(self, batch: Batch, output: StudentOutput, counts: Counts) -> dict[str, Tensor]:
         """Losses that need no teacher."""
@@ -426,11 +428,8 @@ class Distiller(nn.Module):
             fused = {kind: self.space[kind].out_of(z) for kind, z in fused.items()}
         mask_BLT, labels = self._injection(batch)
         with injecting(self.capture, fused["key"], fused["value"], mask_BLT, self.gate):
-            logits = self.student(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                use_cache=False,
-            ).logits
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            _, logits = self.language_head.run(**inputs, use_cache=False)
         return cross_entropy(logits, labels, counts["num_injected"])
 
     def _injection(self, batch: Batch) -> tuple[Tensor, Tensor]:

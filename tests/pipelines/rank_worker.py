@@ -97,6 +97,7 @@ def main(config: str, output: str, stop_step: str, flag: str = "") -> None:
     texts = [tokenizer.decode(ids) for ids in seen]
     found = {
         "texts": texts, "counts": counted, "metrics": metrics,
+        "scores": trainer.held_out.rows,
         "step": trainer.state.global_step, "of": trainer.state.max_steps,
         "sharded": any(isinstance(p, DTensor) for p in trainer.model.parameters()),
     }  # fmt: skip

@@ -63,6 +63,7 @@ def run(
         "counts": [rank["counts"] for rank in found],
         "sharded": found[0]["sharded"],
         "metrics": found[0]["metrics"],
+        "evaluations": [(rank["metrics"], rank["scores"]) for rank in found],
     }
 
 
@@ -85,6 +86,10 @@ def test_two_processes_train_as_one_does(extracted: Path, tmp_path: Path) -> Non
     two = run(extracted, tmp_path / "2", 2, training__batch_size=3, **ACCUMULATED)
     assert one["texts"] == two["texts"] == corpus_texts(extracted)
     same_losses(one, two)
+    assert two["evaluations"][0] == two["evaluations"][1]
+    (metrics, rows), (ours, our_rows) = one["evaluations"][0], two["evaluations"][0]
+    assert ours == pytest.approx(metrics, rel=1e-4)
+    assert [row["sample_id"] for row in our_rows] == [row["sample_id"] for row in rows]
 
 
 @pytest.fixture(scope="module")

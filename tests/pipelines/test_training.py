@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from kvdistill.corpus.readers import load_corpus
+from kvdistill.distill.train import trainer as trainer_module
 from kvdistill.distill.train.guards import StepGuard, StepReport
 from kvdistill.distill.train.trainer import KVDistillTrainer
 from kvdistill.errors import ConfigError
@@ -195,6 +196,26 @@ def test_a_compiled_student_trains_the_same(extracted: Path, tmp_path: Path) -> 
     for ours, theirs in zip(losses(plain.folder), losses(compiled.folder), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-3)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_evaluation_has_the_precision_of_training(
+    extracted: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.dtype] = []
+    score = trainer_module.score_held_out
+
+    def scored(student: Any, *args: Any, **rest: Any) -> Any:
+        head = student.get_output_embeddings()
+        hook = head.register_forward_hook(lambda _, __, logits: seen.append(logits.dtype))
+        try:
+            return score(student, *args, **rest)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(trainer_module, "score_held_out", scored)
+    train(variant(extracted, tmp_path, training__max_steps=1, training__precision=precision))
+    assert {*seen} == {getattr(torch, precision)}
 
 
 def test_every_line_of_the_log_is_a_number(extracted: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from transformers import GenerationConfig
 from kvdistill.attention.padded_generation import end_token_ids, generate_padded
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.evaluate.answers import Answer, ExactMatch, grade, is_gradable, target
+from kvdistill.distill.evaluate.over_ranks import over_ranks
 from kvdistill.distill.evaluate.perplexity import score_texts
 from kvdistill.distill.student.build import prompt_ids
 from kvdistill.distill.student.latent.model import LatentStudent, Think, answer
@@ -117,6 +118,7 @@ def generate_and_grade(
     was_training = student.training
     student.eval()
     found = _grade_in_batches(
+        student,
         samples,
         tokenizer,
         prompts,
@@ -145,6 +147,7 @@ def latent_exact_match(
     """
     questions = [question_and_answer(sample)[0] for sample in samples]
     return _grade_in_batches(
+        student,
         samples,
         tokenizer,
         questions,
@@ -155,6 +158,7 @@ def latent_exact_match(
 
 
 def _grade_in_batches(
+    student: Any,
     samples: Sequence[Sample],
     tokenizer: Any,
     prompts: Sequence[Any],
@@ -165,10 +169,11 @@ def _grade_in_batches(
 ) -> ExactMatch:
     """Grade answers in the samples' order; ``generate`` maps prompts to new token ids."""
     order = sorted(range(len(samples)), key=lambda i: len(prompts[i]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    generated = over_ranks(student, batches, lambda rows: generate([prompts[i] for i in rows]))
     answers: dict[int, Answer] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        for i, ids in zip(chosen, generate([prompts[i] for i in chosen]), strict=True):
+    for chosen, batch in zip(batches, generated, strict=True):
+        for i, ids in zip(chosen, batch, strict=True):
             text = tokenizer.decode(ids, skip_special_tokens=True)
             num_forwards = len(ids) + extra_forwards
             answers[i] = grade(samples[i], text, num_new_tokens=len(ids), num_forwards=num_forwards)

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.data.collate import StudentTokens, student_batch, tokenize
-from kvdistill.distill.losses.pointwise import IGNORED_LABEL
+from kvdistill.distill.evaluate.over_ranks import over_ranks
+from kvdistill.distill.losses.pointwise import IGNORED_LABEL, negative_log_likelihood
+from kvdistill.distill.student.language_head import DeferredLogits, LanguageHead
 
 CALIBRATION_BINS: Final = 15
 
@@ -74,53 +76,67 @@ def score_texts(
     was_training = student.training
     student.eval()
     device = student.get_input_embeddings().weight.device
-    scores: dict[int, TextScore] = {}
-    calibration = Calibration(device)
+    head = LanguageHead(student)
+    pad_id = tokenizer.pad_token_id or 0
+
+    def score(chosen: list[int]) -> tuple[list[TextScore], Tensor]:
+        tokens = tokenize(tokenizer, [samples[i] for i in chosen], max_length)
+        batch = student_batch(tokens, pad_id)
+        labels = batch["labels"].masked_fill(~batch["text_mask"], IGNORED_LABEL)[:, 1:].to(device)
+        wanted = F.pad(labels, (0, 1), value=IGNORED_LABEL)
+        inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+        _, logits = head.run(**inputs, use_cache=False)
+        calibration = Calibration(device)
+
+        def measured(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+            calibration.add(logits_NV, labels_N)
+            return negative_log_likelihood(logits_NV, labels_N)
+
+        if isinstance(logits, DeferredLogits):
+            nll_BT = logits.map(measured, wanted)
+        else:
+            nll_BT = measured(logits.flatten(0, 1), wanted.flatten()).view_as(wanted)
+        nll = nll_BT.sum(1, dtype=torch.float64).tolist()
+        counts = (labels != IGNORED_LABEL).sum(1).tolist()
+        rows = zip(chosen, nll, counts, tokens, strict=True)
+        scores = [TextScore(samples[i].sample_id, x, n, _num_chars(t)) for i, x, n, t in rows]
+        return scores, calibration.sums.cpu()
+
     # Texts of similar length share a batch, to save padding; totals do not depend on the order.
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].text))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        tokens = tokenize(tokenizer, [samples[i] for i in chosen], max_length)
-        batch = student_batch(tokens, tokenizer.pad_token_id or 0)
-        labels = batch["labels"].masked_fill(~batch["text_mask"], IGNORED_LABEL)[:, 1:].to(device)
-        logits = student(
-            input_ids=batch["input_ids"].to(device),
-            attention_mask=batch["attention_mask"].to(device),
-            use_cache=False,
-        ).logits[:, :-1]
-        nll_BT = F.cross_entropy(
-            logits.float().transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none"
-        )
-        nll = nll_BT.sum(1, dtype=torch.float64).tolist()
-        calibration.add(logits, labels)
-        counts = (labels != IGNORED_LABEL).sum(1).tolist()
-        for row, i in enumerate(chosen):
-            num_chars = _num_chars(tokens[row])
-            scores[i] = TextScore(samples[i].sample_id, nll[row], counts[row], num_chars)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    found = over_ranks(student, batches, score)
     student.train(was_training)
-    return Metrics(tuple(scores[i] for i in range(len(samples))), calibration)
+    of_sample = {
+        i: text
+        for chosen, (scores, _) in zip(batches, found, strict=True)
+        for i, text in zip(chosen, scores, strict=True)
+    }
+    calibration = Calibration(torch.device("cpu"))
+    calibration.sums += sum((sums for _, sums in found), torch.zeros_like(calibration.sums))
+    return Metrics(tuple(of_sample[i] for i in range(len(samples))), calibration)
 
 
 class Calibration:
     """Confidence and accuracy of next-token predictions, summed per bin of confidence."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64, device=device)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: logits ``[B, T, V]``, labels ``[B, T]``."""
+        """Add tokens: logits ``[N, V]``, labels ``[N]``."""
         mask = labels != IGNORED_LABEL
         log_probability, guess = logits[mask].float().log_softmax(-1).max(-1)
         confidence = log_probability.exp().double()
         right = (guess == labels[mask]).double()
         bin_idx = (confidence * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
         for row, value in enumerate((torch.ones_like(confidence), confidence, right)):
-            self._sums[row].index_add_(0, bin_idx, value)
+            self.sums[row].index_add_(0, bin_idx, value)
 
     @property
     def error(self) -> float:
         """Expected calibration error: mean over tokens of |confidence − accuracy| of their bin."""
-        num, confidence, right = self._sums
+        num, confidence, right = self.sums
         return float((confidence - right).abs().sum() / num.sum().clamp_min(1))
 
     @property
@@ -128,7 +144,7 @@ class Calibration:
         """``num_tokens``, ``confidence`` and ``accuracy`` of non-empty bins, by confidence."""
         return [
             {"num_tokens": int(num), "confidence": confidence / num, "accuracy": right / num}
-            for num, confidence, right in self._sums.T.tolist()
+            for num, confidence, right in self.sums.T.tolist()
             if num
         ]
 

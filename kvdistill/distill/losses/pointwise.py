@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvdistill.distill.losses.weighting import reduce_tokens
+from kvdistill.distill.student.language_head import DeferredLogits
 from kvdistill.errors import GeometryError
 from kvdistill.types import Distance
 
@@ -85,23 +86,30 @@ def hidden_error(student_BLE: Tensor, target_BLE: Tensor) -> Tensor:
     return error / std.clamp_min(1e-6)
 
 
-def cross_entropy(logits_BTV: Tensor, labels_BT: Tensor, num_labels: Tensor | None) -> Tensor:
+def cross_entropy(
+    logits: Tensor | DeferredLogits, labels_BT: Tensor, num_labels: Tensor | None
+) -> Tensor:
     """Next-token cross-entropy: a float32 scalar, reduced over the labels that count.
 
     Args:
-        logits_BTV: what each token predicts.
+        logits: what each token predicts, ``[B, T, V]``.
         labels_BT: token ids, not shifted; ``IGNORED_LABEL`` where they do not count.
         num_labels: ``num_predicted`` of all micro-batches and ranks; this batch's if None.
     """
     # Labels are shifted, not logits: this copies no [B, T, V], and softmax is contiguous.
     wanted = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED_LABEL)
-    errors = F.cross_entropy(
-        logits_BTV.flatten(0, 1).float(),
-        wanted.flatten(),
-        ignore_index=IGNORED_LABEL,
-        reduction="none",
-    ).view_as(wanted)
+    if isinstance(logits, DeferredLogits):
+        errors = logits.map(negative_log_likelihood, wanted)
+    else:
+        errors = negative_log_likelihood(logits.flatten(0, 1), wanted.flatten()).view_as(wanted)
     return reduce_tokens(errors, wanted != IGNORED_LABEL, num_labels)
+
+
+def negative_log_likelihood(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Of every label, in nats: ``[N]`` float32; 0 where it is ``IGNORED_LABEL``."""
+    return F.cross_entropy(
+        logits_NV.float(), labels_N, ignore_index=IGNORED_LABEL, reduction="none"
+    )
 
 
 def num_predicted(labels_BT: Tensor) -> Tensor:

@@ -300,7 +300,7 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         limits: dict[str, Any] = {"batch_size": training.batch_size}
         answers, distiller = training.exact_match_samples, self.distiller
         inputs = (distiller.student, self.processing_class, self.evaluation)
-        with gathered(distiller):
+        with self.accelerator.autocast(), gathered(distiller):
             if latent is not None:
                 limits |= {"answer": answers or None, "max_new_tokens": latent.max_new_tokens}
                 self.held_out = score_latent(*inputs, **limits)

@@ -13,7 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.evaluate.held_out import score_held_out
 from kvdistill.distill.evaluate.perplexity import CALIBRATION_BINS, Calibration, score_texts
+from kvdistill.distill.student import language_head
 from kvdistill.distill.student.build import train_tokenizer
+from kvdistill.errors import StudentError
 
 TEXTS = ["How many?", "two and two make four, and four and four make eight", "", "x", "ééé 🙂 ok"]
 SAMPLES = [Sample(f"s{i}", (("text", text),)) for i, text in enumerate(TEXTS)]
@@ -120,3 +122,50 @@ def test_answers_are_asked_of_the_first_samples_that_have_one(student: Any, toke
     assert all({"nll", "num_tokens", "num_chars"} <= row.keys() for row in found.rows)
     without = score_held_out(student, tokenizer, asked, max_length=32, batch_size=2)
     assert "exact_match" not in without.metrics
+
+
+class Alone(Exception):
+    """Ends a rank where it would wait for the others."""
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_rank_scores_its_share_and_all_get_the_same_figures(
+    student: Any, tokenizer: Any, world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = SAMPLES * 2
+    options: dict[str, Any] = {"max_length": 40, "batch_size": 2}
+    alone = score_texts(student, tokenizer, samples, **options)
+    boxes: list[Any] = []
+
+    def gather(found: list[Any], mine: Any) -> None:
+        if len(boxes) < world:
+            boxes.append(mine)
+            raise Alone
+        found[:] = boxes
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    for rank in range(world):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        with pytest.raises(Alone):
+            score_texts(student, tokenizer, samples, **options)
+    assert sorted(n for own, _ in boxes for n in own) == list(range((len(samples) + 1) // 2))
+    together = score_texts(student, tokenizer, samples, **options)
+    assert together.samples == alone.samples
+    assert together.to_dict() == alone.to_dict()
+    boxes[1] = ({}, StudentError("rank 1 failed"))
+    with pytest.raises(StudentError, match="rank 1 failed"):
+        score_texts(student, tokenizer, samples, **options)
+
+
+def test_a_large_vocabulary_is_scored_in_chunks(
+    student: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"max_length": 100, "batch_size": 3}
+    whole = score_texts(student, tokenizer, SAMPLES, **options)
+    monkeypatch.setattr(language_head, "MAX_LOGITS", 4 * len(tokenizer))
+    found = score_texts(student, tokenizer, SAMPLES, **options)
+    assert found.to_dict() == pytest.approx(whole.to_dict(), rel=1e-5)
+    for ours, theirs in zip(found.samples, whole.samples, strict=True):
+        assert ours.nll == pytest.approx(theirs.nll, rel=1e-5, abs=1e-6)

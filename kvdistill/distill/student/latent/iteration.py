@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from kvdistill.distill.student.language_head import DeferredLogits, LanguageHead
+
 Project = Callable[[Tensor], Tensor]
 
 Cached = tuple[tuple[Tensor, Tensor], ...]
@@ -78,11 +80,11 @@ def jacobi(
     first, cache = _run_after_cache(model, torch.cat([prefix.embeds_BTE, x_BME], 1), mask, None)
     cached = _truncated(cache, prefix.mask_BT.shape[1])
     # The hidden state at bot gives the first latent's input, that of a latent the next one's.
-    x_BME = project(first.hidden_states[-1][:, -x_BME.shape[1] - 1 : -1])
+    x_BME = project(first.last_hidden_state[:, -x_BME.shape[1] - 1 : -1])
     first_BE = x_BME[:, :1]
     for _ in range(iterations - 1):
         output, _ = _run_after_cache(model, x_BME, mask, cached)
-        x_BME = torch.cat([first_BE, project(output.hidden_states[-1][:, :-1])], 1)
+        x_BME = torch.cat([first_BE, project(output.last_hidden_state[:, :-1])], 1)
     return Prefix(prefix.embeds_BTE, prefix.mask_BT, cached), x_BME
 
 
@@ -95,47 +97,53 @@ def sequential(
     """
     first, cache = _run_after_cache(model, prefix.embeds_BTE, prefix.mask_BT, None)
     cached = grown = _truncated(cache, prefix.mask_BT.shape[1])
-    inputs = [project(first.hidden_states[-1][:, -1:])]
+    inputs = [project(first.last_hidden_state[:, -1:])]
     for latent in range(1, num_latents):
         step, cache = _run_after_cache(model, inputs[-1], _extended(prefix.mask_BT, latent), grown)
         grown = _truncated(cache, prefix.mask_BT.shape[1] + latent)
-        inputs.append(project(step.hidden_states[-1]))
+        inputs.append(project(step.last_hidden_state))
     return Prefix(prefix.embeds_BTE, prefix.mask_BT, cached), torch.cat(inputs, 1)
 
 
 def conclude(
-    model: Any, prefix: Prefix, x_BME: Tensor, tail_BAE: Tensor, tail_mask_BA: Tensor
-) -> tuple[Any, DynamicCache, Tensor]:
+    head: LanguageHead, prefix: Prefix, x_BME: Tensor, tail_BAE: Tensor, tail_mask_BA: Tensor
+) -> tuple[Any, Tensor | DeferredLogits, DynamicCache, Tensor]:
     """Run the latents for the last time, together with the tail (eot and the answer).
 
     Returns:
-        The model's output, whose last ``M + A`` columns are latents and tail; its cache; the
-        cache's mask.
+        The model's output, whose last ``M + A`` columns are latents and tail; the tail's logits;
+        the cache, and its mask.
     """
     embeds = torch.cat([x_BME, tail_BAE], 1)
     if prefix.cached is None:
         embeds = torch.cat([prefix.embeds_BTE, embeds], 1)
     mask = torch.cat([_extended(prefix.mask_BT, x_BME.shape[1]), tail_mask_BA], 1)
-    return *_run_after_cache(model, embeds, mask, prefix.cached), mask
+    inputs = _after_cache(embeds, mask, prefix.cached)
+    columns = tail_BAE.shape[1]
+    output, logits = head.run(columns=columns, **inputs, output_hidden_states=True)
+    return output, logits, inputs["past_key_values"], mask
 
 
 def _run_after_cache(
     model: Any, embeds_BTE: Tensor, mask_BT: Tensor, cached: Cached | None
 ) -> tuple[Any, DynamicCache]:
-    """Run ``embeds`` after the cached positions; ``mask`` covers both, ``[B, cached + T]``."""
-    position_ids = (mask_BT.cumsum(1) - 1).clamp_min(0)[:, -embeds_BTE.shape[1] :]
+    """Run the layers alone, without a head; arguments as for ``_after_cache``."""
+    inputs = _after_cache(embeds_BTE, mask_BT, cached)
+    return model.base_model(**inputs), inputs["past_key_values"]
+
+
+def _after_cache(embeds_BTE: Tensor, mask_BT: Tensor, cached: Cached | None) -> dict[str, Any]:
+    """Inputs that follow the cached positions; the mask covers both, ``[B, cached + T]``."""
     cache = DynamicCache()
     for layer_idx, (key, value) in enumerate(cached or ()):
         cache.update(key, value, layer_idx)
-    output = model(
-        inputs_embeds=embeds_BTE,
-        attention_mask=mask_BT,
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=True,
-        output_hidden_states=True,
-    )
-    return output, cache
+    return {
+        "inputs_embeds": embeds_BTE,
+        "attention_mask": mask_BT,
+        "position_ids": (mask_BT.cumsum(1) - 1).clamp_min(0)[:, -embeds_BTE.shape[1] :],
+        "past_key_values": cache,
+        "use_cache": True,
+    }
 
 
 def _truncated(cache: DynamicCache, length: int) -> Cached:

@@ -187,14 +187,14 @@ class LatentDistiller(Distiller):
         """Cross-entropy of the answer after the latents, and of the full text; CODI."""
         parts = super().text_losses(batch, view, counts)
         if self.losses.rationale:
-            output = self.student.backbone(
+            output, logits = self.language_head.run(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
                 use_cache=False,
                 **self.balance.inputs,
             )
             labels, number = batch["rationale_labels"], counts.get("num_words")
-            parts["rationale"] = cross_entropy(output.logits, labels, number)
+            parts["rationale"] = cross_entropy(logits, labels, number)
             aux = self.balance(output, batch["attention_mask"])
             if aux is not None:
                 parts["router_aux"] = aux * share_of_step(labels, number)

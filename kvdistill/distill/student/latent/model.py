@@ -24,6 +24,7 @@ from kvdistill.attention.geometry import position_limit
 from kvdistill.attention.padded_generation import pad_left, through_first
 from kvdistill.config.distill import LatentConfig
 from kvdistill.distill.student.build import prompt_ids
+from kvdistill.distill.student.language_head import DeferredLogits, LanguageHead
 from kvdistill.distill.student.latent.iteration import (
     LatentProjector,
     Prefix,
@@ -44,17 +45,13 @@ class Thought:
 
     output: Any
     """The language model's, with hidden states."""
+    answer_logits: Tensor | DeferredLogits
+    """``[B, 1 + A, V]``: column 0, at eot, predicts the answer's first token."""
     cache: DynamicCache
     mask_BT: Tensor
     """Long; covers all positions of the cache."""
     num_latents: int
     num_tail: int
-
-    @property
-    def answer_logits(self) -> Tensor:
-        """``[B, 1 + A, V]``: column 0, at eot, predicts the answer's first token."""
-        logits: Tensor = self.output.logits[:, -self.num_tail :]
-        return logits
 
     @property
     def cue(self) -> Tensor:
@@ -94,6 +91,7 @@ class LatentStudent(nn.Module):
         self.bot_E = nn.Parameter(torch.randn(size, **like) * scale)
         self.eot_E = nn.Parameter(torch.randn(size, **like) * scale)
         self.latents_ME = nn.Parameter(torch.randn(config.positions, size, **like) * scale)
+        self.language_head = LanguageHead(backbone)
         self.projector: LatentProjector | None = None
         if config.method == "codi" or (config.method == "pccot" and config.iterations):
             self.projector = LatentProjector(
@@ -152,7 +150,7 @@ class LatentStudent(nn.Module):
             tail = torch.cat([tail, self.get_input_embeddings()(answer_BA)], 1)
             given = torch.ones_like(answer_BA) if answer_mask_BA is None else answer_mask_BA.long()
             mask = torch.cat([mask, given], 1)
-        found = conclude(self.backbone, prefix, x_BME, tail, mask)
+        found = conclude(self.language_head, prefix, x_BME, tail, mask)
         return Thought(*found, x_BME.shape[1], tail.shape[1])
 
     def generate(
@@ -282,7 +280,9 @@ def _continue_greedily(
 ) -> list[list[int]]:
     end = -1 if eos_id is None else eos_id
     mask = thought.mask_BT
-    token_B = thought.answer_logits[:, 0].argmax(-1)
+    logits = thought.answer_logits
+    whole = logits if isinstance(logits, Tensor) else logits.whole()
+    token_B = whole[:, 0].argmax(-1)
     generated, done = [token_B], token_B == end
     while len(generated) < max_new_tokens and not bool(done.all()):
         mask = F.pad(mask, (0, 1), value=1)

@@ -185,7 +185,8 @@ def read_latents(
         ids, mask = left_padded(tokenizer, questions)
         thought = student(ids.to(device), mask.to(device))
         hidden.append(thought.latents.float().cpu())
-        logits = thought.output.logits[:, thought.columns]
+        # Soft caps and scales do not change the order.
+        logits = student.backbone.get_output_embeddings()(thought.latents)
         nearest.append(logits.topk(3, dim=-1).indices.cpu())
     student.train(was_training)
     return Latents(torch.cat(hidden), torch.cat(nearest))

@@ -79,7 +79,7 @@ def test_forward_passes_are_counted_as_they_are_made(
         made += 1
 
     sample = Sample("a", (("prompt", "1+2"), ("answer", "\n3")))
-    handle = student.backbone.register_forward_hook(count)
+    handle = student.backbone.base_model.register_forward_hook(count)
     found = latent_exact_match(student, TOKENIZER, [sample], max_new_tokens=5, batch_size=4)
     handle.remove()
     assert student.num_passes == thinking
