@@ -116,7 +116,8 @@ class AttentionRule:
         """
         groups = (key_BHTD.shape[1], -1)
         query = query_BQTD.float().unflatten(1, groups) * self.scaling  # type: ignore[no-untyped-call]
-        scores: Tensor = query @ key_BHTD.float().unsqueeze(2).mT
+        with torch.autocast(query.device.type, enabled=False):
+            scores: Tensor = query @ key_BHTD.float().unsqueeze(2).mT
         if self.softcap is not None:
             scores = self.softcap * (scores / self.softcap).tanh()
         if self.bias is not None:
@@ -143,7 +144,7 @@ def probabilities(
     asked, place = (torch.arange(x.shape[2], device=key.device) for x in (query, key))
     scores = rule.scores(query, key, asked, place, len(place))
     visible = rule.mask.visible(asked, place)[None, None, None]
-    scores, visible = with_sink(scores, visible, sinks_Q)
+    scores, visible = with_sink(scores, visible, sinks_Q if rule.sinks else None)
     shares = scores.masked_fill(~visible, -torch.inf).softmax(-1).flatten(1, 2)
     return shares[..., : len(place)]
 
@@ -181,7 +182,7 @@ def _with_error(
     expected = probabilities(rule, query, key, sinks_Q)
     if expected.shape != weights.shape:
         return rule
-    error = float((expected - weights.float()).abs().max())
+    error = float((expected - weights.float()).detach().abs().max())
     return replace(rule, attention_error=float("inf") if math.isnan(error) else error)
 
 

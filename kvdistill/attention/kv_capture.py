@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -76,6 +76,22 @@ def _unreadable(student: Any, error: AdapterError) -> StudentError:
     return StudentError(f"keys and values of a student of type {kind!r} cannot be read: {error}")
 
 
+class CapturedLayer(NamedTuple):
+    """Unrotated queries, keys and values ``[B, H, T, D]`` of one attention layer."""
+
+    query: Tensor | None
+    """None unless queries were requested: they are several times as large as the keys."""
+    key: Tensor
+    value: Tensor
+
+
+def stack_layers(captured: Sequence[CapturedLayer]) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Queries, keys and values of all layers, ``[B, L, H, T, D]`` each."""
+    queries = [layer.query for layer in captured if layer.query is not None]
+    key, value = (torch.stack([getattr(x, kind) for x in captured], dim=1) for kind in KINDS)
+    return torch.stack(queries, dim=1) if queries else None, key, value
+
+
 class KVCapture:
     """Captures and rewrites unrotated keys and values while the student runs.
 
@@ -91,7 +107,7 @@ class KVCapture:
         self.geometry = _geometry(student, self.sites)
         self._student = student
         self._rewrite: Rewrite | None = None
-        self.replaying = False
+        self.replaying = self.capturing = False
 
     def compile_layers(self, backend: str = "inductor") -> None:
         """``torch.compile`` what a layer does outside of its attention, in place.
@@ -121,21 +137,29 @@ class KVCapture:
         self._student.activation_checkpointing_enable(
             activation_checkpointing_kwargs={
                 "use_reentrant": False,
-                "context_fn": lambda: (nullcontext(), _Replay(self, self._rewrite)),
+                "context_fn": lambda: (
+                    nullcontext(),
+                    _Replay(self, self._rewrite, self.capturing),
+                ),
             }
         )
 
     @contextmanager
-    def __call__(self) -> Iterator[list[QKV]]:
-        """While inside, collect query, key and value, each ``[B, H, T, D]``, layer by layer."""
-        found: list[QKV] = []
+    def __call__(self, *, queries: bool = False) -> Iterator[list[CapturedLayer]]:
+        """While inside, collect what every layer computes, layer by layer."""
+        found: list[CapturedLayer] = []
 
         def collect(layer_idx: int, qkv: QKV) -> None:
             if not self.replaying:
-                found.append(qkv)
+                query = qkv.query if queries else None
+                found.append(CapturedLayer(query, qkv.key, qkv.value))
 
-        with capture(self.sites, collect):
-            yield found
+        self.capturing = True
+        try:
+            with capture(self.sites, collect):
+                yield found
+        finally:
+            self.capturing = False
 
     @contextmanager
     def rewriting(self, rewrite: Rewrite) -> Iterator[None]:
@@ -213,19 +237,22 @@ def _alone(output: Tensor, kinds: Sequence[Kind], site: Site) -> tuple[Tensor, .
 
 
 class _Replay:
-    """Context of a layer that a backward pass recomputes, with the rewriting of its forward pass.
+    """Context of a layer that a backward pass recomputes, with the hooks of its forward pass.
 
-    A class rather than a generator: a graph that is kept is walked again and re-enters it.
+    What a capture computes (Llama 4's norm) is recomputed too. A class rather than a generator: a
+    graph that is kept is walked again and re-enters it.
     """
 
-    def __init__(self, capture: KVCapture, rewrite: Rewrite | None) -> None:
-        self._capture, self._rewrite = capture, rewrite
+    def __init__(self, student: KVCapture, rewrite: Rewrite | None, captured: bool) -> None:
+        self._capture, self._rewrite, self._captured = student, rewrite, captured
         self._hooks: AbstractContextManager[None] = nullcontext()
 
     def __enter__(self) -> None:
         self._capture.replaying = True
         if self._rewrite is not None:
             self._hooks = attached(self._capture.rewriting_hooks(self._rewrite, replays=True))
+        elif self._captured and not self._capture.capturing:
+            self._hooks = capture(self._capture.sites, lambda layer_idx, qkv: None)
         self._hooks.__enter__()
 
     def __exit__(self, *error: Any) -> None:

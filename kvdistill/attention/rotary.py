@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvdistill.errors import ConfigError, GeometryError
+from kvdistill.errors import ConfigError
 from kvdistill.store.manifest import RotarySpec
 from kvdistill.types import RopeMethod
 
@@ -60,41 +60,6 @@ def _on_device(inv_freq: tuple[float, ...], device: torch.device) -> Tensor:
     """Copied once, rather than at every layer of every step."""
     with torch.inference_mode(False):
         return torch.tensor(inv_freq, device=device)
-
-
-def rotate_layers(
-    x_BLHTD: Tensor,
-    position_BT: Tensor,
-    inv_freq: Tensor,
-    *,
-    interleaved: bool = False,
-    attention_scaling: float = 1.0,
-) -> Tensor:
-    """Rotate all layers at once; the inverse is the same call with negated positions.
-
-    Args:
-        x_BLHTD: unrotated keys (or queries) ``[B, L, H, T, D]``.
-        position_BT: positions ``[B, T]``, or ``[1, T]`` for all samples.
-        inv_freq: ``[d/2]``, or ``[L, d/2]`` where layers differ; the first ``d ≤ D`` channels are
-            rotated.
-        interleaved: channel pairs are (0, 1), (2, 3), … (GPT-J) instead of (0, d/2), … (Llama).
-        attention_scaling: factor on the rotated channels (YaRN).
-
-    Returns:
-        ``[B, L, H, T, D]`` in ``x``'s dtype; computed in float32.
-
-    Raises:
-        GeometryError: more channels to rotate than there are.
-    """
-    rotary_dim = 2 * inv_freq.shape[-1]
-    if rotary_dim > x_BLHTD.shape[-1]:
-        raise GeometryError(
-            f"rope: {rotary_dim} channels to rotate, but head dim is {x_BLHTD.shape[-1]}"
-        )
-    freq_LF = inv_freq.float().reshape(-1, inv_freq.shape[-1])
-    angle_BLTF = position_BT.float()[:, None, :, None] * freq_LF[None, :, None, :]
-    turned = _rotate_by(x_BLHTD, angle_BLTF.unsqueeze(2), attention_scaling, interleaved)
-    return turned.to(x_BLHTD.dtype)
 
 
 def _rotate_by(

@@ -145,6 +145,7 @@ def _attention_rule(
     if mask is None:
         looks_ahead = weights is not None and bool(weights.triu(1).any())
         mask = MaskRule(site.adapter.is_causal if weights is None else not looks_ahead)
+    sinks = next((name for name, own in names.items() if own is seen.sinks), None)
     stated = [getattr(site.attention, name, None) for name in ("scaling", "softmax_scale")]
     scalings = [x for x in stated if isinstance(x, float)] + [seen.query.shape[-1] ** -0.5, 1.0]
     rules = [
@@ -153,9 +154,11 @@ def _attention_rule(
             scaling=factor * scaling,
             mask=mask,
             softcap=seen.softcap,
-            sinks=next((name for name, own in names.items() if own is seen.sinks), None),
+            sinks=name,
         )
         for scaling in (scalings if seen.scaling is None else [seen.scaling])
+        # Granite's sink scales the output, and leaves the weights as they are.
+        for name in dict.fromkeys((sinks, None))
     ]
     # T5's first layer holds the bias of all, UMT5's layers one each.
     learned = [

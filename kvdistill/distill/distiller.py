@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from kvdistill.attention.geometry import HeadShape
-from kvdistill.attention.kv_capture import KVCapture
+from kvdistill.attention.kv_capture import KVCapture, stack_layers
 from kvdistill.config.distill import AlignmentConfig, FusionConfig, LossConfig, ProjectionConfig
 from kvdistill.distill.align.band import band_of
 from kvdistill.distill.data.collate import Batch
@@ -75,7 +75,7 @@ class StudentOutput:
     """One forward pass of the student; keys and queries are not rotated."""
 
     logits: Tensor | DeferredLogits
-    query_BLQTD: Tensor
+    query_BLQTD: Tensor | None  # where a loss compares attention
     key_BLHTD: Tensor
     value_BLHTD: Tensor
     hidden: Tensor | None
@@ -221,7 +221,7 @@ class Distiller(nn.Module):
     def run_student(self, batch: Batch) -> StudentOutput:
         """One forward pass of the student: logits, unrotated Q, K and V, last hidden state."""
         needs_hidden = bool(self.teachers) and self.weigh.needs_hidden
-        with self.capture() as captured:
+        with self.capture(queries=self.losses.attention_kl > 0) as captured:
             output, logits = self.language_head.run(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
@@ -229,7 +229,7 @@ class Distiller(nn.Module):
                 use_cache=False,
                 **self.balance.inputs,
             )
-        query, key, value = (torch.stack(layers, dim=1) for layers in zip(*captured, strict=True))
+        query, key, value = stack_layers(captured)
         hidden = output.hidden_states[-1] if needs_hidden else None
         if hidden is not None and hidden.ndim != 3:
             form = f"one hidden state a token, the student gives {list(hidden.shape)}"
@@ -376,7 +376,7 @@ class Distiller(nn.Module):
         ours = {kind: self._in_target_space(output.kind(kind), kind) for kind in KINDS}
         served_BLT = alpha.sum(0) > 0
         sums = fused_errors(ours, fused, served_BLT, self.losses)
-        if self.losses.attention_kl:
+        if self.losses.attention_kl and output.query_BLQTD is not None:
             error_BLT = self.attention_maps(
                 output.query_BLQTD, output.key_BLHTD, fused["key"], served_BLT
             )

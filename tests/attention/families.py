@@ -256,6 +256,61 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+_NOPE = {**_B, "head_dim": 16}
+# Families that share an adapter with one above, or are served by a verified fit: only in the table.
+MORE_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "afmoe": ("afmoe", {**_NOPE, **_MOE, "num_local_experts": 4, "sliding_window": 4}),
+    "apertus": ("apertus", _B),
+    "arcee": ("arcee", _B),
+    "cohere, q/k norms by a flag": ("cohere", {**_B, "use_qk_norm": True}),
+    "cohere2, sliding": ("cohere2", {**_B, "sliding_window": 4}),
+    "diffllama, two maps": ("diffllama", _B),
+    "doge, data-dependent mask": ("doge", _B),
+    "dots1, MoE": ("dots1", {**_NOPE, **_MOE, "n_routed_experts": 4, "first_k_dense_replace": 3}),
+    "ernie4_5": ("ernie4_5", {**_B, "head_dim": 8}),
+    "exaone4": ("exaone4", {**_B, "sliding_window": 4}),
+    "glm": ("glm", _NOPE),
+    "glm4": ("glm4", _NOPE),
+    "glm4_moe, q/k norms by a flag": (
+        "glm4_moe",
+        {**_NOPE, **_MOE, "use_qk_norm": True, "first_k_dense_replace": 3},
+    ),
+    "granite_swa, sinks": ("granite_swa", {**_B, "sliding_window": 4}),
+    "granitemoe": ("granitemoe", {**_B, "num_local_experts": 4}),
+    "helium": ("helium", {**_B, "head_dim": 8}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", _NOPE),
+    "lfm2_moe, hybrid": (
+        "lfm2_moe",
+        {**_B, **_MOE, "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 3},
+    ),
+    "ministral, sliding": ("ministral", {**_B, "head_dim": 8, "sliding_window": 4}),
+    "nemotron": ("nemotron", _B),
+    "olmo": ("olmo", _B),
+    "olmo3, sliding": ("olmo3", {**_B, "sliding_window": 4}),
+    "phi, q/k norms by a flag": ("phi", {**_B, "qk_layernorm": True}),
+    "phi3, longrope": (
+        "phi3",
+        {
+            **_B,
+            "original_max_position_embeddings": 8,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 8,
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0, 3.0, 4.0, 5.0],
+            },
+        },
+    ),
+    "phimoe, MoE": ("phimoe", {**_B, "num_local_experts": 4}),
+    "qwen2_moe, MoE": ("qwen2_moe", {**_B, **_MOE, "shared_expert_intermediate_size": 16}),
+    "qwen3_moe, MoE": ("qwen3_moe", {**_NOPE, **_MOE}),
+    "seed_oss": ("seed_oss", {**_B, "head_dim": 8}),
+    "stablelm, partial rotary": ("stablelm", {**_B, "partial_rotary_factor": 0.25}),
+    "stablelm, q/k norms by a flag": ("stablelm", {**_B, "qk_layernorm": True}),
+    "starcoder2": ("starcoder2", {**_B, "sliding_window": 4}),
+    "vaultgemma": ("vaultgemma", {**_NOPE, "sliding_window": 4}),
+}
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("bert", _B),
     "roberta": ("roberta", _B),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from kvdistill.attention.adapters import PLAIN
 from kvdistill.attention.fitting import fit_adapter
 from kvdistill.attention.geometry import position_limit, text_model
 from kvdistill.attention.kv_capture import KVCapture, verify_student
+from kvdistill.config.distill import AlignmentConfig, FusionConfig, LossConfig, ProjectionConfig
+from kvdistill.distill.distiller import Distiller
 from kvdistill.errors import StudentError
 from kvdistill.types import KINDS, Kind
 from tests.attention.families import DECODERS
@@ -98,6 +101,28 @@ def test_rewriting_is_seen_by_attention_and_own_keys_and_values_change_nothing(n
     for layer, kind in rewritten:
         with capture.rewriting(lambda x, i, k, at=(layer, kind): x.flip(-1) if at == (i, k) else x):
             assert not torch.allclose(model(ids, use_cache=False).logits, own, rtol=1e-5, atol=1e-6)
+
+
+def test_queries_are_captured_only_where_a_loss_needs_them() -> None:
+    model = student("llama").requires_grad_(False)
+    made: list[Any] = []
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(
+        lambda module, args, output: made.append(weakref.ref(output))
+    )
+    batch = {"input_ids": torch.arange(3, 16)[None], "attention_mask": torch.ones(1, 13).long()}
+    settings = {"alignment": AlignmentConfig(), "fusion": FusionConfig()}
+    kept = []
+    for weight in (0.0, 0.1):
+        losses = LossConfig(attention_kl=weight)
+        distiller = Distiller(
+            model, [], projection=ProjectionConfig(mode="frozen"), losses=losses, **settings
+        )
+        with distiller.capture(queries=weight > 0) as found:
+            model(**batch, use_cache=False)
+        kept.append(made[-1]() is not None)
+        output = distiller.run_student(batch)
+        assert (output.query_BLQTD is None) == (weight == 0) == (found[0].query is None)
+    assert kept == [False, True]
 
 
 def test_random_states_and_training_modes_are_left_alone() -> None:

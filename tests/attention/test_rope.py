@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from kvdistill.attention.rotary import rotary_candidates, rotate_layers, scale_frequencies
-from kvdistill.errors import ConfigError, GeometryError
+from kvdistill.attention.rotary import rotary_candidates, rotate, scale_frequencies, unrotate
+from kvdistill.errors import ConfigError
+from kvdistill.store.manifest import RotarySpec
 from tests.extract.models import BASE, tiny_model
 
 
@@ -12,6 +13,11 @@ def inverse_frequencies(rotary_dim, base=10_000.0):
     """``base^(−2i/d)`` for ``i = 0 … d/2 − 1`` (RoFormer, arXiv 2104.09864)."""
     exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
     return (base**-exponent).float()
+
+
+def spec(inv_freq, **settings):
+    found = tuple(inv_freq.tolist())
+    return RotarySpec(rotary_dim=2 * len(found), inv_freq=found, **settings)
 
 
 def complex_rotation(x, position, inv_freq, interleaved):
@@ -39,7 +45,7 @@ def test_equals_complex_multiplication(interleaved, rotary_dim):
     torch.manual_seed(0)
     x, position = torch.randn(2, 3, 2, 5, 8), torch.tensor([0, 1, 7, 30, 31])
     inv_freq = inverse_frequencies(rotary_dim, 100.0)
-    out = rotate_layers(x, position[None], inv_freq, interleaved=interleaved)
+    out = rotate(x, position, spec(inv_freq, interleaved=interleaved))
     expected = complex_rotation(x, position, inv_freq, interleaved)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(out[..., rotary_dim:], x[..., rotary_dim:])
@@ -55,28 +61,22 @@ def test_equals_transformers_for_llama():
     cos, sin = LlamaRotaryEmbedding(config)(k, position)
     _, expected = apply_rotary_pos_emb(k, k, cos, sin)
     base = config.rope_parameters["rope_theta"]
-    out = rotate_layers(k.unsqueeze(1), position, inverse_frequencies(16, base))
-    torch.testing.assert_close(out.squeeze(1), expected, atol=1e-5, rtol=1e-5)
+    out = rotate(k, position, spec(inverse_frequencies(16, base)))
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_negated_positions_undo_and_layers_may_differ():
-    x, position = torch.randn(2, 2, 3, 6, 8), torch.randint(0, 500, (2, 6))
-    inv_freq = torch.stack([inverse_frequencies(8, 1e4), inverse_frequencies(8, 1e6)])
-    out = rotate_layers(x, position, inv_freq)
-    torch.testing.assert_close(rotate_layers(out, -position, inv_freq), x, atol=1e-5, rtol=1e-5)
-    alone = rotate_layers(x[:, 1:], position, inv_freq[1])
-    torch.testing.assert_close(out[:, 1:], alone)
+def test_unrotate_undoes_a_rotation_at_any_positions():
+    x, position = torch.randn(2, 3, 6, 8), torch.randint(0, 500, (2, 1, 6))
+    turned = spec(inverse_frequencies(6), attention_scaling=1.3)
+    out = unrotate(rotate(x, position, turned), position, turned)
+    torch.testing.assert_close(out, x, atol=1e-5, rtol=1e-5)
 
 
 def test_a_rotation_of_both_sides_leaves_an_mse_unchanged():
     a, b = torch.randn(2, 1, 2, 2, 9, 8).unbind()
-    position, inv_freq = torch.arange(9)[None], inverse_frequencies(8)
+    position, turned = torch.arange(9), spec(inverse_frequencies(8))
     before = (a - b).square().mean()
-    after = (
-        (rotate_layers(a, position, inv_freq) - rotate_layers(b, position, inv_freq))
-        .square()
-        .mean()
-    )
+    after = (rotate(a, position, turned) - rotate(b, position, turned)).square().mean()
     torch.testing.assert_close(before, after)
 
 
@@ -105,8 +105,6 @@ def test_errors():
         scale_frequencies(inverse_frequencies(8), "linear", 0)
     with pytest.raises(ConfigError, match="dynamic needs length"):
         scale_frequencies(inverse_frequencies(8), "dynamic", 2.0)
-    with pytest.raises(GeometryError, match="head dim is 4"):
-        rotate_layers(torch.zeros(1, 1, 1, 1, 4), torch.zeros(1, 1), inverse_frequencies(8))
 
 
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}

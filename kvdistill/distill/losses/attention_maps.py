@@ -1,7 +1,8 @@
 """KL between rows of ``T × T`` maps: what a token attends to, and how tokens relate to each other.
 
-    attention   KL( softmax(q·k_target/√D) ‖ softmax(q·k_student/√D) )
-                the student's own queries and causal mask; only the keys differ
+    attention   KL( P(q, k_target) ‖ P(q, k_student) )
+                P: the student's own attention, with its queries, rotation, scale, window, soft cap,
+                bias and sinks (``attention/attention_rule.py``); only the keys differ
     relation    KL( softmax(X_t X_tᵀ/√d) ‖ softmax(X_s X_sᵀ/√d) )
                 X: a layer's keys (K-K) or values (V-V), all heads joined and split again into
                 relation heads of width d (MiniLMv2, arXiv 2012.15828). Heads and dim need not
@@ -12,84 +13,135 @@ Only one layer's maps exist at a time: the backward pass recomputes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from kvdistill.attention.rotary import rotate_layers, scale_frequencies
+from kvdistill.attention.attention_rule import AttentionRule, unexplained, with_sink
+from kvdistill.attention.kv_capture import verify_student
+from kvdistill.attention.rotary import scale_frequencies
 from kvdistill.config.distill import AlignmentConfig
 from kvdistill.errors import GeometryError, StudentError
+from kvdistill.store.manifest import RotarySpec
 
 
-class AttentionMaps(nn.Module):
-    """``attention_kl`` of unrotated queries and keys, which are rotated as the student does."""
+class LayerAttention(NamedTuple):
+    """Attention of one layer of the student."""
 
-    inv_freq: Tensor | None
+    rule: AttentionRule
+    target_rule: AttentionRule
+    """The same, with the rotation of the target's keys."""
+    sinks_Q: Tensor | None = None
+    """The score of each query head's sink; None without one."""
+
+
+class AttentionMaps:
+    """``attention_kl`` with the student's own attention, as measured on the student in hand."""
 
     def __init__(self, student: Any, config: AlignmentConfig) -> None:
-        super().__init__()
-        self.config = config
-        base = getattr(student, student.base_model_prefix, student)
-        rotary = getattr(base, "rotary_emb", None)
-        found = getattr(rotary, "inv_freq", None)
-        if rotary is not None and found is None:
+        verified = verify_student(student)
+        problem = unexplained(verified.layers, student.dtype)
+        if problem:
             raise StudentError(
-                f"losses.attention_kl: a student of type {student.config.model_type!r} has one "
-                "rotary embedding per layer type, which this loss does not support; set it to 0"
+                f"losses.attention_kl cannot be computed for a student of type "
+                f"{student.config.model_type!r}, because {problem}; set it to 0"
             )
-        self.scaling = float(getattr(rotary, "attention_scaling", 1.0))
-        self.trained_length = getattr(student.config, "max_position_embeddings", None)
-        self.register_buffer("inv_freq", None if found is None else found.clone(), persistent=False)
+        self.rules: Sequence[AttentionRule] = verified.layers
+        positions = getattr(student.config.get_text_config(), "max_position_embeddings", None)
+        self.target_rules = [
+            replace(rule, rotary=rule.rotary and _stretched(rule.rotary, config, positions))
+            for rule in self.rules
+        ]
+        # Not the parameters themselves, which sharding replaces.
+        self._attentions = [site.attention for site in verified.sites]
 
-    def forward(
+    def __call__(
         self, query_BLQTD: Tensor, own_BLHTD: Tensor, target_BLHTD: Tensor, mask_BLT: Tensor
     ) -> Tensor:
-        """KL per query ``[B, L, T]`` float32; arguments as ``attention_kl``, not rotated."""
-        query, own, target = query_BLQTD, own_BLHTD, target_BLHTD
-        if self.inv_freq is not None:
-            length, config = query.shape[3], self.config
-            scaled = scale_frequencies(
-                self.inv_freq, config.rope, config.rope_factor, length, self.trained_length
+        """KL per query ``[B, L, T]`` float32; arguments as ``attention_kl``."""
+        tensors = query_BLQTD, own_BLHTD, target_BLHTD, mask_BLT
+        rules = [
+            LayerAttention(rule, target_rule, self._sinks(layer))
+            for layer, (rule, target_rule) in enumerate(
+                zip(self.rules, self.target_rules, strict=True)
             )
-            rotate = partial(
-                rotate_layers,
-                position_BT=torch.arange(length, device=query.device)[None],
-                attention_scaling=self.scaling,
-            )
-            query, own = (rotate(x, inv_freq=self.inv_freq) for x in (query, own))
-            if config.rope != "none":
-                target = rotate(target, inv_freq=scaled)
-        return attention_kl(query, own, target, mask_BLT)
+        ]
+        return attention_kl(*tensors, rules)
+
+    def _sinks(self, layer: int) -> Tensor | None:
+        name = self.rules[layer].sinks
+        found = None if name is None else getattr(self._attentions[layer], name)
+        return found.full_tensor() if isinstance(found, DTensor) else found
+
+
+def _stretched(
+    rotary: RotarySpec, config: AlignmentConfig, trained_length: int | None
+) -> RotarySpec | None:
+    """The rotation of target keys by ``alignment.rope``."""
+    method, factor = config.rope, config.rope_factor
+    if method == "none":
+        return None
+    if method == "dynamic":
+        scale_frequencies(torch.ones(2), method, factor, 1, trained_length)  # refuses bad settings
+        stretch = {"dynamic_factor": factor, "trained_length": trained_length}
+        return rotary.model_copy(update=stretch)
+    known = {"inv_freq": rotary.inv_freq, "long_inv_freq": rotary.long_inv_freq}
+    return rotary.model_copy(
+        update={
+            name: tuple(scale_frequencies(torch.tensor(x), method, factor).tolist())
+            for name, x in known.items()
+            if x is not None
+        }
+    )
 
 
 def attention_kl(
-    query_BLQTD: Tensor, student_k_BLHTD: Tensor, target_k_BLHTD: Tensor, mask_BLT: Tensor
+    query_BLQTD: Tensor,
+    student_k_BLHTD: Tensor,
+    target_k_BLHTD: Tensor,
+    mask_BLT: Tensor,
+    layers: Sequence[LayerAttention],
 ) -> Tensor:
     """KL per layer and query token, the mean over query heads: ``[B, L, T]`` float32.
 
     Args:
-        query_BLQTD: the student's queries, ``Q`` a multiple of H. All three are rotated.
+        query_BLQTD: the student's queries, ``Q`` a multiple of H. All three are unrotated.
         student_k_BLHTD: the student's keys.
         target_k_BLHTD: the target's keys in the student's space, detached here.
         mask_BLT: tokens whose keys count on both sides of a layer; other queries score 0.
+        layers: the student's attention, by layer.
     """
-    tensors = query_BLQTD, student_k_BLHTD, target_k_BLHTD.detach()
-    return _by_layer(_attention_layer, *tensors, mask_BLT)
+    tensors = query_BLQTD, student_k_BLHTD, target_k_BLHTD.detach(), mask_BLT
+    rows = zip(*(x.unbind(1) for x in tensors), layers, strict=True)
+    maps = [checkpoint(_attention_layer, *row, use_reentrant=False) for row in rows]
+    return torch.stack(maps, dim=1)
 
 
 def _attention_layer(
-    query_BQTD: Tensor, own_BHTD: Tensor, target_BHTD: Tensor, mask_BT: Tensor
+    query_BQTD: Tensor,
+    own_BHTD: Tensor,
+    target_BHTD: Tensor,
+    mask_BT: Tensor,
+    layer: LayerAttention,
 ) -> Tensor:
-    visible = _valid_pairs(mask_BT).tril()
-    b, num_heads, num_tokens, dim = own_BHTD.shape
-    query = query_BQTD.float().reshape(b, num_heads, -1, num_tokens, dim) * dim**-0.5
-    student = query @ own_BHTD.float().unsqueeze(2).mT
-    target = query.detach() @ target_BHTD.float().unsqueeze(2).mT
-    return masked_kl(target, student, visible[:, None, None]).mean(dim=(1, 2))
+    rule, target_rule, sinks_Q = layer
+    length = mask_BT.shape[1]
+    place = torch.arange(length, device=mask_BT.device)
+    query = rule.rotated(query_BQTD, place, length)
+    own = rule.rotated(own_BHTD, place, length)
+    target = target_rule.rotated(target_BHTD, place, length)
+    visible = (_valid_pairs(mask_BT) & rule.mask.visible(place, place))[:, None, None]
+    ours = rule.scores(query, own, place, place, length)
+    theirs = rule.scores(query.detach(), target, place, place, length)
+    ours, seen = with_sink(ours, visible, sinks_Q)
+    theirs, _ = with_sink(theirs, visible, None if sinks_Q is None else sinks_Q.detach())
+    return masked_kl(theirs, ours, seen).mean(dim=(1, 2))
 
 
 def relation_error(

@@ -48,6 +48,7 @@ def adapt(student: Any, config: LoraConfig, seed: int) -> Any:
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules="all-linear" if modules is None else modules,
+        exclude_modules=_routers(student) if modules is None else None,
         target_parameters=experts or None,
         task_type=peft.TaskType.CAUSAL_LM,
     )
@@ -68,6 +69,12 @@ def adapt(student: Any, config: LoraConfig, seed: int) -> Any:
         student.config.get_text_config().tie_word_embeddings = False
         student.config.tie_word_embeddings = False
     return adapted
+
+
+def _routers(student: Any) -> list[str] | None:
+    """Linear layers that return more than their product (Llama 4, Phi-3.5 MoE)."""
+    named = student.named_modules()
+    return [n for n, m in named if _is_linear(m) and "Router" in type(m).__name__] or None
 
 
 def _is_linear(module: Any) -> bool:

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvdistill.distill.losses.attention_maps import attention_kl, relation_error
+from kvdistill.attention.attention_rule import AttentionRule, MaskRule
+from kvdistill.distill.losses.attention_maps import LayerAttention, attention_kl, relation_error
 from kvdistill.distill.losses.pointwise import hidden_error
 from kvdistill.errors import GeometryError
 
@@ -12,6 +13,13 @@ MASK = torch.tensor([[1, 1, 1, 1, 1, 0], [0, 1, 1, 0, 1, 1]]).bool()
 MASK_BLT = torch.stack([MASK, MASK.roll(1, 1), torch.zeros_like(MASK)], 1)
 PAIRS_BLTT = MASK_BLT[..., :, None] & MASK_BLT[..., None, :]
 CAUSAL = torch.ones(6, 6).tril().bool()
+PLAIN = AttentionRule(rotary=None, scaling=5**-0.5, mask=MaskRule(causal=True))
+
+
+def plain_kl(query, own, target, mask):
+    """Without rotation, window, cap, bias or sink, which the families of the table have."""
+    layers = [LayerAttention(PLAIN, PLAIN)] * query.shape[1]
+    return attention_kl(query, own, target, mask, layers)
 
 
 def kl_rows(target, student, visible):
@@ -31,7 +39,7 @@ def test_attention_kl_equals_the_dense_form():
     query = torch.randn(2, 3, 4, 6, 5, requires_grad=True)
     own = torch.randn(2, 3, 2, 6, 5, requires_grad=True)
     target = torch.randn(2, 3, 2, 6, 5)
-    got = attention_kl(query, own, target, MASK_BLT)
+    got = plain_kl(query, own, target, MASK_BLT)
     expected = []
     for layer in range(3):
         q = query[:, layer]
@@ -49,14 +57,14 @@ def test_attention_kl_equals_the_dense_form():
 def test_equal_keys_have_no_divergence_and_masked_queries_score_zero():
     query, key = torch.randn(2, 1, 2, 6, 4), torch.randn(2, 1, 2, 6, 4)
     mask = MASK[:, None]
-    got = attention_kl(query, key, key, mask)
+    got = plain_kl(query, key, key, mask)
     torch.testing.assert_close(got, torch.zeros(2, 1, 6), atol=1e-6, rtol=0)
-    other = attention_kl(query, key, torch.randn_like(key), mask)
+    other = plain_kl(query, key, torch.randn_like(key), mask)
     assert not other[~mask].any()
     assert bool((other[mask] >= -1e-6).all())
     nothing = torch.zeros_like(mask)
     key.requires_grad_()
-    empty = attention_kl(query, key, torch.randn_like(key), nothing)
+    empty = plain_kl(query, key, torch.randn_like(key), nothing)
     empty.sum().backward()
     assert not empty.any()
     assert bool(key.grad.isfinite().all())

@@ -179,9 +179,11 @@ class LatentDistiller(Distiller):
             thought = self.student.conclude(
                 prefix, x_BME, batch["answer_ids"], batch["answer_mask"]
             )
-        layers = zip(*captured, strict=True)
-        query, key, value = (torch.stack(x, dim=1)[:, :, :, thought.columns] for x in layers)
-        return LatentOutput(thought.answer_logits, query, key, value, thought.latents, thought.cue)
+        key, value = (
+            torch.stack([getattr(layer, kind)[:, :, thought.columns] for layer in captured], dim=1)
+            for kind in KINDS
+        )
+        return LatentOutput(thought.answer_logits, None, key, value, thought.latents, thought.cue)
 
     def text_losses(self, batch: Batch, view: StudentOutput, counts: Counts) -> dict[str, Tensor]:
         """Cross-entropy of the answer after the latents, and of the full text; CODI."""
