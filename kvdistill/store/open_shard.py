@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -59,12 +58,13 @@ def open_shard(folder: Path, manifest: TeacherManifest, commit: Commit) -> Opene
         raise ShardCorrupt(
             f"{folder}: sample_ptr does not rise from 0 to {counts.num_tokens}; {REMEDY}"
         )
-    if block_ptr(ptr)[-1] != counts.num_blocks:
+    blocks = block_ptr(ptr)
+    if blocks[-1] != counts.num_blocks:
         raise ShardCorrupt(
-            f"{folder}: sample_ptr gives {block_ptr(ptr)[-1]} blocks, expected the committed "
+            f"{folder}: sample_ptr gives {blocks[-1]} blocks, expected the committed "
             f"{counts.num_blocks}; {REMEDY}"
         )
-    return OpenedShard(folder, manifest, commit, specs, data, ptr)
+    return OpenedShard(folder, manifest, commit, specs, data, ptr, blocks)
 
 
 def read_samples(text: str) -> tuple[Sample, ...]:
@@ -82,6 +82,7 @@ class OpenedShard:
     specs: dict[str, ArraySpec]
     data: ArrayReader
     sample_ptr: NDArray[np.int64]
+    block_ptr: NDArray[np.int64]
 
     def token_table(self) -> TokenTable:
         """The token table; read from disk at every call."""
@@ -132,12 +133,12 @@ class OpenedShard:
     ) -> NDArray[np.float32]:
         """Decoded float32 ``[L, H, tokens, D]`` of one sample. See ``KVStore.read_sample``."""
         _refuse_unknown_layers(self.manifest, layers)
-        first, last = self._bounds[sample_idx], self._bounds[sample_idx + 1]
+        first, last = map(int, self.sample_ptr[sample_idx : sample_idx + 2])
         start, stop, step = tokens.indices(last - first)
         if step != 1:
             raise GeometryError(f"tokens must be a slice without a step, got {tokens}")
         stop = max(start, stop)
-        block = self._blocks[sample_idx]
+        block = int(self.block_ptr[sample_idx])
         spans = {
             "token": slice(first + start, first + stop),
             "block": slice(block + start // BLOCK_TOKENS, block - (-stop // BLOCK_TOKENS)),
@@ -159,14 +160,6 @@ class OpenedShard:
             for name in self.specs
             if name.endswith(end)
         }
-
-    @cached_property
-    def _bounds(self) -> list[int]:
-        return [int(i) for i in self.sample_ptr]
-
-    @cached_property
-    def _blocks(self) -> list[int]:
-        return [int(i) for i in block_ptr(self.sample_ptr)]
 
     def _stem(self, kind: Kind, layers: Sequence[int] | None) -> str:
         """Name of the array that holds a kind of these layers."""

@@ -7,12 +7,14 @@ process can stream a store of any size.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +34,22 @@ OPEN_SHARDS: Final = 16
 """Shards that stay open for random access."""
 
 
+_HANDLES: Final[WeakSet[KVStore]] = WeakSet()
+
+
+def _renew_locks() -> None:
+    """In a forked child, none of the threads that may have held a lock exists."""
+    for store in _HANDLES:
+        store._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)
+
+
 class KVStore:
-    """A store, opened for reading. Safe to share between threads; pickled by its path."""
+    """A store, opened for reading. Safe to share between threads and with forked children; pickled
+    by its path.
+    """
 
     def __init__(self, paths: StorePaths, manifest: StoreManifest) -> None:
         self.paths = paths
@@ -43,9 +59,10 @@ class KVStore:
         self._open: OrderedDict[tuple[str, str], OpenedShard] = OrderedDict()
         self._index: dict[str, tuple[str, int]] | None = None
         self._lock = threading.Lock()
+        _HANDLES.add(self)
 
     def __reduce__(self) -> tuple[Callable[[Path], KVStore], tuple[Path]]:
-        return KVStore.open, (self.paths.root,)
+        return KVStore.open, (self.paths.root.absolute(),)
 
     @staticmethod
     def open(path: Path | str) -> KVStore:

@@ -290,7 +290,15 @@ _HAS_ZARRS: Final = find_spec("zarrs") is not None
 
 _zarrs_process: Final[dict[str, int]] = {}
 
+_imported: Final[set[str]] = set()
+
 _IMPORT_LOCK: Final = Lock()
+# A fork waits for an import in another thread, which its child could never finish.
+os.register_at_fork(
+    before=_IMPORT_LOCK.acquire,
+    after_in_parent=_IMPORT_LOCK.release,
+    after_in_child=_IMPORT_LOCK.release,
+)
 
 
 def _import_libraries() -> None:
@@ -299,11 +307,14 @@ def _import_libraries() -> None:
     zarr's modules import each other in a circle: threads that import it together find them half
     initialised, or a deadlock of Python's module locks.
     """
+    if _imported:
+        return
     with _IMPORT_LOCK:
         import zarr.storage  # noqa: F401
 
         if _HAS_ZARRS:
             import zarrs._internal  # noqa: F401
+        _imported.add("zarr")
 
 
 def _zarrs_is_usable() -> bool:
