@@ -89,8 +89,7 @@ def test_each_layer_and_head_ranks_by_what_the_teacher_computes(
         mask = torch.from_numpy(sample.segment == 2)[None]
         for layer, measured in zip(seen, teacher.layers, strict=True):
             query, key, _ = seen[layer]
-            asked = (queries_and_keys([sample.segment]), measured.scaling, measured.rotary)
-            received = importance(query, key, *asked, causal=True)
+            received = importance(query, key, queries_and_keys([sample.segment]), measured)
             turned = rotate(key, torch.arange(key.shape[2]), measured.rotary)
             wanted = evict(
                 method, mask, 1, 2, 10, key_BLHTD=turned[:, None], importance_BLHT=received[:, None]

@@ -33,7 +33,7 @@ def step(student: Any, capture: KVCapture, *, inside: bool = False) -> dict[str,
     for parameter in student.parameters():
         parameter.grad = None
     torch.manual_seed(2)  # dropout of GPT-2
-    with capture() as found:
+    with capture(queries=True) as found:
         plain = student(input_ids=IDS, labels=IDS, use_cache=False).loss
         if inside:  # layers are computed again while capture listens
             plain.backward(retain_graph=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvdistill.attention.kv_capture import KVCapture
+from kvdistill.attention.kv_capture import KVCapture, stack_layers
 from kvdistill.distill.fuse.router import Router
 from kvdistill.distill.fuse.weights import fuse, renormalise
 from kvdistill.distill.student.injection import InjectionGate, following, injecting
@@ -31,7 +31,7 @@ def run(model, ids):
     capture = KVCapture(model)
     with capture() as found:
         logits = model(input_ids=ids, use_cache=False).logits
-    _, key, value = (torch.stack(layers, 1) for layers in zip(*found, strict=True))
+    _, key, value = stack_layers(found)
     return logits, key, value
 
 

@@ -46,7 +46,7 @@ def adapted(model_type: str, **settings: Any) -> Any:
 
 
 def read(student: Any) -> list[Tensor]:
-    with KVCapture(student)() as found, torch.no_grad():
+    with KVCapture(student)(queries=True) as found, torch.no_grad():
         logits = student(input_ids=IDS, use_cache=False).logits
     return [logits, *(x for qkv in found for x in qkv)]
 
