@@ -76,6 +76,10 @@ class IncompleteStore(StoreError):
     exit_code = 3
 
 
+class RunFolderError(KVDistillError, OSError):
+    """The folder of a run cannot be written."""
+
+
 class Interrupted(KVDistillError):
     """Stopped cleanly by a signal. Exit code 75: run the same command again to continue."""
 

@@ -27,6 +27,7 @@ from kvdistill.slurm import client
 from kvdistill.slurm.launch import Launch
 from kvdistill.slurm.ledger import Ledger, Submission
 from kvdistill.slurm.submit import batch_script, python_command, submit_job
+from kvdistill.store.commit import replace_file
 
 if TYPE_CHECKING:
     from kvdistill.pipelines.extract import ExtractionReport, OnProgress
@@ -105,9 +106,8 @@ def write_scripts(
     ledgers = [extraction_ledger(experiment, name) for name in teachers]
     for ledger in (*ledgers, training_ledger(experiment)):
         ledger.open_jobs()  # Slurm loses the log of a missing folder
-    folder.mkdir(parents=True, exist_ok=True)
     for name, text in scripts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        replace_file(folder / name, text)
 
 
 def training_ledger(experiment: Experiment) -> Ledger:

@@ -14,9 +14,12 @@ RUN/diagnostics.json      layer maps, an alignment, per-layer errors, for the re
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,8 +29,16 @@ from kvdistill import provenance
 from kvdistill.config.base import current_names
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import dump_experiment, flatten, parse_experiment
-from kvdistill.errors import ConfigError
+from kvdistill.errors import ConfigError, KVDistillError, RunFolderError
+from kvdistill.store.commit import folder_fault, replace_file
 from kvdistill.store.manifest import TeacherManifest
+
+log = logging.getLogger(__name__)
+
+
+UNWRITABLE: Final = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO
+}  # fmt: skip
 
 
 class RunFolder:
@@ -48,20 +59,50 @@ class RunFolder:
         """``run.json``; empty if the run has not begun."""
         if not self.record.is_file():
             return {}
-        record: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
+        try:
+            record: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.record}: expected a JSON object, got {error}; remove this file to train "
+                "the run again from its last checkpoint"
+            ) from error
         return record
 
     def checkpoint(self) -> Path | None:
-        """The newest checkpoint, if there is one."""
+        """The newest checkpoint that is complete and unchanged; warns of those that it skips."""
         named = (p for p in self.path.glob("checkpoint-*") if p.name.split("-", 1)[1].isdecimal())
-        found = [path for path in named if (path / "trainer_state.json").is_file()]
-        return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+        for path in sorted(named, key=lambda path: -int(path.name.split("-")[1])):
+            fault = folder_fault(path)
+            if fault is None:
+                return path
+            log.warning("%s is not resumed from: %s", path, fault)
+        return None
 
     def write_record(self, record: dict[str, Any]) -> None:
         """Replace ``run.json`` in one step."""
-        staged = self.record.with_suffix(".tmp")
-        staged.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        staged.replace(self.record)
+        replace_file(self.record, json.dumps(record, indent=1))
+
+
+@contextmanager
+def writing(folder: RunFolder) -> Iterator[None]:
+    """Turn a write that fails, in whichever library, into one line.
+
+    Raises:
+        RunFolderError: the disk is full, or the folder cannot be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        failed = isinstance(error, OSError) and error.errno in UNWRITABLE
+        # safetensors and torch have errors of their own.
+        failed = failed or any(sign in reason for sign in ("os error", "PytorchStreamWriter"))
+        if isinstance(error, KVDistillError) or not failed:
+            raise
+        raise RunFolderError(
+            f"{folder.path}: cannot be written ({reason}); committed checkpoints are unchanged: "
+            "free space or fix permissions, then run the same command again to resume"
+        ) from error
 
 
 def begin(experiment: Experiment) -> RunFolder:
@@ -73,11 +114,10 @@ def begin(experiment: Experiment) -> RunFolder:
     folder = RunFolder(experiment.output_dir / experiment.name)
     if os.environ.get("RANK", "0") != "0":
         return folder  # torchrun starts all ranks at once; rank 0 alone writes the record
-    if folder.config.is_file():
+    if folder.config.is_file() and folder.config.stat().st_size:
         refuse_other_config(folder, experiment)
     else:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        folder.config.write_text(dump_experiment(experiment), encoding="utf-8")
+        replace_file(folder.config, dump_experiment(experiment))
     record = folder.read_record()
     if not record.get("finished"):
         attempts = [*record.get("attempts", []), provenance.describe()]

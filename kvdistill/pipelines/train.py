@@ -25,7 +25,8 @@ from kvdistill.corpus.readers import Splits, load_corpus
 from kvdistill.corpus.samples import Sample, corpus_fingerprint
 from kvdistill.distill.evaluate.answers import is_gradable
 from kvdistill.errors import ConfigError, IncompleteStore, Interrupted, StoreMismatch
-from kvdistill.pipelines.run_folder import RunFolder, begin, model_card
+from kvdistill.pipelines.run_folder import RunFolder, begin, model_card, writing
+from kvdistill.store.commit import replace_file
 from kvdistill.store.reader import KVStore
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def train(experiment: Experiment) -> TrainingReport:
     checkpoint = folder.checkpoint()
     began = time.monotonic()
     reset_peak_memory()
-    with contextlib.closing(build_trainer(experiment, store, splits, folder)) as trainer:
+    trainer = build_trainer(experiment, store, splits, folder)
+    with writing(folder), contextlib.closing(trainer):
         _train_to_the_end(trainer, folder, checkpoint)
         metrics = trainer.evaluate() if splits.evaluation else {}
         best = trainer.best
@@ -161,7 +163,7 @@ def build_trainer(
     from transformers import set_seed
 
     from kvdistill.distill.data.stream import Rank, StoreSource
-    from kvdistill.distill.train.callbacks import HumanLog, JsonLines, ProgressBar
+    from kvdistill.distill.train.callbacks import Commits, HumanLog, JsonLines, ProgressBar
     from kvdistill.distill.train.pilot import explained_lines
     from kvdistill.distill.train.set_up import assemble, log_callbacks, training_arguments
     from kvdistill.distill.train.trainer import KVDistillTrainer
@@ -199,6 +201,7 @@ def build_trainer(
             human_log,
             ProgressBar(experiment.name),
             *log_callbacks(folder.path),
+            Commits(folder.path, experiment.training.keep_checkpoints),
         ],
     )
     trainer.initial_student = initial_student
@@ -231,10 +234,10 @@ def _write_outcome(
     diagnostics = _diagnose(trainer)
     if not trainer.is_world_process_zero():
         return
-    folder.diagnostics.write_text(json.dumps(diagnostics), encoding="utf-8")
+    replace_file(folder.diagnostics, json.dumps(diagnostics))
     shutil.rmtree(folder.best, ignore_errors=True)  # saved as the student
     rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in trainer.held_out.rows]
-    folder.eval_samples.write_text("".join(rows), encoding="utf-8")
+    replace_file(folder.eval_samples, "".join(rows))
     outcome = {
         "finished": True,
         "metrics": metrics,
@@ -245,13 +248,13 @@ def _write_outcome(
         **resource_usage(),
         "controls": recorded_controls(trainer, splits.train, splits.evaluation),
     }
-    folder.write_record(folder.read_record() | outcome)
+    record = folder.read_record() | outcome
     experiment: Experiment = trainer.experiment
     names = experiment.teachers if experiment.losses.uses_teachers else ()
     teachers = {name: store.teacher(name) for name in names}
     corpus = store.manifest.corpus_fingerprint
-    card = model_card(experiment, teachers, corpus, folder.read_record())
-    (folder.student / "README.md").write_text(card, encoding="utf-8")
+    replace_file(folder.student / "README.md", model_card(experiment, teachers, corpus, record))
+    folder.write_record(record)  # last: nothing is written after a run has finished
 
 
 def reset_peak_memory() -> None:

@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol
 from kvdistill.errors import SlurmError
 from kvdistill.slurm.heartbeat import HEARTBEAT_SECONDS
 from kvdistill.slurm.ledger import Ledger, Outcome
+from kvdistill.store.commit import replace_file
 
 TRY_AGAIN: Final = 75
 """Exit code (``EX_TEMPFAIL``): run the same task again."""
@@ -125,10 +126,7 @@ def write_once(text: str, folder: Path, stem: str) -> Path:
     """Freeze settings in a file named by their hash, so that later edits change no queued job."""
     path = folder / f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        staged = path.with_suffix(f".{id(text):x}.tmp")
-        staged.write_text(text, encoding="utf-8")
-        staged.replace(path)
+        replace_file(path, text)
     return path
 
 

@@ -10,6 +10,7 @@ Records of files are sizes and XXH3-64 checksums: faster than any disk, not cryp
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import stat
@@ -86,6 +87,27 @@ def publish_file(file: Path, final: Path) -> bool:
     return True
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Write a small file in one step: readers see its old content or the new one, whole.
+
+    Raises:
+        StoreError: the disk is full, or the folder cannot be written.
+    """
+    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_text(text, encoding="utf-8")
+        flush(staged)
+        staged.replace(path)
+        flush(path.parent)
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        raise StoreError(
+            f"{path}: {error.strerror or error}; nothing existing was changed: free space or fix "
+            "permissions, then run the same command again"
+        ) from error
+
+
 def flush(path: Path) -> None:
     """Fsync one file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -135,6 +157,34 @@ def read_regular(path: Path, limit: int) -> bytes:
             return file.read()
     finally:
         os.close(descriptor)
+
+
+def commit_folder(folder: Path) -> None:
+    """Flush every file of a folder and list them in ``COMMIT.json``, which one rename publishes.
+
+    Raises:
+        StoreError: the list cannot be written.
+    """
+    for path in sorted(folder.rglob("*"), reverse=True):
+        flush(path)
+    files = {name: record.model_dump() for name, record in folder_records(folder).items()}
+    replace_file(folder / COMMIT, json.dumps({"files": files}, indent=1))
+
+
+def folder_fault(folder: Path) -> str | None:
+    """How a folder differs from its ``COMMIT.json``, in one line; None if it does not."""
+    if not (folder / COMMIT).is_file():
+        return f"it has no {COMMIT}: saving it was interrupted, or an older version saved it"
+    try:
+        files = json.loads((folder / COMMIT).read_text(encoding="utf-8"))["files"]
+        for name, record in files.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if file_record(folder / name).model_dump() != record:
+                return f"{name} does not match its checksum"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{COMMIT} is damaged"
+    return None
 
 
 def check_size(folder: Path, name: str, commit: Commit) -> None:

@@ -29,6 +29,7 @@ from kvdistill.config.load import override, parse_experiment, put, read_yaml
 from kvdistill.config.study import AblationConfig, AblationPreset, ArmConfig
 from kvdistill.errors import ConfigError
 from kvdistill.pipelines.run_folder import RunFolder
+from kvdistill.store.commit import replace_file
 
 Body = Mapping[str, Any]
 """An experiment's settings, as its file has them."""
@@ -199,11 +200,8 @@ def write_record(design: StudyDesign) -> Path:
         "experiment": design.body,
         "arms": arms,
     }
-    design.folder.mkdir(parents=True, exist_ok=True)
     path = design.folder / ABLATION_FILE
-    staged = path.with_suffix(".tmp")
-    staged.write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
-    staged.replace(path)
+    replace_file(path, json.dumps(record, indent=1, default=str))
     return path
 
 

@@ -11,6 +11,7 @@ from kvdistill.config.load import load_experiment
 from kvdistill.errors import StoreFormatError
 from kvdistill.pipelines.cluster import overview
 from kvdistill.pipelines.run_folder import RunFolder
+from kvdistill.store.commit import commit_folder
 from kvdistill.store.format import StorePaths
 from kvdistill.store.maintenance import verify_store
 from kvdistill.store.manifest import Document, StoreManifest, _document_checksum
@@ -54,6 +55,7 @@ def test_a_run_with_a_stray_checkpoint_resumes_from_a_real_one(tmp_path: Path, n
     for folder in ("checkpoint-3", "checkpoint-12", name):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "trainer_state.json").write_text("{}")
+        commit_folder(tmp_path / folder)
     found = RunFolder(tmp_path).checkpoint()
     assert found is not None
     assert found.name == "checkpoint-12"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -22,6 +24,8 @@ from rich.progress import (
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
+from kvdistill.store.commit import commit_folder
+from kvdistill.store.format import COMMIT
 from kvdistill.text import format_duration
 
 TIME_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
@@ -40,6 +44,26 @@ class JsonLines(TrainerCallback):  # type: ignore[misc]
             row = {"step": state.global_step, "epoch": state.epoch, "time": time.time(), **logs}
             with self.path.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(row) + "\n")
+
+
+class Commits(TrainerCallback):  # type: ignore[misc]
+    """Commits every checkpoint once all ranks have written it, then removes the oldest ones."""
+
+    def __init__(self, run: Path, num_kept: int) -> None:
+        self.run, self.num_kept = run, num_kept
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Commit the checkpoint of this step."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if not state.is_world_process_zero:
+            return
+        commit_folder(self.run / f"checkpoint-{state.global_step}")
+        named = (p for p in self.run.glob("checkpoint-*") if p.name.split("-", 1)[1].isdecimal())
+        ordered = sorted(named, key=lambda path: int(path.name.split("-")[1]))
+        for path in ordered[: -self.num_kept]:
+            (path / COMMIT).unlink(missing_ok=True)  # first: half a checkpoint is none
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class _StepRate:

@@ -218,7 +218,6 @@ def training_arguments(experiment: Experiment, folder: Path, evaluates: bool) ->
         eval_steps=training.eval_steps if evaluate else None,
         save_strategy="steps" if training.save_steps else "no",
         save_steps=training.save_steps or 500,
-        save_total_limit=training.keep_checkpoints,
         logging_steps=training.log_steps,
         logging_nan_inf_filter=False,
         # Without it, processes on a machine without accelerators would each train alone.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import islice
@@ -43,6 +44,8 @@ from kvdistill.distill.train.devices import (
 )
 from kvdistill.distill.train.guards import Best, StepGuard, StopOnSignal, best_of
 from kvdistill.distill.train.run_batches import PLACEHOLDER, EpochAccounting, RunBatches
+from kvdistill.errors import StudentError
+from kvdistill.store.commit import commit_folder, folder_fault
 
 log = logging.getLogger(__name__)
 
@@ -291,7 +294,12 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
 
     def evaluate_best(self) -> dict[str, float]:
         """Load the best student that was kept, and evaluate it."""
-        load_weights(self.distiller, Path(self.args.output_dir) / BEST)
+        folder = Path(self.args.output_dir) / BEST
+        if (fault := folder_fault(folder)) is not None:
+            raise StudentError(
+                f"{folder}, the best student of the run: {fault}; train it again under another name"
+            )
+        load_weights(self.distiller, folder)
         return self._score("eval")
 
     def _score(self, prefix: str) -> dict[str, float]:
@@ -322,7 +330,7 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         if best is None:
             return
         if training.keep_best and best.step == self.state.global_step:
-            self.save_model(str(Path(self.args.output_dir) / BEST))
+            self._save_best()
         patience = training.early_stop_patience
         if patience is not None and best.since >= patience:
             self.control.should_training_stop = True
@@ -331,6 +339,18 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
                 self.experiment.name, training.best_metric, best.since, best.step,
                 self.state.global_step,
             )  # fmt: skip
+
+    def _save_best(self) -> None:
+        """Replace the best student so far by this one, once it is whole."""
+        best = Path(self.args.output_dir) / BEST
+        staged = best.with_name(f"{BEST}.tmp")
+        if self.args.should_save:
+            shutil.rmtree(staged, ignore_errors=True)
+        self.save_model(str(staged))
+        if self.args.should_save:
+            commit_folder(staged)
+            shutil.rmtree(best, ignore_errors=True)
+            staged.rename(best)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """AdamW that decays matrices alone; all but the student has its own learning rate."""

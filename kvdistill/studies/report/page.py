@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 from kvdistill.errors import ConfigError
+from kvdistill.store.commit import replace_file
 from kvdistill.studies.plots import svg
 from kvdistill.studies.report import tables
 from kvdistill.studies.report.comparison import unfair_arms
@@ -49,7 +50,7 @@ def write_report(
     markdown, by_arm = output.with_suffix(".md"), output.with_suffix(".csv")
     by_run = output.with_name(f"{output.stem}-runs.csv")
     for path, template in ((output, "report.html.j2"), (markdown, "report.md.j2")):
-        path.write_text(environment.get_template(template).render(content), encoding="utf-8")
+        replace_file(path, environment.get_template(template).render(content))
     _write_csv(by_arm, [csv_line(row) for row in rows])
     _write_csv(by_run, [_run_line(arm.name, run) for arm in study.arms for run in arm.runs])
     return [output, markdown, by_arm, by_run], content["notes"]
