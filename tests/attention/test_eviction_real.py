@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvdistill.attention.eviction import evict, rkv_original_score, rkv_score
-from kvdistill.attention.rotary import rotate_layers
+from kvdistill.attention.rotary import rotate
 from kvdistill.config.load import parse_experiment
 from kvdistill.pipelines.extract import extract
 from kvdistill.store.reader import KVStore
@@ -38,7 +38,7 @@ def real(tmp_path_factory: pytest.TempPathFactory, real_models: Path) -> tuple[T
     shard = store.read_shard("smollm2", "00000")
     chosen = torch.from_numpy(shard.tokens.segment == 2)
     rotary = store.teacher("smollm2").rotary
-    position = torch.arange(len(chosen))[None]
+    position = torch.arange(len(chosen))
     keys = [
         torch.stack(
             [
@@ -49,7 +49,7 @@ def real(tmp_path_factory: pytest.TempPathFactory, real_models: Path) -> tuple[T
         for layer in LAYERS
     ]
     turned = [
-        rotate_layers(key[None, None], position, torch.tensor(rotary[layer].inv_freq))
+        rotate(key[None, None], position, rotary[layer])
         for key, layer in zip(keys, LAYERS, strict=True)
     ]
     importance = torch.from_numpy(shard.arrays["importance"]).float()[None]
