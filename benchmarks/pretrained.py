@@ -112,9 +112,13 @@ def search_arms() -> dict[str, Any]:
 
 
 def final_arms() -> dict[str, Any]:
-    """Cross-entropy, tuned and at the rate of the defaults; per teacher the defaults."""
+    """Cross-entropy and, per teacher, the defaults; each at the default and at the tuned rate."""
+    tuned = {"training.learning_rate": TUNED_RATE}
     arms = {"cross-entropy": text_alone(TUNED_RATE), "cross-entropy-same-rate": text_alone(1e-4)}
-    return arms | {f"defaults-{teacher}": {"teachers": [teacher]} for teacher in TEACHERS}
+    for teacher in TEACHERS:
+        arms[f"defaults-{teacher}"] = {"teachers": [teacher]}
+        arms[f"tuned-{teacher}"] = {"teachers": [teacher], "settings": tuned}
+    return arms
 
 
 def former_arms() -> dict[str, Any]:
