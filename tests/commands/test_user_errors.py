@@ -101,7 +101,7 @@ def test_a_student_that_cannot_be_is_found_before_anything_is_extracted(
         f"student.tokenizer={models / 'bytes'}": "offsets",
         "student.architecture.model_type=lama": "lama",
         "student.architecture.model_type=mamba": "mamba",
-        "student.architecture.num_key_value_heads=5": "(2, 5, 8)",
+        "student.architecture.num_key_value_heads=5": "(2, 5, 8, 8)",
     }
     for setting, words in wrong.items():
         assert words in error_of(capsys, monkeypatch, "run", experiment, "--set", setting)

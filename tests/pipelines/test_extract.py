@@ -262,8 +262,8 @@ def test_non_finite_activations_name_layer_and_sample(
 ) -> None:
     original = load_teacher
 
-    def poisoned(name: str, chosen: Experiment) -> Any:
-        teacher = original(name, chosen)
+    def poisoned(*arguments: Any) -> Any:
+        teacher = original(*arguments)
         teacher.model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
         return teacher
 
