@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
+from quality import STUDENT
 
 from kvdistill.corpus.readers import read_jsonl
 from kvdistill.distill.student.build import train_tokenizer
@@ -60,17 +61,6 @@ FORMER: Final = {
     "projection.learning_rate": 1e-4,
 }
 """The defaults of a student from scratch, at the rate of the others: random heads, weight 3."""
-ARCHITECTURE: Final = {
-    "model_type": "llama",
-    "hidden_size": 128,
-    "intermediate_size": 344,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-}
 SCRATCH_RATE: Final = 4e-3
 SCRATCH_STEPS: Final = 150
 SCRATCH_SEEDS: Final = [0, 1]
@@ -207,7 +197,7 @@ def scratch_studies(folder: Path) -> dict[str, Path]:
     if not tokenizer.exists():
         texts = [sample.text for sample in read_jsonl(folder / "train.jsonl")]
         train_tokenizer(texts, 2048).save_pretrained(str(tokenizer))
-    student = {"tokenizer": str(tokenizer), "architecture": ARCHITECTURE}
+    student = {"tokenizer": str(tokenizer), "architecture": STUDENT}
     shared = scratch_experiment(folder, student, SCRATCH_STEPS)
     found = {"scratch": study(folder, "scratch", SCRATCH_SEEDS, scratch_arms(), shared)}
     for seed in SCRATCH_SEEDS:

@@ -43,6 +43,7 @@ from kvdistill.attention.verification import (
     verify_cache,
 )
 from kvdistill.errors import AdapterError, TeacherError
+from kvdistill.text import shorten
 from kvdistill.types import Stream
 
 
@@ -122,7 +123,7 @@ def fitting_step(model: Any, step: str) -> Iterator[None]:
     except (AdapterError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        seen = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        seen = f"{type(error).__name__}: {shorten(str(error), 200)}"
         raise AdapterError(
             f"{type(model).__name__} ({model.config.model_type}) failed in {step}: {seen}"
         ) from error

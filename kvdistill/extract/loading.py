@@ -20,6 +20,7 @@ from kvdistill.attention.tokens import report_whole_offsets
 from kvdistill.attention.verification import TOLERANCE, probe_ids, run_probe
 from kvdistill.config.extraction import TeacherConfig
 from kvdistill.errors import TeacherError
+from kvdistill.text import shorten
 
 
 def load_teacher_model(
@@ -129,7 +130,7 @@ def text_model_of(name: str, whole: Any) -> Any:
         with torch.inference_mode():
             own, other = (model(**inputs).hidden_states[-1] for model in (text, outer))
     except Exception as error:  # whatever a model raises that wants an image
-        cause = " ".join(str(error).split())[:200]
+        cause = shorten(str(error), 200)
         raise TeacherError(
             f"teacher {name!r}: {kinds} cannot be read on text alone: {type(error).__name__}: "
             f"{cause}; save the language model in a folder of its own and use that"
@@ -202,7 +203,7 @@ def _cannot_load(
     name: str, source: str, error: Exception, quantised: str | None = None
 ) -> TeacherError:
     """One line: transformers' messages are long, and their first sentences hold the cause."""
-    cause = " ".join(str(error).split())[:300]
+    cause = shorten(str(error), 300)
     if isinstance(error, LookupError):  # whose text is the missing key alone
         cause = f"{type(error).__name__}: {cause}"
     remedy = (

@@ -87,7 +87,7 @@ def publish_file(file: Path, final: Path) -> bool:
     return True
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, content: str | bytes) -> None:
     """Write a small file in one step: readers see its old content or the new one, whole.
 
     Raises:
@@ -96,7 +96,7 @@ def replace_file(path: Path, text: str) -> None:
     staged = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_text(text, encoding="utf-8")
+        staged.write_bytes(content.encode() if isinstance(content, str) else content)
         flush(staged)
         staged.replace(path)
         flush(path.parent)

@@ -15,7 +15,6 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import xxhash
@@ -23,6 +22,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from kvdistill.errors import StoreError
+from kvdistill.store.commit import replace_file
 from kvdistill.store.format import COMMIT
 
 Arrays = dict[str, NDArray[Any]]
@@ -67,15 +68,11 @@ def _sound_arrays(path: Path) -> tuple[str | None, Arrays]:
 
 
 def _write(path: Path, origin: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Publish by one rename; a read-only or full store goes without."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    """Publish the arrays; a read-only or full store goes without."""
     kept = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     metadata = {"origin": origin, "checksum": _tensors_checksum(origin, kept)}
-    with contextlib.suppress(OSError):
-        temporary.write_bytes(save(kept, metadata))
-        temporary.replace(path)
-    with contextlib.suppress(OSError):
-        temporary.unlink(missing_ok=True)
+    with contextlib.suppress(StoreError):
+        replace_file(path, save(kept, metadata))
 
 
 def _tensors_checksum(origin: str, arrays: Mapping[str, NDArray[Any]]) -> str:

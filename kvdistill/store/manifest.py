@@ -33,6 +33,21 @@ MAX_SIZE: Final = 65_536
 Axis = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 
 
+def json_object(text: str | bytes) -> dict[str, Any]:
+    """The JSON object in a document.
+
+    Raises:
+        ValueError: it is something else, in a few words.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a JSON object, got {type(found).__name__}")
+    return found
+
+
 class Document(BaseModel):
     """A frozen JSON document without unknown fields, with a checksum of itself."""
 
@@ -54,11 +69,9 @@ class Document(BaseModel):
                 or a format version newer than this package reads.
         """
         try:
-            body = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise StoreFormatError(f"{where}: not JSON ({error}); run `kvdistill verify`") from None
-        if not isinstance(body, dict):
-            raise StoreFormatError(f"{where}: expected a JSON object, got {type(body).__name__}")
+            body = json_object(text)
+        except ValueError as error:
+            raise StoreFormatError(f"{where}: {error}; run `kvdistill verify`") from None
         version = body.get("format_version")
         if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise StoreFormatError(

@@ -29,7 +29,7 @@ from kvdistill.errors import ShardCorrupt
 from kvdistill.store.backends import ArrayReader, Specs
 from kvdistill.store.commit import REMEDY, check_size, checked_bytes
 from kvdistill.store.format import ArraySpec
-from kvdistill.store.manifest import Commit
+from kvdistill.store.manifest import Commit, json_object
 from kvdistill.text import brief, shorten
 
 if TYPE_CHECKING:
@@ -244,18 +244,11 @@ class _ZarrArray:
 
 
 def _metadata(path: Path, content: bytes) -> dict[str, Any]:
-    """A metadata document.
-
-    Raises:
-        ShardCorrupt: it is no JSON object.
-    """
+    """A metadata document; ShardCorrupt if it is no JSON object."""
     try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ShardCorrupt(f"{path}: not JSON ({error}); {REMEDY}") from None
-    if not isinstance(found, dict):
-        raise ShardCorrupt(f"{path}: expected a JSON object, got {type(found).__name__}; {REMEDY}")
-    return found
+        return json_object(content)
+    except ValueError as error:
+        raise ShardCorrupt(f"{path}: {error}; {REMEDY}") from None
 
 
 _CHUNK_KEYS: Final = {"name": "default", "configuration": {"separator": "/"}}
