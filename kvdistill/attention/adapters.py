@@ -152,8 +152,8 @@ def _behind_rotation(attention: nn.Module, qkv: QKV) -> QKV:
     if None not in norms:
         query, key = norms[0](query), norms[1](key)
     if getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
-        place = torch.arange(1, query.shape[2] + 1, device=query.device).float()
-        growth = torch.log1p((place / module.floor_scale).floor()) * module.attn_scale + 1
+        position = torch.arange(1, query.shape[2] + 1, device=query.device).float()
+        growth = torch.log1p((position / module.floor_scale).floor()) * module.attn_scale + 1
         query = (query * growth[:, None]).to(query.dtype)
     return QKV(query, key, value * getattr(module, "v_scale", 1.0))
 

@@ -141,12 +141,12 @@ def probabilities(
     rule: AttentionRule, query: Tensor, key: Tensor, sinks_Q: Tensor | None
 ) -> Tensor:
     """Attention ``[B, HQ, Tq, Tk]`` of *rotated* queries and keys from position 0, less a sink."""
-    asked, place = (torch.arange(x.shape[2], device=key.device) for x in (query, key))
-    scores = rule.scores(query, key, asked, place, len(place))
-    visible = rule.mask.visible(asked, place)[None, None, None]
+    query_idx, key_idx = (torch.arange(x.shape[2], device=key.device) for x in (query, key))
+    scores = rule.scores(query, key, query_idx, key_idx, len(key_idx))
+    visible = rule.mask.visible(query_idx, key_idx)[None, None, None]
     scores, visible = with_sink(scores, visible, sinks_Q if rule.sinks else None)
     shares = scores.masked_fill(~visible, -torch.inf).softmax(-1).flatten(1, 2)
-    return shares[..., : len(place)]
+    return shares[..., : len(key_idx)]
 
 
 def fit_rule(
@@ -188,10 +188,10 @@ def _with_error(
 
 def _fitted_alibi(rule: AttentionRule, query: Tensor, key: Tensor, weights: Tensor) -> LinearBias:
     """Slopes by least squares: what scores leave unexplained of the logarithm of the weights."""
-    asked, place = (torch.arange(x.shape[2], device=key.device) for x in (query, key))
-    scores = rule.scores(query, key, asked, place, len(place)).flatten(1, 2)[0].double()
+    query_idx, key_idx = (torch.arange(x.shape[2], device=key.device) for x in (query, key))
+    scores = rule.scores(query, key, query_idx, key_idx, len(key_idx)).flatten(1, 2)[0].double()
     seen = (weights[0] > 1e-5).double()
-    distance = (place - asked[:, None]).double()
+    distance = (key_idx - query_idx[:, None]).double()
 
     def centred(x: Tensor) -> Tensor:
         mean = (x * seen).sum(-1, keepdim=True) / seen.sum(-1, keepdim=True).clamp_min(1)

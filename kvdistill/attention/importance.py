@@ -74,10 +74,10 @@ def importance(
     num_queries = torch.zeros(len(idx_BQ), device=key.device)
     for start in range(0, idx_BQ.shape[1], CHUNK):
         part = slice(start, start + CHUNK)
-        asked = idx_BQ[:, part]
-        scores = rule.scores(query[:, :, part], key, asked, positions, length).amax(dim=2)
+        query_idx = idx_BQ[:, part]
+        scores = rule.scores(query[:, :, part], key, query_idx, positions, length).amax(dim=2)
         visible = chosen.key_mask_BT[:, None, span] & chosen.query_mask_BQ[:, part, None]
-        visible = visible & rule.mask.visible(asked, positions)
+        visible = visible & rule.mask.visible(query_idx, positions)
         scores = scores.masked_fill(~visible[:, None], float("-inf"))
         received[:, :, span] += scores.softmax(dim=-1).nan_to_num(0.0).sum(dim=2)
         num_queries += visible.any(dim=2).sum(dim=1)
