@@ -1,7 +1,9 @@
-"""Numbers and values as people read them, in messages, tables and reports."""
+"""Numbers and values as people read them, in messages, tables and reports; JSON of anybody."""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from typing import Any, Final
 
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
@@ -40,3 +42,25 @@ def shorten(text: str, limit: int = 300) -> str:
         return line
     tail = (limit - 3) // 3
     return f"{line[: limit - 3 - tail]} … {line[-tail:]}"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value in a JSON document.
+
+    Raises:
+        ValueError: not JSON, nested too deeply, or a key given twice, in a few words.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_distinct)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON ({shorten(str(error), 150)})") from None
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {brief(twice)} is given twice")
+    return found

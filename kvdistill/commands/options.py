@@ -25,6 +25,9 @@ overrides_option: Decorator = click.option(
 json_option: Decorator = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON instead of text."
 )
+ignore_option: Decorator = click.option(
+    "--ignore", multiple=True, metavar="COLUMN", help="A column of text not to read; repeatable."
+)
 teachers_option: Decorator = click.option(
     "--teacher", "teachers", multiple=True, help="Only this teacher; repeatable."
 )

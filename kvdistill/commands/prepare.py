@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 import click
 
 import kvdistill.config
-from kvdistill.commands.options import config_argument, json_option, overrides_option
+from kvdistill.commands.options import (
+    config_argument,
+    ignore_option,
+    json_option,
+    overrides_option,
+)
+from kvdistill.config.corpus import CorpusColumns, CorpusSource
 from kvdistill.config.experiment import PRETRAINED, Experiment
 from kvdistill.config.load import dump_experiment, load_experiment
 from kvdistill.corpus import recipes
@@ -112,6 +118,7 @@ def data_command() -> None:
     help="GSM8K's text, the text without its <<48/2=24>>, or the equations alone.",
 )
 @drop_last_option
+@ignore_option
 def gsm8k_command(
     *,
     output: Path,
@@ -120,12 +127,15 @@ def gsm8k_command(
     max_samples: int | None,
     rationale: recipes.RationaleForm,
     drop_last: bool,
+    ignore: tuple[str, ...],
 ) -> None:
     """Export GSM8K to OUTPUT as JSONL of prompt, rationale and answer."""
     if source is not None:
-        samples = read_jsonl(source, "gsm8k", max_samples)
+        columns = CorpusColumns(ignore=ignore)
+        samples = read_jsonl(source, "gsm8k", max_samples, columns)
     else:
-        samples = read_dataset("openai/gsm8k", "main", split, "gsm8k", max_samples)
+        gsm8k = {"dataset": "openai/gsm8k", "subset": "main", "format": "gsm8k"}
+        samples = read_dataset(CorpusSource(**gsm8k, split=split, max_samples=max_samples))
     texts = [recipes.with_rationale(s, rationale, drop_last=drop_last) for s in samples]
     _write_jsonl(texts, output)
 
@@ -182,13 +192,17 @@ def arithmetic_command(
 @click.option(
     "--characters", is_flag=True, help="One token per character of CORPUS, instead of BPE."
 )
-def tokenizer_command(corpus: Path, output: Path, vocab_size: int, characters: bool) -> None:
+@ignore_option
+def tokenizer_command(
+    *, corpus: Path, output: Path, vocab_size: int, characters: bool, ignore: tuple[str, ...]
+) -> None:
     """Train a byte-level BPE tokenizer on CORPUS (JSONL) and save it to the folder OUTPUT."""
     from kvdistill.distill.student.build import character_tokenizer, train_tokenizer
 
     if output.exists():
         raise CorpusError(f"{output} already exists; choose another name, or remove it first")
-    texts = (sample.text for sample in read_jsonl(corpus))
+    columns = CorpusColumns(ignore=ignore)
+    texts = (sample.text for sample in read_jsonl(corpus, columns=columns))
     trained = character_tokenizer(texts) if characters else train_tokenizer(texts, vocab_size)
     trained.save_pretrained(str(output))
     click.echo(f"wrote a tokenizer of {len(trained)} tokens to {output}")

@@ -13,6 +13,7 @@ from kvdistill.commands.options import (
     Execution,
     config_argument,
     execution_options,
+    ignore_option,
     json_option,
     overrides_option,
 )
@@ -79,6 +80,7 @@ def run_command(*, config: Path, overrides: tuple[str, ...], execution: Executio
     metavar="TASKS",
     help="Instead of CORPUS: lm-evaluation-harness tasks or task files (.yaml), comma-separated.",
 )
+@ignore_option
 @json_option
 def evaluate_command(
     *,
@@ -93,6 +95,7 @@ def evaluate_command(
     generate: bool,
     max_new_tokens: int | None,
     diagnose: bool,
+    ignore: tuple[str, ...],
 ) -> None:
     """Perplexity, bits per character and exact match of STUDENT (a folder) on CORPUS (JSONL)."""
     if (corpus is None) == (harness is None):
@@ -123,6 +126,7 @@ def evaluate_command(
         generate=generate,
         max_new_tokens=max_new_tokens,
         diagnose=diagnose,
+        ignore=ignore,
     )
     if rows is not None:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows)

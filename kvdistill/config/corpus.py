@@ -11,11 +11,26 @@ from kvdistill.config.base import NonNegative, Positive, Section
 from kvdistill.types import CorpusFormat, Name
 
 
+class CorpusColumns(Section):
+    """Names of the columns with each text; of several in a row, the first is read."""
+
+    text: tuple[str, ...] = ("text",)
+    """Of a plain text."""
+    prompt: tuple[str, ...] = ("prompt", "question", "instruction")
+    """Of a prompt."""
+    rationale: tuple[str, ...] = ("rationale",)
+    """Of a rationale."""
+    answer: tuple[str, ...] = ("answer", "completion", "response", "output")
+    """Of an answer."""
+    ignore: tuple[str, ...] = ()
+    """Columns not to read. Text in a column that is neither read nor listed here is an error."""
+
+
 class CorpusSource(Section):
     """One JSONL file or one Hugging Face dataset."""
 
     path: Path | None = None
-    """JSONL file with `text`, with `prompt`/`rationale`/`answer`, or with GSM8K's
+    """JSONL file in UTF-8 with `text`, with `prompt`/`rationale`/`answer`, or with GSM8K's
     `question`/`answer`."""
     dataset: str | None = None
     """Hugging Face dataset name, instead of `path` (extra `datasets`)."""
@@ -25,6 +40,8 @@ class CorpusSource(Section):
     """Split of the dataset."""
     format: CorpusFormat = "auto"
     """Row format; `auto` infers it from the keys of each row."""
+    columns: CorpusColumns = CorpusColumns()
+    """Columns to read and to ignore."""
     max_samples: Positive | None = None
     """Read only the first samples."""
 

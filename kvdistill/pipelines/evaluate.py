@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kvdistill.config.corpus import CorpusColumns
 from kvdistill.config.training import StudentConfig
 from kvdistill.corpus.readers import read_jsonl
 from kvdistill.distill.evaluate.answers import is_gradable
@@ -24,17 +25,19 @@ def evaluate_folder(
     generate: bool = False,
     max_new_tokens: int | None = None,
     diagnose: bool = False,
+    ignore: tuple[str, ...] = (),
 ) -> HeldOut:
     """Score a Hugging Face folder on a JSONL corpus; with ``generate`` also by exact match.
 
     A latent student is scored by exact match alone; ``diagnose`` adds probes and interventions on
-    its latents. ``max_new_tokens`` is 256 if not given, or a latent student's own setting.
+    its latents. ``max_new_tokens`` is 256 if not given, or a latent student's own setting; columns
+    to ``ignore`` are not read.
 
     Raises:
         StudentError: the folder is missing, or is not a causal LM with a fast tokenizer.
         CorpusError: the corpus is missing, malformed, or has no sample to answer.
     """
-    samples = read_jsonl(corpus, limit=max_samples)
+    samples = read_jsonl(corpus, limit=max_samples, columns=CorpusColumns(ignore=ignore))
     if generate and not any(is_gradable(sample) for sample in samples):
         raise CorpusError(
             f"{corpus}: --generate needs samples with a prompt and an answer, but none has both; "

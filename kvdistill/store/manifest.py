@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from kvdistill.errors import StoreFormatError
-from kvdistill.text import brief, shorten
+from kvdistill.text import brief, parse_json, shorten
 from kvdistill.types import Backend, CodecSpec, LayerGroup, Name, StoredEviction
 
 FORMAT_VERSION: Final = 2
@@ -39,10 +39,7 @@ def json_object(text: str | bytes) -> dict[str, Any]:
     Raises:
         ValueError: it is something else, in a few words.
     """
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from None
+    found = parse_json(text)
     if not isinstance(found, dict):
         raise ValueError(f"expected a JSON object, got {type(found).__name__}")
     return found

@@ -55,7 +55,6 @@ def test_text_and_segment_rows_and_tasks(tmp_path: Path) -> None:
         ('{"text": "a"}\nnot json\n', "line 2"),
         ('{"body": "a"}\n', "'text'"),
         ("[1]\n", "JSON object"),
-        ('{"question": "q", "answer": "no marker"}\n', "####"),
         ('{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n', "occurs twice"),
         ('{"prompt": "a", "answer": 3}\n', "answer must be text"),
     ],
