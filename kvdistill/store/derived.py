@@ -22,19 +22,26 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from kvdistill.errors import StoreError
-from kvdistill.store.commit import replace_file
+from kvdistill.errors import ShardCorrupt, StoreError
+from kvdistill.store.commit import REMEDY, replace_file
 from kvdistill.store.format import COMMIT
 
 Arrays = dict[str, NDArray[Any]]
 
 
 def origin_of(teacher: Path, shard_ids: Sequence[str]) -> str:
-    """A digest of which shards are committed in a teacher's folder, and when each was."""
+    """A digest of which shards are committed in a teacher's folder, and when each was.
+
+    Raises:
+        ShardCorrupt: a shard has lost its commit.
+    """
     digest = xxhash.xxh3_64()
     for shard_id in shard_ids:
-        modified = (teacher / "shards" / shard_id / COMMIT).stat().st_mtime_ns
-        digest.update(f"{shard_id} {modified}\n".encode())
+        path = teacher / "shards" / shard_id / COMMIT
+        try:
+            digest.update(f"{shard_id} {path.stat().st_mtime_ns}\n".encode())
+        except OSError as error:
+            raise ShardCorrupt(f"{path}: {error.strerror}; {REMEDY}") from None
     return digest.hexdigest()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvdistill.errors import ShardCorrupt
 from kvdistill.store.maintenance import repair_store, verify_store
 from kvdistill.store.prototypes import hidden_summaries, prototypes, teacher_prototypes
 from kvdistill.store.reader import KVStore
@@ -88,6 +89,15 @@ def test_they_follow_the_shards_that_are_committed(store: KVStore, tmp_path: Pat
     assert store.statistics("tiny")["key"].count < both["statistics/key"][0].flat[0]
     shutil.move(tmp_path / "kept", shard)
     assert_same(numbers(store), both)
+
+
+def test_a_shard_without_its_commit_is_one_line(store: KVStore) -> None:
+    numbers(store)
+    path = store.paths.shard("tiny", "00001") / "COMMIT.json"
+    path.unlink()
+    for derive in (lambda: store.statistics("tiny"), lambda: made(store)):
+        with pytest.raises(ShardCorrupt, match=f"^{path}: No such file"):
+            derive()
 
 
 def test_another_number_of_centres_is_another_file(store: KVStore) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,3 +198,53 @@ def test_sizes_on_which_both_manifests_agree(shard: Path, tmp_path: Path, tokens
                 body["chunk_grid"]["configuration"]["chunk_shape"][i] = tokens
         recommit(shard, path.relative_to(shard).as_posix(), json.dumps(body).encode())
     refused_and_reported(tmp_path / "store")
+
+
+def zstd_frame(blocks: int, stated: int | None = None, last_block: int = 2**17) -> bytes:
+    """A frame of ``blocks`` × 128 kB of zeros in 4 bytes each, whatever size it states."""
+    # A window of 128 kB and no size, or one segment and its size in 8 bytes.
+    head = b"\x00\x38" if stated is None else b"\xe0" + struct.pack("<Q", stated)
+    sizes = [2**17] * (blocks - 1) + [last_block]
+    rle = [(size << 3 | 1 << 1 | (i == blocks - 1)) for i, size in enumerate(sizes)]
+    return b"\x28\xb5\x2f\xfd" + head + b"".join(struct.pack("<I", b)[:3] + b"\0" for b in rle)
+
+
+MANY = 31_300  # × 128 kB is 4.1 GB
+BOMBS = {
+    "no size": zstd_frame(MANY),
+    "a true size": zstd_frame(MANY, MANY * 2**17),
+    "a small size": zstd_frame(MANY, 776),
+    "an endless size": zstd_frame(1, 2**62),
+    "a skipped frame": b"\x50\x2a\x4d\x18\0\0\0\0" + zstd_frame(MANY),
+    "many frames": zstd_frame(1) * (MANY // 2),
+    "a frame behind the chunk": zstd_frame(1, 776, 776) + zstd_frame(MANY),
+}
+
+
+@pytest.mark.parametrize("has_zarrs", [True, False])
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_chunk_that_inflates_to_gigabytes(
+    shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bomb: str, has_zarrs: bool
+) -> None:
+    """All checksums are right."""
+    import google_crc32c
+
+    if not has_zarrs:
+        monkeypatch.setattr("kvdistill.store.backends.zarr._HAS_ZARRS", False)
+    chunk = BOMBS[bomb] + google_crc32c.value(BOMBS[bomb]).to_bytes(4, "little")
+    index = struct.pack("<QQ", 0, len(chunk))
+    index += google_crc32c.value(index).to_bytes(4, "little")
+    recommit(shard, "token_ids/c/0", chunk + index)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pid = in_child(lambda: refused_in_child(tmp_path / "store"))
+    _, status, usage = os.wait4(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert usage.ru_maxrss < used + 300_000  # kB
+
+
+def refused_in_child(root: Path) -> int:
+    try:
+        touch_everything(KVStore.open(root))
+    except KVDistillError as error:
+        return 0 if "token_ids" in str(error) and len(str(error)) < 500 else 3
+    return 4

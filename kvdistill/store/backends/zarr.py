@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +41,9 @@ CHUNK_TOKENS: Final = 1024
 
 MAX_COMPRESSION: Final = 1 << 17
 """zstd stores a block of 128 kB in no less than a few bytes."""
+
+MAX_INFLATION: Final = 16
+"""zstd may cut what would fit one block of 128 kB into blocks of 8 kB."""
 
 FILL_VALUES: Final[dict[str, float]] = {
     "int8": -128,
@@ -159,6 +163,7 @@ class _ZarrShard:
                     f"{self._folder / array.key}: {compressed} bytes cannot hold the "
                     f"{array.num_bytes:,} that its metadata declares; {REMEDY}"
                 )
+            array.refuse_bombs()
             self._arrays[spec.name] = array
         return self._arrays[spec.name]
 
@@ -177,10 +182,35 @@ class _ZarrArray:
         self.key = _data_file(spec)
         self._folder, self._name, self._metadata = folder, spec.name, metadata.decode()
         self._path = folder / self.key
-        self._file_shape = _file_shape(found, spec, folder / spec.name)
+        self._file_shape, chunk, self._codecs = _layout(found, spec, folder / spec.name)
+        self._chunk_bytes = math.prod(chunk) * np.dtype(spec.dtype).itemsize
         self.num_bytes = math.prod(self._file_shape) * np.dtype(spec.dtype).itemsize
         self._zarrs_pipeline: Any = None
         self._zarr_array: Array[Any] | None = None
+
+    def refuse_bombs(self) -> None:
+        """Bound what every chunk inflates to before a decoder allocates it.
+
+        Raises:
+            ShardCorrupt: a chunk is not one frame of zstd of about the declared size.
+        """
+        if "zstd" not in self._codecs:
+            return
+        limit = self._chunk_bytes * MAX_INFLATION + (1 << 20)
+        num_chunks = self.num_bytes // self._chunk_bytes
+        with self._path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = max(0, size - 16 * num_chunks - 4)  # the index, and its checksum
+            index = os.pread(file.fileno(), 16 * num_chunks, start)
+            for i, (first, length) in enumerate(
+                struct.iter_unpack("<QQ", index[: len(index) & ~15])
+            ):
+                inside = first + length <= size  # the reader refuses others
+                if inside and _inflated(file.fileno(), first, first + length - 4, limit) > limit:
+                    raise ShardCorrupt(
+                        f"{self._path}: chunk {i} is not one zstd frame of the "
+                        f"{self._chunk_bytes:,} bytes that its metadata declares; {REMEDY}"
+                    )
 
     def read_into(self, out: np.ndarray, boxes: Sequence[tuple[slice, ...]]) -> None:
         """Read boxes, one after the other along the first axis of ``out``.
@@ -254,18 +284,25 @@ def _metadata(path: Path, content: bytes) -> dict[str, Any]:
 _CHUNK_KEYS: Final = {"name": "default", "configuration": {"separator": "/"}}
 
 
-def _file_shape(metadata: Mapping[str, Any], spec: ArraySpec, where: Path) -> list[int]:
-    """The shape of an array's one file: its own, each axis rounded up to whole chunks.
+def _layout(
+    metadata: Mapping[str, Any], spec: ArraySpec, where: Path
+) -> tuple[list[int], list[int], list[str]]:
+    """Shape of an array's one file (each axis rounded up to whole chunks), of its chunks, codecs.
 
     Raises:
-        ShardCorrupt: the metadata declares another grid, or chunks of no positive whole size.
+        ShardCorrupt: the metadata declares another grid, chunks of no positive whole size, or
+            codecs that this package does not write.
     """
     try:
         keys = metadata["chunk_key_encoding"]
         if keys not in ({"name": "default"}, _CHUNK_KEYS):
             raise ValueError(f"chunk keys {brief(keys)}")
         outer = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-        inner = metadata["codecs"][0]["configuration"]["chunk_shape"]
+        (sharding,) = metadata["codecs"]
+        inner = sharding["configuration"]["chunk_shape"]
+        codecs = [codec["name"] for codec in sharding["configuration"]["codecs"]]
+        if codecs not in (["bytes", "crc32c"], ["bytes", "zstd", "crc32c"]):
+            raise ValueError(f"codecs {brief(codecs)}")
         if not all(type(size) is int and size > 0 for size in inner):
             raise ValueError(f"chunks of {brief(inner)}")
         sizes = zip(spec.shape, inner, strict=True)
@@ -275,8 +312,28 @@ def _file_shape(metadata: Mapping[str, Any], spec: ArraySpec, where: Path) -> li
         raise ShardCorrupt(
             f"{where}: not the chunk grid of one file ({shorten(repr(error))}); {REMEDY}"
         ) from None
-    shape: list[int] = outer
-    return shape
+    return outer, inner, codecs
+
+
+def _inflated(file: int, start: int, end: int, limit: int) -> int:
+    """A bound on what one zstd frame (RFC 8878) inflates to; above ``limit`` if it is not one."""
+    head = os.pread(file, 18, start)
+    if head[:4] != b"\x28\xb5\x2f\xfd" or len(head) < 18:
+        return limit + 1
+    flags = head[4]
+    has_window, id_bytes = not flags & 32, (0, 1, 2, 4)[flags & 3]
+    size_bytes = (0 if has_window else 1, 2, 4, 8)[flags >> 6]
+    at = 5 + has_window + id_bytes
+    bound, stated = 0, int.from_bytes(head[at : at + size_bytes], "little")
+    at += start + size_bytes
+    is_last = False
+    while not is_last and at < end and bound <= limit:
+        block = int.from_bytes(os.pread(file, 3, at), "little")
+        is_last, kind, size = bool(block & 1), block >> 1 & 3, block >> 3
+        at += 3 + (1 if kind == 1 else size)  # 0 raw, 1 one byte repeated, 2 compressed
+        bound += 1 << 17 if kind == 2 else size
+    at += 4 * (flags >> 2 & 1)
+    return max(bound, stated) if is_last and at == end else limit + 1
 
 
 _HAS_ZARRS: Final = find_spec("zarrs") is not None
