@@ -1,7 +1,7 @@
 """The command line: a table of commands, each imported when it is called.
 
-So ``kvdistill --help`` imports neither torch nor transformers. Every ``KVDistillError`` becomes
-one line and an exit code here, and nowhere else.
+So ``kvdistill --help`` imports neither torch nor transformers. Every ``KVDistillError``, and
+every error of the operating system, becomes one line and an exit code here, and nowhere else.
 
 Exit codes: 0 done, 1 user error, 2 wrong usage, 3 incomplete store, 75 interrupted (try again).
 """
@@ -19,6 +19,8 @@ import click
 from kvdistill import __version__
 from kvdistill.errors import KVDistillError
 from kvdistill.text import shorten
+
+DISK_REMEDY: Final = "check the path, its permissions and free space, then run it again"
 
 COMMANDS: Final = {
     "init": ("prepare", "Write a commented experiment file."),
@@ -89,15 +91,16 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         print("interrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(75)
-    except KVDistillError as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        print(f"error: {shorten(str(error), 500)}", file=sys.stderr)
-        sys.exit(error.exit_code)
     except BrokenPipeError:
         # The reader of a pipe has closed it (`kvdistill config schema | head`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except (KVDistillError, OSError) as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        remedy = "" if isinstance(error, KVDistillError) else f"; {DISK_REMEDY}"
+        print(f"error: {shorten(f'{error}{remedy}', 500)}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 1))
 
 
 if __name__ == "__main__":

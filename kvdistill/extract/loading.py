@@ -16,6 +16,7 @@ import xxhash
 from torch import Tensor
 
 from kvdistill.attention.geometry import quantisation, text_model
+from kvdistill.attention.model_folder import loading_fault
 from kvdistill.attention.tokens import report_whole_offsets
 from kvdistill.attention.verification import TOLERANCE, probe_ids, run_probe
 from kvdistill.config.extraction import TeacherConfig
@@ -189,7 +190,8 @@ def load_teacher_tokenizer(name: str, config: TeacherConfig) -> Any:
             **options,
         )
     except Exception as error:  # of any library or of the tokenizer's own code
-        raise _cannot_load(name, source, error) from error
+        fault = loading_fault(source, error, "tokenizer.json")
+        raise TeacherError(f"teacher {name!r}: cannot load {source!r}: {fault}") from error
     if not tokenizer.is_fast:
         raise TeacherError(
             f"teacher {name!r}: {type(tokenizer).__name__} has no character offsets, which "
@@ -202,18 +204,12 @@ def load_teacher_tokenizer(name: str, config: TeacherConfig) -> Any:
 def _cannot_load(
     name: str, source: str, error: Exception, quantised: str | None = None
 ) -> TeacherError:
-    """One line: transformers' messages are long, and their first sentences hold the cause."""
-    cause = shorten(str(error), 300)
-    if isinstance(error, LookupError):  # whose text is the missing key alone
-        cause = f"{type(error).__name__}: {cause}"
     remedy = (
-        "check the name and your access to it; without a network, run `kvdistill fetch` ahead of "
-        "time"
-        if quantised is None
-        else f"its weights are quantised by {quantised}: install the package or use the device "
-        "that this asks for, or an unquantised checkpoint"
+        f"its weights are quantised by {quantised}: install the package or use the device that "
+        "this asks for, or an unquantised checkpoint"
     )
-    return TeacherError(f"teacher {name!r}: cannot load {source!r}: {cause} ({remedy})")
+    fault = loading_fault(source, error, remedy=remedy if quantised else None)
+    return TeacherError(f"teacher {name!r}: cannot load {source!r}: {fault}")
 
 
 @contextmanager

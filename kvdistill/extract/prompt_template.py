@@ -14,10 +14,9 @@ from string import Formatter
 from types import SimpleNamespace
 from typing import Any, Final
 
-from jinja2.exceptions import TemplateError
-
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
+from kvdistill.text import shorten
 
 PLACEHOLDERS: Final = ("text", "prompt", "rationale", "answer")
 STRIPS: Final = ("", "strip", "lstrip", "rstrip")
@@ -158,7 +157,7 @@ def chat_template(
     """
     if not getattr(tokenizer, "chat_template", None):
         raise TeacherError(
-            f"{type(tokenizer).__name__} has no chat template; set `template` instead of `chat`"
+            f"{_owner(tokenizer)} has no chat template; set `template` instead of `chat`"
         )
     turns = [{"role": "system", "content": system}] if system is not None else []
     turns += [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}]
@@ -167,14 +166,23 @@ def chat_template(
     between, assistant_mark, after = rest.partition(_ASSISTANT)
     if not user_mark or not assistant_mark or _USER in rest or _ASSISTANT in after:
         raise TeacherError(
-            f"the chat template of {type(tokenizer).__name__} does not render each turn exactly "
+            f"the chat template of {_owner(tokenizer)} does not render each turn exactly "
             "once; set `template` instead of `chat`"
+        )
+    if system is not None and system.strip() not in before + between + after:
+        raise TeacherError(
+            f"the chat template of {_owner(tokenizer)} does not render the system turn; remove "
+            "`system`, or set `template` instead of `chat`"
         )
     turn = (Placeholder("rationale", "lstrip"), Placeholder("answer", "rstrip"))
     pieces = (before, Placeholder("prompt", "strip"), between, *turn, after)
     source = f"{before}{{prompt:strip}}{between}{{rationale:lstrip}}{{answer:rstrip}}{after}"
     printed = (day or date.today()).isoformat() if prints_date else None
     return PromptTemplate(tuple(piece for piece in pieces if piece), source, printed)
+
+
+def _owner(tokenizer: Any) -> str:
+    return tokenizer.name_or_path or type(tokenizer).__name__
 
 
 def _render_on(
@@ -193,9 +201,10 @@ def _render_on(
             chat_template_utils.datetime = SimpleNamespace(now=lambda shown=shown: shown)
             string = {} if day is None else {"date_string": shown.strftime("%d %b %Y")}
             texts.append(tokenizer.apply_chat_template(turns, tokenize=False, **string))
-    except TemplateError as error:
+    except Exception as error:  # a template is code, and may raise anything
+        cause = shorten(str(error), 150)
         raise TeacherError(
-            f"the chat template of {type(tokenizer).__name__} refuses these turns: {error}; change "
+            f"the chat template of {_owner(tokenizer)} refuses these turns: {cause}; change "
             "`system`, or set `template` instead of `chat`"
         ) from error
     finally:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from kvdistill.attention.model_folder import loading_fault
 from kvdistill.config.experiment import Experiment
 from kvdistill.corpus.readers import load_corpus
 from kvdistill.errors import TeacherError
@@ -73,7 +74,6 @@ def _download(need: Need) -> None:
             need.source, revision=need.revision, allow_patterns=list(need.files)
         )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise TeacherError(
-            f"cannot fetch {need.kind} {need.source!r}: {' '.join(str(error).split())[:200]} "
-            "(check the name and the network; gated models need `hf auth login`)"
-        ) from error
+        remedy = "check the name and the network; gated models need `hf auth login`"
+        fault = loading_fault(need.source, error, remedy=remedy)
+        raise TeacherError(f"cannot fetch {need.kind} {need.source!r}: {fault}") from error

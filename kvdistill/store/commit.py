@@ -16,7 +16,7 @@ import shutil
 import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -101,7 +101,8 @@ def replace_file(path: Path, content: str | bytes) -> None:
         staged.replace(path)
         flush(path.parent)
     except OSError as error:
-        staged.unlink(missing_ok=True)
+        with suppress(OSError):
+            staged.unlink()
         raise StoreError(
             f"{path}: {error.strerror or error}; nothing existing was changed: free space or fix "
             "permissions, then run the same command again"

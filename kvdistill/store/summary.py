@@ -155,7 +155,8 @@ def largest_norms(
     lazy = {}
     for layer in store.teacher(teacher).layers:
         array = dask_array(store, teacher, kind, layer=layer, shard_ids=shard_ids)
-        lazy[layer] = da.sqrt((array**2).sum(axis=-1)).max(axis=-1)
+        norms = da.sqrt((array**2).sum(axis=-1))
+        lazy[layer] = norms.max(axis=-1) if norms.shape[-1] else np.zeros(len(norms))
     (largest,) = dask.compute(lazy)
     return {layer: norms.tolist() for layer, norms in largest.items()}
 
@@ -201,6 +202,7 @@ def _plot_norms(axis: Axes, summary: TeacherSummary, kind: str) -> None:
     for head in range(max(len(row) for row in rows.values())):
         points = [(layer, row[head]) for layer, row in rows.items() if head < len(row)]
         axis.plot(*zip(*points, strict=True), marker=".", label=f"head {head}")
-    axis.set(title=f"{kind}: RMS norm of a token", xlabel="layer", yscale="log")
+    scale = "log" if any(map(any, rows.values())) else "linear"
+    axis.set(title=f"{kind}: RMS norm of a token", xlabel="layer", yscale=scale)
     if len(axis.lines) <= 8:
         axis.legend(fontsize="small")

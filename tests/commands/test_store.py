@@ -15,7 +15,7 @@ from kvdistill.cli import cli
 from kvdistill.errors import ConfigError, ShardCorrupt, ShardNotFound
 from kvdistill.store.prototypes import hidden_summaries, prototypes, teacher_prototypes
 from kvdistill.store.reader import KVStore
-from kvdistill.store.writer import create
+from kvdistill.store.writer import add_teacher, create, publish_shard
 
 
 def run(*arguments: object, **options: Any) -> Result:
@@ -33,6 +33,20 @@ def test_inspect_prints_tables_json_and_plots(tmp_path: Path, build: Any) -> Non
     assert 0.9 < sum(teacher["importance"]["counts"]) / (388 * 3 * 2) <= 1
     assert (tmp_path / "plots" / "tiny.png").is_file()
     assert isinstance(run("inspect", tmp_path / "store", "--teacher", "x").exception, ShardNotFound)
+
+
+@pytest.mark.parametrize("backend", ["zarr", "safetensors"])
+def test_a_teacher_without_tokens_is_summarised(tmp_path: Path, build: Any, backend: str) -> None:
+    teacher = build.teacher(has_importance=True, backend=backend, groups=build.two_groups)
+    store = create(tmp_path / "store", build.corpus(num_shards=1))
+    add_teacher(store, teacher)
+    made = build.shard(teacher, ("s0", "s1", "s2"), (0, 0, 0))
+    assert publish_shard(store, "tiny", "00000", made.shard, made.statistics)
+    out = run("inspect", tmp_path / "store", "--json", "--plots", tmp_path / "plots")
+    (summary,) = json.loads(out.stdout)["teachers"]
+    assert summary["tokens"] == 0
+    assert summary["largest_norms"]["key"] == {"0": [0.0], "1": [0.0] * 3, "2": [0.0]}
+    assert run("inspect", tmp_path / "store").exit_code == 0
 
 
 def test_verify_repair_and_what_to_do_next(tmp_path: Path, build: Any) -> None:

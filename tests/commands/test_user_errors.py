@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvdistill.cli import main
-from tests.slurm.experiment import write_experiment, write_models
+from kvdistill.config.load import load_experiment
+from kvdistill.errors import StoreError
+from kvdistill.pipelines.run_folder import begin
+from tests.slurm.experiment import ROOT, write_experiment, write_models
+
+GSM8K = ROOT / "examples/data/gsm8k_test.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +112,36 @@ def test_a_student_that_cannot_be_is_found_before_anything_is_extracted(
     for setting, words in wrong.items():
         assert words in error_of(capsys, monkeypatch, "run", experiment, "--set", setting)
     assert not (experiment.parent / "store").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "init {}",
+        f"data gsm8k {{}} --from {GSM8K} --max-samples 3",
+        "data arithmetic {} --samples 3",
+        f"data tokenizer {GSM8K} {{}} --vocab-size 300",
+        "inspect {store} --plots {}",
+    ],
+)
+def test_output_that_cannot_be_written(
+    command: str, tmp_path: Path, capsys: Any, monkeypatch: Any, build: Any
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "read-only").mkdir(mode=0o555)
+    build.store(tmp_path / "store", build.teacher())
+    places = [tmp_path / "file/x", Path("/proc/none/x")]
+    places += [tmp_path / "read-only/x"] if os.geteuid() else []  # root may write there
+    for place in places:
+        arguments = command.format(place, store=tmp_path / "store").split()
+        message = error_of(capsys, monkeypatch, *arguments)
+        assert str(place.parent) in message
+        assert "check the path, its permissions and free space" in message
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_whose_folder_cannot_be(experiment: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", Path("/proc/none")):
+        with pytest.raises(StoreError, match=f"{folder}/tiny/config.yaml.*permissions"):
+            begin(load_experiment(experiment, [f"output_dir={folder}"]))

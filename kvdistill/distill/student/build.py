@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 
@@ -18,10 +18,11 @@ from kvdistill.attention.geometry import (
     text_model,
 )
 from kvdistill.attention.kv_capture import KVCapture
+from kvdistill.attention.model_folder import loading_fault
 from kvdistill.attention.tokens import num_token_ids, report_whole_offsets, with_ends
 from kvdistill.config.training import StudentConfig
 from kvdistill.distill.student.lora import adapt
-from kvdistill.errors import StudentError
+from kvdistill.errors import KVDistillError, StudentError
 
 END_OF_TEXT: Final = "<|endoftext|>"
 
@@ -43,7 +44,9 @@ def build_student(config: StudentConfig, tokenizer: Any, seed: int) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    with _one_line_errors(f"build the student {config.model or config.architecture!r}"):
+    with _one_line_errors(
+        f"build the student {config.model or 'of student.architecture'}", config.model
+    ):
         architecture = _architecture(config, tokenizer)
         if config.model is not None:
             student = AutoModelForCausalLM.from_pretrained(
@@ -111,8 +114,8 @@ def check_student(config: StudentConfig, tokenizer: Any, max_length: int = 1) ->
     """
     from transformers import AutoModelForCausalLM
 
-    what = f"build the student {config.model or config.architecture!r}"
-    with _one_line_errors(what), torch.device("meta"):
+    what = f"build the student {config.model or 'of student.architecture'}"
+    with _one_line_errors(what, config.model), torch.device("meta"):
         student = AutoModelForCausalLM.from_config(
             _architecture(config, tokenizer), trust_remote_code=config.trust_remote_code
         )
@@ -129,7 +132,7 @@ def load_student_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with _one_line_errors(f"load the tokenizer {name!r}"):
+    with _one_line_errors(f"load the tokenizer {name!r}", name, "tokenizer.json"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise StudentError(
@@ -223,10 +226,15 @@ def _architecture(config: StudentConfig, tokenizer: Any) -> Any:
 
 
 @contextmanager
-def _one_line_errors(what: str) -> Iterator[None]:
+def _one_line_errors(
+    what: str, source: str | None, needed: Literal["config.json", "tokenizer.json"] = "config.json"
+) -> Iterator[None]:
     """Turn any error of transformers into a one-line ``StudentError``: cannot do ``what``."""
     try:
         yield
+    except KVDistillError as error:
+        raise StudentError(f"cannot {what}: {error}") from error
     except Exception as error:  # OSError, ValueError, KeyError and more
-        first_line = str(error).strip().split("\n")[0]
-        raise StudentError(f"cannot {what}: {first_line}") from error
+        remedy = None if source else "correct student.architecture"
+        fault = loading_fault(source or "architecture", error, needed, remedy)
+        raise StudentError(f"cannot {what}: {fault}") from error
