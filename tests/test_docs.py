@@ -12,6 +12,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ import yaml
 
 from docs.make_config_reference import reference
 from kvdistill.cli import COMMANDS
+from tests import preloaded
 from tests.slurm.experiment import CORPUS, write_models
 
 ROOT = Path(__file__).parents[1]
@@ -45,17 +48,33 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     body["student"]["architecture"] |= {"num_key_value_heads": 1, "head_dim": 8}
     body["training"] = TINY
     (folder / "experiment.yaml").write_text(yaml.safe_dump(body, sort_keys=False))
-    run(folder, "bash", "kvdistill run experiment.yaml")
+    run(folder, Path(sys.executable).parent, "bash", "kvdistill run experiment.yaml")
     return folder
 
 
-def run(folder: Path, language: str, code: str) -> str:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = ["bash", "-euo", "pipefail", "-c", code]
-    if language == "python":
-        command = [sys.executable, "-c", code]
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with `python` and `kvdistill` that need not import anything: see `preloaded`."""
+    folder = tmp_path_factory.mktemp("programs")
+    address = folder / "socket"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.preloaded", str(address)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment) as server:
+        while not address.exists():
+            assert server.poll() is None
+            time.sleep(0.1)
+        preloaded.write_program(folder / "kvdistill", str(address), "-m", "kvdistill.cli")
+        preloaded.write_program(folder / "python", str(address))
+        yield folder
+        server.kill()
+
+
+def run(folder: Path, programs: Path, language: str, code: str) -> str:
+    """What a block prints, run in ``folder`` with the programs of another folder first."""
+    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = ["bash", "-euo", "pipefail"] if language == "bash" else [str(programs / "python")]
     done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, check=False,
+        [*command, "-c", code], cwd=folder, capture_output=True, text=True, check=False,
         env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"},
     )  # fmt: skip
     assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
@@ -64,12 +83,12 @@ def run(folder: Path, language: str, code: str) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_command_and_example_of_a_page_runs(
-    page: Path, prepared: Path, tmp_path: Path
+    page: Path, prepared: Path, programs: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "work"
     shutil.copytree(prepared, folder)
     for language, code in BLOCK.findall(page.read_text(encoding="utf-8")):
-        run(folder, language, code)
+        run(folder, programs, language, code)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -95,9 +95,11 @@ def test_each_phase_trains_on_real_keys_and_values(make: Any, phase: str) -> Non
     assert len(total) == 10
     assert np.isfinite(total).all()
     assert np.mean(total[-3:]) < np.mean(total[:3])
-    for name in ("loss_key", "loss_value", "loss_cross_entropy"):
-        part = logged(report.folder, name)
-        assert np.mean(part[-3:]) < np.mean(part[:3]), name
+    text = logged(report.folder, "loss_cross_entropy")
+    assert np.mean(text[-3:]) < np.mean(text[:3])
+    # not the errors of keys and values: phase 5 trains its targets, whose variance grows
+    explained = logged(report.folder, "explained_variance")
+    assert np.mean(explained[-3:]) > np.mean(explained[:3]) + 0.05
 
 
 def test_a_joint_projector_is_caught_absorbing_and_the_default_is_not(
