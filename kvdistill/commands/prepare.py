@@ -118,7 +118,6 @@ def data_command() -> None:
     help="GSM8K's text, the text without its <<48/2=24>>, or the equations alone.",
 )
 @drop_last_option
-@ignore_option
 def gsm8k_command(
     *,
     output: Path,
@@ -127,12 +126,10 @@ def gsm8k_command(
     max_samples: int | None,
     rationale: recipes.RationaleForm,
     drop_last: bool,
-    ignore: tuple[str, ...],
 ) -> None:
     """Export GSM8K to OUTPUT as JSONL of prompt, rationale and answer."""
     if source is not None:
-        columns = CorpusColumns(ignore=ignore)
-        samples = read_jsonl(source, "gsm8k", max_samples, columns)
+        samples = read_jsonl(source, "gsm8k", max_samples)
     else:
         gsm8k = {"dataset": "openai/gsm8k", "subset": "main", "format": "gsm8k"}
         samples = read_dataset(CorpusSource(**gsm8k, split=split, max_samples=max_samples))

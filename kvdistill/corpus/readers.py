@@ -39,6 +39,7 @@ FOREIGN: Final = {
 }
 """First bytes of files that are no JSONL, what these are, and the remedy."""
 
+LABELS: Final = ("sample_id", "id", "task")
 Segments = tuple[tuple[SegmentName, str], ...]
 NO_COLUMNS: Final = CorpusColumns()
 
@@ -144,11 +145,11 @@ def _require_unicode(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        code = ord(text[error.start])
+        code, before = ord(text[error.start]), text[max(0, error.start - 20) : error.start]
         what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x} alone"
         raise UnicodeError(
-            f"{what}, after {error.start} characters, is not UTF-8; replace it, or convert the "
-            "file, such as with `iconv -f latin1 -t utf-8`"
+            f"not UTF-8: {what} after {before!r}; replace it, or convert the file, such as with "
+            "`iconv -f latin1 -t utf-8`"
         ) from None
 
 
@@ -188,9 +189,9 @@ def _samples(
             if not isinstance(row, dict):
                 raise ValueError(f"got {type(row).__name__}; {ONE_OBJECT}")
             used, segments = _segments(row, form, columns)
-            label = _label(row, "sample_id", "id")
-            sample_id = f"{len(samples):08d}" if label is None else label
-            sample = Sample(sample_id, segments, _label(row, "task"))
+            name, task = _first(row, LABELS[:2]), row.get("task")
+            sample_id = f"{len(samples):08d}" if name is None else str(row[name])
+            sample = Sample(sample_id, segments, None if task is None else str(task))
             if sample_id in samples:
                 raise ValueError(f"sample_id {brief(sample_id)} occurs twice")
             if used == ["question", "answer"]:
@@ -201,8 +202,9 @@ def _samples(
                     "'####'); complete them, or set corpus.format: segments to split none"
                 )
             _require_unicode(sample.to_json())
-        except ValueError as error:
-            raise CorpusError(f"{where}: {error}") from None
+        except (ValueError, RecursionError) as error:
+            cause = "nested too deeply" if isinstance(error, RecursionError) else error
+            raise CorpusError(f"{where}: {cause}") from None
         samples[sample_id] = sample
     if not samples:
         raise CorpusError(f"{source}: the corpus is empty; expected at least one sample")
@@ -214,24 +216,12 @@ def _first(row: dict[str, Any], names: Iterable[str]) -> str | None:
     return next((name for name in names if row.get(name) is not None), None)
 
 
-def _label(row: dict[str, Any], *names: str) -> str | None:
-    """An id or a task as text; None where it is missing or null."""
-    name = _first(row, names)
-    if name is not None and isinstance(row[name], (dict, list)):
-        raise ValueError(f"{name} must be text or a number, got {type(row[name]).__name__}")
-    return None if name is None else str(row[name])
-
-
 def _has_text(value: Any) -> bool:
     """Whether a value is or holds text that is not blank."""
-    pending = [value]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, str) and value.strip():
-            return True
-        if isinstance(value, (dict, list, tuple)):
-            pending += value.values() if isinstance(value, dict) else value
-    return False
+    if isinstance(value, str):
+        return bool(value.strip())
+    inner = value.values() if isinstance(value, dict) else value
+    return isinstance(value, (dict, list, tuple)) and any(map(_has_text, inner))
 
 
 def _segments(
@@ -255,7 +245,7 @@ def _segments(
         if not isinstance(text, str):
             raise ValueError(f"{found[name]} must be text, got {type(text).__name__}")
     used = list(found.values())
-    read = {*used, "sample_id", "id", "task"}
+    read = {*used, *(name for name in LABELS if not isinstance(row.get(name), (dict, list)))}
     if others := [name for name in readable if name not in read and _has_text(row[name])]:
         raise ValueError(
             f"the text in {shorten(', '.join(map(repr, others)), 150)} is not read (only "

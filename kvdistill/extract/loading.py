@@ -208,7 +208,7 @@ def _cannot_load(
         f"its weights are quantised by {quantised}: install the package or use the device that "
         "this asks for, or an unquantised checkpoint"
     )
-    fault = loading_fault(source, error, remedy=remedy if quantised else None)
+    fault = loading_fault(source, error, remedy=remedy if quantised else "")
     return TeacherError(f"teacher {name!r}: cannot load {source!r}: {fault}")
 
 

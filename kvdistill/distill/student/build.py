@@ -235,6 +235,6 @@ def _one_line_errors(
     except KVDistillError as error:
         raise StudentError(f"cannot {what}: {error}") from error
     except Exception as error:  # OSError, ValueError, KeyError and more
-        remedy = None if source else "correct student.architecture"
+        remedy = "" if source else "correct student.architecture"
         fault = loading_fault(source or "architecture", error, needed, remedy)
         raise StudentError(f"cannot {what}: {fault}") from error
