@@ -26,6 +26,7 @@ from kvdistill.corpus.readers import read_dataset, read_jsonl
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import ConfigError, CorpusError
 from kvdistill.pipelines.fetch import fetch
+from kvdistill.store.commit import replace_file
 from kvdistill.text import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -206,14 +207,14 @@ def tokenizer_command(
 
 
 def _write_jsonl(samples: Sequence[Sample], output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", encoding="utf-8") as lines:
-        for sample in samples:
-            row: dict[str, str] = {"sample_id": sample.sample_id}
-            row.update(sample.segments)
-            if sample.task is not None:
-                row["task"] = sample.task
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    lines = []
+    for sample in samples:
+        row: dict[str, str] = {"sample_id": sample.sample_id}
+        row.update(sample.segments)
+        if sample.task is not None:
+            row["task"] = sample.task
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    replace_file(output, "".join(lines))
     click.echo(f"wrote {len(samples)} samples to {output}")
 
 

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kvdistill.config.training import StudentConfig
 from kvdistill.distill.student.build import build_student, load_student_tokenizer
 from kvdistill.distill.student.latent.model import is_latent
 from kvdistill.errors import ConfigError, MissingExtra, StudentError
+from kvdistill.text import shorten
 
 
 @dataclass(frozen=True)
@@ -65,14 +68,17 @@ def run_harness(
     chosen = [_resolve_task(task, manager) for task in tasks]
     tokenizer = load_student_tokenizer(str(student))
     model = build_student(StudentConfig(model=str(student)), tokenizer, seed=0).eval()
-    found = simple_evaluate(
-        HFLM(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length),
-        tasks=chosen,
-        task_manager=manager,
-        limit=limit,
-        log_samples=False,
-        bootstrap_iters=1000,
-    )
+    served = HFLM(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+    options = {"limit": limit, "log_samples": False, "bootstrap_iters": 1000}
+    try:
+        found = simple_evaluate(served, tasks=chosen, task_manager=manager, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a task is YAML, templates, code and data of somebody else
+        cause = f"{type(error).__name__}: {shorten(str(error))}"
+        raise ConfigError(
+            f"the harness cannot run {', '.join(tasks)}: {cause}; check the task"
+        ) from error
     return _task_figures(found["results"])
 
 

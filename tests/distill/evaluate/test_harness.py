@@ -86,6 +86,11 @@ def test_wrong_requests_name_the_remedy(
 ) -> None:
     with pytest.raises(ConfigError, match="no task file at"):
         run_harness(student, [str(tmp_path / "none.yaml")])
+    for broken in (b"task: \xe9: [", b"- 1"):
+        (tmp_path / "broken.yaml").write_bytes(broken)
+        with pytest.raises(ConfigError, match=r"broken\.yaml: \w+: .*check the task") as caught:
+            run_harness(student, [str(tmp_path / "broken.yaml")])
+        assert "\n" not in str(caught.value)
     with pytest.raises(StudentError, match="not a model folder"):
         run_harness(tmp_path, ["any.yaml"])
     for asked in ([str(student)], [str(student), "corpus.jsonl", "--harness", "x"]):
