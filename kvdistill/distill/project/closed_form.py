@@ -6,10 +6,12 @@
 
 Whitened PCA depends on the teacher alone and weighs all kept directions equally. Ridge regresses
 one model's KV on the other's: the teacher's on that of a pretrained student (``StudentToTeacher``),
-or the student's on the teacher's. A shared space is the PCA of the student's KV, standardised per channel,
-onto which every teacher's is regressed; ``back`` regresses a model's KV on its image there. All follow from counts, means and centred products, so a pilot
-is read in batches and never held in memory. A part of its texts is held out: the penalty ρ with
-the smallest error there is taken, and the variance explained there is what the map is worth.
+or the student's on the teacher's. A shared space is the PCA of the student's KV, standardised per
+channel, onto which every teacher's is regressed; ``back`` regresses a model's KV on its image.
+
+All follow from counts, means and centred products, so a pilot is read in batches and never held in
+memory. A part of its texts is held out: the penalty ρ with the smallest error there is taken, and
+the variance explained there is what the map is worth.
 """
 
 from __future__ import annotations
