@@ -73,7 +73,10 @@ def _student_adapters(base: Any) -> list[Adapter]:
 
 def _unreadable(student: Any, error: AdapterError) -> StudentError:
     kind = student.config.model_type
-    return StudentError(f"keys and values of a student of type {kind!r} cannot be read: {error}")
+    return StudentError(
+        f"keys and values of a student of type {kind!r} cannot be read: {error}; correct "
+        "student.architecture, or take another model"
+    )
 
 
 class CapturedLayer(NamedTuple):

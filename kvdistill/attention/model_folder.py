@@ -36,7 +36,7 @@ def loading_fault(
         cause, remedy = f"its weights have other shapes than its {needed} states", ""
     if folder.is_dir():
         return f"{cause} ({remedy or f'check its {needed}'})"
-    hub = "check the name and your access to it; without a network, run `kvdistill fetch` before"
+    hub = "no folder either: check the name and your access; offline, run `kvdistill fetch` before"
     return f"{cause} ({remedy or hub})"
 
 

@@ -377,5 +377,5 @@ def _position_encoding(
 def max_positions(model: Any, limit: int | None) -> int | None:
     """Most tokens of a text: the model's positions, or ``limit`` if that is less."""
     trained = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    known = [length for length in (position_limit(model), trained, limit) if length]
+    known = [length for length in (position_limit(model), trained, limit) if length and length > 0]
     return min(known, default=None)

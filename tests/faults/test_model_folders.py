@@ -14,10 +14,12 @@ from kvdistill.config.extraction import TeacherConfig
 from kvdistill.config.training import StudentConfig
 from kvdistill.distill.student.build import build_student, check_student, load_student_tokenizer
 from kvdistill.errors import StudentError, TeacherError
+from kvdistill.extract.extract_shard import extract_samples
 from kvdistill.extract.loading import load_teacher_tokenizer
 from kvdistill.extract.prompt_template import chat_template
 from kvdistill.extract.teacher import load_teacher
 from kvdistill.pipelines.fetch import fetch
+from tests.attention.test_families import SAMPLES
 from tests.extract.models import save_teacher, tiny_tokenizer
 from tests.faults.test_experiment_files import MAX_MESSAGE
 from tests.pipelines.test_teachers import make
@@ -200,3 +202,16 @@ def test_chat_templates(tmp_path: Path, template: str, words: str) -> None:
     assert "`template` instead of `chat`" in message
     assert "\n" not in message
     assert len(message) <= MAX_MESSAGE
+
+
+@pytest.mark.parametrize("positions", [-1, 0])
+def test_a_config_without_a_length_limits_nothing(
+    good: Path, tmp_path: Path, positions: int
+) -> None:
+    shutil.copytree(good, tmp_path / "t")
+    config = json.loads((good / "config.json").read_text())
+    config["max_position_embeddings"] = positions
+    (tmp_path / "t/config.json").write_text(json.dumps(config))
+    teacher = load_teacher("t", make(tmp_path, {}))
+    shard = extract_samples(teacher, SAMPLES, batch_tokens=4096, long_text="error").shard
+    assert len(shard.tokens.sample_ids) == len(SAMPLES)
