@@ -13,6 +13,8 @@ from kvdistill.distill.student.build import build_student, load_student_tokenize
 from kvdistill.distill.student.latent.model import LatentStudent, is_latent
 from kvdistill.distill.student.latent.probes import diagnose_latents
 from kvdistill.errors import CorpusError, StudentError
+from kvdistill.store.commit import folder_fault
+from kvdistill.store.format import COMMIT
 
 
 def evaluate_folder(
@@ -76,4 +78,9 @@ def require_student_folder(student: Path) -> None:
         raise StudentError(
             f"{student} is not a model folder (it has no config.json); give the `student` folder "
             "of a run, or one of its checkpoints"
+        )
+    if (student / COMMIT).is_file() and (fault := folder_fault(student)):
+        raise StudentError(
+            f"{student}: {fault}; restore it from a copy, or remove {COMMIT} if you changed the "
+            "student on purpose"
         )

@@ -1,13 +1,13 @@
 """What a run leaves behind: its folder, its record, and the model card of its student.
 
 RUN/config.yaml           the whole experiment, defaults included
-RUN/run.json              provenance; ``finished`` and the final metrics once it is
+RUN/run.json              provenance; ``finished``, the final metrics and checksums once it is
 RUN/training_log.jsonl    one object per log
 RUN/training.log          the same as text, warnings included
 RUN/tensorboard/          the same for TensorBoard
 RUN/checkpoint-*/         to resume from
 RUN/best/                 the best student so far, while the run goes on
-RUN/student/              the final student: an ordinary Hugging Face folder
+RUN/student/              the final student: a Hugging Face folder, and its checksums
 RUN/eval_samples.jsonl    the final evaluation, one object per held-out sample
 RUN/diagnostics.json      layer maps, an alignment, per-layer errors, for the report
 """
@@ -15,7 +15,6 @@ RUN/diagnostics.json      layer maps, an alignment, per-layer errors, for the re
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -29,9 +28,11 @@ from kvdistill import provenance
 from kvdistill.config.base import current_names
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import dump_experiment, flatten, parse_experiment
+from kvdistill.config.yaml_text import parse_yaml
 from kvdistill.errors import ConfigError, KVDistillError, RunFolderError
-from kvdistill.store.commit import folder_fault, replace_file
-from kvdistill.store.manifest import TeacherManifest
+from kvdistill.store.commit import file_record, folder_fault, replace_file
+from kvdistill.store.manifest import TeacherManifest, sealed_json, unsealed_json
+from kvdistill.text import shorten
 
 log = logging.getLogger(__name__)
 
@@ -60,13 +61,12 @@ class RunFolder:
         if not self.record.is_file():
             return {}
         try:
-            record: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
+            return unsealed_json(self.record.read_bytes())
         except ValueError as error:
             raise ConfigError(
-                f"{self.record}: expected a JSON object, got {error}; remove this file to train "
-                "the run again from its last checkpoint"
-            ) from error
-        return record
+                f"{self.record}: expected a JSON object as it was written: {error}; remove this "
+                "file to train the run again from its last checkpoint"
+            ) from None
 
     def checkpoint(self) -> Path | None:
         """The newest checkpoint that is complete and unchanged; warns of those that it skips."""
@@ -80,7 +80,26 @@ class RunFolder:
 
     def write_record(self, record: dict[str, Any]) -> None:
         """Replace ``run.json`` in one step."""
-        replace_file(self.record, json.dumps(record, indent=1))
+        replace_file(self.record, sealed_json(record))
+
+    def read_config(self) -> dict[str, Any]:
+        """``config.yaml`` under the settings' names of today.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        try:
+            return current_names(parse_yaml(self.config.read_text(encoding="utf-8")), warn=False)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{self.config}: {shorten(str(error))}; restore it from a copy, or remove it to "
+                "go on with the config in hand"
+            ) from None
+
+    def file_records(self) -> dict[str, Any]:
+        """Sizes and checksums of what a report reads, for the record of a finished run."""
+        read = (self.config, self.log, self.eval_samples, self.diagnostics)
+        return {path.name: file_record(path).model_dump() for path in read if path.is_file()}
 
 
 @contextmanager
@@ -96,7 +115,8 @@ def writing(folder: RunFolder) -> Iterator[None]:
         reason = str(error).split("\n")[0]
         failed = isinstance(error, OSError) and error.errno in UNWRITABLE
         # safetensors and torch have errors of their own.
-        failed = failed or any(sign in reason for sign in ("os error", "PytorchStreamWriter"))
+        signs = ("os error", "PytorchStreamWriter", "inline_container")
+        failed = failed or any(sign in reason for sign in signs)
         if isinstance(error, KVDistillError) or not failed:
             raise
         raise RunFolderError(
@@ -133,8 +153,7 @@ def refuse_other_config(folder: RunFolder, experiment: Experiment) -> None:
         ConfigError: names the folder, the setting and both values.
     """
     # Parsed as a config, so that settings of a later version have their defaults.
-    written = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
-    earlier = parse_experiment(current_names(written, warn=False))
+    earlier = parse_experiment(folder.read_config())
     stored = flatten(earlier.model_dump(mode="json"))
     expected = flatten(experiment.model_dump(mode="json"))
     # Slurm's resources change no number, and may change between two attempts.

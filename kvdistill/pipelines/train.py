@@ -26,7 +26,7 @@ from kvdistill.corpus.samples import Sample, corpus_fingerprint
 from kvdistill.distill.evaluate.answers import is_gradable
 from kvdistill.errors import ConfigError, IncompleteStore, Interrupted, StoreMismatch
 from kvdistill.pipelines.run_folder import RunFolder, begin, model_card, writing
-from kvdistill.store.commit import replace_file
+from kvdistill.store.commit import commit_folder, replace_file
 from kvdistill.store.reader import KVStore
 
 if TYPE_CHECKING:
@@ -247,12 +247,14 @@ def _write_outcome(
         "seconds": time.monotonic() - began,
         **resource_usage(),
         "controls": recorded_controls(trainer, splits.train, splits.evaluation),
+        "files": folder.file_records(),
     }
     record = folder.read_record() | outcome
     experiment: Experiment = trainer.experiment
     names = experiment.teachers if experiment.losses.uses_teachers else ()
     teachers = {name: store.teacher(name) for name in names}
     corpus = store.manifest.corpus_fingerprint
+    commit_folder(folder.student)  # without the card, which people edit
     replace_file(folder.student / "README.md", model_card(experiment, teachers, corpus, record))
     folder.write_record(record)  # last: nothing is written after a run has finished
 

@@ -15,10 +15,10 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import xxhash
 
@@ -177,14 +177,20 @@ def folder_fault(folder: Path) -> str | None:
     if not (folder / COMMIT).is_file():
         return f"it has no {COMMIT}: saving it was interrupted, or an older version saved it"
     try:
-        files = json.loads((folder / COMMIT).read_text(encoding="utf-8"))["files"]
-        for name, record in files.items():
-            if not (folder / name).is_file():
-                return f"{name} is missing"
-            if file_record(folder / name).model_dump() != record:
-                return f"{name} does not match its checksum"
+        return files_fault(
+            folder, json.loads((folder / COMMIT).read_text(encoding="utf-8"))["files"]
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{COMMIT} is damaged"
+
+
+def files_fault(folder: Path, records: Mapping[str, dict[str, Any]]) -> str | None:
+    """How files of a folder differ from their records, in one line; None if they do not."""
+    for name, record in records.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if file_record(folder / name).model_dump() != record:
+            return f"{name} does not match its checksum"
     return None
 
 

@@ -45,6 +45,24 @@ def json_object(text: str | bytes) -> dict[str, Any]:
     return found
 
 
+def sealed_json(body: dict[str, Any]) -> str:
+    """Indented JSON with a ``checksum`` of everything else in it."""
+    body = json.loads(json.dumps(body))  # as it will be read: keys are text
+    return json.dumps({**body, "checksum": _document_checksum(body)}, indent=1, ensure_ascii=False)
+
+
+def unsealed_json(text: str | bytes) -> dict[str, Any]:
+    """What ``sealed_json`` wrote, or an object of an earlier version, without a checksum.
+
+    Raises:
+        ValueError: it is something else, or has changed, in a few words.
+    """
+    body = json_object(text)
+    if body.pop("checksum", None) not in (None, _document_checksum(body)):
+        raise ValueError("its content does not match its checksum")
+    return body
+
+
 class Document(BaseModel):
     """A frozen JSON document without unknown fields, with a checksum of itself."""
 
@@ -52,10 +70,7 @@ class Document(BaseModel):
 
     def to_json(self) -> str:
         """Indented JSON with a ``checksum`` of everything else in it."""
-        body = self.model_dump(mode="json")
-        return json.dumps(
-            {**body, "checksum": _document_checksum(body)}, indent=1, ensure_ascii=False
-        )
+        return sealed_json(self.model_dump(mode="json"))
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Self:

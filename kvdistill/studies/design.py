@@ -30,6 +30,7 @@ from kvdistill.config.study import AblationConfig, AblationPreset, ArmConfig
 from kvdistill.errors import ConfigError
 from kvdistill.pipelines.run_folder import RunFolder
 from kvdistill.store.commit import replace_file
+from kvdistill.store.manifest import sealed_json
 
 Body = Mapping[str, Any]
 """An experiment's settings, as its file has them."""
@@ -201,7 +202,7 @@ def write_record(design: StudyDesign) -> Path:
         "arms": arms,
     }
     path = design.folder / ABLATION_FILE
-    replace_file(path, json.dumps(record, indent=1, default=str))
+    replace_file(path, sealed_json(json.loads(json.dumps(record, default=str))))
     return path
 
 

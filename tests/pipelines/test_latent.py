@@ -24,6 +24,7 @@ from kvdistill.distill.train.set_up import Assembled, assemble
 from kvdistill.errors import ConfigError, StudentError
 from kvdistill.pipelines.evaluate import evaluate_folder
 from kvdistill.pipelines.extract import extract
+from kvdistill.pipelines.run_folder import RunFolder
 from kvdistill.pipelines.train import train
 from kvdistill.store.reader import KVStore
 from kvdistill.types import KINDS
@@ -264,8 +265,8 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     folder = train(half).folder
     shutil.rmtree(folder / "checkpoint-4")
     shutil.rmtree(folder / "student")
-    record = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps(record | {"finished": False}))
+    record = RunFolder(folder).read_record()
+    RunFolder(folder).write_record(record | {"finished": False})
     assert train(half).resumed
     ours = LatentStudent.from_pretrained(folder / "student").state_dict()
     for name, value in LatentStudent.from_pretrained(whole.folder / "student").state_dict().items():

@@ -235,17 +235,28 @@ def _stop(cluster: Cluster) -> None:
 
 def run_until_idle(cluster: Cluster, job_id: str, seconds: float = 90) -> None:
     """Let a job's elements end, without the two minutes that Slurm puts before a requeued one."""
-    seen: dict[str, float] = {}
+    waiting = Waiting(cluster)
+    wait_for(f"job {job_id} to end", lambda: not waiting.start(job_id), seconds)
 
-    def idle() -> bool:
-        rows = cluster.client("squeue", "-h", "-r", "-j", job_id, "-o", "%i|%r", check=False)
-        living = dict(row.split("|") for row in rows.splitlines())
+
+class Waiting:
+    """Requeued jobs, which Slurm lets wait for two minutes."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.seen: dict[str, float] = {}
+
+    def start(self, jobs: str) -> dict[str, str]:
+        """Start those that wait long enough for their credential; reasons of all living jobs."""
+        rows = self.cluster.client("squeue", "-h", "-r", "-j", jobs, "-o", "%i|%r", check=False)
+        living = dict(row.split("|") for row in rows.splitlines() if "|" in row)
         for job, reason in living.items():
+            now = time.monotonic()
             if reason != "BeginTime":
-                seen.pop(job, None)
-            elif time.monotonic() - seen.setdefault(job, time.monotonic()) > CREDENTIAL_SECONDS:
-                del seen[job]
-                cluster.start_now(job)
-        return not living
-
-    wait_for(f"job {job_id} to end", idle, seconds)
+                self.seen.pop(job, None)
+            elif now - self.seen.setdefault(job, now) > CREDENTIAL_SECONDS:
+                del self.seen[job]
+                self.cluster.client(
+                    "scontrol", "update", f"jobid={job}", "StartTime=now", check=False
+                )
+        return living

@@ -24,7 +24,7 @@ from rich.progress import (
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
-from kvdistill.store.commit import commit_folder
+from kvdistill.store.commit import commit_folder, replace_file
 from kvdistill.store.format import COMMIT
 from kvdistill.text import format_duration
 
@@ -38,12 +38,23 @@ class JsonLines(TrainerCallback):  # type: ignore[misc]
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Make the log that of the checkpoint: without later steps, and without damage."""
+        if state.is_world_process_zero:
+            head = dict.fromkeys(("step", "epoch", "time"))  # in this order
+            replace_file(self.path, "".join(_log_line(head | row) for row in state.log_history))
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Append one line."""
         if state.is_world_process_zero:
             row = {"step": state.global_step, "epoch": state.epoch, "time": time.time(), **logs}
+            state.log_history[-1]["time"] = row["time"]  # checkpoints hold this history
             with self.path.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(row) + "\n")
+                lines.write(_log_line(row))
+
+
+def _log_line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
 
 
 class Commits(TrainerCallback):  # type: ignore[misc]

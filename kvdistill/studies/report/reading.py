@@ -22,12 +22,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
-from kvdistill.config.base import current_names
 from kvdistill.errors import ConfigError
 from kvdistill.pipelines.run_folder import RunFolder
+from kvdistill.store.commit import files_fault
+from kvdistill.store.manifest import json_object, unsealed_json
 from kvdistill.studies.design import ABLATION_FILE
+from kvdistill.text import shorten
 
 NOT_OF_AN_ARM: Final = ("name", "seed", "output_dir", "slurm", "store")
 """Settings that two runs of one arm may differ in."""
@@ -151,11 +151,14 @@ def read_study(
             loose += _run_folders(path)
             continue
         file = path / ABLATION_FILE
-        body: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if not all({"name", "runs"} <= arm.keys() for arm in body.get("arms", [{}])):
+        try:
+            body = unsealed_json(file.read_bytes())
+            if not all({"name", "runs"} <= arm.keys() for arm in body.get("arms", [{}])):
+                raise ValueError("an arm lacks its name or runs")
+        except (OSError, ValueError) as error:
             raise ConfigError(
-                f"{file}: an arm lacks its name or runs; run `kvdistill ablate` again to rewrite it"
-            )
+                f"{file}: {error}; run `kvdistill ablate` again to rewrite it"
+            ) from None
         names.append(body.get("name", path.name))
         baseline = baseline or body.get("baseline")
         if body.get("may_differ"):
@@ -192,19 +195,19 @@ def _read_or_reason(path: Path, *, comparable: bool = False) -> Run | str:
         return "has no run.json: not a run, or one that has not started"
     if not record["finished"]:
         return "has not finished; run `kvdistill train` or `kvdistill ablate` with its config again"
+    if fault := files_fault(path, record.get("files", {})):
+        return f"is damaged: {fault}; restore it from a copy, or train the run again"
     if comparable:
         bad = [key for key, value in record["metrics"].items() if not math.isfinite(value)]
         if bad:
             return f"ended with non-finite {', '.join(bad)}"
-    return Run(
-        path,
-        record["name"],
-        current_names(yaml.safe_load(folder.config.read_text(encoding="utf-8")), warn=False),
-        record,
-        _json_lines(folder.log),
-        json.loads(folder.diagnostics.read_text(encoding="utf-8")),
-        {row["sample_id"]: row for row in _json_lines(folder.eval_samples)},
-    )
+    try:
+        logs, samples = _json_lines(folder.log), _json_lines(folder.eval_samples)
+        diagnostics = json_object(folder.diagnostics.read_bytes())
+        by_id = {row["sample_id"]: row for row in samples}
+        return Run(path, record["name"], folder.read_config(), record, logs, diagnostics, by_id)
+    except (OSError, ValueError, KeyError) as error:
+        return f"cannot be read: {shorten(str(error))}"
 
 
 def _run_folders(path: Path) -> list[Path]:
@@ -299,4 +302,4 @@ def _choose_baseline(arms: Sequence[Arm], requested: str | None) -> str:
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    return [json_object(line) for line in lines]

@@ -1,0 +1,177 @@
+"""Every file of a store, a run and a checkpoint, damaged: found, made again, or without effect.
+
+Never other numbers without a word, never a traceback, never a hang. The counts of the default
+run are small; ``-m slow`` damages 2,000 files.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from kvdistill.config.experiment import Experiment
+from kvdistill.corpus.readers import load_corpus
+from kvdistill.errors import ShardCorrupt
+from kvdistill.pipelines.cluster import overview
+from kvdistill.pipelines.evaluate import evaluate_folder
+from kvdistill.pipelines.inspect import inspect_teacher
+from kvdistill.pipelines.run_folder import RunFolder, begin
+from kvdistill.pipelines.train import build_trainer, train
+from kvdistill.slurm.ledger import Ledger
+from kvdistill.store.maintenance import verify_store
+from kvdistill.store.prototypes import teacher_prototypes
+from kvdistill.store.reader import KVStore
+from kvdistill.store.writer import add_teacher, publish_shard
+from kvdistill.studies.report.page import write_report
+from kvdistill.studies.report.reading import read_run
+from tests.faults.damage import round_of_damages
+from tests.faults.verdict import Commands, Outcome, outcomes, rounds
+from tests.pipelines.test_train import StopAt
+from tests.pipelines.tiny import variant
+
+TEACHERS = ("full", "other", "tiny")
+
+
+@pytest.fixture(scope="module")
+def whole_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two teachers in two backends with everything that a shard may hold, and derived files."""
+    from tests.store.made import LENGTHS, make_shard, make_store, make_teacher
+
+    features = {"has_importance": True, "has_hidden_at_cue": True, "has_summaries": True}
+    int4 = {"key": "int4", "value": "int4"}
+    store, _ = make_store(tmp_path_factory.mktemp("whole") / "store", make_teacher(codec=int4))
+    other = make_teacher(name="other", backend="safetensors", own_text=True, **features)
+    full = make_teacher(name="full", **features)
+    for seed, teacher in enumerate([other, full], start=2):
+        add_teacher(store, teacher)
+        for shard_id in store.shard_ids:
+            ids = [sample.sample_id for sample in store.samples(shard_id)]
+            made = make_shard(teacher, ids, LENGTHS, seed)
+            assert publish_shard(store, teacher.name, shard_id, made.shard, made.statistics)
+    import dask.array  # noqa: F401  once, for all children
+
+    outcomes(store_commands(store.paths.root))  # writes the derived files
+    Ledger(store.paths.teacher("full")).claim("00000", "nobody")
+    return store.paths.root
+
+
+def store_commands(root: Path) -> Commands:
+    def read() -> Any:
+        store = KVStore.open(root)
+        return [
+            (store.samples(i), [store.read_shard(name, i) for name in TEACHERS])
+            for i in store.shard_ids
+        ]
+
+    def derived() -> Any:
+        store = KVStore.open(root)
+        return [store.statistics(name) for name in TEACHERS]
+
+    def prototypes() -> Any:
+        return [teacher_prototypes(KVStore.open(root), name, 2) for name in ("full", "other")]
+
+    def verify() -> None:
+        for finding in verify_store(KVStore.open(root)):
+            raise ShardCorrupt(finding.problem)
+
+    def status() -> Any:
+        return [teacher.teacher for teacher in overview(root).teachers]
+
+    return {"verify": verify, "read": read, "statistics": derived, "prototypes": prototypes,
+            "status": status}  # fmt: skip
+
+
+def unreported(found: dict[str, Outcome]) -> str:
+    """What a reader refuses, verification must report."""
+    refused = {name for name, outcome in found.items() if outcome.how == "refused"}
+    return "verify found nothing" if refused and "verify" not in refused else ""
+
+
+@pytest.mark.parametrize(("count", "seed"), rounds(20, many=1300, pieces=13))
+def test_damages_of_a_store(whole_store: Path, tmp_path: Path, count: int, seed: int) -> None:
+    work = tmp_path / "store"
+    commands = store_commands(work)
+    assert not round_of_damages(
+        whole_store, work, commands, count=count, seed=seed, also=unreported
+    )
+
+
+@pytest.mark.parametrize(("count", "seed"), rounds(2, many=200, pieces=2))
+def test_damages_of_a_store_that_is_inspected(
+    whole_store: Path, tmp_path: Path, count: int, seed: int
+) -> None:
+    work = tmp_path / "store"
+
+    def inspect() -> Any:
+        return [inspect_teacher(KVStore.open(work), name, 1, None) for name in TEACHERS]
+
+    assert not round_of_damages(whole_store, work, {"inspect": inspect}, count=count, seed=seed)
+
+
+SETTINGS = {"training__save_steps": 2, "training__keep_checkpoints": 3, "training__log_steps": 1}
+
+
+def run_commands(experiment: Experiment) -> Commands:
+    """What resumes a run, and what reads a finished one."""
+    folder = RunFolder(experiment.output_dir / experiment.name)
+
+    def resume() -> Any:
+        metrics = train(experiment).metrics
+        return (
+            metrics,
+            read_run(folder.path).curve("loss"),
+            load_file(folder.student / "model.safetensors"),
+        )
+
+    def report() -> Any:
+        with TemporaryDirectory() as scratch:
+            files, _ = write_report([folder.path], Path(scratch) / "report.html")
+            return [path.read_text() for path in files if path.suffix != ".html"]
+
+    def evaluate() -> Any:
+        limits: dict[str, int] = {"max_samples": 2, "max_length": 64, "batch_size": 2}
+        return evaluate_folder(folder.student, experiment.corpus.path, **limits).metrics
+
+    return {"resume": resume, "report": report, "evaluate": evaluate}
+
+
+@pytest.fixture(scope="module")
+def runs(extracted: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """An experiment, and folders of its run: killed after the fifth of six steps, and finished."""
+    work = tmp_path_factory.mktemp("runs")
+    experiment = variant(extracted, work / "here", **SETTINGS)
+    folder = work / "here" / experiment.name
+
+    def begin_and_stop() -> None:
+        store, splits = KVStore.open(experiment.store), load_corpus(experiment.corpus)
+        trainer = build_trainer(experiment, store, splits, begin(experiment))
+        trainer.add_callback(StopAt(5))
+        trainer.train()
+
+    for name, command in {"killed": begin_and_stop, "finished": lambda: train(experiment)}.items():
+        assert outcomes({name: command})[name].how == "done"
+        shutil.copytree(folder, work / name)
+    shutil.rmtree(folder)
+    return {"experiment": experiment, "work": folder, "pristine": work}
+
+
+@pytest.mark.parametrize(("count", "seed"), rounds(2, many=300, pieces=3))
+def test_damages_of_a_run_that_is_resumed(runs: dict[str, Any], count: int, seed: int) -> None:
+    resume = {"resume": run_commands(runs["experiment"])["resume"]}
+    assert not round_of_damages(
+        runs["pristine"] / "killed", runs["work"], resume, count=count, seed=seed
+    )
+
+
+@pytest.mark.parametrize(("count", "seed"), rounds(3, many=200, pieces=2))
+def test_damages_of_a_finished_run(runs: dict[str, Any], count: int, seed: int) -> None:
+    commands = run_commands(runs["experiment"])
+    assert not round_of_damages(
+        runs["pristine"] / "finished", runs["work"], commands, count=count, seed=seed,
+        only=lambda name: not name.startswith("checkpoint"),
+    )  # fmt: skip
