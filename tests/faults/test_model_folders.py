@@ -13,6 +13,7 @@ import pytest
 from kvdistill.config.extraction import TeacherConfig
 from kvdistill.config.training import StudentConfig
 from kvdistill.distill.student.build import build_student, check_student, load_student_tokenizer
+from kvdistill.distill.student.latent.model import LatentStudent
 from kvdistill.errors import StudentError, TeacherError
 from kvdistill.extract.extract_shard import extract_samples
 from kvdistill.extract.loading import load_teacher_tokenizer
@@ -20,6 +21,7 @@ from kvdistill.extract.prompt_template import chat_template
 from kvdistill.extract.teacher import load_teacher
 from kvdistill.pipelines.fetch import fetch
 from tests.attention.test_families import SAMPLES
+from tests.distill.student.latent.thinkers import thinker
 from tests.extract.models import save_teacher, tiny_tokenizer
 from tests.faults.test_experiment_files import MAX_MESSAGE
 from tests.pipelines.test_teachers import make
@@ -215,3 +217,29 @@ def test_a_config_without_a_length_limits_nothing(
     teacher = load_teacher("t", make(tmp_path, {}))
     shard = extract_samples(teacher, SAMPLES, batch_tokens=4096, long_text="error").shard
     assert len(shard.tokens.sample_ids) == len(SAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("latent.json", b"{", "latent.json is not JSON"),
+        ("latent.json", b"\xe9", "latent.json is not JSON"),
+        ("latent.json", b"[]", "LatentConfig"),
+        ("latent.json", b'{"method": "none", "x": 1}', "x"),
+        ("latent.safetensors", None, "latent.safetensors"),
+        ("latent.safetensors", b"", "latent.safetensors is empty"),
+        ("latent.safetensors", LFS, "git lfs pull"),
+        ("model.safetensors", b"\xff" * 99, "model.safetensors is not JSON"),
+        ("config.json", b"{", "config.json is not JSON"),
+    ],
+)
+def test_latent_students(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
+    thinker(method="pause").save_pretrained(tmp_path)
+    damage(tmp_path, name, content)
+    with pytest.raises(StudentError) as caught:
+        LatentStudent.from_pretrained(tmp_path)
+    message = str(caught.value)
+    assert words in message
+    assert str(tmp_path) in message
+    assert "\n" not in message
+    assert len(message) <= MAX_MESSAGE + len(str(tmp_path))

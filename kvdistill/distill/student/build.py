@@ -44,7 +44,7 @@ def build_student(config: StudentConfig, tokenizer: Any, seed: int) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    with _one_line_errors(
+    with one_line_errors(
         f"build the student {config.model or 'of student.architecture'}", config.model
     ):
         architecture = _architecture(config, tokenizer)
@@ -115,7 +115,7 @@ def check_student(config: StudentConfig, tokenizer: Any, max_length: int = 1) ->
     from transformers import AutoModelForCausalLM
 
     what = f"build the student {config.model or 'of student.architecture'}"
-    with _one_line_errors(what, config.model), torch.device("meta"):
+    with one_line_errors(what, config.model), torch.device("meta"):
         student = AutoModelForCausalLM.from_config(
             _architecture(config, tokenizer), trust_remote_code=config.trust_remote_code
         )
@@ -132,7 +132,7 @@ def load_student_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with _one_line_errors(f"load the tokenizer {name!r}", name, "tokenizer.json"):
+    with one_line_errors(f"load the tokenizer {name!r}", name, "tokenizer.json"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise StudentError(
@@ -226,7 +226,7 @@ def _architecture(config: StudentConfig, tokenizer: Any) -> Any:
 
 
 @contextmanager
-def _one_line_errors(
+def one_line_errors(
     what: str, source: str | None, needed: Literal["config.json", "tokenizer.json"] = "config.json"
 ) -> Iterator[None]:
     """Turn any error of transformers into a one-line ``StudentError``: cannot do ``what``."""

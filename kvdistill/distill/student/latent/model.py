@@ -7,7 +7,6 @@ marks are embeddings, not tokens, so the tokenizer does not change.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from kvdistill.attention.geometry import position_limit
 from kvdistill.attention.padded_generation import pad_left, through_first
 from kvdistill.config.distill import LatentConfig
-from kvdistill.distill.student.build import prompt_ids
+from kvdistill.distill.student.build import one_line_errors, prompt_ids
 from kvdistill.distill.student.language_head import DeferredLogits, LanguageHead
 from kvdistill.distill.student.latent.iteration import (
     LatentProjector,
@@ -176,7 +175,7 @@ class LatentStudent(nn.Module):
         """Load what ``save_pretrained`` wrote; ``options`` go to ``AutoModelForCausalLM``.
 
         Raises:
-            StudentError: the folder holds no latent student.
+            StudentError: the folder holds no latent student, or cannot be loaded.
         """
         from transformers import AutoModelForCausalLM
 
@@ -186,10 +185,10 @@ class LatentStudent(nn.Module):
                 f"{folder} holds no latent student (it has no {SETTINGS_FILE}); give the `student` "
                 "folder of a run with a `latent` section"
             )
-        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-        backbone = AutoModelForCausalLM.from_pretrained(folder, **options)
-        student = cls(backbone, LatentConfig.model_validate(settings))
-        found = student.load_state_dict(load_file(folder / LATENT_FILE), strict=False)
+        with one_line_errors(f"load the latent student {folder}", str(folder)):
+            config = LatentConfig.model_validate_json((folder / SETTINGS_FILE).read_bytes())
+            student = cls(AutoModelForCausalLM.from_pretrained(folder, **options), config)
+            found = student.load_state_dict(load_file(folder / LATENT_FILE), strict=False)
         missing = [name for name in found.missing_keys if not name.startswith(BACKBONE_PREFIX)]
         if missing or found.unexpected_keys:
             raise StudentError(
