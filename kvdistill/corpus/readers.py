@@ -123,7 +123,7 @@ def read_jsonl(
         raise CorpusError(f"{path}: {error.strerror or error}; check its permissions") from error
     if is_there:
         raise CorpusError(f"{path} is a folder, a pipe or a device; expected a JSONL file")
-    raise CorpusError(f"corpus file not found: {path}; check corpus.path in the config")
+    raise CorpusError(f"corpus file not found: {path}; check the path")
 
 
 def _json_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[str, Any]]:
