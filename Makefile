@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-real test-slow test-slurm check bench docs models clean
+.PHONY: demo test test-real test-slow test-slurm test-slurm-slow check bench docs models clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,11 +28,14 @@ models: $(STAMP)
 test-real: models  ## tests on real weights
 	OMP_NUM_THREADS=1 KVDISTILL_MODELS=$(MODELS) $(BIN)/python -m pytest -q -m real_model -n 2 --dist loadfile
 
-test-slow: $(STAMP)  ## long tests: processes killed at random moments
-	$(BIN)/python -m pytest -q -m slow
+test-slow: $(STAMP)  ## long tests: 1,000 kills, 2,000 damaged files, 100 full disks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not slurm"
 
 test-slurm: $(STAMP)  ## tests on a real Slurm; need root and the packages of .ci/slurm-packages
-	$(BIN)/python -m pytest -q -m slurm tests/slurm
+	$(BIN)/python -m pytest -q -m "slurm and not slow" tests/slurm
+
+test-slurm-slow: $(STAMP)  ## 200 random events of a cluster over 300 shards and a training job
+	$(BIN)/python -m pytest -q -m "slurm and slow" tests/slurm
 
 check: $(STAMP)  ## static checks of CI
 	$(BIN)/ruff format --check .

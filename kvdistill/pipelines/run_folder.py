@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ from kvdistill.config.load import dump_experiment, flatten, parse_experiment
 from kvdistill.config.yaml_text import parse_yaml
 from kvdistill.errors import ConfigError, KVDistillError, RunFolderError
 from kvdistill.store.commit import file_record, folder_fault, replace_file
+from kvdistill.store.format import COMMIT
 from kvdistill.store.manifest import TeacherManifest, sealed_json, unsealed_json
 from kvdistill.text import shorten
 
@@ -70,13 +72,26 @@ class RunFolder:
 
     def checkpoint(self) -> Path | None:
         """The newest checkpoint that is complete and unchanged; warns of those that it skips."""
-        named = (p for p in self.path.glob("checkpoint-*") if p.name.split("-", 1)[1].isdecimal())
-        for path in sorted(named, key=lambda path: -int(path.name.split("-")[1])):
-            fault = folder_fault(path)
+        for path, fault in self._checkpoints():
             if fault is None:
                 return path
             log.warning("%s is not resumed from: %s", path, fault)
         return None
+
+    def _checkpoints(self) -> Iterator[tuple[Path, str | None]]:
+        """Every checkpoint, newest first, and how it differs from its commit."""
+        named = (p for p in self.path.glob("checkpoint-*") if p.name.split("-", 1)[1].isdecimal())
+        for path in sorted(named, key=lambda path: -int(path.name.split("-")[1])):
+            yield path, folder_fault(path)
+
+    def remove_damaged(self) -> None:
+        """Remove checkpoints that have changed since they were committed; resuming makes them."""
+        for path, fault in self._checkpoints():
+            if fault is None:
+                return
+            if (path / COMMIT).is_file():
+                log.warning("%s is removed and will be made again: %s", path, fault)
+                shutil.rmtree(path, ignore_errors=True)
 
     def write_record(self, record: dict[str, Any]) -> None:
         """Replace ``run.json`` in one step."""
@@ -113,7 +128,10 @@ def writing(folder: RunFolder) -> Iterator[None]:
         yield
     except Exception as error:
         reason = str(error).split("\n")[0]
-        failed = isinstance(error, OSError) and error.errno in UNWRITABLE
+        name = str(getattr(error, "filename", None))
+        failed = isinstance(error, OSError) and (
+            error.errno in UNWRITABLE or name.startswith(f"{folder.path}{os.sep}")
+        )
         # safetensors and torch have errors of their own.
         signs = ("os error", "PytorchStreamWriter", "inline_container")
         failed = failed or any(sign in reason for sign in signs)
@@ -143,6 +161,7 @@ def begin(experiment: Experiment) -> RunFolder:
         attempts = [*record.get("attempts", []), provenance.describe()]
         head = {"name": experiment.name, "seed": experiment.seed, "finished": False}
         folder.write_record(record | head | {"attempts": attempts})
+        folder.remove_damaged()
     return folder
 
 

@@ -180,8 +180,8 @@ def folder_fault(folder: Path) -> str | None:
         return files_fault(
             folder, json.loads((folder / COMMIT).read_text(encoding="utf-8"))["files"]
         )
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{COMMIT} is damaged"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{COMMIT} is damaged, or a file that it lists vanished"
 
 
 def files_fault(folder: Path, records: Mapping[str, dict[str, Any]]) -> str | None:

@@ -105,5 +105,9 @@ def round_of_damages(
         if more := also(found):
             faults.append(f"{where}: {more}")
         ends["refused" if "refused" in {o.how for o in found.values()} else "no effect"] += 1
-    print(f"\n{count} damages of {pristine.name}, seed {seed}: {dict(ends)}, {len(faults)} faults")
+    print(
+        f"\n{count} damages of {pristine.name}, seed {seed}: {dict(ends)}, {len(faults)} faults",
+        *faults,
+        sep="\n",
+    )
     return faults

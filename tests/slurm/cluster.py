@@ -252,6 +252,8 @@ class Waiting:
         living = dict(row.split("|") for row in rows.splitlines() if "|" in row)
         for job, reason in living.items():
             now = time.monotonic()
+            if "held" in reason:  # where a launch met a daemon that was just going down
+                self.cluster.client("scontrol", "release", job, check=False)
             if reason != "BeginTime":
                 self.seen.pop(job, None)
             elif now - self.seen.setdefault(job, now) > CREDENTIAL_SECONDS:

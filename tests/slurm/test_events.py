@@ -1,11 +1,12 @@
 """Random events of a real cluster, over an array of real shards and a training job.
 
 Whatever happens, every shard is there and equal to an undisturbed extraction, and training ends
-with the weights of an undisturbed run. The marked-slow round is 200 events over 300 shards.
+with the weights of an undisturbed run. The slow rounds are 200 events over 300 shards each.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections import Counter
@@ -27,19 +28,19 @@ from kvdistill.store.maintenance import verify_store
 from kvdistill.store.reader import KVStore
 from tests.faults.verdict import digest, outcomes
 from tests.slurm.cluster import NODES, Cluster, Waiting, wait_for
-from tests.slurm.experiment import load, write_experiment, write_models
+from tests.slurm.experiment import CORPUS, load, write_experiment, write_models
 from tests.slurm.test_run import assert_equal_stores, assert_tidy
 
 pytestmark = pytest.mark.slurm
 
-SECONDS_A_SHARD = 0.5
+SECONDS = "TEST_SECONDS_A_SHARD"
 
 
 class SlowWork(ExtractionWork):
     """Extraction that takes its time, so that events find it at work."""
 
     def run(self, unit: str, should_stop: Callable[[], bool]) -> int:
-        end = time.monotonic() + SECONDS_A_SHARD
+        end = time.monotonic() + float(os.environ[SECONDS])
         while time.monotonic() < end:
             if should_stop():
                 raise Interrupted(unit)
@@ -84,34 +85,56 @@ class Events:
             frozen = self.rng.random() < 0.5
             if frozen:  # its jobs run on, unseen, while Slurm starts them elsewhere
                 self.cluster.freeze(node)
-            self.cluster.set_node(node, "down")
+            update = ("scontrol", "update", f"nodename={node}")
+            self.cluster.client(*update, "state=down", "reason=test", check=False)
             time.sleep(self.rng.uniform(0, 4))
             if frozen:
                 self.cluster.thaw(node)
-            self.cluster.set_node(node, "resume")
+            self.cluster.client(*update, "state=resume", check=False)  # it may have come by itself
         self.counts[kind] += 1
+
+    def repair(self) -> None:
+        """What an administrator does: a node that met two copies of a job is drained."""
+        rows = self.cluster.client("sinfo", "-h", "-N", "-p", "low", "-o", "%N %T", check=False)
+        for node, state in (row.split() for row in rows.splitlines()):
+            if "drain" in state or "down" in state:
+                self.cluster.client(
+                    "scontrol", "update", f"nodename={node}", "state=resume", check=False
+                )
 
     @property
     def total(self) -> int:
         return sum(self.counts.values())
 
 
-@pytest.mark.parametrize(
-    ("shards", "events"), [(24, 8), pytest.param(300, 200, marks=pytest.mark.slow)]
-)
+SMALL = pytest.param((16, 6, 0), id="16-6-0")
+LARGE = [pytest.param((300, 50, i), id=f"300-50-{i}", marks=pytest.mark.slow) for i in range(1, 5)]
+
+
+@pytest.mark.parametrize("size", [SMALL, *LARGE])
 def test_random_events(
-    login: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int, events: int
+    login: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int, int]
 ) -> None:
+    shards, events, seed = size
     write_models(tmp_path / "models")
-    steps = ("training.max_steps=60", "training.save_steps=5", "extraction.summaries=true")
-    changes = (*steps, f"corpus.max_samples={shards + 4}", "corpus.shard_chars=1")
+    lines = [line for p in sorted(CORPUS.parent.glob("gsm8k_train*")) for line in p.open()]
+    (tmp_path / "corpus.jsonl").write_text("".join(lines[: shards + 4]))
+    changes = (
+        f"training.max_steps={4 * events}",
+        "training.save_steps=5",
+        "extraction.summaries=true",
+        f"corpus.path={tmp_path}/corpus.jsonl",
+        "corpus.max_samples=null",
+        "corpus.shard_chars=1",
+    )
     calm = load(write_experiment(tmp_path / "calm", tmp_path / "models"), *changes)
     wild = load(write_experiment(tmp_path / "wild", tmp_path / "models", tasks=6), *changes)
     calm, wild = (one_teacher(each) for each in (calm, wild))
     assert extract(calm).complete
     assert len(KVStore.open(calm.store).shard_ids) == shards
     monkeypatch.setattr(extract_tasks, "TARGET", "tests.slurm.test_events:slow_work")
-    happening = Events(login, tmp_path, seed=events)
+    monkeypatch.setenv(SECONDS, str(events / 50))
+    happening = Events(login, tmp_path, seed)
     waiting = Waiting(login)
 
     extract_tasks.prepare_store(wild)
@@ -132,6 +155,7 @@ def test_random_events(
     )  # fmt: skip
     assert outcomes({"calm": lambda: train(calm) and None})["calm"].how == "done"
     assert result(wild) == result(calm)
+    assert happening.total > events * 0.6
     print(f"\n{happening.total} events over {shards} shards: {dict(happening.counts)}")
 
 
@@ -168,6 +192,7 @@ def until(
 
     def ended() -> bool:
         nonlocal jobs, last
+        happening.repair()
         living = waiting.start(",".join(jobs)) if jobs else {}
         if not living:
             if is_done():
