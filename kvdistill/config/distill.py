@@ -135,6 +135,9 @@ class FusionConfig(Section):
     teacher's prototypes. `mlp`, `gate`, `attention`: a learned router."""
     weights: dict[str, NonNegativeFloat] | None = None
     """With `fixed`: a weight per teacher, normalised to sum to one; uniform if not given."""
+    by_task: dict[str, dict[str, NonNegativeFloat]] | None = None
+    """With `fixed`: weights for the samples of a task (or part), such as `{math: {smollm2: 1}}`;
+    teachers that are not named have none there. `weights` for samples of other tasks."""
     layers: dict[str, tuple[NonNegative, ...]] | None = None
     """Student layers that a teacher supervises, by teacher; all layers for teachers that are not
     listed. With disjoint layers, teachers do not compete for the student's channels."""
@@ -164,8 +167,9 @@ class FusionConfig(Section):
 
     @model_validator(mode="after")
     def _method_fits(self) -> Self:
-        if self.weights is not None and self.method != "fixed":
-            raise ValueError(f"`weights` require method fixed, got method {self.method}")
+        for name in ("weights", "by_task"):
+            if getattr(self, name) is not None and self.method != "fixed":
+                raise ValueError(f"`{name}` require method fixed, got method {self.method}")
         routed = self.granularity != "sample" or self.task_tag or self.warmup_steps
         if routed and not self.learns:
             raise ValueError(

@@ -146,18 +146,18 @@ def _check_losses(experiment: Experiment) -> None:
 
 
 def _check_weights(experiment: Experiment) -> None:
-    weights, teachers = experiment.fusion.weights, set(experiment.teachers)
-    if weights is None:
-        return
-    if set(weights) - teachers:
-        raise ValueError(
-            f"fusion.weights names {sorted(set(weights) - teachers)}, but the teachers are "
-            f"{sorted(teachers)}"
-        )
-    if teachers - set(weights):
-        raise ValueError(f"fusion.weights has no weight for {sorted(teachers - set(weights))}")
-    if not any(weights.values()):
-        raise ValueError("fusion.weights are all 0; give at least one teacher a weight")
+    fusion, teachers = experiment.fusion, set(experiment.teachers)
+    by_task = {f"by_task.{task}": row for task, row in (fusion.by_task or {}).items()}
+    given = by_task if fusion.weights is None else {"weights": fusion.weights, **by_task}
+    for name, weights in given.items():
+        if unknown := sorted(set(weights) - teachers):
+            raise ValueError(
+                f"fusion.{name} names {unknown}, but the teachers are {sorted(teachers)}"
+            )
+        if name == "weights" and teachers - set(weights):
+            raise ValueError(f"fusion.weights has no weight for {sorted(teachers - set(weights))}")
+        if not any(weights.values()):
+            raise ValueError(f"fusion.{name} are all 0; give at least one teacher a weight")
 
 
 def _check_fusion(experiment: Experiment) -> None:

@@ -59,6 +59,9 @@ class TeacherConfig(Section):
     """Begin-of-sequence token. `auto`: as the tokenizer does, and always for Gemma."""
     generate: GenerateConfig | None = None
     """Store the teacher's own rationales instead of those of the corpus."""
+    parts: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Parts of the corpus (or tasks) to read, such as `[math, zh]`; everything if not given. Other
+    texts are stored without tokens, and this teacher covers nothing of them."""
     layers: tuple[NonNegative, ...] | None = None
     """Layers to store; all of them if not given."""
     heads: Annotated[tuple[NonNegative, ...], Field(min_length=1)] | None = None

@@ -108,7 +108,7 @@ class Distiller(nn.Module):
         projection: ProjectionConfig,
         fusion: FusionConfig,
         losses: LossConfig,
-        num_tasks: int = 0,
+        tasks: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -133,7 +133,7 @@ class Distiller(nn.Module):
                 heads[kind] = TeacherHead(teacher, kind, own, projection, self.projects)
             self.heads[_module_name(teacher.name)] = heads
         self.weigh = FusionWeights(
-            fusion, teachers, geometry.hidden_size, geometry.num_layers, num_tasks
+            fusion, teachers, geometry.hidden_size, geometry.num_layers, tasks or {}
         )
         self.space = nn.ModuleDict()
         if projection.mode == "shared_space":

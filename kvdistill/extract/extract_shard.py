@@ -64,6 +64,8 @@ def extract_samples(
 ) -> ExtractedShard:
     """Run a teacher over samples; ``on_batch`` receives the number of tokens of every batch.
 
+    Samples of parts that the teacher does not read are stored without tokens.
+
     Raises:
         TeacherError: a text exceeds the teacher's positions and ``long_text`` is ``error``, or a
             tokenizer's offsets are wrong; names the sample.
@@ -72,7 +74,10 @@ def extract_samples(
     started = time.monotonic()
     own_texts = None
     if teacher.generate is not None:
-        samples = own_texts = generate_rationales(teacher, samples, teacher.generate, batch_tokens)
+        chosen = [sample for sample in samples if teacher.reads(sample)]
+        written = generate_rationales(teacher, chosen, teacher.generate, batch_tokens)
+        found = {sample.sample_id: sample for sample in written}
+        samples = own_texts = [found.get(sample.sample_id, sample) for sample in samples]
     tokenised, truncated, skipped = _tokenise(teacher, samples, long_text)
     table = token_table(samples, tokenised)
     packer = ShardPacker(teacher.manifest, teacher.layers, table)
@@ -103,7 +108,10 @@ def _tokenise(
     teacher: Teacher, samples: Sequence[Sample], long_text: LongText
 ) -> tuple[list[TokenisedSample], tuple[str, ...], tuple[str, ...]]:
     """Tokens of all samples, ids of the truncated ones, ids of the skipped ones."""
-    tokenised = teacher.tokenise(samples)
+    chosen = [i for i, sample in enumerate(samples) if teacher.reads(sample)]
+    tokenised = [TokenisedSample.empty()] * len(samples)
+    for i, found in zip(chosen, teacher.tokenise([samples[i] for i in chosen]), strict=True):
+        tokenised[i] = found
     limit = teacher.max_length
     too_long = [i for i, s in enumerate(tokenised) if limit is not None and s.max_tokens > limit]
     if not too_long:

@@ -96,6 +96,10 @@ class Teacher:
         """Token id of padding, which is masked."""
         return padding_id(self.tokenizer, self.num_embeddings)
 
+    def reads(self, sample: Sample) -> bool:
+        """Whether a text is of a part of the corpus that this teacher reads."""
+        return self.manifest.parts is None or sample.task in self.manifest.parts
+
     def batches(self, lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         """``batch_by_tokens``, so that no text changes how another one is read."""
         budget = 1 if self.rule.alone else batch_tokens
@@ -341,6 +345,7 @@ def _manifest(
         has_importance=extraction.importance and adapter.stream != "cross",
         has_hidden_at_cue=extraction.hidden_at_cue,
         has_summaries=extraction.summaries,
+        parts=config.parts,
         own_text=config.generate is not None,
         adapter=adapter.name,
         adapter_error=max(layer.error for layer in verified.layers),

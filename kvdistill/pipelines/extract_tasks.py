@@ -19,8 +19,8 @@ from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import dump_experiment
 from kvdistill.config.slurm import SlurmProfile
 from kvdistill.corpus.readers import load_corpus
-from kvdistill.corpus.samples import cut_into_shards
-from kvdistill.errors import Interrupted, StoreMismatch, StoreNotFound
+from kvdistill.corpus.samples import Sample, cut_into_shards
+from kvdistill.errors import ConfigError, Interrupted, StoreMismatch, StoreNotFound
 from kvdistill.slurm import client
 from kvdistill.slurm.ledger import Ledger
 from kvdistill.slurm.local_pool import run_pool
@@ -43,10 +43,28 @@ def prepare_store(experiment: Experiment) -> KVStore:
 
     Raises:
         CorpusError: the corpus is missing, empty or malformed.
+        ConfigError: a teacher reads a part that the corpus does not have.
         StoreMismatch: the store was made from another corpus, or cut differently.
     """
-    samples = load_corpus(experiment.corpus).train
+    samples = texts_to_extract(experiment)
     return create(experiment.store, list(cut_into_shards(samples, experiment.corpus.shard_chars)))
+
+
+def texts_to_extract(experiment: Experiment) -> list[Sample]:
+    """The corpus but for what is held out.
+
+    Raises:
+        CorpusError, ConfigError: as ``prepare_store``.
+    """
+    samples = load_corpus(experiment.corpus).train
+    tasks = {sample.task for sample in samples} - {None}
+    for name, teacher in experiment.teachers.items():
+        if unknown := sorted({*(teacher.parts or ())} - tasks):
+            raise ConfigError(
+                f"teachers.{name}.parts: no text of the corpus has task {unknown[0]!r}; its tasks "
+                f"are {sorted(filter(None, tasks)) or 'none'}"
+            )
+    return samples
 
 
 def open_store(experiment: Experiment) -> KVStore:

@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 
 from kvdistill.config.experiment import Experiment
-from kvdistill.corpus.readers import load_corpus
 from kvdistill.corpus.samples import Sample, Shard, cut_into_shards
 from kvdistill.distill.align.band import AlignmentQuality, quality
 from kvdistill.distill.align.character_iou import Spans, align_tokens
@@ -30,6 +29,7 @@ from kvdistill.extract.extract_shard import extract_samples, token_table
 from kvdistill.extract.slots import num_slots
 from kvdistill.extract.teacher import Teacher, load_teacher
 from kvdistill.extract.tokenise import PromptTokenizer, TokenisedSample
+from kvdistill.pipelines.extract_tasks import texts_to_extract
 from kvdistill.store.codecs import CODECS
 from kvdistill.store.writer import add_teacher, create, publish_shard
 from kvdistill.types import SEGMENT_IDS, CodecSpec
@@ -47,7 +47,7 @@ class TeacherEstimate:
 
     teacher: str
     tokens: int
-    """Tokens of the whole corpus."""
+    """Tokens of what it reads of the corpus."""
     tokens_per_second: float
     hours: float
     """With one process; divide by the number of processes."""
@@ -95,17 +95,15 @@ def estimate_extraction(
     """Tokenise ``num_samples`` with every teacher, and extract ``num_sized`` per codec.
 
     Raises:
-        CorpusError: the corpus is missing, empty or malformed.
+        CorpusError, ConfigError: as ``prepare_store``.
         TeacherError: a teacher cannot be loaded or verified, or cannot read a sample.
     """
-    samples = load_corpus(experiment.corpus).train
-    characters = sum(len(sample.text) for sample in samples)
-    pilot = _spread(samples, num_samples)
-    student = _tokenise_for_student(experiment, pilot)
-    counts = {"num_sized": num_sized, "characters": characters}
+    samples = texts_to_extract(experiment)
+    student = _student_tokenizer(experiment)
+    counts = {"num_samples": num_samples, "num_sized": num_sized}
     # One teacher in memory at a time.
     teachers = [
-        _estimate_teacher(experiment, load_teacher(name, experiment), pilot, student, **counts)
+        _estimate_teacher(experiment, load_teacher(name, experiment), samples, student, **counts)
         for name in experiment.teachers
     ]
     folder = experiment.store.absolute()
@@ -113,7 +111,7 @@ def estimate_extraction(
         folder = folder.parent
     return ExtractionEstimate(
         samples=len(samples),
-        characters=characters,
+        characters=_num_characters(samples),
         shards=sum(1 for _ in cut_into_shards(samples, experiment.corpus.shard_chars)),
         teachers=tuple(teachers),
         free_gigabytes=shutil.disk_usage(folder).free / 1e9,
@@ -123,17 +121,19 @@ def estimate_extraction(
 def _estimate_teacher(
     experiment: Experiment,
     teacher: Teacher,
-    pilot: Sequence[Sample],
-    student: Sequence[TokenisedSample] | None,
+    samples: Sequence[Sample],
+    student: PromptTokenizer | None,
     *,
+    num_samples: int,
     num_sized: int,
-    characters: int,
 ) -> TeacherEstimate:
-    """``characters`` counts the whole corpus, ``student`` is its tokenisation of the pilot."""
+    """The estimate from a pilot of the samples that this teacher reads."""
+    read = [sample for sample in samples if teacher.reads(sample)]
+    pilot = _spread(read, num_samples)
     encoded = teacher.tokenise(pilot)
     lengths = np.array([sample.max_tokens for sample in encoded])
-    pilot_characters = sum(len(sample.text) for sample in pilot)
-    tokens = round(characters * float(lengths.sum()) / max(pilot_characters, 1))
+    share = float(lengths.sum()) / max(_num_characters(pilot), 1)
+    tokens = round(_num_characters(read) * share)
     limit = teacher.max_length or math.inf
     sized = [s for s, length in zip(pilot, lengths, strict=True) if 0 < length <= limit]
     bytes_per_token, rate = _sizes(experiment, teacher, _spread(sized, num_sized))
@@ -151,8 +151,12 @@ def _estimate_teacher(
         rationale_lengths=_length_quantiles(rationale[rationale > 0]),
         too_long=float((lengths > limit).mean()),
         touched={budget: float((budgeted > budget).mean()) for budget in BUDGETS},
-        alignment=None if student is None else _alignment(student, encoded),
+        alignment=None if student is None else _alignment(student.tokenise(pilot), encoded),
     )
+
+
+def _num_characters(samples: Sequence[Sample]) -> int:
+    return sum(len(sample.text) for sample in samples)
 
 
 def _sizes(
@@ -191,18 +195,15 @@ def _measure_size(
     return size, extracted.seconds, extracted.num_read
 
 
-def _tokenise_for_student(
-    experiment: Experiment, pilot: Sequence[Sample]
-) -> list[TokenisedSample] | None:
+def _student_tokenizer(experiment: Experiment) -> PromptTokenizer | None:
     source = experiment.student.tokenizer or experiment.student.model
     if source is None:
         return None
     try:
-        tokenizer = load_student_tokenizer(source, experiment.student.trust_remote_code)
+        return PromptTokenizer(load_student_tokenizer(source, experiment.student.trust_remote_code))
     except StudentError:
         # The estimate may precede the training of the student's tokenizer.
         return None
-    return PromptTokenizer(tokenizer).tokenise(pilot)
 
 
 def _alignment(

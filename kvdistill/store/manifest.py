@@ -187,6 +187,8 @@ class TeacherManifest(Document):
     has_hidden_at_cue: bool = False
     has_summaries: bool = False
     """Shards hold ``hidden_summary``: every sample's mean and first hidden state."""
+    parts: tuple[str, ...] | None = None
+    """If only texts with these task tags were read; others are stored without tokens."""
     own_text: bool = False
     """The teacher generated its own rationales; its shards carry that text."""
     adapter: str

@@ -20,7 +20,7 @@ from kvdistill.store.reader import KVStore
 def hidden_summaries(
     store: KVStore, teacher: str
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Every sample's mean and first hidden state, in the order of the corpus: ``[N, E]`` each.
+    """Mean and first hidden state of every sample with tokens, in their order: ``[N, E]`` each.
 
     Raises:
         ShardNotFound: the teacher was extracted without them, or lacks a shard.
@@ -36,10 +36,11 @@ def hidden_summaries(
             f"{store.paths.root}: teacher {teacher!r} has no hidden summaries; extract it with "
             "extraction.summaries: true"
         )
-    pieces = [
-        store.read_shard(teacher, shard_id, manifest.layers[:1], kinds=()).arrays["hidden_summary"]
-        for shard_id in store.shard_ids
-    ]
+    pieces = []
+    for shard_id in store.shard_ids:
+        shard = store.read_shard(teacher, shard_id, manifest.layers[:1], kinds=())
+        read = np.diff(shard.tokens.sample_ptr) > 0
+        pieces.append(shard.arrays["hidden_summary"][:, read])
     mean_NE, first_NE = np.concatenate(pieces, axis=1)
     return mean_NE, first_NE
 

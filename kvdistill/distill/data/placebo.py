@@ -107,40 +107,62 @@ class PlaceboSource:
 class ShuffledShard(LoadedShard):
     """A shard whose samples come with the keys and values of their partners."""
 
-    partners: NDArray[np.int64]
-    lenders: Mapping[str, EncodedShard]
-    """Per shuffled teacher, the shard that holds the partners: this one, or the neighbour of a
-    shard with a single text."""
+    partners: Mapping[str, tuple[EncodedShard, NDArray[np.int64]]]
+    """Per shuffled teacher, every sample's partner and the shard that holds it: this one, or the
+    neighbour of a shard in which the teacher reads a single text."""
 
     def item(self, sample_idx: int) -> Item:
         """One sample, and where its partner's KV is."""
         own = {name: (shard, sample_idx) for name, shard in self.teachers.items()}
-        partner = int(self.partners[sample_idx])
-        lent = {name: (shard, partner) for name, shard in self.lenders.items()}
+        lent = {n: (shard, int(found[sample_idx])) for n, (shard, found) in self.partners.items()}
         return Item(self.samples[sample_idx], own | lent)
 
 
 def _shuffler(source: Source, shuffled: Sequence[str], seed: int) -> Distort:
-    """Gives the texts of a shard partners; a shard of one text borrows from its neighbour."""
+    """Gives the texts that a teacher reads partners among them, from the same shard if it can."""
     if sum(source.sizes) < 2:
         raise ConfigError("placebo.method shuffled exchanges texts, but the corpus has only one")
 
+    def lender(name: str, shard_idx: int) -> LoadedShard:
+        others = sorted(range(len(source.sizes)), key=lambda i: (abs(i - shard_idx), i))[1:]
+        for shard in map(source.load, others):
+            if len(_texts_read(shard, name)):
+                return shard
+        raise ConfigError(
+            f"placebo.method shuffled exchanges texts, but teacher {name!r} reads only one"
+        )
+
+    def partners_of(
+        name: str, shard_idx: int, shard: LoadedShard
+    ) -> tuple[EncodedShard, NDArray[np.int64]]:
+        lengths, read = _lengths(shard), _texts_read(shard, name)
+        found = np.arange(len(lengths))
+        if len(read) == 1:
+            lent = lender(name, shard_idx)
+            there = _texts_read(lent, name)
+            found[read] = there[np.argmin(np.abs(_lengths(lent)[there] - lengths[read]))]
+            return lent.teachers[name], found
+        drawn = _hash_to_int(f"{seed}/{shard.samples[0].sample_id}")
+        found[read] = read[partners(lengths[read], drawn)]
+        return shard.teachers[name], found
+
     def shuffle(shard_idx: int, shard: LoadedShard) -> LoadedShard:
-        lengths = [len(sample.text) for sample in shard.samples]
-        lender = shard
-        if len(lengths) > 1:
-            found = partners(lengths, _hash_to_int(f"{seed}/{shard.samples[0].sample_id}"))
-        else:
-            lender = source.load(shard_idx - 1 if shard_idx else 1)
-            gaps = [abs(len(sample.text) - lengths[0]) for sample in lender.samples]
-            found = np.array([int(np.argmin(gaps))])
-        lenders = {name: lender.teachers[name] for name in shuffled}
-        return ShuffledShard(shard.samples, shard.teachers, found, lenders)
+        lent = {name: partners_of(name, shard_idx, shard) for name in shuffled}
+        return ShuffledShard(shard.samples, shard.teachers, lent)
 
     return shuffle
 
 
-def partners(lengths: Sequence[int], seed: int) -> NDArray[np.int64]:
+def _lengths(shard: LoadedShard) -> NDArray[np.int64]:
+    return np.array([len(sample.text) for sample in shard.samples])
+
+
+def _texts_read(shard: LoadedShard, teacher: str) -> NDArray[np.int64]:
+    """Indices of the samples with tokens of a teacher."""
+    return np.flatnonzero(np.diff(shard.teachers[teacher].tokens.sample_ptr))
+
+
+def partners(lengths: Sequence[int] | NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     """For every text another one of similar length: a permutation without fixed points.
 
     Texts are sorted by length and cut into groups of ``NEIGHBOURS``; each group is one cycle.

@@ -1,6 +1,6 @@
 """Fusion weights of a batch, by the configured method.
 
-``fixed``       given weights; nothing is learned
+``fixed``       given weights, per task of the corpus if ``by_task``; nothing is learned
 ``similarity``  how close the text, as each teacher represents it in its own hidden space (stored
                 with its shards), is to that teacher's prototypes:
                 α = softmax_i( max_k sim(query_i, prototype_ik) / τ ); nothing is learned
@@ -34,7 +34,7 @@ class FusionWeights(nn.Module):
         teachers: Sequence[TeacherSpace],
         hidden_size: int,
         num_layers: int,
-        num_tasks: int,
+        tasks: Mapping[str, int],
     ) -> None:
         super().__init__()
         self.config = config
@@ -43,7 +43,11 @@ class FusionWeights(nn.Module):
         """False while a router warms up: its weights are then uniform."""
         self.router: Router | None = None
         teaches = _layers_served(config.layers or {}, self.names, num_layers)
-        if config.method == "fixed":
+        self._of_task = torch.empty(0)
+        if config.by_task:
+            self._of_task = _weights_of_tasks(config, self.names, tasks)
+            self.register_buffer("of_task", self._of_task.clone())
+        elif config.method == "fixed":
             given = config.weights or dict.fromkeys(self.names, 1.0)
             self.register_buffer("fixed", fixed_weights([given[name] for name in self.names]))
             teaches &= self.get_buffer("fixed") > 0
@@ -57,7 +61,7 @@ class FusionWeights(nn.Module):
                 hidden_size,
                 granularity=config.granularity,
                 num_layers=num_layers,
-                num_tasks=num_tasks if config.task_tag else 0,
+                num_tasks=len(tasks) if config.task_tag else 0,
             )
         # Batches are counted before they are moved: that reads the copy on the CPU.
         self._teaches = teaches
@@ -81,7 +85,17 @@ class FusionWeights(nn.Module):
         """Where each teacher serves, before any dropout: ``[N, B, L, T]`` bool."""
         covered = torch.stack([batch["teachers"][name]["covered"] for name in self.names])
         at_hand = self._teaches.device == covered.device
-        return covered.unsqueeze(2) & (self._teaches if at_hand else self.get_buffer("serves"))
+        teaches = self._teaches if at_hand else self.get_buffer("serves")
+        if self.config.by_task:
+            teaches = teaches & (self._by_task(batch) > 0)
+        return covered.unsqueeze(2) & teaches
+
+    def _by_task(self, batch: Batch) -> Tensor:
+        """Weights by the tasks of the samples: ``[N, B, 1, 1]``."""
+        task_B = batch["task"]
+        at_hand = self._of_task.device == task_B.device
+        weights_KN = self._of_task if at_hand else self.get_buffer("of_task")
+        return weights_KN[task_B].T[:, :, None, None]
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Pairs of a layer and a token: ``num_served`` by any teacher, ``num_contested`` by two."""
@@ -93,6 +107,8 @@ class FusionWeights(nn.Module):
 
     def _raw(self, batch: Batch, teachers: list[Batch], hidden_BTE: Tensor | None) -> Tensor:
         """Weights before coverage and layers are taken into account."""
+        if self.config.by_task:
+            return self._by_task(batch)
         if self.config.method == "fixed":
             return self.get_buffer("fixed")
         if self.config.method == "similarity":
@@ -143,6 +159,26 @@ def _nearest_prototype(query_BE: Tensor, prototypes_KE: Tensor, similarity: Simi
     if similarity == "cosine":
         query_BE, prototypes_KE = F.normalize(query_BE, dim=1), F.normalize(prototypes_KE, dim=1)
     return (query_BE @ prototypes_KE.T).amax(1)
+
+
+def _weights_of_tasks(
+    config: FusionConfig, names: Sequence[str], tasks: Mapping[str, int]
+) -> Tensor:
+    """Weights by task id, ``[K + 1, N]``; row 0 is that of a text without a task.
+
+    Raises:
+        ConfigError: the corpus has no such task.
+    """
+    by_task = config.by_task or {}
+    if unknown := sorted(by_task.keys() - tasks.keys()):
+        raise ConfigError(
+            f"fusion.by_task: no text of the corpus has task {unknown[0]!r}; its tasks are "
+            f"{sorted(tasks) or 'none'}"
+        )
+    others = config.weights or dict.fromkeys(names, 1.0)
+    rows = [others, *(by_task.get(task, others) for task in sorted(tasks, key=lambda t: tasks[t]))]
+    weights = [[row.get(name, 0.0) for name in names] for row in rows]
+    return torch.cat([fixed_weights(row).view(1, -1) for row in weights])
 
 
 def _layers_served(

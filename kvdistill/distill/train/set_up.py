@@ -116,7 +116,7 @@ def assemble(
     collate = replace(collate, teachers=teachers)
     layers = {space.name: space.needed for space in teachers}
     source = with_placebo(source_of(store, layers), store, layers, experiment.placebo)
-    distiller = _distiller(experiment, student, teachers, store, len(tasks))
+    distiller = _distiller(experiment, student, teachers, store, task_ids)
     explained: Explained = {}
     if not resuming and experiment.fitted is not None:
         with measuring(distiller, torch.device(device)):
@@ -144,7 +144,7 @@ def _distiller(
     student: Any,
     teachers: list[TeacherSpace],
     store: KVStore,
-    num_tasks: int,
+    tasks: Mapping[str, int],
 ) -> Distiller:
     settings: dict[str, Any] = {
         "alignment": experiment.alignment,
@@ -153,7 +153,7 @@ def _distiller(
         ),
         "fusion": experiment.fusion,
         "losses": experiment.losses,
-        "num_tasks": num_tasks,
+        "tasks": tasks,
     }
     if experiment.latent is None:
         return Distiller(student, teachers, **settings)

@@ -31,7 +31,7 @@ def test_partners_are_of_similar_length_and_depend_on_the_seed() -> None:
 def test_only_the_named_teachers_are_swapped() -> None:
     samples = tuple(Sample(name, (("text", name),)) for name in "abc")
     shards: Any = {"real": object(), "placebo": object()}
-    lent = {"placebo": shards["placebo"]}
-    item = ShuffledShard(samples, shards, np.array([1, 2, 0]), lent).item(2)
+    lent = {"placebo": (shards["placebo"], np.array([1, 2, 0]))}
+    item = ShuffledShard(samples, shards, lent).item(2)
     assert item.sample.sample_id == "c"
     assert {name: idx for name, (_, idx) in item.shards.items()} == {"real": 2, "placebo": 0}

@@ -18,7 +18,8 @@ LAYERS = 3
 
 def weights(**settings: Any) -> FusionWeights:
     teachers: Any = [SimpleNamespace(name=name) for name in ("one", "two")]
-    return FusionWeights(FusionConfig.model_validate(settings), teachers, 8, LAYERS, 0)
+    config = FusionConfig.model_validate(settings)
+    return FusionWeights(config, teachers, 8, LAYERS, {"math": 1, "zh": 2})
 
 
 def batch(covered: Any = ((True, True), (True, True))) -> dict[str, Any]:
@@ -61,6 +62,31 @@ def test_a_subset_of_teachers_shares_the_weights_alone() -> None:
     mixture = weights(layers={"one": [0, 1]})(batch(), None)
     assert mixture.alpha([0])[:, 0, :, 0].tolist() == [[1, 1, 0], [0, 0, 0]]
     assert mixture.alpha()[:, 0, :, 0].tolist() == [[0.5, 0.5, 0], [0.5, 0.5, 1]]
+
+
+def test_every_task_has_weights_of_its_own_and_other_texts_the_usual_ones() -> None:
+    given = {"math": {"one": 1}, "zh": {"one": 1, "two": 3}}
+    routed = weights(by_task=given, weights={"one": 3, "two": 2})
+    everything = {"covered": torch.ones(3, 1, dtype=torch.bool)}
+    inputs: dict[str, Any] = {"teachers": {"one": everything, "two": everything}}
+    inputs["task"] = torch.tensor([1, 2, 0])
+    alpha = routed(inputs, None).alpha()
+    torch.testing.assert_close(alpha[0, :, 0, 0], torch.tensor([1.0, 0.25, 0.6]))
+    torch.testing.assert_close(alpha.sum(0), torch.ones(3, LAYERS, 1))
+    counts = routed.count(inputs)
+    assert int(counts["num_contested"]) == 2 * LAYERS
+
+
+def test_a_text_whose_only_teacher_does_not_cover_it_has_no_weight() -> None:
+    routed = weights(by_task={"math": {"one": 1}})
+    inputs = batch(((True, False), (True, True))) | {"task": torch.tensor([1])}
+    assert routed(inputs, None).alpha()[:, 0, 0].tolist() == [[1, 0], [0, 0]]
+    assert int(routed.count(inputs)["num_served"]) == LAYERS
+
+
+def test_a_task_that_no_text_has_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"no text of the corpus has task 'code'.*'math', 'zh'"):
+        weights(by_task={"code": {"one": 1}})
 
 
 @pytest.mark.parametrize("layers", [{"nobody": [0]}, {"one": [3]}])
