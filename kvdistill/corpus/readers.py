@@ -39,7 +39,7 @@ FOREIGN: Final = {
 }
 """First bytes of files that are no JSONL, what these are, and the remedy."""
 
-LABELS: Final = ("sample_id", "id", "task")
+LABELS: Final = ("sample_id", "id", "task", "teacher")
 Segments = tuple[tuple[SegmentName, str], ...]
 NO_COLUMNS: Final = CorpusColumns()
 
@@ -189,9 +189,10 @@ def _samples(
             if not isinstance(row, dict):
                 raise ValueError(f"got {type(row).__name__}; {ONE_OBJECT}")
             used, segments = _segments(row, form, columns)
-            name, task = _first(row, LABELS[:2]), row.get("task")
+            name = _first(row, LABELS[:2])
             sample_id = f"{len(samples):08d}" if name is None else str(row[name])
-            sample = Sample(sample_id, segments, None if task is None else str(task))
+            task, teacher = (None if row.get(x) is None else str(row[x]) for x in LABELS[2:])
+            sample = Sample(sample_id, segments, task, teacher)
             if sample_id in samples:
                 raise ValueError(f"sample_id {brief(sample_id)} occurs twice")
             if used == ["question", "answer"]:

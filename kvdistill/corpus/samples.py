@@ -20,11 +20,13 @@ from kvdistill.types import SEGMENT_IDS, SegmentName
 
 @dataclass(frozen=True)
 class Sample:
-    """One text: ``(name, text)`` segments in reading order, and an optional task tag."""
+    """One text: ``(name, text)`` segments in reading order, and optional labels."""
 
     sample_id: str
     segments: tuple[tuple[SegmentName, str], ...]
     task: str | None = None
+    teacher: str | None = None
+    """The one teacher that teaches this text; all that cover it if None."""
 
     @property
     def text(self) -> str:
@@ -42,8 +44,8 @@ class Sample:
     def to_json(self) -> str:
         """One JSON line, without the newline; ``from_json`` reads it back."""
         body: dict[str, Any] = {"sample_id": self.sample_id, "segments": self.segments}
-        if self.task is not None:
-            body["task"] = self.task
+        labels = {"task": self.task, "teacher": self.teacher}
+        body |= {name: label for name, label in labels.items() if label is not None}
         return json.dumps(body, ensure_ascii=False)
 
     @staticmethod
@@ -51,7 +53,7 @@ class Sample:
         """Parse a line written by ``to_json``."""
         body = json.loads(line)
         segments = tuple((name, text) for name, text in body["segments"])
-        return Sample(body["sample_id"], segments, body.get("task"))
+        return Sample(body["sample_id"], segments, body.get("task"), body.get("teacher"))
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Shard:
 
 
 def corpus_fingerprint(samples: Iterable[Sample]) -> str:
-    """SHA-256 over every sample's id, segments and task, in order."""
+    """SHA-256 over every sample's id, segments and labels, in order."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(sample.to_json().encode() + b"\n")

@@ -122,7 +122,7 @@ class StoreManifest(Document):
     format_version: int = FORMAT_VERSION
     created_by: str
     corpus_fingerprint: str
-    """SHA-256 over every sample's id, segments and task, in order."""
+    """SHA-256 over every sample's id, segments and labels, in order."""
     shards: tuple[ShardPlan, ...]
 
 

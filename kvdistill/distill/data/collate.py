@@ -74,6 +74,8 @@ class Collate:
         ``query_mask``  ``[B, T_s]``: what a router pools, the prompt or else the text
         ``inject_mask``, ``inject_labels``  ``[B, T_s]``: where KV is injected, what follows it
         ``task``        ``[B]``: task ids, 0 where a sample has none
+        ``teacher``     ``[B]``, where a sample of the batch names its teacher: from 1 on, 0 where
+                        it names none, -1 for a teacher that does not take part
         ``teachers``    per teacher ``key`` and ``value`` parts ``[B, L, H, T_t, D]`` as stored,
                         by group, the band ``start``, ``weight``, ``covered`` of the alignment,
                         and ``summary [B, E]`` where it is kept
@@ -93,11 +95,19 @@ class Collate:
             batch["labels"] = batch["labels"].masked_fill(prompt, IGNORED_LABEL)
         batch |= injection(spans, batch["labels"], self.losses)
         batch["query_mask"] = torch.where(prompt.any(1, keepdim=True), prompt, spans.mask)
-        batch["task"] = torch.tensor([self.tasks.get(s.task or "", 0) for s in samples])
+        batch |= self.labels(samples)
         batch["teachers"] = {
             space.name: self._teacher(space, [item.shards[space.name] for item in items], spans)
             for space in self.teachers
         }
+        return batch
+
+    def labels(self, samples: Sequence[Sample]) -> Batch:
+        """``task`` and ``teacher``."""
+        batch: Batch = {"task": torch.tensor([self.tasks.get(s.task or "", 0) for s in samples])}
+        if any(sample.teacher for sample in samples):
+            number = {None: 0} | {space.name: i for i, space in enumerate(self.teachers, start=1)}
+            batch["teacher"] = torch.tensor([number.get(s.teacher, -1) for s in samples])
         return batch
 
     def without_weight(self, batch: Batch) -> Batch:

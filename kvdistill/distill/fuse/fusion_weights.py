@@ -88,6 +88,10 @@ class FusionWeights(nn.Module):
         teaches = self._teaches if at_hand else self.get_buffer("serves")
         if self.config.by_task:
             teaches = teaches & (self._by_task(batch) > 0)
+        if "teacher" in batch:  # a text that names its teacher has no other
+            number = torch.arange(1, len(self.names) + 1, device=covered.device)[:, None]
+            is_named = (batch["teacher"] == 0) | (batch["teacher"] == number)
+            teaches = teaches & is_named[:, :, None, None]
         return covered.unsqueeze(2) & teaches
 
     def _by_task(self, batch: Batch) -> Tensor:

@@ -93,6 +93,10 @@ def assemble(
     )
     student = build_student(config, tokenizer, experiment.seed)
     verify_student(student)
+    if unknown := sorted({s.teacher for s in samples if s.teacher} - set(store.teachers())):
+        raise ConfigError(
+            f"corpus: texts name the teacher {unknown[0]!r}, but the store has {store.teachers()}"
+        )
     tasks = sorted({sample.task for sample in samples if sample.task is not None})
     task_ids = {task: number for number, task in enumerate(tasks, start=1)}
     settings = (tokenizer, training.max_length, experiment.alignment, experiment.losses)

@@ -84,6 +84,19 @@ def test_a_text_whose_only_teacher_does_not_cover_it_has_no_weight() -> None:
     assert int(routed.count(inputs)["num_served"]) == LAYERS
 
 
+@pytest.mark.parametrize("settings", [{"weights": {"one": 3, "two": 1}}, {"method": "mlp"}])
+def test_a_text_that_names_its_teacher_has_no_other(settings: dict[str, Any]) -> None:
+    everything = {"covered": torch.ones(4, 1, dtype=torch.bool)}
+    inputs: dict[str, Any] = {"teachers": {"one": everything, "two": everything}}
+    inputs |= {"query_mask": torch.ones(4, 1, dtype=torch.bool)}
+    hidden = torch.randn(4, 1, 8)
+    free = weights(**settings)
+    plain = free(inputs, hidden).alpha()[:, 3, 0, 0].tolist()
+    inputs["teacher"] = torch.tensor([1, 2, -1, 0])
+    alpha = free(inputs, hidden).alpha()[:, :, 0, 0]
+    assert alpha.T.tolist() == [[1, 0], [0, 1], [0, 0], plain]
+
+
 def test_a_task_that_no_text_has_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"no text of the corpus has task 'code'.*'math', 'zh'"):
         weights(by_task={"code": {"one": 1}})

@@ -63,7 +63,7 @@ class LatentCollate(Collate):
         """
         samples = [item.sample for item in items]
         batch = self._student(samples)
-        batch["task"] = torch.tensor([self.tasks.get(s.task or "", 0) for s in samples])
+        batch |= self.labels(samples)
         batch["teachers"] = {
             space.name: self._rationales(
                 space, [item.shards[space.name] for item in items], samples
