@@ -1,9 +1,12 @@
-"""Why a model or a tokenizer cannot be loaded: one line, the remedy last."""
+"""Why a model or a tokenizer cannot be loaded as it is: one line, the remedy last."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from torch import nn
 
 from kvdistill.text import parse_json, shorten
 
@@ -60,3 +63,30 @@ def _file_fault(path: Path) -> str | None:
         except (ValueError, LookupError, TypeError) as error:
             fault = f"is {shorten(str(error), 150)}" if start else "is empty"
     return f"{fault} (copy or download it again)"
+
+
+def weights_fault(model: Any, info: Mapping[str, Any], *, with_heads: bool = True) -> str | None:
+    """How the weights of a checkpoint differ from those of the model that its config describes.
+
+    ``info`` is transformers' ``output_loading_info``, without tied weights and those that are known
+    to be left over. A base model is loaded without heads.
+    """
+    kind = type(model).__name__
+    lacking = {key for key in info["missing_keys"] if "pooler" not in key}
+    unused = {key for key in info["unexpected_keys"] if with_heads or _is_part(key, model)}
+    for keys, fault in (
+        (lacking, f"parameters of {kind} are missing ({{}}) and would be random"),
+        (unused, f"parameters are not used by {kind} ({{}}) and would be dropped"),
+    ):
+        if keys:
+            named = ", ".join(sorted(keys)[:3]) + (", …" if len(keys) > 3 else "")
+            return f"{len(keys)} {fault.format(named)}; give a checkpoint that fits its config.json"
+    return None
+
+
+def _is_part(key: str, model: Any) -> bool:
+    """Whether a weight that a model lacks is of a module that it has, or of one more layer."""
+    module, names = model, key.removeprefix(f"{model.base_model_prefix}.").split(".")
+    while (child := dict(module.named_children()).get(names[0])) is not None:
+        module, names = child, names[1:]
+    return module is not model and (isinstance(module, nn.ModuleList) or len(names) == 1)

@@ -16,7 +16,7 @@ import xxhash
 from torch import Tensor
 
 from kvdistill.attention.geometry import quantisation, text_model
-from kvdistill.attention.model_folder import loading_fault
+from kvdistill.attention.model_folder import loading_fault, weights_fault
 from kvdistill.attention.tokens import report_whole_offsets
 from kvdistill.attention.verification import TOLERANCE, probe_ids, run_probe
 from kvdistill.config.extraction import TeacherConfig
@@ -33,8 +33,8 @@ def load_teacher_model(
     random: none of them may belong to a layer.
 
     Raises:
-        TeacherError: not found, gated, unreadable, pickled weights, incomplete weights, or weights
-            quantised in a way that needs a package or a device that is not there.
+        TeacherError: not found, gated, unreadable, pickled weights, weights that are not
+            the config's, or quantised in a way that needs a package or a device that is not there.
     """
     options: dict[str, Any] = {
         "trust_remote_code": config.trust_remote_code,
@@ -71,16 +71,13 @@ def load_teacher_model(
         raise
     except Exception as error:  # quantisers and remote code raise anything
         raise _cannot_load(name, config.model, error, quantised) from error
-    missing = set(info["missing_keys"])
-    lacking = sorted(key for key in missing if "pooler" not in key)
-    if lacking:
-        raise TeacherError(
-            f"teacher {name!r}: the weights in {config.model} lack {len(lacking)} parameters of "
-            f"{type(model).__name__}, such as {lacking[0]}, which would be random; use a complete "
-            "checkpoint"
-        )
+    if quantised or config.gguf_file:  # packed under names of their own
+        info["unexpected_keys"] = ()
+    if fault := weights_fault(model, info, with_heads=config.generate is not None):
+        raise TeacherError(f"teacher {name!r}: {config.model}: {fault}")
     model = model.eval().requires_grad_(False)
     _read_decoder_start(model, config)
+    missing = set(info["missing_keys"])
     return model if device_map is not None else model.to(device), missing
 
 

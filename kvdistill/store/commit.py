@@ -110,7 +110,10 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 
 def flush(path: Path) -> None:
-    """Fsync one file or folder."""
+    """Fsync one file or folder; a file that a library made private gets the umask's mode."""
+    if path.stat().st_mode & 0o7777 == 0o600:  # safetensors writes such
+        os.umask(mask := os.umask(0o077))
+        path.chmod(0o666 & ~mask)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
@@ -18,7 +19,7 @@ from kvdistill.attention.geometry import (
     text_model,
 )
 from kvdistill.attention.kv_capture import KVCapture
-from kvdistill.attention.model_folder import loading_fault
+from kvdistill.attention.model_folder import loading_fault, weights_fault
 from kvdistill.attention.tokens import num_token_ids, report_whole_offsets, with_ends
 from kvdistill.config.training import StudentConfig
 from kvdistill.distill.student.lora import adapt
@@ -49,7 +50,7 @@ def build_student(config: StudentConfig, tokenizer: Any, seed: int) -> Any:
     ):
         architecture = _architecture(config, tokenizer)
         if config.model is not None:
-            student = AutoModelForCausalLM.from_pretrained(
+            student = load_causal_lm(
                 config.model, dtype=torch.float32, trust_remote_code=config.trust_remote_code
             )
         else:
@@ -60,6 +61,16 @@ def build_student(config: StudentConfig, tokenizer: Any, seed: int) -> Any:
     if student.config.get_text_config() is not student.config:
         _freeze_all_but_text(student)
     return student if config.lora is None else adapt(student, config.lora, seed)
+
+
+def load_causal_lm(source: str | Path, **options: Any) -> Any:
+    """Load a model; raises StudentError unless the weights are those that its config describes."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    if fault := weights_fault(model, info):
+        raise StudentError(f"{source}: {fault}")
+    return model
 
 
 def _freeze_all_but_text(student: Any) -> None:

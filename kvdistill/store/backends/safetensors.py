@@ -120,6 +120,8 @@ class _MappedShard:
         span: slice | None = None,
     ) -> np.ndarray:
         """See ``ArrayReader.read``. A view of the map where the tensors lie at equal distances."""
+        if self.path.stat().st_size < len(self.data):  # reading the map would be a SIGBUS
+            raise ShardCorrupt(f"{self.path}: truncated since it was opened; {REMEDY}")
         spec, names = self.specs[name], self.names[name]
         if layers is not None:
             names = names[layers]

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from kvdistill.attention.geometry import position_limit
 from kvdistill.attention.padded_generation import pad_left, through_first
 from kvdistill.config.distill import LatentConfig
-from kvdistill.distill.student.build import one_line_errors, prompt_ids
+from kvdistill.distill.student.build import load_causal_lm, one_line_errors, prompt_ids
 from kvdistill.distill.student.language_head import DeferredLogits, LanguageHead
 from kvdistill.distill.student.latent.iteration import (
     LatentProjector,
@@ -177,8 +177,6 @@ class LatentStudent(nn.Module):
         Raises:
             StudentError: the folder holds no latent student, or cannot be loaded.
         """
-        from transformers import AutoModelForCausalLM
-
         folder = Path(folder)
         if not is_latent(folder):
             raise StudentError(
@@ -187,8 +185,8 @@ class LatentStudent(nn.Module):
             )
         with one_line_errors(f"load the latent student {folder}", str(folder)):
             config = LatentConfig.model_validate_json((folder / SETTINGS_FILE).read_bytes())
-            student = cls(AutoModelForCausalLM.from_pretrained(folder, **options), config)
-            found = student.load_state_dict(load_file(folder / LATENT_FILE), strict=False)
+            student = cls(load_causal_lm(folder, **options), config)
+            found = student.load_state_dict(load((folder / LATENT_FILE).read_bytes()), strict=False)
         missing = [name for name in found.missing_keys if not name.startswith(BACKBONE_PREFIX)]
         if missing or found.unexpected_keys:
             raise StudentError(
