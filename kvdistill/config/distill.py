@@ -85,9 +85,10 @@ class ProjectionConfig(Section):
     (`full`), or a two-layer MLP (`bottleneck`)."""
     init: ProjectionInit | None = None
     """Initial weights of the maps. `ridge`: regression on a pilot, of heads (mode
-    `student_to_teacher`) and of projectors. `pca`: whitened PCA of the teacher, for projectors.
-    `grouped_mean`, `orthogonal`: fixed or random projectors, and random heads. If not given,
-    `ridge` for a pretrained student; else `pca` in mode `frozen` and `grouped_mean` in others."""
+    `student_to_teacher`), of projectors and of a shared space. `pca`: whitened PCA of the teacher,
+    for projectors. `grouped_mean`, `orthogonal`: fixed or random projectors, and random heads. If
+    not given, `ridge` for a pretrained student; else `pca` in mode `frozen` and `grouped_mean` in
+    others."""
     mlp_ratio: PositiveFloat = 0.5
     """Hidden width of the bottleneck over the geometric mean of its input and output width."""
     pilot_batches: Positive = 8
@@ -113,7 +114,7 @@ class ProjectionConfig(Section):
     @property
     def has_closed_form(self) -> bool:
         """Whether the maps of this mode can be fitted to a pilot."""
-        if self.mode == "student_to_teacher":
+        if self.mode in ("student_to_teacher", "shared_space"):
             return True
         return self.mode in ("frozen", "task", "joint") and self.method != "bottleneck"
 
@@ -122,6 +123,8 @@ class ProjectionConfig(Section):
         if self.init in ("pca", "ridge") and not self.has_closed_form:
             what = "a bottleneck" if self.method == "bottleneck" else f"mode {self.mode}"
             raise ValueError(f"init {self.init} has no closed form for {what}; leave it out")
+        if self.init == "pca" and self.mode == "shared_space":
+            raise ValueError("init pca does not fit mode shared_space; use ridge")
         if self.mode == "frozen" and self.method == "bottleneck":
             raise ValueError("a frozen bottleneck would stay random; use linear or full")
         return self

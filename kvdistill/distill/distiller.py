@@ -373,7 +373,7 @@ class Distiller(nn.Module):
             return {name: (keys[name] + values[name]) / len(KINDS) for name in keys}
         if self.projection.mode != "joint":
             fused = {kind: target.detach() for kind, target in fused.items()}
-        ours = {kind: self._in_target_space(output.kind(kind), kind) for kind in KINDS}
+        ours = {kind: self.in_target_space(output.kind(kind), kind) for kind in KINDS}
         served_BLT = alpha.sum(0) > 0
         sums = fused_errors(ours, fused, served_BLT, self.losses)
         if self.losses.attention_kl and output.query_BLQTD is not None:
@@ -407,7 +407,7 @@ class Distiller(nn.Module):
     def predictions(self, output: StudentOutput, kind: Kind) -> list[Tensor]:
         """The student's side of what is ``compared``."""
         if not self.regresses:
-            return [self._in_target_space(output.kind(kind), kind)]
+            return [self.in_target_space(output.kind(kind), kind)]
         ours = self.regressed(output, kind)
         return [x for head in self.heads_of(kind) for x in head.predictions(ours)]
 
@@ -439,7 +439,8 @@ class Distiller(nn.Module):
         missed_B1 = ~mask_BLT.flatten(1).any(1, keepdim=True)
         return mask_BLT, batch["inject_labels"].masked_fill(missed_B1, IGNORED_LABEL)
 
-    def _in_target_space(self, student_BLHTD: Tensor, kind: Kind) -> Tensor:
+    def in_target_space(self, student_BLHTD: Tensor, kind: Kind) -> Tensor:
+        """The student's KV in the space where targets are fused: its own, or the shared one."""
         shared = self.projection.mode == "shared_space"
         return self.space[kind](student_BLHTD) if shared else student_BLHTD
 

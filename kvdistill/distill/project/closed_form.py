@@ -2,12 +2,16 @@
 
     pca:    W = E_K Λ_K^(−1/2)           (E, Λ: leading eigenpairs of the teacher's covariance)
     ridge:  W = (C_xx + ρ·tr(C_xx)/I · 1)⁻¹ C_xy,   b = ȳ − x̄ W
+    back:   V = (Wᵀ C_xx W)⁺ Wᵀ C_xx,   c = x̄        (out of a space, from z = (x − x̄) W)
 
 Whitened PCA depends on the teacher alone and weighs all kept directions equally. Ridge regresses
 one model's KV on the other's: the teacher's on that of a pretrained student (``StudentToTeacher``),
-or the student's on the teacher's. Both follow from counts, means and centred products, so a pilot
-is read in batches and never held in memory. A part of its texts is held out: the penalty ρ with
-the smallest error there is taken, and the variance explained there is what the map is worth.
+or the student's on the teacher's. A shared space is the PCA of the student's KV, standardised per
+channel, onto which every teacher's is regressed; ``back`` regresses a model's KV on its image.
+
+All follow from counts, means and centred products, so a pilot is read in batches and never held in
+memory. A part of its texts is held out: the penalty ρ with the smallest error there is taken, and
+the variance explained there is what the map is worth.
 """
 
 from __future__ import annotations
@@ -20,11 +24,14 @@ from torch import Tensor
 from kvdistill.distill.project.projections import (
     JointMap,
     LinearProjection,
+    SpaceAdapter,
     grouped_mean,
     orthogonal,
 )
 from kvdistill.errors import ConfigError
 from kvdistill.store.channel_statistics import merge_moments
+
+Map = JointMap | LinearProjection | SpaceAdapter
 
 PENALTIES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Penalties ρ to choose from, as shares of the source's mean variance."""
@@ -128,7 +135,7 @@ class PilotMoments:
 
 @torch.no_grad()
 def fit_layer(
-    projection: JointMap | LinearProjection,
+    projection: Map,
     row: int,
     moments: PilotMoments,
     init: Literal["pca", "ridge"],
@@ -159,10 +166,13 @@ def fit_layer(
     fitted.merge(held_out.count, held_out.mean, held_out.products, held_out.squares)
     if init == "pca":
         weight = _whitening(projection, fitted)
-        _set(projection, row, weight, -fitted.means()[0] @ _joint(weight))
+        bias = -fitted.means()[0] @ _joint(weight)
     else:
         weight = _representable(projection, ridge(fitted, penalty))
-        _set(projection, row, weight, _bias(fitted, weight))
+        bias = _bias(fitted, weight)
+    _set(projection, row, weight, bias)
+    if isinstance(projection, SpaceAdapter):
+        _set_way_back(projection, row, _joint(weight), bias, fitted)
     return best
 
 
@@ -181,23 +191,35 @@ def _bias(moments: Moments, weight: Tensor | Steps) -> Tensor:
     return mean_y - mean_x @ _joint(weight)
 
 
-def _representable(projection: JointMap | LinearProjection, weight_IO: Tensor) -> Tensor | Steps:
-    if isinstance(projection, JointMap):
-        return weight_IO
-    return nearest_two_step(projection, weight_IO)
+def _representable(projection: Map, weight_IO: Tensor) -> Tensor | Steps:
+    if isinstance(projection, LinearProjection):
+        return nearest_two_step(projection, weight_IO)
+    return weight_IO
 
 
-def _set(
-    projection: JointMap | LinearProjection, row: int, weight: Tensor | Steps, bias_O: Tensor
-) -> None:
+def _set(projection: Map, row: int, weight: Tensor | Steps, bias_O: Tensor) -> None:
     if isinstance(projection, JointMap):
         projection.weight_LIO[row].copy_(_joint(weight))
         projection.bias_LO[row].copy_(bias_O)
-        return
-    heads, dims = weight
-    projection.head_LHG[row].copy_(heads)
-    projection.dim_LDE[row].copy_(dims)
-    projection.bias_LGE[row].copy_(bias_O.view(projection.target))
+    elif isinstance(projection, SpaceAdapter):
+        projection.to_LIO[row].copy_(_joint(weight))
+        projection.to_bias_LO[row].copy_(bias_O)
+    else:
+        heads, dims = weight
+        projection.head_LHG[row].copy_(heads)
+        projection.dim_LDE[row].copy_(dims)
+        projection.bias_LGE[row].copy_(bias_O.view(projection.target))
+
+
+def _set_way_back(
+    adapter: SpaceAdapter, row: int, weight_IO: Tensor, bias_O: Tensor, moments: Moments
+) -> None:
+    """Regress the model's KV on its image ``z = x W + b`` in the space."""
+    covariance, mean = moments.covariances()[0], moments.means()[0]
+    cross_OI = weight_IO.mT @ covariance
+    back_OI = torch.linalg.pinv(cross_OI @ weight_IO, hermitian=True) @ cross_OI
+    adapter.back_LOI[row].copy_(back_OI)
+    adapter.back_bias_LI[row].copy_(mean - (mean @ weight_IO + bias_O) @ back_OI)
 
 
 def whitened_pca(covariance_II: Tensor, width: int) -> Tensor:
@@ -215,6 +237,22 @@ def whitened_pca(covariance_II: Tensor, width: int) -> Tensor:
     if width > kept:
         white = white @ orthogonal(kept, width).to(white) * (width / kept) ** 0.5
     return white
+
+
+def standardised_pca(covariance_II: Tensor, width: int) -> Tensor:
+    """``[I, width]`` float64: leading principal components of the source's standardised channels.
+
+    One factor gives them a mean variance of 1. Unlike whitening, it leaves small components small:
+    a squared error here weighs them as one of the standardised channels would.
+    """
+    variance = covariance_II.diagonal()
+    floor = EIGENVALUE_FLOOR * variance.max().clamp_min(torch.finfo(torch.float32).tiny)
+    scale = torch.maximum(variance, floor).rsqrt()
+    values, vectors = torch.linalg.eigh(scale[:, None] * covariance_II * scale)
+    kept = min(width, len(variance))
+    components: Tensor = scale[:, None] * vectors[:, -kept:].flip(-1)
+    components *= (width / values[-kept:].sum().clamp_min(1e-12)).sqrt()
+    return components @ orthogonal(kept, width).to(components) if width > kept else components
 
 
 def ridge(moments: Moments, penalty: float) -> Tensor:
@@ -245,9 +283,11 @@ def nearest_two_step(projection: LinearProjection, weight_IO: Tensor) -> Steps:
     return (u[:, 0] * root).view(h, g), (vh[0] * root).view(d, e)
 
 
-def _whitening(projection: JointMap | LinearProjection, moments: Moments) -> Tensor | Steps:
-    """Whitening of the source: joint, or of two steps for all heads alike."""
+def _whitening(projection: Map, moments: Moments) -> Tensor | Steps:
+    """Whitening of the source, joint or of two steps for all heads alike, or its shared space."""
     covariance, _ = moments.covariances()
+    if isinstance(projection, SpaceAdapter):
+        return standardised_pca(covariance, projection.target.width)
     if isinstance(projection, JointMap):
         return whitened_pca(covariance, projection.target.width)
     (h, d), (g, e) = projection.source, projection.target

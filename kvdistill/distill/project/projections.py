@@ -181,7 +181,7 @@ class SpaceAdapter(nn.Module):
 
     def __init__(self, num_layers: int, model: HeadShape, space: HeadShape) -> None:
         super().__init__()
-        self.num_layers, self.model, self.space = num_layers, model, space
+        self.num_layers, self.source, self.target = num_layers, model, space
         to = torch.stack([orthogonal(model.width, space.width) for _ in range(num_layers)])
         self.to_LIO = nn.Parameter(to)
         self.back_LOI = nn.Parameter(to.mT.contiguous())
@@ -194,8 +194,8 @@ class SpaceAdapter(nn.Module):
         Raises:
             GeometryError: layers, heads or dim are not the model's.
         """
-        check_kv(x_BLHTD, self.num_layers, self.model, "shared space")
-        return layerwise(x_BLHTD, self.to_LIO, self.to_bias_LO, self.space)
+        check_kv(x_BLHTD, self.num_layers, self.source, "shared space")
+        return layerwise(x_BLHTD, self.to_LIO, self.to_bias_LO, self.target)
 
     def out_of(self, z_BLHTD: Tensor) -> Tensor:
         """Latents ``[B, L, H_z, T, D_z]`` as the model's KV, ``[B, L, H, T, D]``.
@@ -203,8 +203,8 @@ class SpaceAdapter(nn.Module):
         Raises:
             GeometryError: layers, heads or dim are not the space's.
         """
-        check_kv(z_BLHTD, self.num_layers, self.space, "shared space")
-        return layerwise(z_BLHTD, self.back_LOI, self.back_bias_LI, self.model)
+        check_kv(z_BLHTD, self.num_layers, self.target, "shared space")
+        return layerwise(z_BLHTD, self.back_LOI, self.back_bias_LI, self.source)
 
     def round_trip_error(self, x_BLHTD: Tensor) -> Tensor:
         """Mean squared error after the way into the space and back: ``[B, L, T]``."""

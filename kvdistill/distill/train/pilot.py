@@ -27,8 +27,7 @@ from kvdistill.distill.align.layers import LayerMap, MinibatchCKA, monotone_map
 from kvdistill.distill.data.collate import Batch, Collate, Item
 from kvdistill.distill.data.stream import Source
 from kvdistill.distill.distiller import Distiller
-from kvdistill.distill.project.closed_form import PilotMoments, fit_layer
-from kvdistill.distill.project.projections import JointMap, LinearProjection
+from kvdistill.distill.project.closed_form import Map, PilotMoments, fit_layer
 from kvdistill.distill.targets import TeacherHead, TeacherSpace
 from kvdistill.types import KINDS, Kind
 
@@ -89,7 +88,8 @@ def measuring(module: nn.Module, device: torch.device) -> Iterator[None]:
 class _Fit(NamedTuple):
     """One layer's map to fit: ``regress`` from the student's KV to the teacher's, or back."""
 
-    teacher_idx: int
+    teacher_idx: int | None
+    """None: the student's own map into a shared space."""
     kind: Kind
     group_idx: int
     row: int
@@ -100,8 +100,9 @@ class _Fit(NamedTuple):
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Channels of source and target."""
-        return self.maps.source.width, self.maps.target.width
+        """Channels of source and target; the student's own map has none."""
+        target = 0 if self.teacher_idx is None else self.maps.target.width
+        return self.maps.source.width, target
 
 
 def fit_projections(
@@ -110,7 +111,8 @@ def fit_projections(
     """Fit every teacher's maps in closed form, in place, alike on all ranks.
 
     ``ridge`` fits the heads of ``student_to_teacher`` and the statistics that standardise their
-    input, and projectors from teacher to student; ``pca`` fits projectors alone.
+    input, and projectors from teacher to student or, after the student's own map into it, to the
+    shared space; ``pca`` fits projectors from teacher to student alone.
 
     Raises:
         ConfigError: no token of the pilot is covered by a teacher.
@@ -118,8 +120,11 @@ def fit_projections(
     layers, names = distiller.capture.geometry.num_layers, [t.name for t in distiller.teachers]
     explained: Explained = {name: {kind: [None] * layers for kind in KINDS} for name in names}
     standardised: set[tuple[Kind, int]] = set()
-    for chunk in _chunks(_fits(distiller, init)):
+    for chunk in (*_chunks(_own_fits(distiller)), *_chunks(_fits(distiller, init))):
         for fit, moments in zip(chunk, _measure(distiller, pilot, chunk), strict=True):
+            if fit.teacher_idx is None:
+                fit_layer(fit.maps, fit.row, moments, "pca")
+                continue
             if fit.regress:
                 standardise = distiller.standardise_student[fit.kind]
                 if (fit.kind, fit.layer) not in standardised:
@@ -133,7 +138,7 @@ def fit_projections(
             if fit.regress or not distiller.regresses:
                 explained[names[fit.teacher_idx]][fit.kind][fit.layer] = share
     if torch.distributed.is_initialized():
-        for module in (distiller.heads, distiller.standardise_student):
+        for module in (distiller.heads, distiller.standardise_student, distiller.space):
             for tensor in module.state_dict().values():
                 torch.distributed.broadcast(tensor, 0)
     return explained
@@ -148,8 +153,15 @@ def _fits(distiller: Distiller, init: Literal["pca", "ridge"]) -> Iterator[_Fit]
                 if init == "ridge" and len(head.regress):
                     yield _Fit(*place, head.regress[group_idx], regress=True)
                 maps = head.project[group_idx] if len(head.project) else None
-                if isinstance(maps, JointMap | LinearProjection):
+                if isinstance(maps, Map):
                     yield _Fit(*place, maps, regress=False)
+
+
+def _own_fits(distiller: Distiller) -> Iterator[_Fit]:
+    """The student's maps into a shared space, on which those of teachers depend."""
+    for kind, adapter in distiller.space.items():
+        for layer in range(adapter.num_layers):
+            yield _Fit(None, kind, 0, layer, layer, adapter, regress=False)
 
 
 def _chunks(fits: Iterable[_Fit]) -> Iterator[list[_Fit]]:
@@ -180,15 +192,19 @@ def _measure(distiller: Distiller, pilot: Iterable[Batch], fits: list[_Fit]) -> 
         num_texts += len(texts_B)
         stacked = distiller.targets(teachers) if distiller.needs_all_layers else {}
         targets = distiller.target_rows(teachers, stacked)
+        compared = {k: distiller.in_target_space(output.kind(k), k) for k in KINDS}
         for fit, found in zip(fits, moments, strict=True):
-            mask_BT = teachers[distiller.teachers[fit.teacher_idx].name]["covered"]
-            target = targets[fit.kind][fit.teacher_idx][fit.group_idx](fit.row)
-            ours, theirs = (
-                _masked_tokens(kv_BHTD, mask_BT)
-                for kv_BHTD in (output.kind(fit.kind)[:, fit.layer], target)
-            )
-            held_out_N = held_out_B[:, None].expand_as(mask_BT)[mask_BT]
-            found.add(*((ours, theirs) if fit.regress else (theirs, ours)), held_out_N)
+            own_BHTD = output.kind(fit.kind)[:, fit.layer]
+            if fit.teacher_idx is None:
+                mask_BT = torch.stack([teachers[t.name]["covered"] for t in distiller.teachers])
+                mask_BT, pair = mask_BT.any(0), (own_BHTD, own_BHTD[..., :0])
+            else:
+                mask_BT = teachers[distiller.teachers[fit.teacher_idx].name]["covered"]
+                target = targets[fit.kind][fit.teacher_idx][fit.group_idx](fit.row)
+                projected = target, compared[fit.kind][:, fit.layer]
+                pair = (own_BHTD, target) if fit.regress else projected
+            x_NI, y_NO = (_masked_tokens(kv_BHTD, mask_BT) for kv_BHTD in pair)
+            found.add(x_NI, y_NO, held_out_B[:, None].expand_as(mask_BT)[mask_BT])
     return moments
 
 
