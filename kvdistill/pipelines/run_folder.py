@@ -40,7 +40,8 @@ log = logging.getLogger(__name__)
 
 
 UNWRITABLE: Final = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+    errno.EISDIR, errno.ENOTDIR,
 }  # fmt: skip
 
 
@@ -70,39 +71,24 @@ class RunFolder:
                 "file to train the run again from its last checkpoint"
             ) from None
 
-    def checkpoint(self) -> Path | None:
+    def checkpoint(self, *, remove_changed: bool = False) -> Path | None:
         """The newest checkpoint that is complete and unchanged; warns of those that it skips."""
-        for path, fault in self._checkpoints():
+        named = (p for p in self.path.glob("checkpoint-*") if p.name.split("-", 1)[1].isdecimal())
+        for path in sorted(named, key=lambda path: -int(path.name.split("-")[1])):
+            fault = folder_fault(path)
             if fault is None:
                 return path
             log.warning("%s is not resumed from: %s", path, fault)
-        return None
-
-    def _checkpoints(self) -> Iterator[tuple[Path, str | None]]:
-        """Every checkpoint, newest first, and how it differs from its commit."""
-        named = (p for p in self.path.glob("checkpoint-*") if p.name.split("-", 1)[1].isdecimal())
-        for path in sorted(named, key=lambda path: -int(path.name.split("-")[1])):
-            yield path, folder_fault(path)
-
-    def remove_damaged(self) -> None:
-        """Remove checkpoints that have changed since they were committed; resuming makes them."""
-        for path, fault in self._checkpoints():
-            if fault is None:
-                return
-            if (path / COMMIT).is_file():
-                log.warning("%s is removed and will be made again: %s", path, fault)
+            if remove_changed and (path / COMMIT).is_file():
                 shutil.rmtree(path, ignore_errors=True)
+        return None
 
     def write_record(self, record: dict[str, Any]) -> None:
         """Replace ``run.json`` in one step."""
         replace_file(self.record, sealed_json(record))
 
     def read_config(self) -> dict[str, Any]:
-        """``config.yaml`` under the settings' names of today.
-
-        Raises:
-            ConfigError: it is damaged.
-        """
+        """``config.yaml`` under the settings' names of today; ConfigError if it is damaged."""
         try:
             return current_names(parse_yaml(self.config.read_text(encoding="utf-8")), warn=False)
         except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -128,13 +114,9 @@ def writing(folder: RunFolder) -> Iterator[None]:
         yield
     except Exception as error:
         reason = str(error).split("\n")[0]
-        name = str(getattr(error, "filename", None))
-        failed = isinstance(error, OSError) and (
-            error.errno in UNWRITABLE or name.startswith(f"{folder.path}{os.sep}")
-        )
         # safetensors and torch have errors of their own.
         signs = ("os error", "PytorchStreamWriter", "inline_container")
-        failed = failed or any(sign in reason for sign in signs)
+        failed = getattr(error, "errno", 0) in UNWRITABLE or any(sign in reason for sign in signs)
         if isinstance(error, KVDistillError) or not failed:
             raise
         raise RunFolderError(
@@ -161,7 +143,7 @@ def begin(experiment: Experiment) -> RunFolder:
         attempts = [*record.get("attempts", []), provenance.describe()]
         head = {"name": experiment.name, "seed": experiment.seed, "finished": False}
         folder.write_record(record | head | {"attempts": attempts})
-        folder.remove_damaged()
+        folder.checkpoint(remove_changed=True)
     return folder
 
 

@@ -164,11 +164,7 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 
 def commit_folder(folder: Path) -> None:
-    """Flush every file of a folder and list them in ``COMMIT.json``, which one rename publishes.
-
-    Raises:
-        StoreError: the list cannot be written.
-    """
+    """Flush every file of a folder and list them in ``COMMIT.json``, which one rename publishes."""
     for path in sorted(folder.rglob("*"), reverse=True):
         flush(path)
     files = {name: record.model_dump() for name, record in folder_records(folder).items()}
@@ -180,9 +176,7 @@ def folder_fault(folder: Path) -> str | None:
     if not (folder / COMMIT).is_file():
         return f"it has no {COMMIT}: saving it was interrupted, or an older version saved it"
     try:
-        return files_fault(
-            folder, json.loads((folder / COMMIT).read_text(encoding="utf-8"))["files"]
-        )
+        return files_fault(folder, json.loads((folder / COMMIT).read_bytes())["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{COMMIT} is damaged, or a file that it lists vanished"
 

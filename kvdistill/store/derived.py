@@ -30,11 +30,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def origin_of(teacher: Path, shard_ids: Sequence[str]) -> str:
-    """A digest of which shards are committed in a teacher's folder, and when each was.
-
-    Raises:
-        ShardCorrupt: a shard has lost its commit.
-    """
+    """A digest of which shards are committed, and when; ShardCorrupt if one has lost its commit."""
     digest = xxhash.xxh3_64()
     for shard_id in shard_ids:
         path = teacher / "shards" / shard_id / COMMIT

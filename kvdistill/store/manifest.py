@@ -52,11 +52,7 @@ def sealed_json(body: dict[str, Any]) -> str:
 
 
 def unsealed_json(text: str | bytes) -> dict[str, Any]:
-    """What ``sealed_json`` wrote, or an object of an earlier version, without a checksum.
-
-    Raises:
-        ValueError: it is something else, or has changed, in a few words.
-    """
+    """What ``sealed_json`` wrote, or a version without checksum; ValueError if it has changed."""
     body = json_object(text)
     if body.pop("checksum", None) not in (None, _document_checksum(body)):
         raise ValueError("its content does not match its checksum")

@@ -42,7 +42,8 @@ class JsonLines(TrainerCallback):  # type: ignore[misc]
         """Make the log that of the checkpoint: without later steps, and without damage."""
         if state.is_world_process_zero:
             head = dict.fromkeys(("step", "epoch", "time"))  # in this order
-            replace_file(self.path, "".join(_log_line(head | row) for row in state.log_history))
+            rows = (json.dumps(head | row) + "\n" for row in state.log_history)
+            replace_file(self.path, "".join(rows))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Append one line."""
@@ -50,11 +51,7 @@ class JsonLines(TrainerCallback):  # type: ignore[misc]
             row = {"step": state.global_step, "epoch": state.epoch, "time": time.time(), **logs}
             state.log_history[-1]["time"] = row["time"]  # checkpoints hold this history
             with self.path.open("a", encoding="utf-8") as lines:
-                lines.write(_log_line(row))
-
-
-def _log_line(row: dict[str, Any]) -> str:
-    return json.dumps(row) + "\n"
+                lines.write(json.dumps(row) + "\n")
 
 
 class Commits(TrainerCallback):  # type: ignore[misc]

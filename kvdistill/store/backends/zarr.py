@@ -42,9 +42,6 @@ CHUNK_TOKENS: Final = 1024
 MAX_COMPRESSION: Final = 1 << 17
 """zstd stores a block of 128 kB in no less than a few bytes."""
 
-MAX_INFLATION: Final = 16
-"""zstd may cut what would fit one block of 128 kB into blocks of 8 kB."""
-
 FILL_VALUES: Final[dict[str, float]] = {
     "int8": -128,
     "uint8": 255,
@@ -189,27 +186,20 @@ class _ZarrArray:
         self._zarr_array: Array[Any] | None = None
 
     def refuse_bombs(self) -> None:
-        """Bound what every chunk inflates to before a decoder allocates it.
-
-        Raises:
-            ShardCorrupt: a chunk is not one frame of zstd of about the declared size.
-        """
+        """Raise ShardCorrupt for a chunk that is not one zstd frame of about the declared size."""
         if "zstd" not in self._codecs:
             return
-        limit = self._chunk_bytes * MAX_INFLATION + (1 << 20)
-        num_chunks = self.num_bytes // self._chunk_bytes
+        limit = 16 * self._chunk_bytes + (1 << 20)  # zstd may cut a block of 128 kB into 16
+        index_bytes = 16 * (self.num_bytes // self._chunk_bytes)
         with self._path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = max(0, size - 16 * num_chunks - 4)  # the index, and its checksum
-            index = os.pread(file.fileno(), 16 * num_chunks, start)
-            for i, (first, length) in enumerate(
-                struct.iter_unpack("<QQ", index[: len(index) & ~15])
-            ):
+            size = file.seek(0, os.SEEK_END)
+            index = os.pread(file.fileno(), index_bytes, max(0, size - index_bytes - 4))
+            for first, length in struct.iter_unpack("<QQ", index[: len(index) & ~15]):
                 inside = first + length <= size  # the reader refuses others
                 if inside and _inflated(file.fileno(), first, first + length - 4, limit) > limit:
                     raise ShardCorrupt(
-                        f"{self._path}: chunk {i} is not one zstd frame of the "
-                        f"{self._chunk_bytes:,} bytes that its metadata declares; {REMEDY}"
+                        f"{self._path}: the chunk at byte {first} is not one zstd frame of the "
+                        f"declared {self._chunk_bytes:,} bytes; {REMEDY}"
                     )
 
     def read_into(self, out: np.ndarray, boxes: Sequence[tuple[slice, ...]]) -> None:
@@ -287,11 +277,10 @@ _CHUNK_KEYS: Final = {"name": "default", "configuration": {"separator": "/"}}
 def _layout(
     metadata: Mapping[str, Any], spec: ArraySpec, where: Path
 ) -> tuple[list[int], list[int], list[str]]:
-    """Shape of an array's one file (each axis rounded up to whole chunks), of its chunks, codecs.
+    """Shapes of an array's one file (axes rounded up to whole chunks) and of its chunks; codecs.
 
     Raises:
-        ShardCorrupt: the metadata declares another grid, chunks of no positive whole size, or
-            codecs that this package does not write.
+        ShardCorrupt: another grid, chunks of no positive whole size, or codecs never written here.
     """
     try:
         keys = metadata["chunk_key_encoding"]
@@ -324,9 +313,8 @@ def _inflated(file: int, start: int, end: int, limit: int) -> int:
     has_window, id_bytes = not flags & 32, (0, 1, 2, 4)[flags & 3]
     size_bytes = (0 if has_window else 1, 2, 4, 8)[flags >> 6]
     at = 5 + has_window + id_bytes
-    bound, stated = 0, int.from_bytes(head[at : at + size_bytes], "little")
-    at += start + size_bytes
-    is_last = False
+    stated = int.from_bytes(head[at : at + size_bytes], "little")
+    at, bound, is_last = start + at + size_bytes, 0, False
     while not is_last and at < end and bound <= limit:
         block = int.from_bytes(os.pread(file, 3, at), "little")
         is_last, kind, size = bool(block & 1), block >> 1 & 3, block >> 3

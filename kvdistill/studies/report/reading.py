@@ -156,9 +156,7 @@ def read_study(
             if not all({"name", "runs"} <= arm.keys() for arm in body.get("arms", [{}])):
                 raise ValueError("an arm lacks its name or runs")
         except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{file}: {error}; run `kvdistill ablate` again to rewrite it"
-            ) from None
+            raise ConfigError(f"{file}: {error}; run `kvdistill ablate` to rewrite it") from None
         names.append(body.get("name", path.name))
         baseline = baseline or body.get("baseline")
         if body.get("may_differ"):
