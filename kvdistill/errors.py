@@ -80,6 +80,10 @@ class RunFolderError(KVDistillError, OSError):
     """The folder of a run cannot be written."""
 
 
+class FolderInUse(RunFolderError):
+    """Another live process writes into a folder."""
+
+
 class Interrupted(KVDistillError):
     """Stopped cleanly by a signal. Exit code 75: run the same command again to continue."""
 

@@ -1,4 +1,4 @@
-"""Provenance of a run: versions, commit, command, machine."""
+"""Provenance of a run: versions, commit, command, machine and process."""
 
 from __future__ import annotations
 
@@ -50,6 +50,25 @@ def command(arguments: Sequence[str]) -> str:
         inside = program.relative_to(package).with_suffix("")
         typed = ["python", "-m", ".".join((package.name, *inside.parts))]
     return shlex.join([*typed, *arguments[1:]])
+
+
+def machine_identity() -> str:
+    """Kernel boot and pid namespace: equal only where pids are comparable."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    if not boot.exists():
+        return platform.node()
+    return f"{boot.read_text().strip()}/{Path('/proc/self/ns/pid').readlink()}"
+
+
+def process_start(pid: int) -> int | None:
+    """Start time of a running process in clock ticks; None if there is none, or a zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The second field is the program's name in parentheses and may hold anything.
+    state, *rest = stat.rpartition(")")[2].split()
+    return None if state in "ZX" else int(rest[18])
 
 
 def describe() -> dict[str, Any]:

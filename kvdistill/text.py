@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import html
 import json
+import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, Final
 
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
@@ -33,6 +37,18 @@ def brief(value: Any) -> str:
     if isinstance(value, int) and abs(value) >= 1 << 256:
         return "an integer of more than 77 digits"
     return shorten(repr(value), 100)
+
+
+def markdown_text(value: object) -> str:
+    """Text that Markdown shows as it is: one line, in which no HTML, link or column begins."""
+    line = " ".join(html.escape(str(value), quote=False).split())
+    return re.sub(r"([\\`|\[\]])", r"\\\1", line)
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """``; did you mean …?``, or nothing where no known name is like it."""
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def shorten(text: str, limit: int = 300) -> str:

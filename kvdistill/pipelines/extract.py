@@ -8,9 +8,7 @@ of two copies the first wins.
 from __future__ import annotations
 
 import os
-import shutil
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,8 +23,9 @@ from kvdistill.config.load import load_experiment
 from kvdistill.errors import ConfigError, Interrupted, StoreMismatch
 from kvdistill.extract.extract_shard import ExtractedShard, extract_samples
 from kvdistill.extract.teacher import Teacher, load_teacher
-from kvdistill.pipelines.extract_tasks import is_extracted, prepare_store
+from kvdistill.pipelines.extract_tasks import clear_debris, is_extracted, prepare_store
 from kvdistill.slurm.heartbeat import job_element
+from kvdistill.store.commit import discard
 from kvdistill.store.prototypes import teacher_prototypes
 from kvdistill.store.reader import KVStore
 from kvdistill.store.writer import add_teacher, publish_shard
@@ -118,6 +117,7 @@ def _extract_teacher(
     pending = [i for i in store.shard_ids if not is_extracted(store, experiment, name, i)]
     report = TeacherReport(name, already_done=total - len(pending))
     if not pending:
+        clear_debris(store, experiment, name)
         return report
     teacher = open_teacher(store, experiment, name)
     started = time.monotonic()
@@ -150,6 +150,7 @@ def _extract_teacher(
         while writing:
             finish_oldest()
     report.seconds = time.monotonic() - started
+    clear_debris(store, experiment, name)
     return report
 
 
@@ -271,26 +272,13 @@ class ExtractionWork:
         read = (self._store, self._experiment, self._teacher, unit)
         extracted = read_shard(*read, on_batch=check_stop)
         publish(*read, extracted, attempt={} if job is None else {"job": job})
+        clear_debris(self._store, self._experiment, self._name)
         return extracted.num_read
 
     def clear(self, unit: str) -> None:
         """Remove staging folders of a committed shard; their writers can publish no more."""
         for folder in self._store.paths.temporary(self._name).glob(f"{unit}.*"):
             discard(folder)
-
-
-def discard(folder: Path) -> None:
-    """Delete a staging folder, unless its writer is alive after all and publishes it first.
-
-    Renamed before it is emptied: rmtree follows an open folder wherever it is renamed to, and
-    would delete the files of a shard that its writer publishes meanwhile.
-    """
-    doomed = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        folder.rename(doomed)
-    except FileNotFoundError:
-        return
-    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def extraction_work(config: str, teacher: str) -> ExtractionWork:

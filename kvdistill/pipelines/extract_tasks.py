@@ -22,12 +22,14 @@ from kvdistill.corpus.readers import load_corpus
 from kvdistill.corpus.samples import Sample, cut_into_shards
 from kvdistill.errors import ConfigError, Interrupted, StoreMismatch, StoreNotFound
 from kvdistill.slurm import client
+from kvdistill.slurm.heartbeat import is_alive
 from kvdistill.slurm.ledger import Ledger
 from kvdistill.slurm.local_pool import run_pool
 from kvdistill.slurm.retry import is_quarantined
 from kvdistill.slurm.submit import batch_script, element_id, python_command, submit_array
 from kvdistill.slurm.task import Ending, Task, owned_units, partition_round_robin, write_once
 from kvdistill.slurm.worker import work
+from kvdistill.store.commit import sweep
 from kvdistill.store.format import StorePaths
 from kvdistill.store.reader import KVStore
 from kvdistill.store.writer import create
@@ -106,6 +108,22 @@ def extraction_ledger(experiment: Experiment, teacher: str) -> Ledger:
     """The ledger of a teacher's tasks: inside the store, its jobs beside the user's own runs."""
     jobs = experiment.output_dir.absolute() / f"{experiment.name}.slurm" / f"extract-{teacher}"
     return Ledger(StorePaths(experiment.store.absolute()).teacher(teacher), jobs)
+
+
+def clear_debris(store: KVStore, experiment: Experiment, teacher: str) -> None:
+    """Once a teacher has all shards, remove what killed workers left: staged files, claims."""
+    if store.missing(teacher):
+        return
+    paths, ledger = store.paths, extraction_ledger(experiment, teacher)
+    own = paths.teacher(teacher), paths.temporary(teacher)
+    for folder in (paths.root, paths.root / "tmp", *own):
+        sweep(folder)
+    sweep(paths.root.absolute().parent, f".{paths.root.name}.")
+    ledger.sweep()
+    live = {attempt.attempt_id for attempt in ledger.attempts() if is_alive(attempt)}
+    for unit, holder in ledger.claims().items():
+        if holder not in live:
+            ledger.release(unit, holder)
 
 
 def freeze(experiment: Experiment, folder: Path) -> Path:
@@ -216,6 +234,7 @@ def extract_pool(
     failed = [a for a in ledger.attempts() if a.started >= began and a.outcome == "failed"]
     failures = [f for found in ledger.failed_units().values() for f in found if f.time >= began]
     messages = dict.fromkeys([*(str(a.message) for a in failed), *(f.message for f in failures)])
+    clear_debris(store, experiment, teacher)
     return len(store.missing(teacher)), list(messages)
 
 
@@ -246,6 +265,7 @@ def submit_extraction(
     submitted = {}
     for teacher in teachers:
         pending = pending_shards(experiment, teacher, ask_slurm=True)
+        clear_debris(KVStore.open(experiment.store), experiment, teacher)
         warning = float(profile.signal_delay_s)
         count = num_array_tasks(profile)
         tasks = extraction_tasks(experiment, teacher, pending.units, count, warning)

@@ -34,7 +34,7 @@ from kvdistill.errors import ConfigError, KVDistillError, RunFolderError
 from kvdistill.store.commit import file_record, folder_fault, replace_file
 from kvdistill.store.format import COMMIT
 from kvdistill.store.manifest import TeacherManifest, sealed_json, unsealed_json
-from kvdistill.text import shorten
+from kvdistill.text import markdown_text, shorten
 
 log = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ def model_card(
 
 def _summary(experiment: Experiment, teachers: Mapping[str, TeacherManifest]) -> str:
     student = experiment.student
-    start = "from scratch" if student.model is None else f"from `{student.model}`"
+    start = "from scratch" if student.model is None else f"from {markdown_text(student.model)}"
     if student.lora is not None:
         start += f", with LoRA of rank {student.lora.rank} merged into its weights"
     source = "on text alone, without teachers"
@@ -237,8 +237,8 @@ def _teacher_section(teachers: Mapping[str, TeacherManifest]) -> str:
     if not teachers:
         return ""
     rows = [
-        f"| {name} | `{t.model}` | {t.revision or '–'} | {len(t.layers)} | "
-        f"{t.codec.key}/{t.codec.value} | `{t.weights_fingerprint[:12]}` |"
+        f"| {name} | {markdown_text(t.model)} | {markdown_text(t.revision or '–')} | "
+        f"{len(t.layers)} | {t.codec.key}/{t.codec.value} | `{t.weights_fingerprint[:12]}` |"
         for name, t in teachers.items()
     ]
     columns = ("name", "model", "revision", "layers", "codec (keys/values)", "weights")

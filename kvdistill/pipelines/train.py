@@ -9,11 +9,12 @@ import contextlib
 import gc
 import hashlib
 import json
+import os
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,9 @@ from kvdistill.corpus.samples import Sample, corpus_fingerprint
 from kvdistill.distill.evaluate.answers import is_gradable
 from kvdistill.errors import ConfigError, IncompleteStore, Interrupted, StoreMismatch
 from kvdistill.pipelines.run_folder import RunFolder, begin, model_card, writing
-from kvdistill.store.commit import commit_folder, replace_file
+from kvdistill.slurm.lease import lease
+from kvdistill.slurm.signals import handling
+from kvdistill.store.commit import replace_file, sweep
 from kvdistill.store.reader import KVStore
 
 if TYPE_CHECKING:
@@ -52,44 +55,73 @@ def train(experiment: Experiment) -> TrainingReport:
         StoreMismatch: the store was made from another corpus, or by other teachers.
         StudentError: the student or its tokenizer cannot be used.
         ConfigError: exact match is configured, but no held-out sample has an answer.
-        Interrupted: a signal stopped training after a checkpoint was saved (exit code 75).
+        FolderInUse: another process trains this run.
+        CorpusError: there was no token to learn from or to score.
+        Interrupted: a signal stopped it, in the loop after a checkpoint was saved (exit code 75).
     """
+    from kvdistill.distill.train.devices import require_launcher
+
+    require_launcher(os.environ)
     splits = load_corpus(experiment.corpus)
     _check_answers(experiment, splits)
     store = KVStore.open(experiment.store)
     require_matching_store(store, experiment, splits)
+    folder = RunFolder(experiment.output_dir / experiment.name)
+    # The ranks of a run are one trainer, and what has finished is only read.
+    reads = os.environ.get("RANK", "0") != "0" or folder.read_record().get("finished")
+    held = contextlib.nullcontext(lambda: None) if reads else lease(folder.path)
+    try:
+        with handling(), writing(folder), held as require_lease:
+            return _train_alone(experiment, store, splits, require_lease)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"{folder.path}: stopped by a signal; run the same command again to resume"
+        ) from None
+
+
+def _train_alone(
+    experiment: Experiment, store: KVStore, splits: Splits, require_lease: Callable[[], None]
+) -> TrainingReport:
     folder = begin(experiment)
     record = folder.read_record()
     if record.get("finished"):
         return TrainingReport(folder.path, record["metrics"], False, already_finished=True)
+    sweep(folder.path)
     checkpoint = folder.checkpoint()
     began = time.monotonic()
     reset_peak_memory()
     trainer = build_trainer(experiment, store, splits, folder)
-    with writing(folder), contextlib.closing(trainer):
+    trainer.before_saving = require_lease
+    with contextlib.closing(trainer):
         _train_to_the_end(trainer, folder, checkpoint)
-        metrics = trainer.evaluate() if splits.evaluation else {}
-        best = trainer.best
-        if experiment.training.keep_best and best.step != trainer.state.global_step:
-            metrics = trainer.evaluate_best()
-        trainer.save_model(str(folder.student))
-        _write_outcome(folder, trainer, store, splits, metrics=metrics, began=began)
+        try:
+            metrics = trainer.evaluate() if splits.evaluation else {}
+            best = trainer.best
+            if experiment.training.keep_best and best.step != trainer.state.global_step:
+                metrics = trainer.evaluate_best()
+            trainer.save_whole(folder.student)
+            _write_outcome(folder, trainer, store, splits, metrics=metrics, began=began)
+        except KeyboardInterrupt:
+            trainer.save_checkpoint()
+            raise
     return TrainingReport(folder.path, metrics, checkpoint is not None)
 
 
 def _train_to_the_end(trainer: Any, folder: RunFolder, checkpoint: Path | None) -> None:
-    """Train from a checkpoint or the start; raises Interrupted where a signal ends it earlier."""
+    """Train from a checkpoint or the start; raises Interrupted where a signal came meanwhile."""
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         trainer.abort(f"{type(error).__name__}: {error}")
         raise
-    if trainer.stop.name is not None and trainer.state.global_step < trainer.state.max_steps:
+    if trainer.stop.agreed or (trainer.stop.name is not None and trainer.args.world_size == 1):
+        trainer.save_checkpoint()
         raise Interrupted(
             f"{folder.path}: stopped by {trainer.stop.name}, saved at step "
             f"{trainer.state.global_step} of {trainer.state.max_steps}; run the same command again "
             "to resume"
         )
+    trainer.require_taught()
 
 
 def require_trainable_student(experiment: Experiment) -> None:
@@ -141,11 +173,13 @@ def require_matching_store(store: KVStore, experiment: Experiment, splits: Split
 
 def _check_answers(experiment: Experiment, splits: Splits) -> None:
     wanted = experiment.training.exact_match_samples
+    if splits.evaluation and experiment.latent is not None:
+        wanted = wanted or len(splits.evaluation)  # it is scored by nothing else
     if wanted and not any(is_gradable(sample) for sample in splits.evaluation):
         raise ConfigError(
-            f"training.exact_match_samples is {wanted}, but none of the {len(splits.evaluation)} "
-            "held-out samples has both a prompt and an answer; set it to 0, or hold out such "
-            "samples (corpus.eval_samples or corpus.eval_path)"
+            f"exact match is wanted of {wanted} samples, but none of the {len(splits.evaluation)} "
+            "held-out samples has both a prompt and an answer; hold out such samples "
+            "(corpus.eval_samples, corpus.eval_path), or set training.exact_match_samples to 0"
         )
 
 
@@ -162,6 +196,7 @@ def build_trainer(
     """
     from transformers import set_seed
 
+    from kvdistill.distill.data.collate import require_text
     from kvdistill.distill.data.stream import Rank, StoreSource
     from kvdistill.distill.train.callbacks import Commits, HumanLog, JsonLines, ProgressBar
     from kvdistill.distill.train.pilot import explained_lines
@@ -179,6 +214,8 @@ def build_trainer(
         source_of=source_of or StoreSource,
         device=arguments.device,
     )
+    if splits.evaluation:
+        require_text(run.tokenizer, splits.evaluation, experiment.training.max_length)
     human_log = HumanLog(folder.human_log, experiment.name)
     if run.explained and arguments.process_index == 0:
         folder.write_record(folder.read_record() | {"explained_at_start": run.explained})
@@ -235,7 +272,6 @@ def _write_outcome(
     if not trainer.is_world_process_zero():
         return
     replace_file(folder.diagnostics, json.dumps(diagnostics))
-    shutil.rmtree(folder.best, ignore_errors=True)  # saved as the student
     rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in trainer.held_out.rows]
     replace_file(folder.eval_samples, "".join(rows))
     outcome = {
@@ -254,9 +290,9 @@ def _write_outcome(
     names = experiment.teachers if experiment.losses.uses_teachers else ()
     teachers = {name: store.teacher(name) for name in names}
     corpus = store.manifest.corpus_fingerprint
-    commit_folder(folder.student)  # without the card, which people edit
     replace_file(folder.student / "README.md", model_card(experiment, teachers, corpus, record))
     folder.write_record(record)  # last: nothing is written after a run has finished
+    shutil.rmtree(folder.best, ignore_errors=True)  # it is the student
 
 
 def reset_peak_memory() -> None:

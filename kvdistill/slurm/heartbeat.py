@@ -15,9 +15,9 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final, Self
 
+from kvdistill.provenance import machine_identity, process_start
 from kvdistill.slurm.ledger import Attempt, Ledger
 from kvdistill.slurm.signals import StopFlag
 
@@ -63,25 +63,6 @@ def job_element(environment: Mapping[str, str]) -> str | None:
     if array is not None:
         return f"{array}_{environment['SLURM_ARRAY_TASK_ID']}"
     return environment.get("SLURM_JOB_ID")
-
-
-def machine_identity() -> str:
-    """Kernel boot and pid namespace: equal only where pids are comparable."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    if not boot.exists():
-        return socket.gethostname()
-    return f"{boot.read_text().strip()}/{Path('/proc/self/ns/pid').readlink()}"
-
-
-def process_start(pid: int) -> int | None:
-    """Start time of a running process in clock ticks; None if there is none, or a zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    # The second field is the program's name in parentheses and may hold anything.
-    state, *rest = stat.rpartition(")")[2].split()
-    return None if state in "ZX" else int(rest[18])
 
 
 def is_alive(attempt: Attempt, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> bool:

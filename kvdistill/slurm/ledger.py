@@ -19,12 +19,12 @@ from __future__ import annotations
 import errno
 import json
 import os
-import uuid
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from kvdistill.errors import SlurmError
+from kvdistill.store.commit import staged_name, sweep
 
 Outcome = Literal["complete", "incomplete", "interrupted", "failed"]
 FailureKind = Literal["error", "out_of_memory", "time_limit", "killed"]
@@ -160,6 +160,16 @@ class Ledger:
         if self.holder(unit) == attempt_id:
             self._claim_path(unit).unlink(missing_ok=True)
 
+    def forget(self, attempt_id: str) -> None:
+        """Delete an attempt's record."""
+        self._attempt_path(attempt_id).unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Remove what killed writers left half-written."""
+        for folder in ("attempts", "claims", "submissions", "failures", "failures/*"):
+            for found in self.folder.glob(folder):
+                sweep(found, ".")
+
     def record_failure(self, failure: Failure) -> None:
         """Record a failure once, however many workers report it."""
         _create(self._failures_of(failure.unit) / f"{failure.attempt_id}.json", asdict(failure))
@@ -242,7 +252,7 @@ def _read(kind: type[Record], path: Path) -> Record | None:
 
 def _temporary(path: Path, body: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = path.with_name(staged_name(f".{path.name}"))
     temporary.write_text(json.dumps(body, ensure_ascii=False), encoding="utf-8")
     return temporary
 

@@ -1,22 +1,24 @@
 """A request to stop, as a flag that work checks between two steps.
 
-SIGTERM and SIGINT are urgent: Slurm kills what still runs ``KillWait`` (30 s) later. SIGUSR2 is
-the early warning before a time limit or a preemption (``--signal=USR2@120``): the unit in progress
-may use half of the warning time, and none is started.
+SIGTERM, SIGINT and SIGUSR1 are urgent: Slurm kills what still runs ``KillWait`` (30 s) later.
+SIGUSR2 is the early warning before a time limit or a preemption (``--signal=USR2@120``): the unit
+in progress may use half of the warning time, and none is started.
 A flag rather than an exception, which out of a signal handler can strike inside any ``finally``.
 """
 
 from __future__ import annotations
 
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
-URGENT: Final = (signal.SIGTERM, signal.SIGINT)
 WARNING: Final = signal.SIGUSR2
+
+STOPPING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, WARNING)
 
 
 class StopFlag:
@@ -47,13 +49,29 @@ class StopFlag:
             self.reason = signal.Signals(number).name
 
 
+Handler = Callable[[int, FrameType | None], Any]
+
+
+@contextmanager
+def handling(handler: Handler = signal.default_int_handler) -> Iterator[None]:
+    """Handle signals that ask to stop, by KeyboardInterrupt unless another handler is given.
+
+    In the main thread; Python allows no other.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
 @contextmanager
 def stop_flag(warning_seconds: float) -> Iterator[StopFlag]:
     """A flag that this process's signals set; the earlier handlers are restored afterwards."""
     flag = StopFlag(warning_seconds)
-    before = {number: signal.signal(number, flag.handle) for number in (*URGENT, WARNING)}
-    try:
+    with handling(flag.handle):
         yield flag
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

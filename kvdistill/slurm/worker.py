@@ -14,7 +14,7 @@ import traceback
 from dataclasses import dataclass, field
 from typing import Final
 
-from kvdistill.errors import Interrupted
+from kvdistill.errors import FolderInUse, Interrupted
 from kvdistill.slurm import client
 from kvdistill.slurm.heartbeat import STALE_AFTER, Heartbeat, new_attempt
 from kvdistill.slurm.ledger import Failure, FailureKind, Ledger
@@ -130,6 +130,8 @@ class _TaskRun:
             amount = workload.run(unit, self.stop.urgent)
         except Interrupted:
             self._blame_time_limit(unit)
+        except FolderInUse:
+            self.busy.append(unit)
         except Exception as error:
             if self.ledger.holder(unit) != self.heart.attempt.attempt_id:
                 self.busy.append(unit)  # taken over while this process was frozen

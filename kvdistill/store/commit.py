@@ -12,8 +12,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,6 +25,7 @@ from typing import Any, Final
 import xxhash
 
 from kvdistill.errors import ShardCorrupt, StoreError
+from kvdistill.provenance import machine_identity, process_start
 from kvdistill.store.format import COMMIT
 from kvdistill.store.manifest import Commit, FileRecord
 
@@ -33,6 +36,50 @@ MAX_DOCUMENT_BYTES: Final = 1 << 28
 
 _READ_BYTES: Final = 1 << 22
 
+_STAGED: Final = re.compile(r"(?:(\.[0-9a-f]{8})-(\d+))?\.(?:[0-9a-f]{12}|[0-9a-f]{32})(?:\.tmp)?$")
+
+
+def staged_name(final: str) -> str:
+    """A unique name for what becomes ``final``; states the process that writes it."""
+    machine = xxhash.xxh32_hexdigest(machine_identity().encode())
+    return f"{final}.{machine}-{os.getpid()}.{uuid.uuid4().hex[:12]}"
+
+
+def sweep(folder: Path, prefix: str = "") -> None:
+    """Remove what killed writers left staged in a folder, and nothing of a living one.
+
+    What another machine staged counts as abandoned once it has not been written to for a day.
+    """
+    here = staged_name("").split("-")[0]
+    for path in list(folder.iterdir()) if folder.is_dir() else ():
+        found = _STAGED.search(path.name) if path.name.startswith(prefix) else None
+        if found is None:
+            continue
+        if found[1] == here:
+            abandoned = process_start(int(found[2])) is None
+        else:
+            times = [each.lstat().st_mtime for each in (path, *path.rglob("*"))]
+            abandoned = time.time() - max(times) > 86_400
+        if abandoned:
+            discard(path)
+
+
+def discard(path: Path) -> None:
+    """Delete a staged file or folder, unless its writer is alive after all and publishes it first.
+
+    Renamed before it is emptied: rmtree follows an open folder wherever it is renamed to, and
+    would delete the files of a shard that its writer publishes meanwhile.
+    """
+    doomed = path.with_name(staged_name(path.name.partition(".")[0]))
+    try:
+        path.rename(doomed)
+    except FileNotFoundError:
+        return
+    if doomed.is_dir() and not doomed.is_symlink():
+        shutil.rmtree(doomed, ignore_errors=True)
+    else:
+        doomed.unlink(missing_ok=True)
+
 
 @contextmanager
 def staging_folder(parent: Path, stem: str) -> Iterator[Path]:
@@ -41,7 +88,7 @@ def staging_folder(parent: Path, stem: str) -> Iterator[Path]:
     Raises:
         StoreError: the folder cannot be created, or writing in it failed (disk full, read-only).
     """
-    folder = parent / f"{stem}.{uuid.uuid4().hex[:12]}"
+    folder = parent / staged_name(stem)
     try:
         folder.mkdir(parents=True)
         yield folder
@@ -58,9 +105,7 @@ def staging_folder(parent: Path, stem: str) -> Iterator[Path]:
 
 def publish_folder(folder: Path, final: Path) -> bool:
     """Flush ``folder`` and rename it to ``final``; False if something is already there."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        flush(path)
-    flush(folder)
+    _flush_tree(folder)
     final.parent.mkdir(parents=True, exist_ok=True)
     try:
         folder.rename(final)
@@ -70,6 +115,17 @@ def publish_folder(folder: Path, final: Path) -> bool:
         raise
     flush(final.parent)
     return True
+
+
+def replace_folder(folder: Path, final: Path) -> None:
+    """Flush ``folder`` and put it in the place of ``final``, whose open files stay readable."""
+    _flush_tree(folder)
+    earlier = final.with_name(staged_name(final.name))
+    with suppress(FileNotFoundError):
+        final.rename(earlier)
+    folder.rename(final)
+    flush(final.parent)
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def publish_file(file: Path, final: Path) -> bool:
@@ -93,7 +149,7 @@ def replace_file(path: Path, content: str | bytes) -> None:
     Raises:
         StoreError: the disk is full, or the folder cannot be written.
     """
-    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    staged = path.with_name(f"{staged_name(f'.{path.name}')}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         staged.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -101,12 +157,19 @@ def replace_file(path: Path, content: str | bytes) -> None:
         staged.replace(path)
         flush(path.parent)
     except OSError as error:
-        with suppress(OSError):
-            staged.unlink()
         raise StoreError(
             f"{path}: {error.strerror or error}; nothing existing was changed: free space or fix "
             "permissions, then run the same command again"
         ) from error
+    finally:
+        with suppress(OSError):
+            staged.unlink()
+
+
+def _flush_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        flush(path)
+    flush(folder)
 
 
 def flush(path: Path) -> None:
@@ -164,9 +227,12 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 
 def commit_folder(folder: Path) -> None:
-    """Flush every file of a folder and list them in ``COMMIT.json``, which one rename publishes."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        flush(path)
+    """Flush every file of a folder and list them in ``COMMIT.json``, which one rename publishes.
+
+    Raises:
+        StoreError: the list cannot be written.
+    """
+    _flush_tree(folder)
     files = {name: record.model_dump() for name, record in folder_records(folder).items()}
     replace_file(folder / COMMIT, json.dumps({"files": files}, indent=1))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 from kvdistill import LatentStudent
 from kvdistill.config.experiment import LatentConfig
 from kvdistill.config.training import StudentConfig
-from kvdistill.distill.student.build import build_student
-from kvdistill.errors import KVDistillError, ShardCorrupt, StudentError, TeacherError
+from kvdistill.distill.student.build import build_student, check_student
+from kvdistill.errors import KVDistillError, StudentError, TeacherError
 from kvdistill.extract.teacher import load_teacher
 from tests.extract.models import tiny_model, tiny_tokenizer
 from tests.pipelines.test_teachers import make, save_teacher
@@ -27,6 +26,7 @@ SIZES = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2,
 }  # fmt: skip
+LLAMA = {"model_type": "llama", **SIZES}
 
 
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -123,20 +123,34 @@ def test_a_teacher_may_leave_out_its_head(tmp_path: Path) -> None:
     assert load_teacher("t", make(tmp_path, {})).manifest.layers == (0, 1)
 
 
-def test_shards_have_the_mode_of_the_umask(tmp_path: Path, build: Any) -> None:
-    store, _ = build.store(tmp_path / "s", build.teacher(backend="safetensors"))
-    files = [path for path in store.paths.root.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} >= {".safetensors", ".json"}
-    assert len({path.stat().st_mode & 0o777 for path in files}) == 1
-
-
-def test_a_shard_that_shrinks_while_it_is_open_is_damaged_and_no_bus_error(
-    tmp_path: Path, build: Any
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"hiden_size": 64}, "'hiden_size'; did you mean 'hidden_size'"),
+        ({"num_layers": 7}, "'num_layers'; did you mean"),
+        ({"rope_parameter": {}}, "'rope_parameter'; did you mean 'rope_parameters'"),
+    ],
+)
+def test_a_misspelt_setting_of_an_architecture_is_refused(
+    settings: dict[str, Any], words: str
 ) -> None:
-    store, _ = build.store(tmp_path / "s", build.teacher(backend="safetensors"))
-    shard_id = store.shard_ids[0]
-    store.read_shard("tiny", shard_id)
-    (file,) = store.paths.shard("tiny", shard_id).glob("*.safetensors")
-    os.truncate(file, 100)
-    with pytest.raises(ShardCorrupt, match="truncated since it was opened"):
-        store.read_shard("tiny", shard_id)
+    config = StudentConfig(architecture={**LLAMA, **settings}, tokenizer="unused")
+    for build in (check_student, lambda c, t: build_student(c, t, 0)):
+        with pytest.raises(StudentError, match=words) as caught:
+            build(config, tiny_tokenizer())
+        assert one_line(caught.value)
+        assert "student.architecture" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        {**LLAMA, "head_dim": 16, "rope_theta": 5e5, "attention_dropout": 0.0},
+        {**LLAMA, "model_type": "qwen2", "head_dim": 16},  # read, although no field of Qwen2Config
+        {**LLAMA, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4},
+        {"model_type": "gpt2", "hidden_size": 32, "num_hidden_layers": 2, "n_head": 4},
+    ],
+)
+def test_settings_that_a_model_has_are_accepted(architecture: dict[str, Any]) -> None:
+    check_student(StudentConfig(architecture=architecture, tokenizer="unused"), tiny_tokenizer())

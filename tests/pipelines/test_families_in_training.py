@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from kvdistill.config.distill import LatentConfig
 from kvdistill.config.training import StudentConfig
@@ -40,8 +41,11 @@ REFUSES_INJECTION = {"kimi_linear, latent, hybrid", "deepseek_v3, latent"}
 
 
 def architecture(family: str) -> dict[str, Any]:
+    """Its settings, without those that the table shares among families and this one lacks."""
     model_type, options = DECODERS[family]
-    own = {name: value for name, value in options.items() if name != "vocab_size"}
+    has = {field.name for field in fields(CONFIG_MAPPING[model_type])} | {"head_dim"}
+    has |= set(CONFIG_MAPPING[model_type].attribute_map)
+    own = {name: value for name, value in options.items() if name in has - {"vocab_size"}}
     return {"model_type": model_type, **own, **LONG}
 
 

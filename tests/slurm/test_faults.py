@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from kvdistill.config.slurm import SlurmProfile
+from kvdistill.provenance import process_start
 from kvdistill.slurm import client
-from kvdistill.slurm.heartbeat import process_start
 from kvdistill.slurm.ledger import Attempt
 from kvdistill.slurm.status import Status, read_status
 from kvdistill.slurm.submit import submit_array

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from kvdistill.pipelines.extract import discard
+from kvdistill.store.commit import discard
 
 FILES = 60
 ROUNDS = 150

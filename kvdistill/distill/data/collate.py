@@ -24,6 +24,7 @@ from kvdistill.distill.align.resample import align_global, align_segments
 from kvdistill.distill.losses.pointwise import IGNORED_LABEL
 from kvdistill.distill.student.injection import following
 from kvdistill.distill.targets import TeacherSpace
+from kvdistill.errors import CorpusError
 from kvdistill.store.codecs import CODECS
 from kvdistill.store.codecs.parts import part_name
 from kvdistill.store.shard import EncodedShard
@@ -176,6 +177,18 @@ def tokenize(tokenizer: Any, samples: Sequence[Sample], max_length: int) -> list
         _student_tokens(tokenizer, sample, ids, offsets, max_length)
         for sample, ids, offsets in rows
     ]
+
+
+def require_text(tokenizer: Any, samples: Sequence[Sample], max_length: int) -> None:
+    """Raise CorpusError where no text has a token to predict: nothing to learn or to score."""
+    for start in range(0, len(samples), 64):  # the first few decide, unless all are empty
+        tokens = tokenize(tokenizer, samples[start : start + 64], max_length)
+        if any((each.segment[1:] >= 0).any() for each in tokens):
+            return
+    raise CorpusError(
+        f"none of the {len(samples)} texts from {samples[0].sample_id!r} on has a token to predict "
+        f"within {max_length} tokens; raise the maximum length, or give other texts"
+    )
 
 
 def _student_tokens(

@@ -6,7 +6,6 @@ may use local data. The harness is an extra because of its many dependencies.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from kvdistill.config.training import StudentConfig
 from kvdistill.distill.student.build import build_student, load_student_tokenizer
 from kvdistill.distill.student.latent.model import is_latent
 from kvdistill.errors import ConfigError, MissingExtra, StudentError
-from kvdistill.text import shorten
+from kvdistill.text import near, shorten
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,8 @@ def _resolve_task(task: str, manager: Any) -> str:
             raise ConfigError(f"no task file at {task}; give a path, or a name of the harness")
         return str(Path(task).absolute())
     if task not in manager.all_tasks:
-        close = difflib.get_close_matches(task, manager.all_tasks, n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else "see `lm_eval ls tasks`"
-        raise ConfigError(f"the harness has no task {task!r}; {hint}")
+        hint = near(task, manager.all_tasks) or "; see `lm_eval ls tasks`"
+        raise ConfigError(f"the harness has no task {task!r}{hint}")
     return task
 
 

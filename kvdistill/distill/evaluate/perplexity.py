@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvdistill.corpus.samples import Sample
-from kvdistill.distill.data.collate import StudentTokens, student_batch, tokenize
+from kvdistill.distill.data.collate import StudentTokens, require_text, student_batch, tokenize
 from kvdistill.distill.evaluate.over_ranks import over_ranks
 from kvdistill.distill.losses.pointwise import IGNORED_LABEL, negative_log_likelihood
 from kvdistill.distill.student.language_head import DeferredLogits, LanguageHead
@@ -72,7 +72,11 @@ def score_texts(
     """Score texts under a transformers causal LM, on its device.
 
     ``max_length`` counts special tokens too; the rest of a text is truncated and not counted.
+
+    Raises:
+        CorpusError: no text has a token to score.
     """
+    require_text(tokenizer, samples, max_length)
     was_training = student.training
     student.eval()
     device = student.get_input_embeddings().weight.device

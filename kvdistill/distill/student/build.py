@@ -5,8 +5,12 @@ Character alignment needs offsets, so the tokenizer must be a fast one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -24,8 +28,15 @@ from kvdistill.attention.tokens import num_token_ids, report_whole_offsets, with
 from kvdistill.config.training import StudentConfig
 from kvdistill.distill.student.lora import adapt
 from kvdistill.errors import KVDistillError, StudentError
+from kvdistill.text import brief, near
 
 END_OF_TEXT: Final = "<|endoftext|>"
+
+FORMER_SETTINGS: Final = {
+    "model_type", "attn_implementation", "torch_dtype", "num_labels", "rope_theta", "rope_scaling",
+    "partial_rotary_factor",
+}  # fmt: skip
+"""Settings that transformers reads although no config declares them."""
 
 
 def build_student(config: StudentConfig, tokenizer: Any, seed: int) -> Any:
@@ -212,9 +223,9 @@ def _architecture(config: StudentConfig, tokenizer: Any) -> Any:
     """The student's transformers config; from scratch, with the tokenizer's special tokens.
 
     Raises:
-        StudentError: no causal language model, or quantised weights.
+        StudentError: no causal language model, quantised weights, or unknown settings.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     if config.model is not None:
         found = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
@@ -232,8 +243,30 @@ def _architecture(config: StudentConfig, tokenizer: Any) -> Any:
     tokens = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
     }
-    settings = {"vocab_size": num_token_ids(tokenizer), **tokens, **(config.architecture or {})}
+    architecture = config.architecture or {}
+    kind = architecture["model_type"]
+    if kind not in CONFIG_MAPPING:
+        known = near(str(kind), CONFIG_MAPPING)
+        raise StudentError(f"transformers has no model_type {brief(kind)}{known}")
+    _refuse_unknown(architecture, CONFIG_MAPPING[kind])
+    settings = {"vocab_size": num_token_ids(tokenizer), **tokens, **architecture}
     return AutoConfig.for_model(**settings)
+
+
+def _refuse_unknown(settings: Mapping[str, Any], kind: Any) -> None:
+    """Refuse settings that no code of a model reads: transformers keeps any that it is given."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    known = {field.name for field in fields(kind)} | set(kind.attribute_map) | FORMER_SETTINGS
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
+    code = "" if causal is None else inspect.getsource(sys.modules[causal.__module__])
+    for name, value in settings.items():
+        if name in kind.sub_configs and isinstance(value, Mapping):
+            _refuse_unknown(value, kind.sub_configs[name])
+        # Some are read that the config's class does not declare, such as Qwen 2's head_dim.
+        if name not in known and not re.search(rf"\b{re.escape(name)}\b", code):
+            hint = near(name, known)
+            raise StudentError(f"{kind.model_type} has no setting {brief(name)}{hint}")
 
 
 @contextmanager

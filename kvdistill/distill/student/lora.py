@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -158,7 +158,7 @@ def load_adapter(student: Any, folder: Path) -> dict[str, Tensor]:
             f"{folder} has no {ADAPTER_FOLDER}/: it was not saved by a LoRA student; remove "
             "student.lora, or give a checkpoint of a LoRA run"
         )
-    stored, own = load_file(path), student.state_dict()
+    stored, own = load(path.read_bytes()), student.state_dict()
     names = _adapter_state(student, {name: name for name in own})
     fits = names.keys() == stored.keys()
     if not fits or any(stored[key].shape != own[name].shape for key, name in names.items()):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -58,12 +58,12 @@ def load_weights(distiller: Any, folder: Path) -> None:
     if lora.is_adapted(distiller.student):
         student = lora.load_adapter(distiller.student, folder)
         if is_latent(folder):
-            student |= load_file(folder / LATENT_FILE)
+            student |= load((folder / LATENT_FILE).read_bytes())
     else:
         student = type(distiller.student).from_pretrained(folder, dtype=torch.float32).state_dict()
     state = {f"{STUDENT_PREFIX}{name}": value for name, value in student.items()}
     if (folder / PROJECTORS_FILE).is_file():
-        state |= load_file(folder / PROJECTORS_FILE)
+        state |= load((folder / PROJECTORS_FILE).read_bytes())
     load_state(distiller, state)
 
 

@@ -48,6 +48,25 @@ class OneDeviceArguments(TrainingArguments):  # type: ignore[misc]
             )  # fmt: skip
 
 
+def require_launcher(environment: Mapping[str, str]) -> None:
+    """Refuse variables that an earlier launch left in a shell: torch waits half an hour for ranks.
+
+    Raises:
+        ConfigError: they announce processes that neither torchrun, srun nor mpirun has started.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: environment[name] for name in names if name in environment}
+    rank, world = given.get("RANK", "0"), given.get("WORLD_SIZE", "1")
+    sizes = {environment.get(name) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")}
+    launched = "TORCHELASTIC_RUN_ID" in environment or world in {"1", *sizes}
+    if not (launched and rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        shown = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise ConfigError(
+            f"{shown}: no launcher has started these processes; if the variables are left over in "
+            f"this shell, `unset {' '.join(names)}`, else start all processes with torchrun"
+        )
+
+
 def keep_precision(accelerator: Any) -> None:
     """Leave mixed precision to autocast under FSDP, as it is in one process.
 

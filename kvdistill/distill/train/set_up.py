@@ -22,7 +22,7 @@ from kvdistill.config.distill import FusionConfig
 from kvdistill.config.experiment import Experiment
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.align.layers import LayerMap, layer_map
-from kvdistill.distill.data.collate import Collate
+from kvdistill.distill.data.collate import Collate, require_text
 from kvdistill.distill.data.placebo import with_placebo
 from kvdistill.distill.data.stream import KVStream, Rank, Source, StoreSource, open_stream
 from kvdistill.distill.distiller import Distiller
@@ -85,12 +85,13 @@ def assemble(
         device: where pilots run; the distiller is returned on the CPU.
 
     Raises:
-        StudentError, StoreError, ConfigError: see the parts.
+        StudentError, StoreError, ConfigError, CorpusError: see the parts.
     """
     config, training = experiment.student, experiment.training
     tokenizer = load_student_tokenizer(
         config.tokenizer or str(config.model), config.trust_remote_code
     )
+    require_text(tokenizer, samples, training.max_length)
     student = build_student(config, tokenizer, experiment.seed)
     verify_student(student)
     if unknown := sorted({s.teacher for s in samples if s.teacher} - set(store.teachers())):

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -44,8 +43,8 @@ from kvdistill.distill.train.devices import (
 )
 from kvdistill.distill.train.guards import Best, StepGuard, StopOnSignal, best_of
 from kvdistill.distill.train.run_batches import PLACEHOLDER, EpochAccounting, RunBatches
-from kvdistill.errors import StudentError
-from kvdistill.store.commit import commit_folder, folder_fault
+from kvdistill.errors import CorpusError, StudentError
+from kvdistill.store.commit import commit_folder, folder_fault, replace_folder, staged_name
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +91,8 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         self._figures_step = -1
         self._monitor = AbsorptionMonitor()
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
+        self.before_saving: Callable[[], None] = lambda: None
+        self._counted: dict[str, Any] = {}
         self.held_out = HeldOut({}, [])
         self.guard = StepGuard(experiment.name, experiment.training.spike_factor)
         module: Any = distiller
@@ -126,6 +127,7 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             folder = Path(resume_from_checkpoint)
             steps_done = _read_json(folder / TRAINER_STATE_NAME)["global_step"]
             place = _read_json(folder / STREAM)
+            self._counted = place.pop("counted", {"num_labels": 1.0, "num_served": 1.0})
             self.stream.load_state_dict(place, batches_per_step=accumulation)
             if (folder / GUARD).is_file():
                 self.guard.load_state_dict(_read_json(folder / GUARD))
@@ -162,6 +164,8 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         first = to_device(found[0], device)
         batches[-len(found)] = first  # placeholders come before
         counts = self.accelerator.reduce(torch.stack([first["counts"][n] for n in names]), "sum")
+        for name, count in zip(names, counts, strict=True):
+            self._counted[name] = self._counted.get(name, 0.0) + count
         return batches, OpaqueMapping(dict(zip(names, counts, strict=True)))
 
     def training_step(
@@ -213,6 +217,20 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             logs |= self._figures
             self._figures = {}
         super().log(logs, start_time)
+
+    def require_taught(self) -> None:
+        """Refuse a run whose losses had nothing to be computed from, at any step.
+
+        Raises:
+            CorpusError: no token was predicted, or none was covered by a teacher.
+        """
+        fault = None
+        if self.experiment.losses.cross_entropy and not self._counted.get("num_labels", 1):
+            fault = "no token was predicted; raise training.max_length, or train on prompts too"
+        elif self.experiment.latent is None and not self._counted.get("num_served", 1):
+            fault = "no token was covered by a teacher; raise training.max_length, check alignment"
+        if fault is not None:
+            raise CorpusError(f"{self.experiment.name}: in {self.state.global_step} steps {fault}")
 
     def abort(self, reason: str) -> None:
         """Log why training failed, and let callbacks release their resources."""
@@ -330,7 +348,7 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         if best is None:
             return
         if training.keep_best and best.step == self.state.global_step:
-            self._save_best()
+            self.save_whole(Path(self.args.output_dir) / BEST)
         patience = training.early_stop_patience
         if patience is not None and best.since >= patience:
             self.control.should_training_stop = True
@@ -339,18 +357,6 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
                 self.experiment.name, training.best_metric, best.since, best.step,
                 self.state.global_step,
             )  # fmt: skip
-
-    def _save_best(self) -> None:
-        """Replace the best student so far by this one, once it is whole."""
-        best = Path(self.args.output_dir) / BEST
-        staged = best.with_name(f"{BEST}.tmp")
-        if self.args.should_save:
-            shutil.rmtree(staged, ignore_errors=True)
-        self.save_model(str(staged))
-        if self.args.should_save:
-            commit_folder(staged)
-            shutil.rmtree(best, ignore_errors=True)
-            staged.rename(best)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """AdamW that decays matrices alone; all but the student has its own learning rate."""
@@ -374,12 +380,30 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the student as a Hugging Face folder, with projectors, guard and stream state."""
+        self.before_saving()
         state = self.accelerator.get_state_dict(self.model_wrapped)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             save_weights(self.distiller, self.processing_class, folder, state)
             (folder / GUARD).write_text(json.dumps(self.guard.state_dict()), encoding="utf-8")
-            (folder / STREAM).write_text(json.dumps(self.stream.state_dict()), encoding="utf-8")
+            counted = {name: float(total) for name, total in self._counted.items()}
+            place = self.stream.state_dict() | {"counted": counted}
+            (folder / STREAM).write_text(json.dumps(place), encoding="utf-8")
+
+    def save_whole(self, final: Path) -> None:
+        """Save the student aside, committed, and put it in the place of ``final``."""
+        staged = final.with_name(staged_name(final.name))
+        self.save_model(str(staged))
+        if self.args.should_save:
+            commit_folder(staged)
+            replace_folder(staged, final)
+
+    def save_checkpoint(self) -> None:
+        """Save this step, unless it is saved. Of several ranks, one alone may be interrupted."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.world_size == 1 and folder_fault(folder) is not None:
+            self._save_checkpoint(self.model, trial=None)
+            self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load student and projectors."""

@@ -17,6 +17,7 @@ from kvdistill.studies.report.comparison import unfair_arms
 from kvdistill.studies.report.figures import FOLDED, ReportFigure, run_figures, sections
 from kvdistill.studies.report.reading import Run, Study, read_run, read_study
 from kvdistill.studies.report.results import Row, csv_line, result_rows, summary
+from kvdistill.text import markdown_text
 
 
 def write_report(
@@ -47,6 +48,7 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["md"] = markdown_text
     markdown, by_arm = output.with_suffix(".md"), output.with_suffix(".csv")
     by_run = output.with_name(f"{output.stem}-runs.csv")
     for path, template in ((output, "report.html.j2"), (markdown, "report.md.j2")):
