@@ -215,12 +215,7 @@ LATENT_INTERLEAVED: Final = replace(
 GPTJ: Final = replace(PLAIN, name="GPT-J", layers="h", attention="attn")
 GPT_NEO: Final = replace(PLAIN, name="GPT-Neo", layers="h", attention="attn.attention")
 GPT_NEOX: Final = Adapter(
-    "GPT-NeoX",
-    "layers",
-    "attention",
-    ("query_key_value",),
-    fused_per_head,
-    has_key_per_query=True,
+    "GPT-NeoX", "layers", "attention", ("query_key_value",), fused_per_head, has_key_per_query=True
 )
 FALCON: Final = Adapter("Falcon", "h", "self_attention", ("query_key_value",), fused_per_group)
 OPT: Final = replace(PLAIN, name="OPT", layers="decoder.layers")

@@ -16,13 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvdistill.attention.adapters import (
-    QKV,
-    Adapter,
-    TeacherKind,
-    adapters_for,
-    known_adapters,
-)
+from kvdistill.attention.adapters import QKV, Adapter, TeacherKind, adapters_for, known_adapters
 from kvdistill.attention.behaviour import (
     UNLIMITED,
     BatchRule,

@@ -140,10 +140,7 @@ class KVCapture:
         self._student.activation_checkpointing_enable(
             activation_checkpointing_kwargs={
                 "use_reentrant": False,
-                "context_fn": lambda: (
-                    nullcontext(),
-                    _Replay(self, self._rewrite, self.capturing),
-                ),
+                "context_fn": lambda: (nullcontext(), _Replay(self, self._rewrite, self.capturing)),
             }
         )
 

@@ -23,13 +23,7 @@ from torch import Tensor
 from kvdistill.attention.adapters import QKV, Adapter, separate
 from kvdistill.attention.attention_rule import AttentionRule, MaskRule, OwnBias, fit_rule
 from kvdistill.attention.geometry import VerifiedLayer
-from kvdistill.attention.hooks import (
-    AttentionInputs,
-    OnLayer,
-    Site,
-    attention_probe,
-    capture,
-)
+from kvdistill.attention.hooks import AttentionInputs, OnLayer, Site, attention_probe, capture
 from kvdistill.attention.rotary import placements, rotary_candidates, rotate, unrotate
 from kvdistill.errors import AdapterError
 from kvdistill.store.manifest import RotarySpec
@@ -150,11 +144,7 @@ def _attention_rule(
     scalings = [x for x in stated if isinstance(x, float)] + [seen.query.shape[-1] ** -0.5, 1.0]
     rules = [
         AttentionRule(
-            rotary=rotary,
-            scaling=factor * scaling,
-            mask=mask,
-            softcap=seen.softcap,
-            sinks=name,
+            rotary=rotary, scaling=factor * scaling, mask=mask, softcap=seen.softcap, sinks=name
         )
         for scaling in (scalings if seen.scaling is None else [seen.scaling])
         # Granite's sink scales the output, and leaves the weights as they are.

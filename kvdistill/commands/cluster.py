@@ -169,8 +169,8 @@ def _teacher_lines(each: TeacherOverview) -> Iterator[str]:
     if status.eta_seconds:
         parts.append(f"about {format_duration(status.eta_seconds)} to go")
     yield f"{each.teacher}: {' · '.join(parts)}"
-    if each.has_other_settings:
-        yield "  its stored shards were extracted with settings other than the config's"
+    if each.difference is not None:
+        yield f"  {each.difference}"
     if status.slurm_error is not None:
         yield f"  reasons of pending jobs unknown: {status.slurm_error}"
     for reason, count in Counter(job.reason for job in status.waiting).items():

@@ -12,12 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 import kvdistill.config
-from kvdistill.commands.options import (
-    config_argument,
-    ignore_option,
-    json_option,
-    overrides_option,
-)
+from kvdistill.commands.options import config_argument, ignore_option, json_option, overrides_option
 from kvdistill.config.corpus import CorpusColumns, CorpusSource
 from kvdistill.config.experiment import PRETRAINED, Experiment
 from kvdistill.config.load import dump_experiment, load_experiment
@@ -172,13 +167,7 @@ def arithmetic_command(
     One seed is one endless sequence without repetition: --skip the training chains for others.
     """
     chains = recipes.arithmetic_samples(
-        samples,
-        steps=steps,
-        modulus=modulus,
-        seed=seed,
-        skip=skip,
-        form=form,
-        drop_last=drop_last,
+        samples, steps=steps, modulus=modulus, seed=seed, skip=skip, form=form, drop_last=drop_last
     )
     _write_jsonl(chains, output)
 

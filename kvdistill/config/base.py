@@ -52,7 +52,7 @@ def current_name(dotted: str, *, warn: bool = True) -> str:
     """The present dotted name of a setting; a former name is warned about once per process."""
     name = RENAMED.get(dotted, dotted)
     if warn and name != dotted:
-        _warn_renamed(dotted, name)
+        log_once(f"setting {dotted} is deprecated; use {name}")
     return name
 
 
@@ -82,5 +82,6 @@ def current_names(
 
 
 @cache
-def _warn_renamed(former: str, name: str) -> None:
-    log.warning("setting %s is deprecated; use %s", former, name)
+def log_once(message: str) -> None:
+    """A warning, once per process."""
+    log.warning("%s", message)

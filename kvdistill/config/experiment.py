@@ -6,8 +6,6 @@ that later stages need not check them. ``load.py`` builds an ``Experiment`` from
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Final, Literal, Self
 
@@ -110,28 +108,6 @@ class Experiment(Section):
     def codec(self, teacher: str) -> CodecSpec:
         """The codec of one teacher: its own, or that of ``extraction``."""
         return self.teachers[teacher].codec or self.extraction.codec
-
-    def extraction_fingerprint(self, teacher: str) -> str:
-        """SHA-256 of every setting that changes one teacher's stored numbers.
-
-        Weights, tokenizer and corpus have fingerprints of their own. Settings at their default are
-        left out, so that a setting added by a later version does not invalidate an old store.
-        """
-        body = self.teachers[teacher].model_dump(
-            mode="json",
-            exclude={
-                *("model", "tokenizer", "trust_remote_code", "device_map", "codec"),
-                "template_date",  # part of the rendered template
-            },
-            exclude_defaults=True,
-        )
-        body["codec"] = self.codec(teacher).model_dump(mode="json")
-        body["extraction"] = self.extraction.model_dump(
-            mode="json",
-            include={"long_text", "max_length", "importance", "hidden_at_cue", "summaries"},
-            exclude_defaults=True,
-        )
-        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _check_losses(experiment: Experiment) -> None:

@@ -26,11 +26,7 @@ from kvdistill.errors import TeacherError
 from kvdistill.extract.encode import BatchPacker, ShardPacker, text_mask
 from kvdistill.extract.generate import generate_rationales
 from kvdistill.extract.teacher import Teacher
-from kvdistill.extract.tokenise import (
-    TeacherBatch,
-    TokenisedSample,
-    collate_teacher_batch,
-)
+from kvdistill.extract.tokenise import TeacherBatch, TokenisedSample, collate_teacher_batch
 from kvdistill.store.channel_statistics import ChannelStatistics
 from kvdistill.store.shard import EncodedShard, TokenTable
 from kvdistill.types import SEGMENT_IDS, SEGMENT_SPECIAL

@@ -7,6 +7,8 @@ independent of where it was loaded from.
 from __future__ import annotations
 
 import hashlib
+import inspect
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -46,7 +48,7 @@ def load_teacher_model(
     }
     quantised = None
     try:
-        architecture = _model_config(config)
+        architecture = load_teacher_config(config)
         kind = _auto_class(config, architecture)
         if config.weights == "random":
             return _random_model(kind, architecture, options).to(device), set()
@@ -81,7 +83,8 @@ def load_teacher_model(
     return model if device_map is not None else model.to(device), missing
 
 
-def _model_config(config: TeacherConfig) -> Any:
+def load_teacher_config(config: TeacherConfig) -> Any:
+    """The config of a teacher's model, without its weights."""
     from transformers import AutoConfig
 
     options = {"gguf_file": config.gguf_file} if config.gguf_file else {}
@@ -232,14 +235,32 @@ def weights_fingerprint(
     random, and keys and values do not depend on them. Quantised weights are packed into buffers
     (GPTQ) or into several tensors (torchao, bitsandbytes), all of which count.
     """
-    digest = xxhash.xxh3_128()
     stated = model.state_dict() if quantised else dict(model.named_parameters())
+    return _fingerprint({name: x for name, x in stated.items() if name not in excluded})
+
+
+def _fingerprint(stated: Mapping[str, Any], text: str = "") -> str:
+    digest = xxhash.xxh3_128(text.encode())
     for name, tensor in _plain_tensors(stated):
-        if name in excluded:
-            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy().data)
     return f"xxh3:{digest.hexdigest()}"
+
+
+def state_fingerprint(model: Any, generating: Any = None) -> str:
+    """xxh3 over persistent buffers, a model's own code and, if ``generating``, head and end tokens.
+
+    Other buffers are computed from the config, as rotary frequencies are wherever they are kept.
+    """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = {k: x for k, x in model.state_dict().items() if k not in parameters}
+    stated = {name: x for name, x in buffers.items() if not name.endswith("inv_freq")}
+    module = sys.modules[type(model).__module__]
+    text = inspect.getsource(module) if "transformers_modules" in module.__name__ else ""
+    if generating is not None:
+        stated |= generating.get_output_embeddings().state_dict(prefix="head.")
+        text += f" ends at {generating.generation_config.eos_token_id}"
+    return _fingerprint(stated, text)
 
 
 def _plain_tensors(named: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -34,8 +34,10 @@ from kvdistill.config.extraction import ExtractionConfig, GenerateConfig, Teache
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
 from kvdistill.extract.loading import (
+    load_teacher_config,
     load_teacher_model,
     load_teacher_tokenizer,
+    state_fingerprint,
     text_model_of,
     tokenizer_fingerprint,
     weights_fingerprint,
@@ -54,6 +56,7 @@ from kvdistill.extract.tokenise import (
     TokenisedSample,
     batch_by_tokens,
 )
+from kvdistill.store import identity
 from kvdistill.store.manifest import TeacherManifest
 from kvdistill.types import LayerGroup
 
@@ -205,21 +208,18 @@ def load_teacher(name: str, experiment: Experiment, day: date | None = None) -> 
         device = "cuda" if torch.cuda.is_available() else "cpu"
     whole, missing = load_teacher_model(name, config, torch.device(device))
     model = text_model_of(name, whole)
-    prompt_tokenizer = _prompt_tokenizer(name, config, model, config.template_date or day)
+    prompt_tokenizer = _prompt_tokenizer(name, config, model.config.model_type, day)
     verified = fit_adapter(name, model, config.stream)
     chosen = _chosen_layers(name, config, verified.layers)
     layers = tuple(layer for layer in verified.layers if layer.layer_idx in chosen)
     _refuse_unavailable(name, extraction, model, verified)
     _refuse_unstorable(name, config, verified.adapter, layers)
+    quantised = quantisation(whole.config) is not None
     fingerprints = {
-        "weights_fingerprint": weights_fingerprint(
-            model,
-            missing,
-            quantised=quantisation(whole.config) is not None,
-        ),
-        "tokenizer_fingerprint": tokenizer_fingerprint(prompt_tokenizer.tokenizer),
-        "template": prompt_tokenizer.template.source,
-        "template_date": prompt_tokenizer.template.date,
+        "weights_fingerprint": weights_fingerprint(model, missing, quantised=quantised),
+        "state_fingerprint": state_fingerprint(model, whole if config.generate else None),
+        "model_files": identity.teacher_files(config, {}),
+        **_facts(model.config, prompt_tokenizer),
     }
     return Teacher(
         model,
@@ -234,12 +234,31 @@ def load_teacher(name: str, experiment: Experiment, day: date | None = None) -> 
     )
 
 
+def _facts(config: Any, prompts: PromptTokenizer) -> dict[str, Any]:
+    return {
+        "architecture": identity.number_changing(config.to_dict()),
+        "tokenizer_fingerprint": tokenizer_fingerprint(prompts.tokenizer),
+        "template": prompts.template.source,
+        "template_date": prompts.template.date,
+    }
+
+
+def facts_without_weights(name: str, config: TeacherConfig, day: str | None) -> dict[str, Any]:
+    """Fields of a teacher's manifest that need its config and tokenizer alone."""
+    architecture = load_teacher_config(config).get_text_config()
+    printed = None if day is None else date.fromisoformat(day)
+    prompts = _prompt_tokenizer(name, config, architecture.model_type, printed)
+    facts = _facts(architecture, prompts)
+    facts["architecture"].pop("quantization_config", None)  # loading completes it
+    return {"model": config.model, **facts}
+
+
 def _prompt_tokenizer(
-    name: str, config: TeacherConfig, model: Any, day: date | None
+    name: str, config: TeacherConfig, model_type: str, day: date | None
 ) -> PromptTokenizer:
     tokenizer = load_teacher_tokenizer(name, config)
     template = (
-        chat_template(tokenizer, config.system, day)
+        chat_template(tokenizer, config.system, config.template_date or day)
         if config.chat
         else parse_template(config.template)
     )
@@ -250,7 +269,7 @@ def _prompt_tokenizer(
         )
     if config.generate is not None and template.source is None:
         template = SEGMENTS
-    needs_bos = model.config.model_type.startswith("gemma")
+    needs_bos = model_type.startswith("gemma")
     bos: Bos = "add" if config.bos == "always" or needs_bos else "keep"
     if config.bos == "never":
         bos = "remove"
@@ -320,6 +339,7 @@ def _manifest(
     **fingerprints: Any,
 ) -> TeacherManifest:
     config, extraction, adapter = experiment.teachers[name], experiment.extraction, verified.adapter
+    settings = identity.recorded_settings(experiment, name)
     return TeacherManifest(
         name=name,
         model=config.model,
@@ -328,7 +348,8 @@ def _manifest(
         kind=verified.kind,
         stream=adapter.stream,
         **fingerprints,
-        extraction_fingerprint=experiment.extraction_fingerprint(name),
+        settings=settings,
+        extraction_fingerprint=identity.extraction_fingerprint(settings),
         versions=provenance.versions(),
         dtype=config.dtype,
         attn_implementation=model.config._attn_implementation,
@@ -369,9 +390,7 @@ def _layer_groups(
     return tuple(sorted(groups, key=lambda group: group.layers))
 
 
-def _position_encoding(
-    verified: Verified,
-) -> Literal["rotary", "absolute", "relative", "none"]:
+def _position_encoding(verified: Verified) -> Literal["rotary", "absolute", "relative", "none"]:
     if any(layer.rotary is not None for layer in verified.layers):
         return "rotary"
     if verified.behaviour.absolute_positions:

@@ -11,7 +11,7 @@ from typing import Any
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import load_experiment
 from kvdistill.errors import ConfigError, SlurmError
-from kvdistill.pipelines.extract_tasks import has_other_settings
+from kvdistill.pipelines.extract_tasks import other_extraction
 from kvdistill.pipelines.run import training_ledger
 from kvdistill.pipelines.run_folder import RunFolder
 from kvdistill.slurm import client
@@ -29,8 +29,8 @@ class TeacherOverview:
     ledger: Ledger
     status: Status
     stored_bytes: int
-    has_other_settings: bool
-    """Its shards were extracted with settings other than the config's."""
+    difference: str | None
+    """How its stored extraction differs from the config's, if it does."""
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, JSON-ready."""
@@ -43,7 +43,7 @@ class TeacherOverview:
             "work_per_second": status.work_per_second,
             "eta_seconds": status.eta_seconds,
             "stored_bytes": self.stored_bytes,
-            "is_another": self.has_other_settings,
+            "difference": self.difference,
             "failures": {u: [asdict(f) for f in found] for u, found in status.failures.items()},
             "stale_why": dict(status.stale),
             "broken": [asdict(attempt) for attempt in status.broken],
@@ -139,7 +139,7 @@ def clear_failures(seen: Overview, units: Sequence[str]) -> list[tuple[str, str,
 
 
 def _teacher_overview(store: KVStore, experiment: Experiment | None, name: str) -> TeacherOverview:
-    other = experiment is not None and has_other_settings(store, experiment, name)
+    other = None if experiment is None else other_extraction(store, experiment, name)
     done = frozenset() if other else store.committed(name)
     ledger = Ledger(StorePaths(store.paths.root.absolute()).teacher(name))
     status = read_status(ledger, store.shard_ids, done)

@@ -23,7 +23,7 @@ from kvdistill.config.load import load_experiment
 from kvdistill.errors import ConfigError, Interrupted, StoreMismatch
 from kvdistill.extract.extract_shard import ExtractedShard, extract_samples
 from kvdistill.extract.teacher import Teacher, load_teacher
-from kvdistill.pipelines.extract_tasks import clear_debris, is_extracted, prepare_store
+from kvdistill.pipelines.extract_tasks import clear_debris, other_extraction, prepare_store
 from kvdistill.slurm.heartbeat import job_element
 from kvdistill.store.commit import discard
 from kvdistill.store.prototypes import teacher_prototypes
@@ -113,13 +113,12 @@ def extract(
 def _extract_teacher(
     store: KVStore, experiment: Experiment, name: str, progress: OnProgress
 ) -> TeacherReport:
-    total = len(store.shard_ids)
-    pending = [i for i in store.shard_ids if not is_extracted(store, experiment, name, i)]
+    total, pending = len(store.shard_ids), store.missing(name)
     report = TeacherReport(name, already_done=total - len(pending))
-    if not pending:
+    if not pending and other_extraction(store, experiment, name) is None:
         clear_debris(store, experiment, name)
         return report
-    teacher = open_teacher(store, experiment, name)
+    teacher = open_teacher(store, experiment, name)  # which compares what is loaded
     started = time.monotonic()
     writing: deque[tuple[str, ExtractedShard, Future[bool]]] = deque()
 
@@ -161,6 +160,8 @@ def open_teacher(store: KVStore, experiment: Experiment, name: str) -> Teacher:
         TeacherError: it cannot be loaded or verified.
         StoreMismatch: the store holds another extraction under this name.
     """
+    if (other := other_extraction(store, experiment, name, model=False)) is not None:
+        raise StoreMismatch(other)  # before hours of loading
     day = _recorded_date(store, name)
     teacher = load_teacher(name, experiment, day)
     try:
@@ -253,8 +254,10 @@ class ExtractionWork:
         return open_teacher(self._store, self._experiment, self._name)
 
     def is_done(self, unit: str) -> bool:
-        """Whether the shard is committed, by the extraction that the config describes."""
-        return is_extracted(self._store, self._experiment, self._name, unit)
+        """Whether the shard is committed, with the settings of the config. Reads no model."""
+        store, name = self._store, self._name
+        is_there = store.is_committed(name, unit)
+        return is_there and other_extraction(store, self._experiment, name, model=False) is None
 
     def prepare(self) -> None:
         """Load and verify the teacher."""

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from kvdistill.config.base import log, log_once
 from kvdistill.config.experiment import Experiment
+from kvdistill.config.extraction import TeacherConfig
 from kvdistill.config.load import dump_experiment
 from kvdistill.config.slurm import SlurmProfile
 from kvdistill.corpus.readers import load_corpus
 from kvdistill.corpus.samples import Sample, cut_into_shards
-from kvdistill.errors import ConfigError, Interrupted, StoreMismatch, StoreNotFound
+from kvdistill.errors import ConfigError, Interrupted, KVDistillError, StoreMismatch, StoreNotFound
 from kvdistill.slurm import client
 from kvdistill.slurm.heartbeat import is_alive
 from kvdistill.slurm.ledger import Ledger
@@ -31,8 +33,10 @@ from kvdistill.slurm.task import Ending, Task, owned_units, partition_round_robi
 from kvdistill.slurm.worker import work
 from kvdistill.store.commit import sweep
 from kvdistill.store.format import StorePaths
+from kvdistill.store.identity import differences, recorded_settings, refusal, teacher_files
 from kvdistill.store.reader import KVStore
 from kvdistill.store.writer import create
+from kvdistill.text import shorten
 
 TARGET: Final = "kvdistill.pipelines.extract:extraction_work"
 MODULE: Final = ("-m", "kvdistill.cli")
@@ -77,31 +81,47 @@ def open_store(experiment: Experiment) -> KVStore:
         return prepare_store(experiment)
 
 
-def is_extracted(store: KVStore, experiment: Experiment, teacher: str, shard_id: str) -> bool:
-    """Whether a shard is committed, by the extraction that the config describes.
+def other_extraction(
+    store: KVStore, experiment: Experiment, name: str, *, model: bool = True
+) -> str | None:
+    """How a teacher's stored shards differ from the config's, as a message; None if they do not.
 
-    Anything doubtful counts as pending: the teacher is then loaded, and the comparison of
-    manifests names the setting that differs.
+    Settings are compared and, unless not ``model``, the files of the model: weights by checksum,
+    config and tokenizer by what they mean. A model that is not on this machine is trusted.
     """
-    if not store.paths.teacher_manifest(teacher).is_file():
-        return False
-    manifest, date = store.teacher(teacher), experiment.teachers[teacher].template_date
-    same = (
-        manifest.extraction_fingerprint == experiment.extraction_fingerprint(teacher)
-        and manifest.model == experiment.teachers[teacher].model
-        and manifest.backend == experiment.extraction.backend
-        and (date is None or manifest.template_date in (None, date.isoformat()))
-    )
-    return same and store.is_committed(teacher, shard_id)
+    if not store.paths.teacher_manifest(name).is_file():
+        return None
+    date, settings = experiment.teachers[name].template_date, recorded_settings(experiment, name)
+    requested = {
+        "settings": settings,
+        **{key: settings[key] for key in ("dtype", "codec")},
+        "backend": experiment.extraction.backend,
+        "template_date": None if date is None else date.isoformat(),
+    }
+    found = differences(store, name, requested)
+    found = found or (_other_model(store, name, experiment.teachers[name]) if model else [])
+    return refusal(store, name, found) if found else None
 
 
-def has_other_settings(store: KVStore, experiment: Experiment, teacher: str) -> bool:
-    """Whether the stored shards of a teacher were extracted with settings other than the config's.
+def _other_model(store: KVStore, name: str, config: TeacherConfig) -> list[str]:
+    stored = store.teacher(name)
+    there = stored.model_files or {}
+    names = f"model: stored {stored.model!r}, requested {config.model!r}"
+    try:
+        here = teacher_files(config, there)
+        if config.weights == "trained" and not {"weights"} <= here.keys() & there.keys():
+            renamed = (stored.model, stored.revision) != (config.model, config.revision)
+            (log_once if renamed else log.info)(f"teacher {name!r}: weights not compared; {names}")
+        elif here.get("weights") != there.get("weights"):
+            return [f"{names}, whose weights are other ones"]
+        if "other" not in here or here["other"] == there.get("other"):
+            return []
+        from kvdistill.extract.teacher import facts_without_weights  # not above: it imports torch
 
-    A teacher's name holds one extraction, so one shard stands for all.
-    """
-    first = sorted(store.committed(teacher))[:1]
-    return not all(is_extracted(store, experiment, teacher, shard_id) for shard_id in first)
+        return differences(store, name, facts_without_weights(name, config, stored.template_date))
+    except (KVDistillError, OSError, ValueError, LookupError) as error:  # half a model
+        log_once(f"teacher {name!r} is not compared with {names}: {shorten(str(error))}")
+        return []
 
 
 def extraction_ledger(experiment: Experiment, teacher: str) -> Ledger:
@@ -163,16 +183,12 @@ def pending_shards(experiment: Experiment, teacher: str, ask_slurm: bool) -> Pen
     """Determine what one teacher lacks. Creates the store if there is none.
 
     Raises:
-        StoreMismatch: the teacher's shards were extracted with other settings; raised here once
-            rather than by every task.
+        StoreMismatch: the teacher was extracted differently; raised here once rather than by
+            every task.
     """
     store = prepare_store(experiment)
-    if has_other_settings(store, experiment, teacher):
-        raise StoreMismatch(
-            f"{experiment.store}: teacher {teacher!r} was extracted with other settings than the "
-            "config's (model, layers, template, dtype, codec, backend, …); give the new extraction "
-            "another name, restore the settings, or remove the old one with `kvdistill rm`"
-        )
+    if (other := other_extraction(store, experiment, teacher)) is not None:
+        raise StoreMismatch(other)
     missing = store.missing(teacher)
     ledger = extraction_ledger(experiment, teacher)
     in_queue = units_in_queue(ledger) if ask_slurm else set()
@@ -200,10 +216,7 @@ def units_in_queue(ledger: Ledger) -> set[str]:
 
 
 def extract_pool(
-    experiment: Experiment,
-    teacher: str,
-    workers: int,
-    on_poll: Callable[[int, int], None],
+    experiment: Experiment, teacher: str, workers: int, on_poll: Callable[[int, int], None]
 ) -> tuple[int, list[str]]:
     """Extract what one teacher lacks with several worker processes on this machine.
 

@@ -26,6 +26,7 @@ from kvdistill.corpus.readers import Splits, load_corpus
 from kvdistill.corpus.samples import Sample, corpus_fingerprint
 from kvdistill.distill.evaluate.answers import is_gradable
 from kvdistill.errors import ConfigError, IncompleteStore, Interrupted, StoreMismatch
+from kvdistill.pipelines.extract_tasks import other_extraction
 from kvdistill.pipelines.run_folder import RunFolder, begin, model_card, writing
 from kvdistill.slurm.lease import lease
 from kvdistill.slurm.signals import handling
@@ -142,7 +143,7 @@ def require_matching_store(store: KVStore, experiment: Experiment, splits: Split
 
     Raises:
         IncompleteStore: a teacher has not been extracted at all.
-        StoreMismatch: another corpus, model, revision or codec.
+        StoreMismatch: another corpus, or a teacher that was extracted differently.
     """
     expected, found = corpus_fingerprint(splits.train), store.manifest.corpus_fingerprint
     if found != expected:
@@ -151,24 +152,14 @@ def require_matching_store(store: KVStore, experiment: Experiment, splits: Split
             f"{expected[:12]}; use another store path, or that corpus"
         )
     present = store.teachers()
-    for name, teacher in experiment.teachers.items():
+    for name in experiment.teachers:
         if name not in present:
             raise IncompleteStore(
                 f"{store.paths.root} has no teacher {name!r} (it has {present}); "
                 "run `kvdistill extract` with this config first"
             )
-        stored = store.teacher(name)
-        sides = {
-            "model": (stored.model, teacher.model),
-            "revision": (stored.revision, teacher.revision),
-            "codec": (stored.codec, experiment.codec(name)),
-        }
-        for what, (there, here) in sides.items():
-            if there != here:
-                raise StoreMismatch(
-                    f"{store.paths.root}: teacher {name!r} was extracted with {what} {there}, "
-                    f"the config has {here}; give it another name, or match the store"
-                )
+        if (other := other_extraction(store, experiment, name)) is not None:
+            raise StoreMismatch(other)
 
 
 def _check_answers(experiment: Experiment, splits: Splits) -> None:

@@ -218,6 +218,7 @@ def merge_stores(
     copied = 0
     for source in sources:
         for teacher in source.teachers():
+            add_teacher(target, source.teacher(teacher))  # with what is copied by now
             for shard_id in sorted(source.committed(teacher) - target.committed(teacher)):
                 progress(teacher, shard_id)
                 copied += _copy_files(source, target, teacher, shard_id)
@@ -234,6 +235,10 @@ def _copy_files(source: KVStore, target: KVStore, teacher: str, shard_id: str) -
                 f"{origin}: its files do not match its commit; run `kvdistill verify` on "
                 f"{source.paths.root}"
             )
+        fingerprint = target.teacher(teacher).extraction_fingerprint
+        if commit.extraction_fingerprint != fingerprint:  # the same under settings spelt otherwise
+            commit = commit.model_copy(update={"extraction_fingerprint": fingerprint})
+            (folder / COMMIT).write_text(commit.to_json(), encoding="utf-8")
         return publish_folder(folder, target.paths.shard(teacher, shard_id))
 
 

@@ -160,7 +160,14 @@ class TeacherManifest(Document):
     template_date: str | None = None
     """ISO date that the chat template prints; None where it prints none."""
     extraction_fingerprint: str
-    """Hash of every setting that changes stored numbers; different extractions never mix."""
+    """Id of ``settings``, which every commit repeats; different extractions never mix."""
+    settings: dict[str, Any] | None = None
+    """By name (``store/identity.py``); this and the next three are None in earlier stores."""
+    architecture: dict[str, Any] | None = None
+    """Parts of the model's config that can change what it computes."""
+    state_fingerprint: str | None = None
+    model_files: dict[str, str] | None = None
+    """Checksums of the model's files, to compare without loading."""
     versions: dict[str, str]
     dtype: Literal["float32", "bfloat16", "float16"]
     attn_implementation: str

@@ -36,10 +36,7 @@ from kvdistill.store.manifest import Commit, TeacherManifest
 from kvdistill.store.shard import BLOCK_TOKENS, TokenTable, block_idx, block_ptr
 from kvdistill.types import Kind
 
-BACKENDS: Final[dict[str, Backend]] = {
-    "zarr": ZarrBackend(),
-    "safetensors": SafetensorsBackend(),
-}
+BACKENDS: Final[dict[str, Backend]] = {"zarr": ZarrBackend(), "safetensors": SafetensorsBackend()}
 
 Positions = tuple[list[int] | None, list[int] | None]
 

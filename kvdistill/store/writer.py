@@ -8,7 +8,6 @@ publication a shard is checked against its manifest and the plan.
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -33,16 +32,11 @@ from kvdistill.store.format import (
     StorePaths,
     shard_arrays,
 )
+from kvdistill.store.identity import differences, refusal
 from kvdistill.store.manifest import Commit, ShardPlan, StoreManifest, TeacherManifest
 from kvdistill.store.open_shard import BACKENDS
 from kvdistill.store.reader import KVStore
 from kvdistill.store.shard import EncodedShard, TokenTable, block_ptr
-
-_INFORMATIONAL: Final = {"versions", "adapter_error", "model", "revision"}
-"""Teacher fields that may differ between tasks; fingerprints identify what was extracted."""
-
-_REL_TOL, _ABS_TOL = 1e-5, 2e-7
-"""Of measured numbers (rotary frequencies and scalings), which differ by rounding between nodes."""
 
 _EXPONENT_BITS: Final[dict[object, int]] = {"bfloat16": 0x7F80, "ufloat8_e5m3": 0xF8}
 """Exponent bits of floats that are stored as integers: all set in NaN and infinity."""
@@ -122,44 +116,9 @@ def add_teacher(store: KVStore, manifest: TeacherManifest) -> TeacherManifest:
             # teacher's folder for their heartbeats.
             publish_file(folder / TEACHER, paths.teacher_manifest(manifest.name))
     stored = store.teacher(manifest.name)
-    _refuse_other_teacher(stored, manifest, store)
+    if different := differences(store, manifest.name, manifest.model_dump(mode="json")):
+        raise StoreMismatch(refusal(store, manifest.name, different))
     return stored
-
-
-def _refuse_other_teacher(
-    stored: TeacherManifest, requested: TeacherManifest, store: KVStore
-) -> None:
-    ours = stored.model_dump(mode="json", exclude=_INFORMATIONAL)
-    theirs = requested.model_dump(mode="json", exclude=_INFORMATIONAL)
-    different = {name for name in ours if not _same(ours[name], theirs[name])}
-    if ours["template_date"] is None and "template" not in different:
-        different.discard("template_date")  # extracted before the date was recorded
-    if different:
-        differences = "; ".join(
-            f"{name}: stored {ours[name]!r:.80}, requested {theirs[name]!r:.80}"
-            for name in sorted(different, key=list(ours).index)
-        )
-        if "template" in different and requested.template_date and not stored.template_date:
-            differences += (
-                f"; if the stored chat template prints the date of its extraction, set "
-                f"teachers.{stored.name}.template_date to it"
-            )
-        raise StoreMismatch(
-            f"{store.paths.root}: teacher {stored.name!r} was extracted differently "
-            f"({differences}); give the new extraction another name, or remove the old one with "
-            "`kvdistill rm`"
-        )
-
-
-def _same(ours: Any, theirs: Any) -> bool:
-    """Equality of JSON values, with a tolerance for numbers that are not whole."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        return ours.keys() == theirs.keys() and all(_same(ours[k], theirs[k]) for k in ours)
-    if isinstance(ours, list) and isinstance(theirs, list):
-        return len(ours) == len(theirs) and all(map(_same, ours, theirs))
-    if isinstance(ours, float) and isinstance(theirs, float):
-        return math.isclose(ours, theirs, rel_tol=_REL_TOL, abs_tol=_ABS_TOL)
-    return bool(ours == theirs)
 
 
 def publish_shard(

@@ -138,11 +138,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def bootstrap(
-    values: ArrayLike,
-    weights_N: ArrayLike | None = None,
-    *,
-    seed: int = 0,
-    stretched: bool = True,
+    values: ArrayLike, weights_N: ArrayLike | None = None, *, seed: int = 0, stretched: bool = True
 ) -> Interval | None:
     """95 % percentile interval of ``Σ values / (S · Σ weights)``, seeds and texts both resampled.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kvdistill.config.base import RENAMED, _warn_renamed
+from kvdistill.config.base import RENAMED, log_once
 from kvdistill.config.load import dump_experiment, flatten, load_experiment, parse_experiment
 from kvdistill.config.study import AblationConfig
 from kvdistill.errors import ConfigError
@@ -21,7 +21,7 @@ FORMER = [pytest.param(old, new, id=old) for old, new in RENAMED.items()]
 def test_former_key_works_in_files_and_overrides_with_one_warning(
     old: str, new: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _warn_renamed.cache_clear()
+    log_once.cache_clear()
     value = 0.25 if old.startswith("losses") else 7
     written = tmp_path / "old.yaml"
     written.write_text(yaml.safe_dump(template(**{old.replace(".", "__"): value})))
@@ -71,7 +71,7 @@ def test_studies_accept_former_keys_everywhere() -> None:
 def test_earlier_run_with_former_keys_continues_without_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _warn_renamed.cache_clear()
+    log_once.cache_clear()
     changes = {"losses__anneal_by": 0.5, "training__prefetch_threads": 3}
     experiment = parse_experiment(template(output_dir=str(tmp_path), **changes))
     folder = begin(experiment)

@@ -22,6 +22,7 @@ from kvdistill.extract.tokenise import collate_teacher_batch
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.plan import estimate_extraction
 from kvdistill.pipelines.reextract import reextract
+from kvdistill.store.identity import extraction_fingerprint, recorded_settings
 from kvdistill.store.maintenance import convert_store, verify_store
 from kvdistill.store.reader import KVStore
 from tests.extract.models import save_teacher
@@ -188,7 +189,15 @@ def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
 
 
 def test_settings_at_their_default_are_another_extraction_only_when_given(tmp_path: Path) -> None:
-    plain = make(tmp_path, {}).extraction_fingerprint("t")
-    assert make(tmp_path, {"heads": None, "eviction": None}).extraction_fingerprint("t") == plain
-    assert make(tmp_path, {"eviction": {}}).extraction_fingerprint("t") != plain
-    assert make(tmp_path, {"heads": [0]}).extraction_fingerprint("t") != plain
+    def fingerprint(**teacher: Any) -> str:
+        return extraction_fingerprint(recorded_settings(make(tmp_path, teacher), "t"))
+
+    # As earlier versions computed it: their stores go on.
+    plain = fingerprint()
+    assert plain == "733abec7d74f64ab15459be488d95c66cda59fe7b5085c7ed0222babd60706c5"
+    assert fingerprint(heads=None, eviction=None) == plain
+    assert (
+        fingerprint(eviction={})
+        == "9a0af92d8563680e4d1eea1945c2832dd871ed2236866650e77112bd695a9ddb"
+    )
+    assert fingerprint(heads=[0]) != plain

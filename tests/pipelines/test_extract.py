@@ -222,7 +222,7 @@ def test_another_extraction_under_the_same_name(experiment: Experiment, tmp_path
     with pytest.raises(StoreMismatch, match="codec"):
         extract(make(tmp_path, teachers__llama__codec={"key": "int8", "value": "int8"}))
     save_teacher(tmp_path / "llama2", "llama", num_hidden_layers=2)
-    with pytest.raises(StoreMismatch, match="weights_fingerprint"):
+    with pytest.raises(StoreMismatch, match="with other parameters"):
         extract(make(tmp_path, teachers__llama__model=str(tmp_path / "llama2")))
 
 

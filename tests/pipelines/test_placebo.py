@@ -20,6 +20,7 @@ from kvdistill.errors import ConfigError
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.train import train
 from kvdistill.store.codecs import CODECS
+from kvdistill.store.identity import extraction_fingerprint, recorded_settings
 from kvdistill.store.reader import KVStore
 from tests.pipelines.tiny import variant
 
@@ -144,7 +145,8 @@ def test_an_untrained_teacher_is_another_extraction_and_always_the_same(
         )
         extract(body)
         store = KVStore.open(body.store)
-        assert body.extraction_fingerprint("llama") != body.extraction_fingerprint("untrained")
+        trained, random = (recorded_settings(body, name) for name in ("llama", "untrained"))
+        assert extraction_fingerprint(trained) != extraction_fingerprint(random)
         found.append({name: store.teacher(name).weights_fingerprint for name in body.teachers})
     assert found[0] == found[1]
     assert found[0]["llama"] != found[0]["untrained"]

@@ -16,7 +16,7 @@ from kvdistill.extract import prompt_template
 from kvdistill.extract.prompt_template import chat_template
 from kvdistill.pipelines import extract as pipeline
 from kvdistill.pipelines.extract import extract
-from kvdistill.pipelines.extract_tasks import is_extracted
+from kvdistill.pipelines.extract_tasks import other_extraction
 from kvdistill.pipelines.reextract import reextract
 from kvdistill.store.reader import KVStore
 from tests.extract.models import save_teacher, tiny_tokenizer
@@ -135,8 +135,8 @@ def test_another_date_is_another_teacher(tmp_path: Path, today: Any) -> None:
     assert extract(experiment).complete
     store = KVStore.open(experiment.store)
     other = dated(tmp_path, template_date="2026-01-31")
-    assert not is_extracted(store, other, "t", "00000")
-    assert is_extracted(store, dated(tmp_path, template_date="2026-11-27"), "t", "00000")
+    assert other_extraction(store, other, "t") is not None
+    assert other_extraction(store, dated(tmp_path, template_date="2026-11-27"), "t") is None
     message = "template_date: stored '2026-11-27', requested '2026-01-31'"
     with pytest.raises(StoreMismatch, match=message):
         extract(other)

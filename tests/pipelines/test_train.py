@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from kvdistill.attention.adapters import PLAIN
-from kvdistill.config.load import dump_experiment
+from kvdistill.config.load import dump_experiment, load_experiment
 from kvdistill.corpus.readers import load_corpus
 from kvdistill.errors import (
     ConfigError,
@@ -303,8 +303,9 @@ def test_a_store_that_does_not_fit_is_refused_before_training(
         train(variant(extracted, tmp_path, store=str(tmp_path / "none")))
     with pytest.raises(StoreMismatch, match="corpus"):
         train(variant(extracted, tmp_path, corpus__max_samples=47))
-    with pytest.raises(StoreMismatch, match="model"):
-        train(variant(extracted, tmp_path, teachers__bert__model="other/bert"))
+    llama = load_experiment(extracted).teachers["llama"].model
+    with pytest.raises(StoreMismatch, match=r"model: stored .*bert', requested .*llama'"):
+        train(variant(extracted, tmp_path, teachers__bert__model=llama))
     with pytest.raises(StoreMismatch, match="codec"):
         train(variant(extracted, tmp_path, extraction__codec={"key": "bf16", "value": "bf16"}))
     with pytest.raises(IncompleteStore, match="third") as caught:

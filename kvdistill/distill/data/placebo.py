@@ -178,10 +178,7 @@ def partners(lengths: Sequence[int] | NDArray[np.int64], seed: int) -> NDArray[n
 
 
 def noise(
-    shard: EncodedShard,
-    moments: Mapping[str, tuple[Tensor, Tensor]],
-    codec: CodecSpec,
-    seed: str,
+    shard: EncodedShard, moments: Mapping[str, tuple[Tensor, Tensor]], codec: CodecSpec, seed: str
 ) -> EncodedShard:
     """The same tokens with keys and values drawn at random.
 

@@ -165,11 +165,7 @@ def tampered(student: LatentStudent, tamper: Tamper) -> Think:
 
 @torch.inference_mode()
 def read_latents(
-    student: LatentStudent,
-    tokenizer: Any,
-    samples: Sequence[Sample],
-    *,
-    batch_size: int,
+    student: LatentStudent, tokenizer: Any, samples: Sequence[Sample], *, batch_size: int
 ) -> Latents:
     """Run a student on every question and collect its latents, in the samples' order.
 
