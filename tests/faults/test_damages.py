@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import dask
 import pytest
 from safetensors.numpy import load_file
 
@@ -109,7 +110,9 @@ def test_damages_of_a_store_that_is_inspected(
     work = tmp_path / "store"
 
     def inspect() -> Any:
-        return [inspect_teacher(KVStore.open(work), name, 1, None) for name in TEACHERS]
+        # In a fork: Dask's pool of threads does not live there if the parent has used it.
+        with dask.config.set(scheduler="synchronous"):
+            return [inspect_teacher(KVStore.open(work), name, 1, None) for name in TEACHERS]
 
     assert not round_of_damages(whole_store, work, {"inspect": inspect}, count=count, seed=seed)
 
