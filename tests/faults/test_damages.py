@@ -94,7 +94,7 @@ def unreported(found: dict[str, Outcome]) -> str:
     return "verify found nothing" if refused and "verify" not in refused else ""
 
 
-@pytest.mark.parametrize(("count", "seed"), rounds(20, many=1300, pieces=13))
+@pytest.mark.parametrize(("count", "seed"), rounds(12, many=1300, pieces=13))
 def test_damages_of_a_store(whole_store: Path, tmp_path: Path, count: int, seed: int) -> None:
     work = tmp_path / "store"
     commands = store_commands(work)
@@ -103,7 +103,7 @@ def test_damages_of_a_store(whole_store: Path, tmp_path: Path, count: int, seed:
     )
 
 
-@pytest.mark.parametrize(("count", "seed"), rounds(2, many=200, pieces=2))
+@pytest.mark.parametrize(("count", "seed"), rounds(1, many=200, pieces=2))
 def test_damages_of_a_store_that_is_inspected(
     whole_store: Path, tmp_path: Path, count: int, seed: int
 ) -> None:
@@ -170,7 +170,7 @@ def runs(extracted: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {"experiment": experiment, "work": folder, "pristine": work}
 
 
-@pytest.mark.parametrize(("count", "seed"), rounds(2, many=300, pieces=3))
+@pytest.mark.parametrize(("count", "seed"), rounds(1, many=300, pieces=3))
 def test_damages_of_a_run_that_is_resumed(runs: dict[str, Any], count: int, seed: int) -> None:
     resume = run_commands(runs["experiment"], finished=False)
     assert not round_of_damages(
@@ -178,7 +178,7 @@ def test_damages_of_a_run_that_is_resumed(runs: dict[str, Any], count: int, seed
     )
 
 
-@pytest.mark.parametrize(("count", "seed"), rounds(3, many=200, pieces=2))
+@pytest.mark.parametrize(("count", "seed"), rounds(1, many=200, pieces=2))
 def test_damages_of_a_finished_run(runs: dict[str, Any], count: int, seed: int) -> None:
     commands = run_commands(runs["experiment"], finished=True)
     assert not round_of_damages(
