@@ -200,8 +200,7 @@ def _write_jsonl(samples: Sequence[Sample], output: Path) -> None:
     for sample in samples:
         row: dict[str, str] = {"sample_id": sample.sample_id}
         row.update(sample.segments)
-        if sample.task is not None:
-            row["task"] = sample.task
+        row.update(sample.labels)
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     replace_file(output, "".join(lines))
     click.echo(f"wrote {len(samples)} samples to {output}")

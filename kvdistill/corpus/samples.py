@@ -41,11 +41,16 @@ class Sample:
         ids = (SEGMENT_IDS[name] for name, _ in self.segments)
         return list(zip(starts, ends, ids, strict=True))
 
+    @property
+    def labels(self) -> dict[str, str]:
+        """The labels that are given, by name."""
+        found = {"task": self.task, "teacher": self.teacher}
+        return {name: label for name, label in found.items() if label is not None}
+
     def to_json(self) -> str:
         """One JSON line, without the newline; ``from_json`` reads it back."""
         body: dict[str, Any] = {"sample_id": self.sample_id, "segments": self.segments}
-        labels = {"task": self.task, "teacher": self.teacher}
-        body |= {name: label for name, label in labels.items() if label is not None}
+        body |= self.labels
         return json.dumps(body, ensure_ascii=False)
 
     @staticmethod

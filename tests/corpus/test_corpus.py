@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvdistill.commands.prepare import _write_jsonl
 from kvdistill.corpus.readers import read_jsonl
 from kvdistill.corpus.samples import Sample, corpus_fingerprint, cut_into_shards
 from kvdistill.errors import CorpusError
@@ -94,3 +95,10 @@ def test_samples_round_trip_and_fingerprints_tell_corpora_apart(texts: list[str]
     assert again == samples
     assert corpus_fingerprint(again) == corpus_fingerprint(samples)
     assert corpus_fingerprint(samples[:-1]) != corpus_fingerprint(samples)
+
+
+def test_written_corpora_keep_every_label(tmp_path: Path) -> None:
+    samples = [Sample("a", (("text", "x"),), "math", "smollm2"), Sample("b", (("text", "y"),))]
+    _write_jsonl(samples, tmp_path / "out.jsonl")
+    assert read_jsonl(tmp_path / "out.jsonl") == samples
+    assert [Sample.from_json(sample.to_json()) for sample in samples] == samples

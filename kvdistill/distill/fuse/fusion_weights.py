@@ -43,10 +43,11 @@ class FusionWeights(nn.Module):
         """False while a router warms up: its weights are then uniform."""
         self.router: Router | None = None
         teaches = _layers_served(config.layers or {}, self.names, num_layers)
-        self._of_task = torch.empty(0)
+        # Batches are counted before they are moved: that reads the copies on the CPU.
+        self._on_cpu: dict[str, Tensor] = {}
         if config.by_task:
-            self._of_task = _weights_of_tasks(config, self.names, tasks)
-            self.register_buffer("of_task", self._of_task.clone())
+            self._on_cpu["of_task"] = _weights_of_tasks(config, self.names, tasks)
+            self.register_buffer("of_task", self._on_cpu["of_task"].clone())
         elif config.method == "fixed":
             given = config.weights or dict.fromkeys(self.names, 1.0)
             self.register_buffer("fixed", fixed_weights([given[name] for name in self.names]))
@@ -63,8 +64,7 @@ class FusionWeights(nn.Module):
                 num_layers=num_layers,
                 num_tasks=len(tasks) if config.task_tag else 0,
             )
-        # Batches are counted before they are moved: that reads the copy on the CPU.
-        self._teaches = teaches
+        self._on_cpu["serves"] = teaches
         self.register_buffer("serves", teaches.clone(), persistent=config.layers is not None)
 
     @property
@@ -84,8 +84,7 @@ class FusionWeights(nn.Module):
     def serving(self, batch: Batch) -> Tensor:
         """Where each teacher serves, before any dropout: ``[N, B, L, T]`` bool."""
         covered = torch.stack([batch["teachers"][name]["covered"] for name in self.names])
-        at_hand = self._teaches.device == covered.device
-        teaches = self._teaches if at_hand else self.get_buffer("serves")
+        teaches = self._beside("serves", covered)
         if self.config.by_task:
             teaches = teaches & (self._by_task(batch) > 0)
         if "teacher" in batch:  # a text that names its teacher has no other
@@ -97,9 +96,12 @@ class FusionWeights(nn.Module):
     def _by_task(self, batch: Batch) -> Tensor:
         """Weights by the tasks of the samples: ``[N, B, 1, 1]``."""
         task_B = batch["task"]
-        at_hand = self._of_task.device == task_B.device
-        weights_KN = self._of_task if at_hand else self.get_buffer("of_task")
-        return weights_KN[task_B].T[:, :, None, None]
+        return self._beside("of_task", task_B)[task_B].T[:, :, None, None]
+
+    def _beside(self, name: str, other: Tensor) -> Tensor:
+        """A buffer, or its copy on the CPU: whichever is on the device of ``other``."""
+        copy = self._on_cpu[name]
+        return copy if copy.device == other.device else self.get_buffer(name)
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Pairs of a layer and a token: ``num_served`` by any teacher, ``num_contested`` by two."""
