@@ -16,7 +16,7 @@ from kvdistill.corpus.readers import load_corpus, read_jsonl
 from kvdistill.corpus.samples import Sample, corpus_fingerprint
 from kvdistill.errors import CorpusError
 from kvdistill.types import CorpusFormat
-from tests.faults.test_experiment_files import MAX_MESSAGE
+from tests.faults.verdict import MAX_MESSAGE, require_lines
 
 ROOT = Path(__file__).parents[2]
 DEEP = b'{"text": "a", "x": ' + b"[" * 99_999 + b"]" * 99_999 + b"}\n"
@@ -306,8 +306,7 @@ def fuzz(folder: Path, count: int) -> tuple[int, int]:
         whole.encode()
         for text in texts_of(content):
             assert text.strip() in whole
-    assert not any("\n" in message for message in messages)
-    assert max(map(len, messages)) <= MAX_MESSAGE + len(str(path))
+    require_lines(messages, path)
     return len(messages), count - len(messages)
 
 

@@ -14,8 +14,8 @@ from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import dump_experiment, load_experiment, parse_experiment
 from kvdistill.errors import ConfigError
 from tests.config.template import TEMPLATE, template
+from tests.faults.verdict import MAX_MESSAGE, require_lines
 
-MAX_MESSAGE = 500
 BASE = TEMPLATE.read_text(encoding="utf-8")
 
 
@@ -185,8 +185,7 @@ def fuzz(folder: Path, count: int) -> tuple[int, int]:
             assert isinstance(load_experiment(path), Experiment)
         except ConfigError as error:
             messages.append(str(error))
-    assert not any("\n" in message for message in messages)
-    assert max(map(len, messages)) <= MAX_MESSAGE + len(str(path))
+    require_lines(messages, path)
     return len(messages), count - len(messages)
 
 

@@ -23,7 +23,7 @@ from kvdistill.pipelines.fetch import fetch
 from tests.attention.test_families import SAMPLES
 from tests.distill.student.latent.thinkers import thinker
 from tests.extract.models import save_teacher, tiny_tokenizer
-from tests.faults.test_experiment_files import MAX_MESSAGE
+from tests.faults.verdict import MAX_MESSAGE
 from tests.pipelines.test_teachers import make
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"

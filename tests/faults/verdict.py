@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,16 @@ import torch
 from kvdistill.errors import KVDistillError
 
 MAX_MESSAGE = 500
+
+
+MAX_MESSAGE = 500
+"""Characters of a message, but for the path that it names."""
+
+
+def require_lines(messages: Sequence[str], path: Path) -> None:
+    """Every message is one line of bounded length."""
+    assert not any("\n" in message for message in messages)
+    assert max(map(len, messages)) <= MAX_MESSAGE + len(str(path))
 
 
 def rounds(few: int, *, many: int, pieces: int = 1) -> list[Any]:
