@@ -182,8 +182,8 @@ def _unnamed(store: KVStore, stored: TeacherManifest, requested: Fields) -> Iter
             f"{store.paths.root}: teacher {stored.name!r} was stored by an earlier version; what "
             "that did not record (buffers, the model's config) is not compared"
         )
-        same, hows = {**settings, "revision": stored.revision}, ("error", "truncate", "skip")
-        own = [x for x in hows if extraction_fingerprint({**same, "long_text": x}) == known]
+        same, treatments = {**settings, "revision": stored.revision}, ("error", "truncate", "skip")
+        own = [x for x in treatments if extraction_fingerprint({**same, "long_text": x}) == known]
         is_same = own == [same["long_text"]] or (own and not _met_limit(store, stored, same, same))
     if not is_same:
         yield "settings: another template, bos, layers, long_text or the like, stored without names"
