@@ -131,8 +131,8 @@ def words(spec: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from kvdistill.attention import language_head
     from kvdistill.distill.losses.pointwise import cross_entropy
-    from kvdistill.distill.student import language_head
 
     if not spec["chunked"]:
         language_head.MAX_LOGITS = sys.maxsize

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from kvdistill.attention.geometry import HeadShape
 from kvdistill.attention.kv_capture import KVCapture, stack_layers
+from kvdistill.attention.language_head import DeferredLogits, LanguageHead
 from kvdistill.config.distill import AlignmentConfig, FusionConfig, LossConfig, ProjectionConfig
 from kvdistill.distill.align.band import band_of
 from kvdistill.distill.data.collate import Batch
@@ -49,7 +50,6 @@ from kvdistill.distill.losses.regression import regression_error
 from kvdistill.distill.losses.weighting import sum_served, weighted_sum
 from kvdistill.distill.project.projections import SpaceAdapter
 from kvdistill.distill.student.injection import InjectionGate, injecting
-from kvdistill.distill.student.language_head import DeferredLogits, LanguageHead
 from kvdistill.distill.targets import (
     LayerTargets,
     TargetOf,

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvdistill.attention.language_head import DeferredLogits, LanguageHead
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.data.collate import StudentTokens, require_text, student_batch, tokenize
 from kvdistill.distill.evaluate.over_ranks import over_ranks
 from kvdistill.distill.losses.pointwise import IGNORED_LABEL, negative_log_likelihood
-from kvdistill.distill.student.language_head import DeferredLogits, LanguageHead
 
 CALIBRATION_BINS: Final = 15
 

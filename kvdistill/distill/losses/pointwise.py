@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvdistill.attention.language_head import DeferredLogits
 from kvdistill.distill.losses.weighting import reduce_tokens
-from kvdistill.distill.student.language_head import DeferredLogits
 from kvdistill.errors import GeometryError
 from kvdistill.types import Distance
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kvdistill.attention import language_head
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.evaluate.held_out import score_held_out
 from kvdistill.distill.evaluate.perplexity import CALIBRATION_BINS, Calibration, score_texts
-from kvdistill.distill.student import language_head
 from kvdistill.distill.student.build import train_tokenizer
 from kvdistill.errors import StudentError
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from kvdistill.distill.student.language_head import DeferredLogits, LanguageHead
+from kvdistill.attention.language_head import DeferredLogits, LanguageHead
 
 Project = Callable[[Tensor], Tensor]
 

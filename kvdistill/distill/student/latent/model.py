@@ -20,10 +20,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvdistill.attention.geometry import position_limit
+from kvdistill.attention.language_head import DeferredLogits, LanguageHead
 from kvdistill.attention.padded_generation import pad_left, through_first
 from kvdistill.config.distill import LatentConfig
 from kvdistill.distill.student.build import load_causal_lm, one_line_errors, prompt_ids
-from kvdistill.distill.student.language_head import DeferredLogits, LanguageHead
 from kvdistill.distill.student.latent.iteration import (
     LatentProjector,
     Prefix,

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kvdistill.attention import language_head
+from kvdistill.attention.language_head import DeferredLogits, LanguageHead
 from kvdistill.distill.losses.pointwise import cross_entropy
-from kvdistill.distill.student import language_head
-from kvdistill.distill.student.language_head import DeferredLogits, LanguageHead
 from tests.distill.student.latent.thinkers import batch, thinker
 
 VOCABULARY = 101
