@@ -22,6 +22,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutput
 
 from kvdistill.attention.geometry import text_model
 
@@ -69,13 +70,42 @@ class _BodyOutput(tuple[Tensor, ...]):
         return self[0] if name == "last_hidden_state" else None
 
 
-class LanguageHead:
-    """The head of one causal LM, verified when it is made."""
+class OutputHead:
+    """The head of a language model, run on the last hidden states of its body."""
 
     def __init__(self, model: Any) -> None:
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
         self.model, self.body = model, text_model(model) if decoder is model else decoder
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens whose logits are computed at once."""
+        return max(MAX_LOGITS // self.vocab_size, 1)
+
+    def __call__(self, hidden_BTE: Tensor) -> Tensor:
+        """Logits ``[B, T, V]`` of last hidden states, as the model computes them."""
+        stub = _BodyOutput((hidden_BTE,))
+        inputs: dict[str, Any] = {"inputs_embeds": hidden_BTE}
+        if self.model.config.is_encoder_decoder:
+            encoded = BaseModelOutput(last_hidden_state=hidden_BTE)  # which the stub does not read
+            inputs = {"encoder_outputs": encoded, "decoder_inputs_embeds": hidden_BTE}
+        own = self.body.__dict__.get("forward")
+        self.body.forward = lambda *_, **__: stub
+        try:
+            logits: Tensor = self.model.forward(**inputs, use_cache=False).logits
+        finally:
+            del self.body.forward
+            if own is not None:
+                self.body.forward = own
+        return logits
+
+
+class LanguageHead(OutputHead):
+    """The head of one causal LM, verified when it is made."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
         self.is_separable = self._reproduces_logits()
 
     def run(
@@ -84,27 +114,13 @@ class LanguageHead:
         """The model's output, and logits of its last ``columns`` tokens; of all if not given."""
         given: Tensor = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"]
         num_columns = given.shape[1] if columns is None else columns
-        num_rows = max(MAX_LOGITS // self.vocab_size, 1)
-        if self.is_separable and given.shape[0] * num_columns > num_rows:
+        if self.is_separable and given.shape[0] * num_columns > self.num_rows:
             with self._reading() as found:
                 output = self.model(**inputs, logits_to_keep=1)
-            return output, DeferredLogits(found[0][:, -num_columns:], self, num_rows)
+            return output, DeferredLogits(found[0][:, -num_columns:], self, self.num_rows)
         some = self.is_separable and columns is not None
         output = self.model(**inputs, **({"logits_to_keep": num_columns} if some else {}))
         return output, output.logits[:, -num_columns:]
-
-    def __call__(self, hidden_BTE: Tensor) -> Tensor:
-        """Logits ``[B, T, V]`` of last hidden states, as the model computes them."""
-        stub = _BodyOutput((hidden_BTE,))
-        own = self.body.__dict__.get("forward")
-        self.body.forward = lambda *_, **__: stub
-        try:
-            logits: Tensor = self.model.forward(inputs_embeds=hidden_BTE, use_cache=False).logits
-        finally:
-            del self.body.forward
-            if own is not None:
-                self.body.forward = own
-        return logits
 
     @contextmanager
     def _reading(self) -> Iterator[list[Tensor]]:

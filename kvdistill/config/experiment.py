@@ -174,6 +174,14 @@ def _check_projection(experiment: Experiment) -> None:
 
 
 def _check_evictions(experiment: Experiment) -> None:
+    if experiment.extraction.stores_predictions:
+        for name, teacher in experiment.teachers.items():
+            if teacher.eviction is not None:
+                raise ValueError(
+                    f"teachers.{name}.eviction keeps other tokens in every layer and head, but "
+                    "extraction.confidence and extraction.logits are stored by token; remove it, "
+                    "and evict while streaming"
+                )
     if experiment.extraction.importance:
         return
     for name, teacher in experiment.teachers.items():

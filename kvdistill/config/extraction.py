@@ -115,7 +115,18 @@ class ExtractionConfig(Section):
     `fusion.method: similarity` compares them with."""
     prototypes: Positive = 8
     """Number of k-means prototypes per teacher, with `summaries`."""
+    confidence: bool = False
+    """Store the teacher's negative log-likelihood of every token and the entropy of its prediction,
+    4 bytes a token; encoders have none. `fusion.method: confidence` needs it."""
+    logits: NonNegative = 0
+    """Number of most likely tokens to store with their log-probabilities in place of every token,
+    6 bytes each, and the log of the others' mass."""
     writers: Positive = 1
     """Background threads that compress and write finished shards."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, …"""
+
+    @property
+    def stores_predictions(self) -> bool:
+        """Whether anything is stored of what a teacher predicts."""
+        return self.confidence or self.logits > 0

@@ -12,7 +12,7 @@ depend on the batches either.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ from kvdistill.extract.tokenise import TeacherBatch
 from kvdistill.store.channel_statistics import ChannelStatistics, merge_moments
 from kvdistill.store.codecs import CODECS
 from kvdistill.store.codecs.parts import part_name
-from kvdistill.store.format import Counts, group_prefix, shard_arrays
+from kvdistill.store.format import UNPREDICTED, Counts, group_prefix, shard_arrays
 from kvdistill.store.manifest import TeacherManifest
 from kvdistill.store.shard import TokenTable, block_ptr
 from kvdistill.types import KINDS, SEGMENT_SPECIAL, Kind
@@ -51,9 +51,11 @@ class ShardPacker:
         self.manifest = manifest
         counts = Counts(tokens.num_samples, tokens.num_tokens, tokens.num_blocks)
         self.arrays = {
-            name: np.zeros(spec.shape, spec.dtype)
+            name: np.full(spec.shape, float(spec.attributes.get(UNPREDICTED, 0)), spec.dtype)
             for name, spec in shard_arrays(manifest, counts).items()
-            if spec.group is not None or spec.name.startswith("hidden_")
+            if spec.group is not None
+            or spec.name.startswith("hidden_")
+            or UNPREDICTED in spec.attributes
         }
         by_index = {layer.layer_idx: layer for layer in layers}
         self.rows = {
@@ -83,6 +85,13 @@ class ShardPacker:
             prefix = group_prefix(self.manifest, group_idx)
             merged[f"{prefix}{kind}"] = ChannelStatistics(*merge_moments(*samples))
         return merged
+
+    def place(self, batch: TeacherBatch, found: Mapping[str, Tensor]) -> None:
+        """Predictions of all tokens of a batch but the first of each sample, ``[N, …]`` by name."""
+        first = self.tokens.sample_ptr[list(batch.sample_idx)]
+        spans = [np.arange(i + 1, i + n) for i, n in zip(first, batch.lengths, strict=True)]
+        for name, x in found.items():
+            self.arrays[name][np.concatenate(spans)] = x.numpy()
 
     def segments(self, batch: TeacherBatch) -> list[NDArray[np.int8]]:
         """Segments of a batch's samples, ``[T]`` each."""

@@ -25,6 +25,7 @@ from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
 from kvdistill.extract.encode import BatchPacker, ShardPacker, text_mask
 from kvdistill.extract.generate import generate_rationales
+from kvdistill.extract.predictions import predictions
 from kvdistill.extract.teacher import Teacher
 from kvdistill.extract.tokenise import TeacherBatch, TokenisedSample, collate_teacher_batch
 from kvdistill.store.channel_statistics import ChannelStatistics
@@ -170,6 +171,12 @@ def _run_whole(teacher: Teacher, batch: TeacherBatch, packer: ShardPacker) -> No
         mask = text_mask(segments, batch).to(hidden_BTE.device)
         summary = _summarise(hidden_BTE, mask, batch.real_mask.to(hidden_BTE.device))
         packer.arrays["hidden_summary"][:, rows] = summary.cpu().numpy()
+    if teacher.head is not None:
+        confidence, num_logits = manifest.has_confidence, manifest.num_logits
+        found = predictions(
+            teacher.head, hidden_BTE, batch, confidence=confidence, num_logits=num_logits
+        )
+        packer.place(batch, found)
 
 
 def cue(segment: NDArray[np.int8]) -> int:

@@ -27,9 +27,11 @@ from kvdistill.text import shorten
 
 
 def load_teacher_model(
-    name: str, config: TeacherConfig, device: torch.device
+    name: str, config: TeacherConfig, device: torch.device, *, predicts: bool = False
 ) -> tuple[Any, set[str]]:
-    """A model in eval mode on ``device``: the base model, or with its head where it generates.
+    """A model in eval mode on ``device``: the base model, or with its head where that is needed.
+
+    That is where it generates, or if ``predicts``, where it predicts text.
 
     Also the names of parameters that the checkpoint lacks, which transformers initialises at
     random: none of them may belong to a layer.
@@ -38,6 +40,8 @@ def load_teacher_model(
         TeacherError: not found, gated, unreadable, pickled weights, weights that are not
             the config's, or quantised in a way that needs a package or a device that is not there.
     """
+    from transformers import AutoModel
+
     options: dict[str, Any] = {
         "trust_remote_code": config.trust_remote_code,
         "dtype": getattr(torch, config.dtype),
@@ -49,9 +53,14 @@ def load_teacher_model(
     quantised = None
     try:
         architecture = load_teacher_config(config)
-        kind = _auto_class(config, architecture)
+        kind = _auto_class(config, architecture, predicts=predicts)
+        has_head = kind is not AutoModel
         if config.weights == "random":
-            return _random_model(kind, architecture, options).to(device), set()
+            model = _random_model(kind, architecture, options)
+            if has_head and config.generate is None:  # the body is the same as without the head
+                body = _random_model(AutoModel, architecture, options)
+                model.base_model.load_state_dict(body.state_dict(), strict=False)
+            return model.to(device), set()
         quantised = quantisation(architecture)
         if config.gguf_file:
             options["gguf_file"] = config.gguf_file
@@ -75,7 +84,7 @@ def load_teacher_model(
         raise _cannot_load(name, config.model, error, quantised) from error
     if quantised or config.gguf_file:  # packed under names of their own
         info["unexpected_keys"] = ()
-    if fault := weights_fault(model, info, with_heads=config.generate is not None):
+    if fault := weights_fault(model, info, with_heads=has_head):
         raise TeacherError(f"teacher {name!r}: {config.model}: {fault}")
     model = model.eval().requires_grad_(False)
     _read_decoder_start(model, config)
@@ -96,18 +105,38 @@ def load_teacher_config(config: TeacherConfig) -> Any:
     )
 
 
-def _auto_class(config: TeacherConfig, architecture: Any) -> Any:
+def _auto_class(config: TeacherConfig, architecture: Any, *, predicts: bool) -> Any:
     """Where transformers finds the model; with its head, a multimodal one is listed elsewhere."""
     import transformers
 
-    if config.generate is None:
+    if config.generate is None and not (predicts and _predicts(config, architecture)):
         return transformers.AutoModel
+    if architecture.is_encoder_decoder:
+        return transformers.AutoModelForSeq2SeqLM
     is_multimodal = (
         type(architecture) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         and type(architecture) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     )
     name = "AutoModelForImageTextToText" if is_multimodal else "AutoModelForCausalLM"
     return getattr(transformers, name)
+
+
+def _predicts(config: TeacherConfig, architecture: Any) -> bool:
+    """Whether a model is for predicting text, and transformers has its head.
+
+    Masked language models are listed as causal ones too, which their config may make of them.
+    """
+    import transformers
+
+    kind = type(architecture)
+    if architecture.is_encoder_decoder:
+        return config.stream == "decoder"
+    masked = kind in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    return (not masked or getattr(architecture, "is_decoder", False)) and (
+        kind in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        or kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        or "AutoModelForCausalLM" in (getattr(architecture, "auto_map", None) or {})
+    )
 
 
 def text_model_of(name: str, whole: Any) -> Any:
@@ -120,6 +149,8 @@ def text_model_of(name: str, whole: Any) -> Any:
         TeacherError: they differ, or the whole cannot read text alone.
     """
     text = text_model(whole)
+    if text.get_output_embeddings() is not None:
+        return _without_head(text)
     outer = whole.base_model
     if text is outer or text.config.is_encoder_decoder:
         return text
@@ -144,6 +175,18 @@ def text_model_of(name: str, whole: Any) -> Any:
             "and use that"
         )
     return text
+
+
+def _without_head(whole: Any) -> Any:
+    """The base model around the modules of a whole one that does not contain it (T5)."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        base = AutoModel.from_config(whole.config)
+    for name, _ in list(base.named_children()):
+        setattr(base, name, getattr(whole, name))
+    base.config = whole.config
+    return base.eval()
 
 
 def _read_decoder_start(model: Any, config: TeacherConfig) -> None:
@@ -247,9 +290,10 @@ def _fingerprint(stated: Mapping[str, Any], text: str = "") -> str:
     return f"xxh3:{digest.hexdigest()}"
 
 
-def state_fingerprint(model: Any, generating: Any = None) -> str:
-    """xxh3 over persistent buffers, a model's own code and, if ``generating``, head and end tokens.
+def state_fingerprint(model: Any, whole: Any = None, *, generates: bool = False) -> str:
+    """xxh3 over persistent buffers and a model's own code; its head and end tokens where used.
 
+    ``whole`` is the model with its head, where that is used, and ``generates`` if it is to write.
     Other buffers are computed from the config, as rotary frequencies are wherever they are kept.
     """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -257,9 +301,10 @@ def state_fingerprint(model: Any, generating: Any = None) -> str:
     stated = {name: x for name, x in buffers.items() if not name.endswith("inv_freq")}
     module = sys.modules[type(model).__module__]
     text = inspect.getsource(module) if "transformers_modules" in module.__name__ else ""
-    if generating is not None:
-        stated |= generating.get_output_embeddings().state_dict(prefix="head.")
-        text += f" ends at {generating.generation_config.eos_token_id}"
+    if whole is not None:
+        stated |= whole.get_output_embeddings().state_dict(prefix="head.")
+    if generates:
+        text += f" ends at {whole.generation_config.eos_token_id}"
     return _fingerprint(stated, text)
 
 

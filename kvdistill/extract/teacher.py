@@ -27,6 +27,7 @@ from kvdistill.attention.behaviour import UNLIMITED, BatchRule
 from kvdistill.attention.fitting import Verified, fit_adapter
 from kvdistill.attention.geometry import VerifiedLayer, position_limit, quantisation
 from kvdistill.attention.hooks import OnLayer, Site, capture
+from kvdistill.attention.language_head import OutputHead
 from kvdistill.attention.tokens import padding_id
 from kvdistill.attention.verification import CACHE, forward_through_cache
 from kvdistill.config.experiment import Experiment
@@ -42,6 +43,7 @@ from kvdistill.extract.loading import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
+from kvdistill.extract.predictions import output_head
 from kvdistill.extract.prompt_template import (
     SEGMENTS,
     SOURCE,
@@ -74,6 +76,8 @@ class Teacher:
     """Most tokens of a text: the model's positions, or the config's limit if that is less."""
     rule: BatchRule = UNLIMITED
     """Which texts may share a batch."""
+    head: OutputHead | None = None
+    """Where predictions are stored: what makes logits of ``forward``'s hidden states."""
     causal_lm: Any = None
     """The model with its head, where it generates its own rationales."""
     generate: GenerateConfig | None = None
@@ -162,22 +166,13 @@ class Teacher:
     def forward(self, batch: TeacherBatch) -> Tensor:
         """One pass without cache or head over a right-padded batch: final hidden ``[B, T, E]``."""
         model, stream = self.model, self.manifest.stream
-        own = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        if stream == "self":
-            output = model(**own, use_cache=False)
-        elif stream == "encoder":
-            output = model.get_encoder()(**own)
+        if stream == "encoder":
+            output = model.get_encoder()(**batch.inputs)
         elif stream == "cross":
             start = torch.full_like(batch.input_ids[:, :1], _decoder_start(model))
-            output = model(**own, decoder_input_ids=start, use_cache=False)
+            output = model(**batch.inputs, decoder_input_ids=start, use_cache=False)
         else:
-            output = model(
-                input_ids=batch.source_ids,
-                attention_mask=batch.source_mask,
-                decoder_input_ids=batch.input_ids,
-                decoder_attention_mask=batch.attention_mask,
-                use_cache=False,
-            )
+            output = model(**batch.inputs, use_cache=False)
         name = "encoder_last_hidden_state" if stream == "cross" else "last_hidden_state"
         hidden: Tensor = getattr(output, name)
         return hidden
@@ -206,7 +201,8 @@ def load_teacher(name: str, experiment: Experiment, day: date | None = None) -> 
     device = extraction.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    whole, missing = load_teacher_model(name, config, torch.device(device))
+    predicts = extraction.stores_predictions
+    whole, missing = load_teacher_model(name, config, torch.device(device), predicts=predicts)
     model = text_model_of(name, whole)
     prompt_tokenizer = _prompt_tokenizer(name, config, model.config.model_type, day)
     verified = fit_adapter(name, model, config.stream)
@@ -214,11 +210,17 @@ def load_teacher(name: str, experiment: Experiment, day: date | None = None) -> 
     layers = tuple(layer for layer in verified.layers if layer.layer_idx in chosen)
     _refuse_unavailable(name, extraction, model, verified)
     _refuse_unstorable(name, config, verified.adapter, layers)
+    head = output_head(name, whole, model, verified, extraction)
+    generates = config.generate is not None
     quantised = quantisation(whole.config) is not None
-    fingerprints = {
+    facts = {
         "weights_fingerprint": weights_fingerprint(model, missing, quantised=quantised),
-        "state_fingerprint": state_fingerprint(model, whole if config.generate else None),
+        "state_fingerprint": state_fingerprint(
+            model, whole if generates or head is not None else None, generates=generates
+        ),
         "model_files": identity.teacher_files(config, {}),
+        "has_confidence": head is not None and extraction.confidence,
+        "num_logits": 0 if head is None else extraction.logits,
         **_facts(model.config, prompt_tokenizer),
     }
     return Teacher(
@@ -226,10 +228,11 @@ def load_teacher(name: str, experiment: Experiment, day: date | None = None) -> 
         prompt_tokenizer,
         tuple(site for site in verified.sites if site.layer_idx in chosen),
         layers,
-        _manifest(name, experiment, model, verified, layers=layers, **fingerprints),
+        _manifest(name, experiment, model, verified, layers=layers, **facts),
         max_positions(model, extraction.max_length),
         verified.batches,
-        None if config.generate is None else whole,
+        head,
+        whole if generates else None,
         config.generate,
     )
 
@@ -336,7 +339,7 @@ def _manifest(
     verified: Verified,
     *,
     layers: Sequence[VerifiedLayer],
-    **fingerprints: Any,
+    **facts: Any,
 ) -> TeacherManifest:
     config, extraction, adapter = experiment.teachers[name], experiment.extraction, verified.adapter
     settings = identity.recorded_settings(experiment, name)
@@ -347,7 +350,7 @@ def _manifest(
         model_type=model.config.model_type,
         kind=verified.kind,
         stream=adapter.stream,
-        **fingerprints,
+        **facts,
         settings=settings,
         extraction_fingerprint=identity.extraction_fingerprint(settings),
         versions=provenance.versions(),

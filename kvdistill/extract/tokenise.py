@@ -210,6 +210,15 @@ class TeacherBatch:
         return self.real_mask.long()
 
     @property
+    def inputs(self) -> dict[str, Tensor | None]:
+        """What the model reads: as its own text, or as the encoder's and the decoder's."""
+        own = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        if self.source_ids is None:
+            return {**own}
+        source = {"input_ids": self.source_ids, "attention_mask": self.source_mask}
+        return source | {f"decoder_{name}": x for name, x in own.items()}
+
+    @property
     def source_mask(self) -> Tensor | None:
         """``[B, T_source]`` long, 1 on real tokens of the encoder's input."""
         if self.source_ids is None:

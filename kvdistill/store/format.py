@@ -45,6 +45,9 @@ TOKEN_COLUMNS: Final = {
     "segment": "int8",
 }
 
+UNPREDICTED: Final = "unpredicted"
+"""Attribute of predictions: what stands for a text's first token, which nothing predicts."""
+
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -192,9 +195,21 @@ def _specs(manifest: TeacherManifest, counts: Counts) -> Iterator[ArraySpec]:
     if manifest.has_summaries:
         shape = (2, counts.num_samples, manifest.hidden_size)
         yield ArraySpec("hidden_summary", ("mean_first", "sample", "hidden"), shape, "float32")
+    yield from _prediction_specs(manifest, counts.num_tokens)
     for group_idx, group in enumerate(manifest.groups):
         prefix = group_prefix(manifest, group_idx)
         yield from _group_specs(manifest, counts, group, prefix)
+
+
+def _prediction_specs(manifest: TeacherManifest, num_tokens: int) -> Iterator[ArraySpec]:
+    """What the teacher thought of every token; see ``extract/predictions.py``."""
+    columns = {"nll": 1, "entropy": 1} if manifest.has_confidence else {}
+    if manifest.num_logits:
+        columns |= {"top_ids": 2, "top_logprobs": 2, "rest_logprob": 1}
+    for name, num_axes in columns.items():
+        axes, shape = ("token", "rank"), (num_tokens, manifest.num_logits)
+        dtype, first = ("int32", "-1") if name == "top_ids" else ("float16", "nan")
+        yield ArraySpec(name, axes[:num_axes], shape[:num_axes], dtype, {UNPREDICTED: first})
 
 
 def _group_specs(

@@ -32,7 +32,10 @@ NAMES: Final = ("model", "revision", "gguf_file", "tokenizer")
 """Settings that say where something is found; recorded, but never compared."""
 
 _NO_SETTINGS: Final = {"trust_remote_code", "device_map", "template_date"}
-_OF_EXTRACTION: Final = ("long_text", "max_length", "importance", "hidden_at_cue", "summaries")
+_OF_EXTRACTION: Final = (
+    *("long_text", "max_length", "importance", "hidden_at_cue", "summaries"),
+    *("confidence", "logits"),
+)
 _INFORMATIONAL: Final = {
     *("name", "format_version", "versions", "adapter_error", "model_files", "model", "revision"),
     *("settings", "extraction_fingerprint"),
@@ -204,6 +207,8 @@ def _means_the_same(
         return stored.model_type.startswith("gemma") and "never" not in (ours[key], value)
     if key in ("long_text", "max_length"):
         return not _met_limit(store, stored, ours, theirs)
+    if key in ("confidence", "logits"):
+        return stored.kind == "encoder" or stored.stream in ("encoder", "cross")
     return key == "importance" and stored.stream == "cross"
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvdistill.errors import GeometryError
-from kvdistill.store.format import common_group
+from kvdistill.store.format import UNPREDICTED, ArraySpec, Counts, common_group, shard_arrays
 from kvdistill.store.reader import KVStore
 from kvdistill.types import KINDS, Kind
 
@@ -63,7 +63,7 @@ def dataset(
     layers: Sequence[int] | None = None,
     shard_ids: Sequence[str] | None = None,
 ) -> xarray.Dataset:
-    """Keys, values, importance and the token table with named dimensions.
+    """Keys, values, importance, predictions and the token table with named dimensions.
 
     Dimensions ``layer, head, token, key_dim, value_dim``; coordinates ``layer`` (the teacher's
     own index) and per token ``sample``, ``token_id``, ``segment``, ``char_start``, ``char_end``.
@@ -88,6 +88,9 @@ def dataset(
         array = _stack(store, teacher, ("importance", chosen, None), sizes, shard_ids)
         variables["importance"] = (("layer", "head", "token"), array)
     coordinates = {"layer": list(chosen), **_token_coordinates(store, teacher, shard_ids)}
+    for name, spec in shard_arrays(manifest, Counts(0, 0, 0)).items():
+        if UNPREDICTED in spec.attributes:
+            variables[name] = (spec.axes, _stack_tokens(store, teacher, spec, shard_ids))
     return xarray.Dataset(variables, coordinates, {"teacher": teacher})
 
 
@@ -121,6 +124,27 @@ def _stack(
         ]
         rows.append(da.concatenate(pieces, axis=2))
     return da.concatenate(rows, axis=0)
+
+
+def _stack_tokens(
+    store: KVStore, teacher: str, spec: ArraySpec, shard_ids: Sequence[str] | None
+) -> Any:
+    """``[token, …]`` of all shards, as stored: a chunk per shard."""
+    import dask
+    import dask.array as da
+
+    shards = store.committed_in_order(teacher) if shard_ids is None else shard_ids
+    read, root = dask.delayed(_read_tokens, pure=True), store.paths.root.absolute()
+    shapes = [(store.commit(teacher, shard_id).num_tokens, *spec.shape[1:]) for shard_id in shards]
+    pieces = (read(root, teacher, shard_id, spec.name) for shard_id in shards)
+    dtype = np.dtype(spec.dtype)
+    return da.concatenate(
+        [da.from_delayed(x, shape, dtype) for x, shape in zip(pieces, shapes, strict=True)]
+    )
+
+
+def _read_tokens(root: Path, teacher: str, shard_id: str, name: str) -> NDArray[Any]:
+    return KVStore.open(root).token_array(teacher, shard_id, name)
 
 
 def _read_chunk(

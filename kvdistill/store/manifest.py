@@ -30,6 +30,8 @@ MAX_LAYERS: Final = 4096
 
 MAX_SIZE: Final = 65_536
 
+MAX_VOCABULARY: Final = 2**22
+
 Axis = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 
 
@@ -190,6 +192,10 @@ class TeacherManifest(Document):
     has_hidden_at_cue: bool = False
     has_summaries: bool = False
     """Shards hold ``hidden_summary``: every sample's mean and first hidden state."""
+    has_confidence: bool = False
+    """Shards hold ``nll`` and ``entropy`` of every token."""
+    num_logits: int = Field(0, ge=0, le=MAX_VOCABULARY)
+    """Most likely tokens that shards hold in place of every token (``top_ids``)."""
     parts: tuple[str, ...] | None = None
     """If only texts with these task tags were read; others are stored without tokens."""
     own_text: bool = False

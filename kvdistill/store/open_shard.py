@@ -26,6 +26,7 @@ from kvdistill.store.commit import REMEDY, checked_bytes
 from kvdistill.store.format import (
     TEXTS,
     TOKEN_COLUMNS,
+    UNPREDICTED,
     ArraySpec,
     Counts,
     common_group,
@@ -163,7 +164,7 @@ class OpenedShard:
         return f"{group_prefix(self.manifest, common_group(self.manifest, layers))}{kind}"
 
     def _names(self, kinds: Sequence[Kind]) -> list[str]:
-        """Arrays that ``read`` returns: parts of the kinds, importance, kept, hidden states."""
+        """Arrays that ``read`` returns: parts of the kinds, importance, kept and others."""
         stems = [group_prefix(self.manifest, i) for i in range(len(self.manifest.groups))]
         names = [
             part_name(f"{stem}{kind}", part.suffix)
@@ -172,7 +173,11 @@ class OpenedShard:
             for part in CODECS[getattr(self.manifest.codec, kind)].parts(kind)
         ]
         names += [f"{stem}{name}" for stem in stems for name in ("importance", "kept")]
-        names += [name for name, spec in self.specs.items() if "sample" in spec.axes]
+        names += [
+            name
+            for name, spec in self.specs.items()
+            if "sample" in spec.axes or UNPREDICTED in spec.attributes
+        ]
         return [name for name in names if name in self.specs]
 
 

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from weakref import WeakSet
 
 import numpy as np
@@ -265,6 +265,10 @@ class KVStore:
     def token_table(self, teacher: str, shard_id: str) -> TokenTable:
         """The token table of a shard, without its keys and values."""
         return self._opened(teacher, shard_id).token_table()
+
+    def token_array(self, teacher: str, shard_id: str, name: str) -> NDArray[Any]:
+        """One array of a shard by token, as stored: ``[T]`` or ``[T, …]``, such as ``nll``."""
+        return self._opened(teacher, shard_id).data.read(name)
 
     def read_decoded(
         self,

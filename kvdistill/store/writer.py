@@ -27,6 +27,7 @@ from kvdistill.store.format import (
     TEACHER,
     TEXTS,
     TOKEN_COLUMNS,
+    UNPREDICTED,
     ArraySpec,
     Counts,
     StorePaths,
@@ -234,21 +235,27 @@ def check_finite(array: np.ndarray, spec: ArraySpec, tokens: TokenTable, where: 
         finite = (array & exponent) != exponent
     elif array.dtype.kind == "f":
         finite = np.isfinite(array)
+        if UNPREDICTED in spec.attributes:
+            ptr = tokens.sample_ptr
+            finite[ptr[:-1][np.diff(ptr) > 0]] = True
     else:
         return
     if finite.all():
         return
     first = tuple(int(i) for i in np.unravel_index(int(np.argmin(finite)), array.shape))
-    if spec.group is None:
-        place = ", ".join(f"{axis} {i}" for axis, i in zip(spec.axes, first, strict=True))
-    else:
-        ptr = block_ptr(tokens.sample_ptr) if spec.axes[2] == "block" else tokens.sample_ptr
-        sample_idx = int(np.searchsorted(ptr, first[2], side="right")) - 1
-        place = (
-            f"layer {spec.group.layers[first[0]]}, head {first[1]}, "
-            f"sample {tokens.sample_ids[sample_idx]!r}"
-        )
+    place = ", ".join(_axis_name(spec, axis, first[axis], tokens) for axis in range(len(first)))
     raise NonFiniteError(
         f"{where}: {spec.name} is not finite, or beyond fp16's range, at {place}; check the "
         "teacher's dtype, or store with codec bf16"
     )
+
+
+def _axis_name(spec: ArraySpec, axis: int, i: int, tokens: TokenTable) -> str:
+    name = spec.axes[axis]
+    if name == "layer" and spec.group is not None:
+        return f"layer {spec.group.layers[i]}"
+    if name not in ("token", "block"):
+        return f"{name} {i}"
+    ptr = block_ptr(tokens.sample_ptr) if name == "block" else tokens.sample_ptr
+    sample_idx = int(np.searchsorted(ptr, i, side="right")) - 1
+    return f"sample {tokens.sample_ids[sample_idx]!r}"

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedTokenizerFast,
+)
 
 TEXTS = [
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many in May.",
@@ -33,7 +39,9 @@ def tiny_model(model_type: str, seed: int = 0, head: bool = False, **options: An
     """A random base model, or one with a language-model head, in eval mode."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **options)
-    kind = AutoModelForCausalLM if head else AutoModel
+    kind = AutoModel
+    if head:
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = kind.from_config(config, dtype=torch.float32).eval()
     return model.requires_grad_(False)
 

@@ -14,7 +14,7 @@ from kvdistill.corpus.samples import Sample, Shard, cut_into_shards
 from kvdistill.store.channel_statistics import ChannelStatistics
 from kvdistill.store.codecs import CODECS
 from kvdistill.store.codecs.parts import part_name
-from kvdistill.store.format import group_prefix
+from kvdistill.store.format import UNPREDICTED, Counts, group_prefix, shard_arrays
 from kvdistill.store.manifest import TeacherManifest
 from kvdistill.store.reader import KVStore
 from kvdistill.store.shard import EncodedShard, TokenTable
@@ -105,6 +105,13 @@ def make_shard(
     if teacher.has_summaries:
         shape = (2, len(lengths), teacher.hidden_size)
         arrays["hidden_summary"] = torch.randn(*shape, generator=generator).numpy()
+    counts = Counts(table.num_samples, num_tokens, table.num_blocks)
+    for name, spec in shard_arrays(teacher, counts).items():
+        if UNPREDICTED in spec.attributes:
+            predicted = torch.rand(spec.shape, generator=generator).mul(9).numpy()
+            predicted = predicted.astype(spec.dtype)
+            predicted[ptr[:-1][np.diff(ptr) > 0]] = float(spec.attributes[UNPREDICTED])
+            arrays[name] = predicted
     texts = None
     if teacher.own_text:
         texts = tuple(Sample(i, (("text", "own\n\u2028text" * 20),)) for i in sample_ids)

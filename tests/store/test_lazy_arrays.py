@@ -49,8 +49,13 @@ def test_dask_is_all_shards_in_order(tmp_path: Path, build: Any, backend: str) -
 
 
 def test_xarray_names_every_dimension(tmp_path: Path, build: Any) -> None:
-    store, made = build.store(tmp_path / "store", build.teacher(has_importance=True))
+    predicted = {"has_confidence": True, "num_logits": 2}
+    store, made = build.store(tmp_path / "store", build.teacher(has_importance=True, **predicted))
     data = dataset(store, "tiny")
+    assert data["top_ids"].dims == ("token", "rank")
+    for name in ("nll", "entropy", "top_ids", "top_logprobs", "rest_logprob"):
+        stored = np.concatenate([m.shard.arrays[name] for m in made.values()])
+        np.testing.assert_array_equal(data[name].values, stored)
     assert data["key"].dims == ("layer", "head", "token", "key_dim")
     assert data["value"].sizes["value_dim"] == 4
     assert data["layer"].values.tolist() == [0, 1, 3]

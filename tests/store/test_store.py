@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,8 @@ def teacher(request: pytest.FixtureRequest, build: Any, backend: str) -> Any:
         return build.teacher(
             backend=backend, groups=build.two_groups, codec={"key": "bf16", "value": "fp16"}
         )
-    return build.teacher(
-        backend=backend, has_importance=True, has_hidden_at_cue=True, own_text=True
-    )
+    stored = {"has_importance": True, "has_hidden_at_cue": True, "has_confidence": True}
+    return build.teacher(backend=backend, own_text=True, num_logits=3, **stored)
 
 
 def test_what_went_in_comes_out(tmp_path: Any, build: Any, teacher: Any) -> None:
@@ -255,6 +255,21 @@ def test_non_finite_values_are_refused_by_layer_and_head(
         with pytest.raises(NonFiniteError, match=f"{kind}.* layer 1, head 0, sample 's2'"):
             publish_shard(store, "tiny", "00000", poisoned, one.statistics)
     assert store.missing("tiny") == ["00000"]
+
+
+@pytest.mark.parametrize(("token", "refused"), [(0, False), (130, False), (129, True)])
+def test_only_the_first_token_of_a_sample_may_have_no_prediction(
+    tmp_path: Any, build: Any, token: int, refused: bool
+) -> None:
+    store = create(tmp_path / "store", build.corpus(1))
+    teacher = add_teacher(store, build.teacher(has_confidence=True, num_logits=2))
+    one = build.shard(teacher, ["s0", "s1", "s2"], build.lengths)
+    one.shard.arrays["top_logprobs"][token, 1] = np.nan
+    with pytest.raises(NonFiniteError, match="sample 's0', rank 1") if refused else nullcontext():
+        publish_shard(store, "tiny", "00000", one.shard, one.statistics)
+        np.testing.assert_array_equal(
+            store.token_array("tiny", "00000", "top_ids"), one.shard.arrays["top_ids"]
+        )
 
 
 def test_a_shard_that_deviates_from_its_manifest_is_refused(tmp_path: Any, build: Any) -> None:
