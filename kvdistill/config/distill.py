@@ -91,6 +91,9 @@ class ProjectionConfig(Section):
     others."""
     mlp_ratio: PositiveFloat = 0.5
     """Hidden width of the bottleneck over the geometric mean of its input and output width."""
+    hidden: NonNegative = 0
+    """Width of a hidden layer in heads of `student_to_teacher`, beside the linear map; 0 for none.
+    It starts at zero, so heads start linear."""
     pilot_batches: Positive = 8
     """Batches of 8 texts from which `init: pca`, `init: ridge` and `alignment.layers: cka` are
     computed. Every fourth text is held out from the fit, to choose the ridge penalty and to report
@@ -127,6 +130,42 @@ class ProjectionConfig(Section):
             raise ValueError("init pca does not fit mode shared_space; use ridge")
         if self.mode == "frozen" and self.method == "bottleneck":
             raise ValueError("a frozen bottleneck would stay random; use linear or full")
+        if self.hidden and self.mode != "student_to_teacher":
+            raise ValueError(
+                f"`hidden` belongs to heads of mode student_to_teacher, got mode {self.mode}; set "
+                "it to 0, or use method bottleneck"
+            )
+        return self
+
+
+class BalanceConfig(Section):
+    """How strongly each teacher moves the student's keys and values.
+
+    In projection mode `student_to_teacher`, where every teacher has an error of its own.
+    """
+
+    method: Literal["none", "explained", "gradnorm", "pcgrad"] = "none"
+    """`explained`: in proportion to the variance that a teacher's regression explains. `gradnorm`:
+    gradients of equal norm. `pcgrad`: gradients that conflict in a sample are projected off each
+    other."""
+    momentum: DropoutRate = 0.9
+    """Momentum of the running sums over steps that `explained` and `gradnorm` measure with."""
+    factors: dict[str, NonNegativeFloat] = {}
+    """Constant factor by teacher, on top of `method`; 1 for teachers that are not listed."""
+    spans: dict[str, tuple[Fraction, Fraction]] = {}
+    """Part of the training in which a teacher moves the student, as fractions from start to end: a
+    curriculum, such as `{minilm: [0, 0.4], smollm2: [0.4, 1]}`; all of it for others."""
+
+    @property
+    def active(self) -> bool:
+        """Whether gradients are anything but added up."""
+        return self.method != "none" or bool(self.factors) or bool(self.spans)
+
+    @model_validator(mode="after")
+    def _spans_are_not_empty(self) -> Self:
+        for name, (start, end) in self.spans.items():
+            if start >= end:
+                raise ValueError(f"spans.{name}: expected start < end, got [{start:g}, {end:g}]")
         return self
 
 
@@ -162,6 +201,8 @@ class FusionConfig(Section):
     """Whether `losses.entropy` rewards high (`diverse`) or low (`specialized`) router entropy."""
     teacher_dropout: DropoutRate = 0.0
     """Probability of dropping a teacher for a sample."""
+    balance: BalanceConfig = BalanceConfig()
+    """A balance between teachers, of which one may crowd out the others."""
 
     @property
     def learns(self) -> bool:

@@ -143,6 +143,20 @@ def _check_fusion(experiment: Experiment) -> None:
             "fusion.method similarity compares hidden states that extraction must store; set "
             "extraction.summaries: true and extract under new teacher names"
         )
+    balanced = fusion.balance
+    for name, given in (("factors", balanced.factors), ("spans", balanced.spans)):
+        if unknown := sorted(set(given) - set(experiment.teachers)):
+            raise ValueError(
+                f"fusion.balance.{name} names {unknown}, but the teachers are "
+                f"{sorted(experiment.teachers)}"
+            )
+    others = [name for name in ("cosine", "relation") if getattr(losses, name)]
+    if balanced.active and (others or experiment.projection.mode != "student_to_teacher"):
+        raise ValueError(
+            "fusion.balance acts on losses.key and losses.value in projection.mode "
+            f"student_to_teacher, got {f'losses.{others[0]}' if others else 'another mode'}; "
+            "leave one of them out"
+        )
     if losses.entropy and not fusion.learns:
         raise ValueError(
             f"losses.entropy regularises a learned router, but fusion.method is {fusion.method}; "

@@ -279,7 +279,8 @@ class Distiller(nn.Module):
             for _, weight_BLT, target in self.compared(kind, targets, alpha, fused.get(kind))
         ]
         errors = [parts[kind] for kind in kinds if kind in parts]
-        return parts, kv_figures(compared, alpha, errors, counts["num_served"], self.losses)
+        shown = kv_figures(compared, alpha, errors, counts["num_served"], self.losses)
+        return parts, shown | self.weigh.balance.figures()
 
     def _entropy(self, mixture: ServedWeights, counts: Counts) -> Tensor:
         """Mean entropy of the router where it has a choice, before dropout takes it away."""
@@ -346,12 +347,10 @@ class Distiller(nn.Module):
         for kind in KINDS:
             if not self.losses.weights()[kind]:
                 continue
-            regressions = []
-            of_kind = zip(self.heads_of(kind), rows[kind], alpha_NBLT, strict=True)
-            for head, groups, alpha_BLT in of_kind:
-                regressions += head.regressions(groups, alpha_BLT)
-            ours = self.regressed(output, kind)
-            sums[kind] = regression_error(ours, regressions, self.losses.distance)
+            heads = enumerate(zip(self.heads_of(kind), rows[kind], alpha_NBLT, strict=True))
+            regressions = [x for i, (head, *own) in heads for x in head.regressions(*own, i)]
+            ours, balancing = self.regressed(output, kind), self.weigh.balance.balancing(kind)
+            sums[kind] = regression_error(ours, regressions, self.losses.distance, balancing)
         return sums
 
     def kv_errors(

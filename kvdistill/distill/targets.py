@@ -249,7 +249,8 @@ class TeacherHead(nn.Module):
         for group in space.groups:
             num_layers, shape = len(group.student_layers), group.shapes[kind]
             if projection.mode == "student_to_teacher":
-                self.regress.append(StudentToTeacher(num_layers, student, shape))
+                head = StudentToTeacher(num_layers, student, shape, projection.hidden)
+                self.regress.append(head)
             if projects:
                 self.project.append(make_projection(projection, num_layers, shape, student))
         if projection.mode == "frozen":
@@ -274,16 +275,27 @@ class TeacherHead(nn.Module):
         """One group's stored keys or values ``[B, L, H, T, D]`` float32, not standardised."""
         return self.codec.decode(parts[group.prefix], self.kind)
 
-    def regressions(self, targets: Sequence[TargetOf], alpha_BLT: Tensor) -> list[Regression]:
+    def regressions(
+        self, targets: Sequence[TargetOf], alpha_BLT: Tensor, teacher: int = 0
+    ) -> list[Regression]:
         """The terms of ``losses.regression_error``, one per group.
 
         Args:
             targets: per group, the target of a row of its student layers.
             alpha_BLT: this teacher's fusion weights, 0 where it does not count; L may be 1.
+            teacher: its position among the teachers.
         """
         regress: Any = self.regress
         return [
-            Regression(maps.weight_LIO, maps.bias_LO, group.student_layers, target, alpha_BLT)
+            Regression(
+                maps.weight_LIO,
+                maps.bias_LO,
+                group.student_layers,
+                target,
+                alpha_BLT,
+                teacher,
+                tuple(maps.hidden.values()),
+            )
             for maps, group, target in zip(regress, self.groups, targets, strict=True)
         ]
 

@@ -33,6 +33,17 @@ def test_commented_template_is_valid_and_round_trips(tmp_path: Path) -> None:
         ({"student__model": "gpt2"}, ["student", "exactly one"]),
         ({"fusion__weights": {"smollm2": 1.0, "gpt4": 1.0}}, ["gpt4", "minilm"]),
         ({"fusion__weights": {"smollm2": 1.0}}, ["no weight", "minilm"]),
+        ({"fusion__balance": {"factors": {"gpt4": 1.0}}}, ["balance.factors", "gpt4", "minilm"]),
+        ({"fusion__balance": {"spans": {"minilm": [0.5, 0.5]}}}, ["spans.minilm", "start < end"]),
+        (
+            {"fusion__balance": {"method": "pcgrad"}, "losses__cosine": 1},
+            ["fusion.balance", "losses.cosine", "leave"],
+        ),
+        (
+            {"fusion__balance": {"spans": {"minilm": [0, 1]}}, "projection__mode": "frozen"},
+            ["fusion.balance", "student_to_teacher", "another mode"],
+        ),
+        ({"projection": {"mode": "frozen", "hidden": 8}}, ["hidden", "frozen", "bottleneck"]),
         ({"fusion__weights": {"smollm2": 0, "minilm": 0}}, ["fusion.weights", "0"]),
         ({"teachers": {}}, ["at least one teacher"]),
         ({"name": "../escape"}, ["name"]),

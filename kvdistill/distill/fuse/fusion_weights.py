@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kvdistill.config.distill import FusionConfig
 from kvdistill.distill.data.collate import Batch
+from kvdistill.distill.fuse.balance import TeacherBalance
 from kvdistill.distill.fuse.router import Router
 from kvdistill.distill.fuse.weights import ServedWeights, fixed_weights
 from kvdistill.distill.targets import TeacherSpace
@@ -39,6 +40,7 @@ class FusionWeights(nn.Module):
         super().__init__()
         self.config = config
         self.names = [teacher.name for teacher in teachers]
+        self.balance = TeacherBalance(config.balance, self.names, num_layers)
         self.routing = True
         """False while a router warms up: its weights are then uniform."""
         self.router: Router | None = None

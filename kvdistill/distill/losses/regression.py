@@ -1,6 +1,8 @@
 """The error of regressing the student's KV onto teachers, with its gradients, in one pass.
 
-    loss = Σ_tokens  1/L Σ_layers  Σ_teachers  α · 1/(H·D) ‖ x W + b − y ‖²
+    loss = Σ_tokens  1/L Σ_layers  Σ_teachers  α · 1/(H·D) ‖ x W + b + relu(x U + c) V − y ‖²
+
+``U``, ``c`` and ``V`` are those of a head with a hidden layer; most heads have none.
 
 Written as a prediction, a difference, a norm and their backward passes, this moves several float32
 copies of every teacher's KV through memory. Here each layer's residual is computed, measured and
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kvdistill.distill.fuse.balance import Balancing
 from kvdistill.types import Distance
 
 
@@ -35,11 +38,23 @@ class Regression:
     alpha_BLT: Tensor
     """Weight and mask in one: how much each token counts in each student layer, 0 where it does
     not; L may be 1."""
+    teacher: int = 0
+    """Whose it is, for a balance; of one teacher's regressions one at most serves a layer."""
+    hidden: tuple[Tensor, ...] = ()
+    """``U [L, I, M]``, ``c [L, M]`` and ``V [L, M, O]``, where there is a hidden layer."""
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """What has a gradient beside the student."""
+        return self.weight_LIO, self.bias_LO, self.alpha_BLT, *self.hidden
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def regression_error(
-    student_BLHTD: Tensor, regressions: Sequence[Regression], distance: Distance = "mse"
+    student_BLHTD: Tensor,
+    regressions: Sequence[Regression],
+    distance: Distance = "mse",
+    balancing: Balancing | None = None,
 ) -> Tensor:
     """Sum over tokens of the α-weighted error, the mean over student layers: a float32 scalar.
 
@@ -51,10 +66,12 @@ def regression_error(
         student_BLHTD: the student's keys or values.
         regressions: of all teachers; any number of them may serve a layer.
         distance: ``mse`` or ``smooth_l1``.
+        balancing: combines the teachers' gradients at the student, in place of their sum. Neither
+            the error nor the gradients of maps and α depend on it.
     """
-    parameters = [x for r in regressions for x in (r.weight_LIO, r.bias_LO, r.alpha_BLT)]
+    parameters = [x for r in regressions for x in r.parameters]
     error: Tensor = _FusedRegression.apply(  # type: ignore[no-untyped-call]
-        student_BLHTD, tuple(regressions), distance, *parameters
+        student_BLHTD, tuple(regressions), distance, balancing, *parameters
     )
     return error
 
@@ -68,12 +85,13 @@ class _FusedRegression(torch.autograd.Function):
         student: Tensor,
         regressions: tuple[Regression, ...],
         distance: Distance,
+        balancing: Balancing | None,
         *parameters: Tensor,
     ) -> Tensor:
         device = student.device.type
         mixed = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if mixed else student.dtype
-        terms = [_Term(regression, distance, dtype) for regression in regressions]
+        terms = [_Term(regression, distance, dtype, balancing) for regression in regressions]
         b, num_layers, heads, t, dim = student.shape
         differentiates = any(ctx.needs_input_grad)
         exact = torch.promote_types(student.dtype, torch.float32)
@@ -83,11 +101,15 @@ class _FusedRegression(torch.autograd.Function):
             for layer in range(num_layers):
                 x_BTI = student[:, layer].transpose(1, 2).reshape(b, t, heads * dim)
                 grad_NI = student.new_zeros(b * t, heads * dim, dtype=exact)
+                apart: dict[int, Tensor] = {}
                 for term in terms:
                     if layer in term.rows:
-                        total += term.add(
-                            layer, x_BTI, grad_NI if differentiates else None, num_layers
-                        )
+                        into = grad_NI if differentiates else None
+                        if balancing is not None and differentiates:
+                            into = apart[term.teacher] = torch.zeros_like(grad_NI)
+                        total += term.add(layer, x_BTI, into, num_layers)
+                if balancing is not None and apart:
+                    grad_NI = balancing.combine(layer, apart, b)
                 gradient[:, layer] = grad_NI.view(b, t, heads, dim).transpose(1, 2)
         ctx.save_for_backward(gradient, *(x for term in terms for x in term.gradients))
         return total
@@ -95,40 +117,50 @@ class _FusedRegression(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        first, _, _, *others = ctx.needs_input_grad  # regressions and distance are no tensors
+        first, _, _, _, *others = ctx.needs_input_grad  # three arguments are no tensors
         student, *parameters = (
             upstream * x if wanted else None
             for x, wanted in zip(ctx.saved_tensors, [first, *others], strict=True)
         )
-        return student, None, None, *parameters
+        return student, None, None, None, *parameters
 
 
 class _Term:
     """One regression, and its gradients for an upstream gradient of 1, filled layer by layer."""
 
-    def __init__(self, regression: Regression, distance: Distance, dtype: torch.dtype) -> None:
-        self._of, self._distance = regression, distance
+    def __init__(
+        self,
+        regression: Regression,
+        distance: Distance,
+        dtype: torch.dtype,
+        balancing: Balancing | None,
+    ) -> None:
+        self._of, self._distance, self._balancing = regression, distance, balancing
+        self.teacher = regression.teacher
         self.rows = {layer: row for row, layer in enumerate(regression.student_layers)}
         self._weight_LIO = regression.weight_LIO.to(dtype)
         self._bias_LO = regression.bias_LO.to(dtype)
+        self._hidden = [x.to(dtype) for x in regression.hidden]
         self._exact = torch.promote_types(dtype, torch.float32)
-        self.gradients = [
-            torch.zeros_like(x, dtype=self._exact)
-            for x in (regression.weight_LIO, regression.bias_LO, regression.alpha_BLT)
-        ]
+        self.gradients = [torch.zeros_like(x, dtype=self._exact) for x in regression.parameters]
 
     def add(
         self, layer: int, student_BTI: Tensor, grad_NI: Tensor | None, num_layers: int
     ) -> Tensor:
         """The error of one student layer; its gradient is added to ``grad_NI`` if there is one."""
-        weight_grad, bias_grad, alpha_grad = self.gradients
+        weight_grad, bias_grad, alpha_grad, *hidden_grads = self.gradients
         row, alpha_row = self.rows[layer], layer if alpha_grad.shape[1] > 1 else 0
         x_NI = student_BTI.flatten(0, 1).to(self._weight_LIO.dtype)
-        residual = self._residual(row, x_NI)
+        inner_NM = self._inner(row, x_NI)
+        target_BHTD = self._of.target(row)
+        residual = self._residual(row, x_NI, inner_NM, target_BHTD)
         share = 1 / (residual.shape[1] * num_layers)
         alpha = self._of.alpha_BLT[:, alpha_row].reshape(-1, 1).to(residual.dtype)
         error_N = share * _token_error(residual, self._distance)
         if grad_NI is not None:
+            if self._balancing is not None:
+                place = layer, self.teacher
+                self._balancing.measure(*place, alpha.squeeze(1), residual, target_BHTD)
             alpha_grad[:, alpha_row] += error_N.view(student_BTI.shape[:2])
             if self._distance == "mse":
                 slope, scale = residual.mul_(alpha), 2 * share
@@ -137,13 +169,30 @@ class _Term:
             bias_grad[row] = scale * slope.sum(0)
             _add_product(weight_grad[row], x_NI.T, slope, scale)
             _add_product(grad_NI, slope, self._weight_LIO[row].T, scale)
+            if inner_NM is not None:
+                up, _, down = self._hidden
+                back_NM = (slope.to(inner_NM.dtype) @ down[row].T).masked_fill_(inner_NM <= 0, 0)
+                _add_product(hidden_grads[0][row], x_NI.T, back_NM, scale)
+                hidden_grads[1][row] = scale * back_NM.sum(0)
+                _add_product(hidden_grads[2][row], inner_NM.T, slope, scale)
+                _add_product(grad_NI, back_NM, up[row].T, scale)
         return torch.dot(error_N, alpha.squeeze(1))
 
-    def _residual(self, row: int, x_NI: Tensor) -> Tensor:
-        """``x W + b − y`` of one layer, ``[N, O]`` in at least float32."""
-        target_BHTD = self._of.target(row)
+    def _inner(self, row: int, x_NI: Tensor) -> Tensor | None:
+        """``relu(x U + c)`` of one layer, ``[N, M]``; None without a hidden layer."""
+        if not self._hidden:
+            return None
+        up, bias, _ = self._hidden
+        return torch.addmm(bias[row], x_NI, up[row]).relu_()
+
+    def _residual(
+        self, row: int, x_NI: Tensor, inner_NM: Tensor | None, target_BHTD: Tensor
+    ) -> Tensor:
+        """``x W + b + inner V − y`` of one layer, ``[N, O]`` in at least float32."""
         samples, heads, tokens, dim = target_BHTD.shape
         residual = torch.addmm(self._bias_LO[row], x_NI, self._weight_LIO[row]).to(self._exact)
+        if inner_NM is not None:
+            _add_product(residual, inner_NM, self._hidden[2][row], 1.0)
         residual.view(samples, tokens, heads, dim).sub_(target_BHTD.transpose(1, 2))
         return residual
 

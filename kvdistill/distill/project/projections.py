@@ -4,7 +4,7 @@
     LinearProjection      teacher → student                head dim, then heads: two small matrices
     FullProjection        teacher → student                one joint matrix over heads and channels
     BottleneckProjection  teacher → student                linear, GELU, linear
-    StudentToTeacher      student → teacher                one joint matrix
+    StudentToTeacher      student → teacher                one joint matrix, plus an MLP if wanted
     SpaceAdapter          any model → shared space → back  two joint matrices
 
 Parameter suffixes: L layers; H, D source heads and head dim; G, E target heads and head dim;
@@ -136,12 +136,33 @@ class StudentToTeacher(JointMap):
 
     The target is the teacher's standardised KV and holds no parameter: it cannot move towards the
     student, and a constant student scores exactly its variance, 1 (FitNets, arXiv 1412.6550).
+
+    With a ``num_hidden`` above 0, ``relu(x U + c) V`` of that width is added: what several teachers
+    hold need not be linear in the student's KV. ``V`` starts at zero, so a head starts linear, from
+    its closed form where it has one.
     """
 
-    def __init__(self, num_layers: int, source: HeadShape, target: HeadShape) -> None:
+    def __init__(
+        self, num_layers: int, source: HeadShape, target: HeadShape, num_hidden: int = 0
+    ) -> None:
         bound = 1 / math.sqrt(source.width)  # as nn.Linear initialises its own
         weight = torch.empty(num_layers, source.width, target.width).uniform_(-bound, bound)
         super().__init__(weight, source, target)
+        self.hidden = nn.ParameterDict()
+        if num_hidden:
+            up = [orthogonal(source.width, num_hidden) for _ in range(num_layers)]
+            self.hidden["up"] = torch.stack(up)
+            self.hidden["bias"] = torch.zeros(num_layers, num_hidden)
+            self.hidden["down"] = torch.zeros(num_layers, num_hidden, target.width)
+
+    def forward(self, x_BLHTD: Tensor) -> Tensor:
+        """As ``JointMap.forward``."""
+        out = super().forward(x_BLHTD)
+        if not len(self.hidden):
+            return out
+        up_LIM, bias_LM, down_LMO = self.hidden.values()
+        inner = layerwise(x_BLHTD, up_LIM, bias_LM, HeadShape(1, up_LIM.shape[2])).relu()
+        return out + layerwise(inner, down_LMO, torch.zeros_like(self.bias_LO), self.target)
 
 
 class BottleneckProjection(nn.Module):

@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -191,6 +192,7 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
         if self.model.training and self.stream.collate.teachers:
             distiller = self.distiller
             distiller.weigh.routing = self.state.global_step >= self.experiment.fusion.warmup_steps
+            distiller.weigh.balance.progress = self.state.global_step / self.state.max_steps
             distiller.kv_scale = annealed_scale(
                 self.state.global_step, self.state.max_steps, self.experiment.losses.anneal_by
             )
@@ -288,6 +290,9 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
             may_overflow=self.args.fp16,  # its scaler skips steps with infinite gradients itself
         )
         self.stop.agreed |= report.stop
+        if self.stream.collate.teachers:
+            reduce = partial(self.accelerator.reduce, reduction="sum")
+            self.distiller.weigh.balance.end_step(reduce)
         for name, value in report.parts.items():
             self._parts[name] = self._parts.get(name, 0.0) + value
         if report.spike and self.experiment.training.skip_spikes:

@@ -12,12 +12,13 @@ STUDENT, TEACHERS = HeadShape(2, 4), (HeadShape(3, 5), HeadShape(1, 6))
 SAMPLES, LAYERS, TOKENS = 3, 4, 7
 
 
-def setting(dtype=torch.float64, by_layer=False):
+def setting(dtype=torch.float64, by_layer=False, num_hidden=0):
     torch.manual_seed(0)
     student = torch.randn(SAMPLES, LAYERS, 2, TOKENS, 4, dtype=dtype, requires_grad=True)
-    maps = [StudentToTeacher(LAYERS, STUDENT, shape).to(dtype) for shape in TEACHERS]
+    maps = [StudentToTeacher(LAYERS, STUDENT, shape, num_hidden).to(dtype) for shape in TEACHERS]
     for one in maps:
-        torch.nn.init.normal_(one.bias_LO)
+        for parameter in (one.bias_LO, *(one.hidden[name] for name in one.hidden if name != "up")):
+            torch.nn.init.normal_(parameter)
     targets = [torch.randn(SAMPLES, LAYERS, h, TOKENS, d, dtype=dtype) for h, d in TEACHERS]
     alpha = torch.rand(2, SAMPLES, LAYERS if by_layer else 1, TOKENS, dtype=dtype)
     alpha[:, 1, :, 4:] = 0  # tokens that no teacher covers
@@ -27,8 +28,8 @@ def setting(dtype=torch.float64, by_layer=False):
 def regressions(maps, targets, alpha, layers=tuple(range(LAYERS))):
     rows = [lambda row, x=x: x[:, row] for x in targets]
     return [
-        Regression(m.weight_LIO, m.bias_LO, layers, row, a)
-        for m, row, a in zip(maps, rows, alpha, strict=True)
+        Regression(m.weight_LIO, m.bias_LO, layers, row, a, i, tuple(m.hidden.values()))
+        for i, (m, row, a) in enumerate(zip(maps, rows, alpha, strict=True))
     ]
 
 
@@ -49,9 +50,10 @@ def reference(student, maps, targets, alpha, distance):
 
 @pytest.mark.parametrize("distance", ["mse", "smooth_l1"])
 @pytest.mark.parametrize("by_layer", [False, True])
+@pytest.mark.parametrize("num_hidden", [0, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equals_prediction_and_difference(dtype, by_layer, distance):
-    student, maps, targets, alpha = setting(dtype, by_layer)
+def test_equals_prediction_and_difference(dtype, num_hidden, by_layer, distance):
+    student, maps, targets, alpha = setting(dtype, by_layer, num_hidden)
     leaves = [student, alpha, *(p for one in maps for p in one.parameters())]
     mine = 3 * regression_error(student, regressions(maps, targets, alpha), distance)
     theirs = 3 * reference(student, maps, targets, alpha, distance)
@@ -104,8 +106,19 @@ def test_tokens_without_weight_have_no_gradient():
     assert bool((student.grad[0] != 0).all())
 
 
-def test_autocast_multiplies_in_half_precision_and_sums_in_float32():
-    student, maps, targets, alpha = setting(torch.float32)
+def test_a_hidden_layer_starts_as_the_linear_map_and_learns():
+    student, (one, _), (target, _), alpha = setting(torch.float32, num_hidden=5)
+    torch.nn.init.zeros_(one.hidden["down"])
+    linear = StudentToTeacher(LAYERS, STUDENT, TEACHERS[0])
+    linear.load_state_dict(one.state_dict(), strict=False)
+    assert torch.equal(one(student), linear(student))
+    regression_error(student, regressions([one], [target], alpha[:1])).backward()
+    assert bool(one.hidden["down"].grad.any())
+
+
+@pytest.mark.parametrize("num_hidden", [0, 5])
+def test_autocast_multiplies_in_half_precision_and_sums_in_float32(num_hidden):
+    student, maps, targets, alpha = setting(torch.float32, num_hidden=num_hidden)
     with torch.autocast("cpu", torch.bfloat16):
         error = regression_error(student, regressions(maps, targets, alpha))
     exact = reference(student, maps, targets, alpha, "mse")
