@@ -348,7 +348,7 @@ class Distiller(nn.Module):
             if not self.losses.weights()[kind]:
                 continue
             heads = enumerate(zip(self.heads_of(kind), rows[kind], alpha_NBLT, strict=True))
-            regressions = [x for i, (head, *own) in heads for x in head.regressions(*own, i)]
+            regressions = [x for i, (h, xs, alpha) in heads for x in h.regressions(xs, alpha, i)]
             ours, balancing = self.regressed(output, kind), self.weigh.balance.balancing(kind)
             sums[kind] = regression_error(ours, regressions, self.losses.distance, balancing)
         return sums

@@ -249,8 +249,8 @@ class TeacherHead(nn.Module):
         for group in space.groups:
             num_layers, shape = len(group.student_layers), group.shapes[kind]
             if projection.mode == "student_to_teacher":
-                head = StudentToTeacher(num_layers, student, shape, projection.hidden)
-                self.regress.append(head)
+                maps = num_layers, student, shape, projection.hidden
+                self.regress.append(StudentToTeacher(*maps))
             if projects:
                 self.project.append(make_projection(projection, num_layers, shape, student))
         if projection.mode == "frozen":
@@ -288,16 +288,11 @@ class TeacherHead(nn.Module):
         regress: Any = self.regress
         return [
             Regression(
-                maps.weight_LIO,
-                maps.bias_LO,
-                group.student_layers,
-                target,
-                alpha_BLT,
-                teacher,
+                maps.weight_LIO, maps.bias_LO, group.student_layers, target, alpha_BLT, teacher,
                 tuple(maps.hidden.values()),
             )
             for maps, group, target in zip(regress, self.groups, targets, strict=True)
-        ]
+        ]  # fmt: skip
 
     def predictions(self, student_BLHTD: Tensor) -> list[Tensor]:
         """Per group, the student's KV mapped to the teacher's space: ``[B, L, H_t, T, D_t]``."""

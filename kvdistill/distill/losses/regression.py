@@ -91,7 +91,7 @@ class _FusedRegression(torch.autograd.Function):
         device = student.device.type
         mixed = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if mixed else student.dtype
-        terms = [_Term(regression, distance, dtype, balancing) for regression in regressions]
+        terms = [_Term(regression, distance, dtype) for regression in regressions]
         b, num_layers, heads, t, dim = student.shape
         differentiates = any(ctx.needs_input_grad)
         exact = torch.promote_types(student.dtype, torch.float32)
@@ -107,7 +107,7 @@ class _FusedRegression(torch.autograd.Function):
                         into = grad_NI if differentiates else None
                         if balancing is not None and differentiates:
                             into = apart[term.teacher] = torch.zeros_like(grad_NI)
-                        total += term.add(layer, x_BTI, into, num_layers)
+                        total += term.add(layer, x_BTI, into, num_layers, balancing)
                 if balancing is not None and apart:
                     grad_NI = balancing.combine(layer, apart, b)
                 gradient[:, layer] = grad_NI.view(b, t, heads, dim).transpose(1, 2)
@@ -128,15 +128,8 @@ class _FusedRegression(torch.autograd.Function):
 class _Term:
     """One regression, and its gradients for an upstream gradient of 1, filled layer by layer."""
 
-    def __init__(
-        self,
-        regression: Regression,
-        distance: Distance,
-        dtype: torch.dtype,
-        balancing: Balancing | None,
-    ) -> None:
-        self._of, self._distance, self._balancing = regression, distance, balancing
-        self.teacher = regression.teacher
+    def __init__(self, regression: Regression, distance: Distance, dtype: torch.dtype) -> None:
+        self._of, self._distance, self.teacher = regression, distance, regression.teacher
         self.rows = {layer: row for row, layer in enumerate(regression.student_layers)}
         self._weight_LIO = regression.weight_LIO.to(dtype)
         self._bias_LO = regression.bias_LO.to(dtype)
@@ -145,22 +138,25 @@ class _Term:
         self.gradients = [torch.zeros_like(x, dtype=self._exact) for x in regression.parameters]
 
     def add(
-        self, layer: int, student_BTI: Tensor, grad_NI: Tensor | None, num_layers: int
+        self,
+        layer: int,
+        student_BTI: Tensor,
+        grad_NI: Tensor | None,
+        num_layers: int,
+        balancing: Balancing | None,
     ) -> Tensor:
         """The error of one student layer; its gradient is added to ``grad_NI`` if there is one."""
         weight_grad, bias_grad, alpha_grad, *hidden_grads = self.gradients
         row, alpha_row = self.rows[layer], layer if alpha_grad.shape[1] > 1 else 0
         x_NI = student_BTI.flatten(0, 1).to(self._weight_LIO.dtype)
-        inner_NM = self._inner(row, x_NI)
-        target_BHTD = self._of.target(row)
+        inner_NM, target_BHTD = self._inner(row, x_NI), self._of.target(row)
         residual = self._residual(row, x_NI, inner_NM, target_BHTD)
         share = 1 / (residual.shape[1] * num_layers)
         alpha = self._of.alpha_BLT[:, alpha_row].reshape(-1, 1).to(residual.dtype)
         error_N = share * _token_error(residual, self._distance)
         if grad_NI is not None:
-            if self._balancing is not None:
-                place = layer, self.teacher
-                self._balancing.measure(*place, alpha.squeeze(1), residual, target_BHTD)
+            if balancing is not None:
+                balancing.measure(layer, self.teacher, alpha[:, 0], residual, target_BHTD)
             alpha_grad[:, alpha_row] += error_N.view(student_BTI.shape[:2])
             if self._distance == "mse":
                 slope, scale = residual.mul_(alpha), 2 * share
