@@ -23,7 +23,7 @@ from kvdistill.attention.padded_generation import end_token_ids, generate_padded
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.evaluate.answers import Answer, ExactMatch, grade, is_gradable, target
 from kvdistill.distill.evaluate.over_ranks import over_ranks
-from kvdistill.distill.evaluate.perplexity import score_texts
+from kvdistill.distill.evaluate.perplexity import by_task, score_texts
 from kvdistill.distill.student.build import prompt_ids
 from kvdistill.distill.student.latent.model import LatentStudent, Think, answer
 from kvdistill.distill.student.latent.questions import question_and_answer
@@ -36,8 +36,9 @@ class HeldOut:
 
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
-    """Per sample: ``nll`` (nats), ``num_tokens``, ``num_chars`` of a text student; ``correct``,
-    ``expected``, ``predicted``, ``text``, ``num_new_tokens``, ``num_forwards`` of a graded one."""
+    """Per sample: ``nll`` (nats), ``num_tokens``, ``num_chars`` and ``task`` of a text student;
+    ``correct``, ``expected``, ``predicted``, ``text``, ``num_new_tokens``, ``num_forwards`` of a
+    graded one."""
     calibration: list[dict[str, float]] = field(default_factory=list)
     """``num_tokens``, ``confidence`` and ``accuracy`` of every non-empty bin."""
 
@@ -64,7 +65,9 @@ def score_held_out(
         max_new_tokens: token budget of a rationale and an answer.
     """
     scores = score_texts(student, tokenizer, samples, max_length=max_length, batch_size=batch_size)
-    metrics, rows = scores.to_dict(), {row["sample_id"]: row for row in scores.rows()}
+    metrics = scores.to_dict() | by_task(scores, [sample.task for sample in samples])
+    tasks = {sample.sample_id: {"task": sample.task} for sample in samples if sample.task}
+    rows = {row["sample_id"]: row | tasks.get(row["sample_id"], {}) for row in scores.rows()}
     gradable = [sample for sample in samples if is_gradable(sample)][:answer]
     if gradable:
         answers = generate_and_grade(

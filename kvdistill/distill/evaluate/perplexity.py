@@ -65,6 +65,24 @@ class Metrics:
         return [asdict(sample) for sample in self.samples]
 
 
+def by_task(metrics: Metrics, tasks: Sequence[str | None]) -> dict[str, float]:
+    """Bits per character of every task, and their unweighted mean ``bits_per_character_macro``.
+
+    Empty for texts of one task: the mean over tasks then is the mean over texts. ``tasks`` are in
+    the order of ``metrics.samples``.
+    """
+    names = sorted({task for task in tasks if task is not None})
+    if len(names) < 2:
+        return {}
+    found = {}
+    for name in names:
+        chosen = [text for text, task in zip(metrics.samples, tasks, strict=True) if task == name]
+        nll = math.fsum(text.nll for text in chosen)
+        num_chars = sum(text.num_chars for text in chosen)
+        found[f"bits_per_character/{name}"] = nll / math.log(2) / max(num_chars, 1)
+    return found | {"bits_per_character_macro": math.fsum(found.values()) / len(found)}
+
+
 @torch.inference_mode()
 def score_texts(
     student: Any, tokenizer: Any, samples: Sequence[Sample], *, max_length: int, batch_size: int

@@ -124,6 +124,28 @@ def test_answers_are_asked_of_the_first_samples_that_have_one(student: Any, toke
     assert "exact_match" not in without.metrics
 
 
+def test_every_task_counts_alike_in_the_mean_over_tasks(student: Any, tokenizer: Any) -> None:
+    texts = ["aa bb", "one two three four five six", "seven eight"]
+    labelled = [
+        Sample(f"t{i}", (("text", text),), task)
+        for i, (text, task) in enumerate(zip(texts, ["short", "long", "long"], strict=True))
+    ]
+    found = score_held_out(student, tokenizer, labelled, max_length=64, batch_size=2)
+    bits = {
+        task: sum(by_hand(student, tokenizer, text) for text in chosen)
+        / (math.log(2) * sum(map(len, chosen)))
+        for task, chosen in {"short": texts[:1], "long": texts[1:]}.items()
+    }
+    for task, expected in bits.items():
+        assert found.metrics[f"bits_per_character/{task}"] == pytest.approx(expected, rel=1e-5)
+    mean = (bits["short"] + bits["long"]) / 2
+    assert found.metrics["bits_per_character_macro"] == pytest.approx(mean, rel=1e-5)
+    assert [row["task"] for row in found.rows] == ["short", "long", "long"]
+
+    one = score_held_out(student, tokenizer, labelled[1:], max_length=64, batch_size=2)
+    assert not any("/" in name or "macro" in name for name in one.metrics)
+
+
 class Alone(Exception):
     """Ends a rank where it would wait for the others."""
 
