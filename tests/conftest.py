@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import pytest
 from kvdistill.corpus.samples import Shard
 from kvdistill.store.manifest import TeacherManifest
 from kvdistill.store.reader import KVStore
+from tests import preloaded
 from tests.pipelines.tiny import make_extracted
 from tests.store.made import (
     LENGTHS,
@@ -24,6 +29,20 @@ from tests.store.made import (
 )
 
 ROOT = Path(__file__).parents[1]
+MEMORY_DISK = Path("/dev/shm")
+SCRATCH_BYTES = 4 << 30
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep scratch files in memory: every shard and checkpoint is flushed, which disks are slow at.
+
+    `TMPDIR`, `--basetemp` and a memory disk that is small or absent leave pytest's own choice.
+    """
+    asked = config.option.basetemp or os.environ.get("TMPDIR")
+    if asked or not MEMORY_DISK.is_dir():
+        return
+    if shutil.disk_usage(MEMORY_DISK).free >= SCRATCH_BYTES:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_DISK))
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +63,23 @@ def real_models() -> Path:
 def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Path of an experiment file whose store is complete."""
     return make_extracted(tmp_path_factory.mktemp("extracted"))
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with `python` and `kvdistill` that need not import anything: see `preloaded`."""
+    folder = tmp_path_factory.mktemp("programs")
+    address = folder / "socket"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.preloaded", str(address)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment) as server:
+        while not address.exists():
+            assert server.poll() is None
+            time.sleep(0.1)
+        preloaded.write_program(folder / "kvdistill", str(address), "-m", "kvdistill.cli")
+        preloaded.write_program(folder / "python", str(address))
+        yield folder
+        server.kill()
 
 
 @pytest.fixture

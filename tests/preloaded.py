@@ -60,6 +60,7 @@ def status(argv: list[str]) -> int:
         if kind == "-c":
             exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
         else:
+            sys.modules.pop(what, None)  # else runpy warns
             runpy.run_module(what, run_name="__main__", alter_sys=True)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)

@@ -12,8 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,6 @@ import yaml
 
 from docs.make_config_reference import reference
 from kvdistill.cli import COMMANDS
-from tests import preloaded
 from tests.slurm.experiment import CORPUS, write_models
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +28,7 @@ TINY = {"max_steps": 4, "batch_size": 2, "max_length": 48, "eval_steps": None, "
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(tmp_path_factory: pytest.TempPathFactory, programs: Path) -> Path:
     """A folder as the pages assume it, with an extracted store and a finished run."""
     folder = tmp_path_factory.mktemp("docs")
     write_models(folder / "models")
@@ -48,25 +45,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     body["student"]["architecture"] |= {"num_key_value_heads": 1, "head_dim": 8}
     body["training"] = TINY
     (folder / "experiment.yaml").write_text(yaml.safe_dump(body, sort_keys=False))
-    run(folder, Path(sys.executable).parent, "bash", "kvdistill run experiment.yaml")
+    run(folder, programs, "bash", "kvdistill run experiment.yaml")
     return folder
-
-
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with `python` and `kvdistill` that need not import anything: see `preloaded`."""
-    folder = tmp_path_factory.mktemp("programs")
-    address = folder / "socket"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.preloaded", str(address)]
-    with subprocess.Popen(command, cwd=ROOT, env=environment) as server:
-        while not address.exists():
-            assert server.poll() is None
-            time.sleep(0.1)
-        preloaded.write_program(folder / "kvdistill", str(address), "-m", "kvdistill.cli")
-        preloaded.write_program(folder / "python", str(address))
-        yield folder
-        server.kill()
 
 
 def run(folder: Path, programs: Path, language: str, code: str) -> str:

@@ -5,19 +5,30 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
-from kvdistill.cli import COMMANDS
+from kvdistill.cli import COMMANDS, cli
 
 ROOT = Path(__file__).parents[2]
 
 
-def kvdistill(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "kvdistill.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def kvdistill(programs: Path) -> Command:
+    """Run a command, in a folder."""
+
+    def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        command = [str(programs / "kvdistill"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+    return run
 
 
 def test_help_names_every_command_and_imports_nothing_heavy() -> None:
@@ -37,12 +48,14 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_every_command_has_help(name: str) -> None:
-    done = kvdistill(name, "--help")
-    assert done.returncode == 0, done.stderr
-    assert "Usage:" in done.stdout
+    done = CliRunner().invoke(cli, [name, "--help"])
+    assert done.exit_code == 0, done.stderr
+    assert f"{name} [OPTIONS]" in done.stdout
 
 
-def test_init_writes_the_defaults_of_a_pretrained_student(tmp_path: Path) -> None:
+def test_init_writes_the_defaults_of_a_pretrained_student(
+    tmp_path: Path, kvdistill: Command
+) -> None:
     from kvdistill.config.experiment import PRETRAINED
     from kvdistill.config.load import load_experiment
 
@@ -63,7 +76,7 @@ def test_init_writes_the_defaults_of_a_pretrained_student(tmp_path: Path) -> Non
     assert yaml.safe_load(shown) == experiment.model_dump(mode="json")
 
 
-def test_init_writes_a_config_that_show_accepts(tmp_path: Path) -> None:
+def test_init_writes_a_config_that_show_accepts(tmp_path: Path, kvdistill: Command) -> None:
     assert kvdistill("init", "new.yaml", cwd=tmp_path).returncode == 0
     shown = kvdistill("config", "show", "new.yaml", "--set", "seed=7", cwd=tmp_path)
     assert shown.returncode == 0
@@ -73,12 +86,14 @@ def test_init_writes_a_config_that_show_accepts(tmp_path: Path) -> None:
     assert "already exists" in again.stderr
 
 
-def test_schema_is_json() -> None:
+def test_schema_is_json(kvdistill: Command) -> None:
     schema = json.loads(kvdistill("config", "schema").stdout)
     assert "teachers" in schema["properties"]
 
 
-def test_an_error_is_one_line_and_debug_adds_the_traceback(tmp_path: Path) -> None:
+def test_an_error_is_one_line_and_debug_adds_the_traceback(
+    tmp_path: Path, kvdistill: Command
+) -> None:
     done = kvdistill("config", "show", "none.yaml", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
@@ -86,7 +101,9 @@ def test_an_error_is_one_line_and_debug_adds_the_traceback(tmp_path: Path) -> No
     assert "Traceback" in kvdistill("--debug", "config", "show", "none.yaml", cwd=tmp_path).stderr
 
 
-def test_gsm8k_export_from_a_local_copy_and_tokenizer_training(tmp_path: Path) -> None:
+def test_gsm8k_export_from_a_local_copy_and_tokenizer_training(
+    tmp_path: Path, kvdistill: Command
+) -> None:
     source = ROOT / "examples/data/gsm8k_test.jsonl"
     exported = kvdistill(
         "data", "gsm8k", "out/gsm8k.jsonl", "--from", str(source), "--max-samples", "20",

@@ -41,7 +41,7 @@ def experiment_of(path: Path, folder: Path, codec: CodecName, **changes: Any) ->
     return variant(
         path, folder / "runs",
         store=str(folder / codec), extraction__codec={"key": codec, "value": codec},
-        training__log_steps=1, training__save_steps=None, training__max_steps=4, **changes,
+        training__log_steps=1, training__save_steps=None, training__max_steps=2, **changes,
     )  # fmt: skip
 
 
