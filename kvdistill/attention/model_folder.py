@@ -35,8 +35,6 @@ def loading_fault(
     cause = shorten(str(error), 250)
     if not isinstance(error, (OSError, ValueError, RuntimeError)):
         cause = f"{type(error).__name__}: {cause}"
-    if "ignore_mismatched_sizes" in cause:
-        cause, remedy = f"its weights have other shapes than its {needed} states", ""
     if folder.is_dir():
         return f"{cause} ({remedy or f'check its {needed}'})"
     hub = "no folder either: check the name and your access; offline, run `kvdistill fetch` before"
@@ -68,13 +66,15 @@ def _file_fault(path: Path) -> str | None:
 def weights_fault(model: Any, info: Mapping[str, Any], *, with_heads: bool = True) -> str | None:
     """How the weights of a checkpoint differ from those of the model that its config describes.
 
-    ``info`` is transformers' ``output_loading_info``, without tied weights and those that are known
-    to be left over. A base model is loaded without heads.
+    ``info`` is transformers' ``output_loading_info`` with ``ignore_mismatched_sizes``, without tied
+    weights and those that are known to be left over. A base model is loaded without heads.
     """
     kind = type(model).__name__
     lacking = {key for key in info["missing_keys"] if "pooler" not in key}
     unused = {key for key in info["unexpected_keys"] if with_heads or _is_part(key, model)}
+    shapes = {f"{k}: {[*has]}, not {[*wants]}" for k, has, wants in info["mismatched_keys"]}
     for keys, fault in (
+        (shapes, f"parameters have other shapes than those of {kind} ({{}})"),
         (lacking, f"parameters of {kind} are missing ({{}}) and would be random"),
         (unused, f"parameters are not used by {kind} ({{}}) and would be dropped"),
     ):

@@ -69,13 +69,14 @@ def extract_samples(
         NonFiniteError: NaN or infinity; names layer, head and sample.
     """
     started = time.monotonic()
+    read_idx = [i for i, sample in enumerate(samples) if teacher.reads(sample)]
     own_texts = None
     if teacher.generate is not None:
-        chosen = [sample for sample in samples if teacher.reads(sample)]
+        chosen = [samples[i] for i in read_idx]
         written = generate_rationales(teacher, chosen, teacher.generate, batch_tokens)
-        found = {sample.sample_id: sample for sample in written}
-        samples = own_texts = [found.get(sample.sample_id, sample) for sample in samples]
-    tokenised, truncated, skipped = _tokenise(teacher, samples, long_text)
+        own = dict(zip(read_idx, written, strict=True))
+        samples = own_texts = [own.get(i, sample) for i, sample in enumerate(samples)]
+    tokenised, truncated, skipped = _tokenise(teacher, samples, read_idx, long_text)
     table = token_table(samples, tokenised)
     packer = ShardPacker(teacher.manifest, teacher.layers, table)
     for sample_idx in teacher.batches([sample.num_tokens for sample in tokenised], batch_tokens):
@@ -102,12 +103,11 @@ def token_table(samples: Sequence[Sample], tokenised: Sequence[TokenisedSample])
 
 
 def _tokenise(
-    teacher: Teacher, samples: Sequence[Sample], long_text: LongText
+    teacher: Teacher, samples: Sequence[Sample], read_idx: Sequence[int], long_text: LongText
 ) -> tuple[list[TokenisedSample], tuple[str, ...], tuple[str, ...]]:
     """Tokens of all samples, ids of the truncated ones, ids of the skipped ones."""
-    chosen = [i for i, sample in enumerate(samples) if teacher.reads(sample)]
     tokenised = [TokenisedSample.empty()] * len(samples)
-    for i, found in zip(chosen, teacher.tokenise([samples[i] for i in chosen]), strict=True):
+    for i, found in zip(read_idx, teacher.tokenise([samples[i] for i in read_idx]), strict=True):
         tokenised[i] = found
     limit = teacher.max_length
     too_long = [i for i, s in enumerate(tokenised) if limit is not None and s.max_tokens > limit]

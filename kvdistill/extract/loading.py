@@ -74,6 +74,7 @@ def load_teacher_model(
                 revision=config.revision,
                 use_safetensors=None if config.gguf_file else True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `weights_fault` names them
                 **options,
             )
         if quantised is not None:

@@ -242,19 +242,22 @@ def folder_fault(folder: Path) -> str | None:
     if not (folder / COMMIT).is_file():
         return f"it has no {COMMIT}: saving it was interrupted, or an older version saved it"
     try:
-        return files_fault(folder, json.loads((folder / COMMIT).read_bytes())["files"])
+        records = json.loads((folder / COMMIT).read_bytes())["files"]
+        return next(file_faults(folder, records), None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{COMMIT} is damaged, or a file that it lists vanished"
 
 
-def files_fault(folder: Path, records: Mapping[str, dict[str, Any]]) -> str | None:
-    """How files of a folder differ from their records, in one line; None if they do not."""
+def file_faults(folder: Path, records: Mapping[str, FileRecord | dict[str, Any]]) -> Iterator[str]:
+    """How files of a folder differ from their records: one line each, their names first."""
     for name, record in records.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if file_record(folder / name).model_dump() != record:
-            return f"{name} does not match its checksum"
-    return None
+        path, wanted = folder / name, FileRecord.model_validate(record)
+        if not path.is_file():
+            yield f"{name} is missing"
+        elif (size_bytes := path.stat().st_size) != wanted.size_bytes:
+            yield f"{name} has {size_bytes:,} bytes, but {wanted.size_bytes:,} were written"
+        elif file_record(path) != wanted:
+            yield f"{name} does not match its checksum"
 
 
 def check_size(folder: Path, name: str, commit: Commit) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from kvdistill.corpus.samples import Sample, Shard
 from kvdistill.errors import KVDistillError, ShardCorrupt, StoreError, StoreMismatch
-from kvdistill.store.commit import file_record, folder_records, publish_folder, staging_folder
+from kvdistill.store.commit import file_faults, publish_folder, staging_folder
 from kvdistill.store.derived import is_sound
 from kvdistill.store.format import COMMIT, folder_names
 from kvdistill.store.manifest import Commit
@@ -105,9 +105,8 @@ def _derived_files(store: KVStore, teacher: str) -> tuple[Path, Path]:
 def _shard_problems(store: KVStore, teacher: str, shard_id: str) -> Iterator[str]:
     folder = store.paths.shard(teacher, shard_id)
     commit = store.commit(teacher, shard_id)
-    broken = list(_file_problems(folder, commit))
-    yield from broken
-    if broken:
+    if faults := _shard_faults(folder, commit):
+        yield from (f"{folder}/{fault}" for fault in faults)
         return
     opened = open_shard(folder, store.teacher(teacher), commit)
     tokens = opened.token_table()
@@ -118,20 +117,14 @@ def _shard_problems(store: KVStore, teacher: str, shard_id: str) -> Iterator[str
         check_finite(opened.data.read(name), spec, tokens, where)
 
 
-def _file_problems(folder: Path, commit: Commit) -> Iterator[str]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    found = {path.relative_to(folder).as_posix(): path for path in files}
-    found.pop(COMMIT, None)
-    for name in sorted(commit.files.keys() - found.keys()):
-        yield f"{folder / name}: missing"
-    for name, path in found.items():
-        record, size_bytes = commit.files.get(name), path.stat().st_size
-        if record is None:
-            yield f"{path}: not listed in {COMMIT}"
-        elif size_bytes != record.size_bytes:
-            yield f"{path}: {size_bytes} bytes, but {record.size_bytes} were committed"
-        elif file_record(path) != record:
-            yield f"{path}: its checksum is not the committed one"
+def _shard_faults(folder: Path, commit: Commit) -> list[str]:
+    """How a shard's files differ from its commit; a file that this does not list is one."""
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    unlisted = sorted(files - commit.files.keys() - {COMMIT})
+    return [
+        *file_faults(folder, commit.files),
+        *(f"{name}: not listed in {COMMIT}" for name in unlisted),
+    ]
 
 
 def _token_problems(
@@ -230,10 +223,9 @@ def _copy_files(source: KVStore, target: KVStore, teacher: str, shard_id: str) -
     commit = source.commit(teacher, shard_id)
     with staging_folder(target.paths.temporary(teacher), shard_id) as folder:
         shutil.copytree(origin, folder, dirs_exist_ok=True)
-        if folder_records(folder) != commit.files:
+        if faults := _shard_faults(folder, commit):
             raise ShardCorrupt(
-                f"{origin}: its files do not match its commit; run `kvdistill verify` on "
-                f"{source.paths.root}"
+                f"{origin}/{faults[0]}; run `kvdistill verify` on {source.paths.root}"
             )
         fingerprint = target.teacher(teacher).extraction_fingerprint
         if commit.extraction_fingerprint != fingerprint:  # the same under settings spelt otherwise

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from kvdistill.config.experiment import Experiment
 from kvdistill.corpus.readers import load_corpus
+from kvdistill.corpus.samples import Shard
 from kvdistill.errors import ShardCorrupt
 from kvdistill.pipelines.cluster import overview
 from kvdistill.pipelines.evaluate import evaluate_folder
@@ -25,10 +26,10 @@ from kvdistill.pipelines.inspect import inspect_teacher
 from kvdistill.pipelines.run_folder import RunFolder, begin
 from kvdistill.pipelines.train import build_trainer, train
 from kvdistill.slurm.ledger import Ledger
-from kvdistill.store.maintenance import verify_store
+from kvdistill.store.maintenance import convert_store, merge_stores, verify_store
 from kvdistill.store.prototypes import teacher_prototypes
 from kvdistill.store.reader import KVStore
-from kvdistill.store.writer import add_teacher, publish_shard
+from kvdistill.store.writer import add_teacher, create, publish_shard
 from kvdistill.studies.report.page import write_report
 from kvdistill.studies.report.reading import read_run
 from tests.faults.damage import round_of_damages
@@ -62,13 +63,16 @@ def whole_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store.paths.root
 
 
+def shards_of(store: KVStore) -> Any:
+    return [
+        (store.samples(i), [store.read_shard(name, i) for name in TEACHERS])
+        for i in store.shard_ids
+    ]
+
+
 def store_commands(root: Path) -> Commands:
     def read() -> Any:
-        store = KVStore.open(root)
-        return [
-            (store.samples(i), [store.read_shard(name, i) for name in TEACHERS])
-            for i in store.shard_ids
-        ]
+        return shards_of(KVStore.open(root))
 
     def derived() -> Any:
         store = KVStore.open(root)
@@ -104,17 +108,33 @@ def test_damages_of_a_store(whole_store: Path, tmp_path: Path, count: int, seed:
 
 
 @pytest.mark.parametrize(("count", "seed"), rounds(1, many=200, pieces=2))
-def test_damages_of_a_store_that_is_inspected(
+def test_damages_of_a_store_that_is_inspected_or_copied(
     whole_store: Path, tmp_path: Path, count: int, seed: int
 ) -> None:
     work = tmp_path / "store"
+    pristine = KVStore.open(whole_store)
+    plan = [
+        Shard(p.shard_id, p.first_sample, pristine.samples(p.shard_id))
+        for p in pristine.manifest.shards
+    ]
+
+    def merge() -> Any:
+        with TemporaryDirectory() as scratch:
+            target = create(Path(scratch) / "target", plan)
+            merge_stores(target, [KVStore.open(work)])
+            return shards_of(target)
+
+    def convert() -> Any:
+        with TemporaryDirectory() as scratch:
+            return shards_of(convert_store(KVStore.open(work), f"{scratch}/target", "safetensors"))
 
     def inspect() -> Any:
         # In a fork: Dask's pool of threads does not live there if the parent has used it.
         with dask.config.set(scheduler="synchronous"):
             return [inspect_teacher(KVStore.open(work), name, 1, None) for name in TEACHERS]
 
-    assert not round_of_damages(whole_store, work, {"inspect": inspect}, count=count, seed=seed)
+    commands = {"inspect": inspect, "merge": merge, "convert": convert}
+    assert not round_of_damages(whole_store, work, commands, count=count, seed=seed)
 
 
 SETTINGS = {"training__save_steps": 2, "training__keep_checkpoints": 3, "training__log_steps": 1}

@@ -101,8 +101,8 @@ def test_truncated_weights(good: Path, tmp_path: Path, kept: int) -> None:
 @pytest.mark.parametrize(
     ("setting", "value", "words"),
     [
-        ("num_key_value_heads", 4, ["other shapes", "config.json"]),
-        ("vocab_size", 290, ["other shapes", "config.json"]),
+        ("num_key_value_heads", 4, ["k_proj.weight: [16, 32], not [32, 32]", "config.json"]),
+        ("vocab_size", 290, ["embed_tokens.weight: [300, 32], not [290, 32]", "config.json"]),
         ("num_attention_heads", 5, ["not a multiple", "(5)", "config.json"]),
         ("num_attention_heads", 0, ["ZeroDivisionError", "config.json"]),
         ("num_attention_heads", "four", ["num_attention_heads", "'four'", "config.json"]),

@@ -24,7 +24,7 @@ from typing import Any, Final
 
 from kvdistill.errors import ConfigError
 from kvdistill.pipelines.run_folder import RunFolder
-from kvdistill.store.commit import files_fault
+from kvdistill.store.commit import file_faults
 from kvdistill.store.manifest import json_object, unsealed_json
 from kvdistill.studies.design import ABLATION_FILE
 from kvdistill.text import shorten
@@ -193,7 +193,7 @@ def _read_or_reason(path: Path, *, comparable: bool = False) -> Run | str:
         return "has no run.json: not a run, or one that has not started"
     if not record["finished"]:
         return "has not finished; run `kvdistill train` or `kvdistill ablate` with its config again"
-    if fault := files_fault(path, record.get("files", {})):
+    if fault := next(file_faults(path, record.get("files", {})), None):
         return f"is damaged: {fault}; restore it from a copy, or train the run again"
     if comparable:
         bad = [key for key, value in record["metrics"].items() if not math.isfinite(value)]

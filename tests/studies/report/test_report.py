@@ -190,6 +190,16 @@ def test_leaving_one_teacher_out_and_routing_are_shown(tmp_path: Path) -> None:
     assert ">smollm2<" not in figure[0]  # that arm differs in its losses as well
 
 
+def test_markup_in_names_is_text_in_the_markdown_too(tmp_path: Path) -> None:
+    """Viewers of Markdown render the HTML, links and columns that it holds."""
+    arms = (ARMS[0], MadeUp("<img src=x onerror=y> [a](b) `|", 0.2))
+    write_report([write_ablation(tmp_path / "a", arms)], tmp_path / "r.html", title="<b>T")
+    markdown = (tmp_path / "r.md").read_text()
+    assert markdown.startswith("# &lt;b&gt;T\n")
+    assert r"| &lt;img src=x onerror=y&gt; \[a\](b) \`\| |" in markdown
+    assert not re.search(r"<\w|(?<!\\)\[a", markdown)
+
+
 def test_runs_of_a_folder_are_grouped_by_their_settings(tmp_path: Path) -> None:
     write_ablation(tmp_path / "runs", seeds=(0, 1))
     (tmp_path / "runs/ablation.json").unlink()
