@@ -44,6 +44,7 @@ COMMANDS: Final = {
     "run": ("train", "Extract, then train."),
     "ablate": ("ablate", "Train the arms of a study under several seeds, from one store."),
     "evaluate": ("train", "Perplexity, bits per character and exact match of a student."),
+    "merge-students": ("report", "Average the weights of students of one checkpoint."),
     "export": ("report", "Export a student to ONNX, verified against torch."),
     "plot": ("report", "Plot a run: layer map, alignment, errors, weights, spectra."),
     "report": ("report", "Compare finished runs on one HTML page."),
@@ -60,7 +61,7 @@ class _LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"kvdistill.commands.{COMMANDS[cmd_name][0]}")
-        command: click.Command = getattr(module, f"{cmd_name}_command")
+        command: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

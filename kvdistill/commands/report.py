@@ -1,4 +1,4 @@
-"""``kvdistill report``, ``plot`` and ``export``."""
+"""``kvdistill report``, ``plot``, ``export`` and ``merge-students``."""
 
 from __future__ import annotations
 
@@ -71,3 +71,20 @@ def export_command(form: str, student: Path, output: Path, as_json: bool) -> Non
         click.echo(json.dumps({"path": str(path), "error": error, "form": form}))
         return
     click.echo(f"wrote {path}; its logits differ from torch's by {error:.1e} at most")
+
+
+@click.command("merge-students")
+@click.argument("students", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--weights", default="", metavar="W,W,…", help="One per student; equal if not given.")
+@click.option(
+    "--output", "--out", required=True, type=click.Path(path_type=Path), help="The new folder."
+)
+def merge_students_command(students: tuple[Path, ...], weights: str, output: Path) -> None:
+    """Average the weights of STUDENTS (runs, or their `student` folders) of one checkpoint."""
+    from kvdistill.pipelines.merge_students import merge_students
+
+    try:
+        given = [float(weight) for weight in weights.split(",") if weight]
+    except ValueError as error:
+        raise click.BadParameter(f"{error}; give numbers such as 0.7,0.3") from None
+    click.echo(f"wrote {merge_students(students, given, output)}")

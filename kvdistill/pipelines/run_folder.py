@@ -203,23 +203,28 @@ def model_card(
         name.removeprefix("eval_").replace("_", " "): f"{value:.6g}"
         for name, value in record["metrics"].items()
     }
-    head: dict[str, Any] = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["kvdistill", "knowledge-distillation", "kv-cache"],
-    }
-    if experiment.student.model is not None:
-        head["base_model"] = experiment.student.model
+    base = experiment.student.model
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {experiment.name}",
+        card_head(experiment.name, {} if base is None else {"base_model": base}),
         _summary(experiment, teachers),
         _HOW_TO_LOAD + (_HOW_TO_LOAD_LATENT if experiment.latent is not None else ""),
         _teacher_section(teachers),
         _training_section(experiment, record),
-        _markdown_table("Held-out samples", metrics) if metrics else "",
-        _markdown_table("Provenance", origin),
+        markdown_table("Held-out samples", metrics) if metrics else "",
+        markdown_table("Provenance", origin),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def card_head(title: str, more: Mapping[str, str]) -> str:
+    """The hub's front matter, with ``more`` of it, and the heading."""
+    head = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["kvdistill", "knowledge-distillation", "kv-cache"],
+        **more,
+    }
+    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {title}"
 
 
 def _summary(experiment: Experiment, teachers: Mapping[str, TeacherManifest]) -> str:
@@ -262,9 +267,10 @@ def _training_section(experiment: Experiment, record: Mapping[str, Any]) -> str:
     }
     if record.get("best"):
         rows["best step"] = record["best"]["step"]
-    return _markdown_table("Training", rows)
+    return markdown_table("Training", rows)
 
 
-def _markdown_table(title: str, rows: Mapping[str, Any]) -> str:
+def markdown_table(title: str, rows: Mapping[str, Any]) -> str:
+    """A section of two columns without heads."""
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join([f"## {title}", "", "| | |", "|---|---|", *lines])

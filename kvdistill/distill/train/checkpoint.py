@@ -26,6 +26,12 @@ from kvdistill.errors import StudentError
 
 PROJECTORS_FILE: Final = "projectors.safetensors"
 
+STREAM: Final = "stream.json"
+"""Position in the stream."""
+
+GUARD: Final = "recent_losses.json"
+"""State of the ``StepGuard``."""
+
 STUDENT_PREFIX: Final = "student."
 
 

@@ -34,7 +34,14 @@ from kvdistill.distill.evaluate.held_out import HeldOut, score_held_out, score_l
 from kvdistill.distill.losses.absorption import AbsorptionMonitor, gradient_share
 from kvdistill.distill.losses.weighting import annealed_scale
 from kvdistill.distill.train.callbacks import HumanLog, RunTensorBoard, RunWandb
-from kvdistill.distill.train.checkpoint import STUDENT_PREFIX, gathered, load_weights, save_weights
+from kvdistill.distill.train.checkpoint import (
+    GUARD,
+    STREAM,
+    STUDENT_PREFIX,
+    gathered,
+    load_weights,
+    save_weights,
+)
 from kvdistill.distill.train.devices import (
     OpaqueMapping,
     Staging,
@@ -48,12 +55,6 @@ from kvdistill.errors import CorpusError, StudentError
 from kvdistill.store.commit import commit_folder, folder_fault, replace_folder, staged_name
 
 log = logging.getLogger(__name__)
-
-STREAM: Final = "stream.json"
-"""Position in the stream, in a checkpoint."""
-
-GUARD: Final = "recent_losses.json"
-"""State of the ``StepGuard``, in a checkpoint."""
 
 BEST: Final = "best"
 """Folder of the best student so far, beside the checkpoints."""
