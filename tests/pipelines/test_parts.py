@@ -109,7 +109,10 @@ def teachers(extracted: Path, *names: str) -> dict[str, Any]:
     return {name: body[name] for name in names}
 
 
-@pytest.mark.parametrize("fusion", [{}, {"by_task": FUSION}], ids=["uniform", "by task"])
+BALANCES = [{"balance": {"method": m}} for m in ("explained", "gradnorm", "pcgrad")]
+
+
+@pytest.mark.parametrize("fusion", [{}, {"by_task": FUSION}, *BALANCES], ids=str)
 def test_outside_its_parts_a_teacher_changes_nothing(
     fusion: dict[str, Any], extracted: Path, tmp_path: Path
 ) -> None:
@@ -124,8 +127,11 @@ def test_outside_its_parts_a_teacher_changes_nothing(
     for one, other in zip(both.stream, alone.stream, strict=True):
         code = one["task"] == 1  # tasks are numbered by name
         if code.all():
-            losses = [run.distiller.eval()(x) for run, x in ((both, one), (alone, other))]
-            assert torch.equal(losses[0]["loss"], losses[1]["loss"])
+            losses = [run.distiller.train()(x)["loss"] for run, x in ((both, one), (alone, other))]
+            assert torch.equal(*losses)
+            students = [list(run.distiller.student.parameters()) for run in (both, alone)]
+            for pair in zip(*map(torch.autograd.grad, losses, students), strict=True):
+                assert torch.equal(*pair)
             seen += 1
         covered = one["teachers"]["llama"]["covered"]
         assert not covered[code].any()

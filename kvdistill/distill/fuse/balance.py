@@ -22,7 +22,7 @@ depends on how a step is cut into micro-batches and ranks, and losses are the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -62,27 +62,27 @@ class Balancing:
 
     def combine(self, layer: int, gradients: Mapping[int, Tensor], num_samples: int) -> Tensor:
         """What goes into the student of the teachers' gradients ``[tokens, H·D]``."""
-        if self.method == "gradnorm":
-            for teacher, gradient in gradients.items():
-                self.sums[0, teacher, layer] += gradient.square().sum()
-        scale_G = self.scale_NL[list(gradients), layer]
         stacked_GBX = torch.stack([g.view(num_samples, -1) for g in gradients.values()])
+        scale_G = torch.stack([self.scale_NL[teacher, layer] for teacher in gradients])
         scale_GB = scale_G.to(stacked_GBX)[:, None].expand(-1, num_samples)
-        if self.method == "pcgrad":
+        if self.method == "gradnorm":
+            self._add(0, layer, gradients, stacked_GBX.square().sum(dim=(1, 2)))
+        elif self.method == "pcgrad":
             gram_BGG = torch.einsum("gbx,hbx->bgh", stacked_GBX, stacked_GBX)
-            self._count_conflicts(layer, list(gradients), gram_BGG)
             scale_GB = torch.einsum("gb,bgh->hb", scale_GB, without_conflicts(gram_BGG))
+            # Samples in which a teacher conflicts with another, and in which it meets one at all.
+            present_BG = gram_BGG.diagonal(dim1=1, dim2=2) > 0
+            met_BG = present_BG & (present_BG.sum(1, keepdim=True) > 1)
+            self._add(0, layer, gradients, (gram_BGG < 0).any(2).sum(0))
+            self._add(1, layer, gradients, met_BG.sum(0))
         total_BX = torch.zeros_like(stacked_GBX[0])
         for scale_B, gradient_BX in zip(scale_GB, stacked_GBX, strict=True):
             total_BX.addcmul_(gradient_BX, scale_B[:, None])
         return total_BX.view_as(next(iter(gradients.values())))
 
-    def _count_conflicts(self, layer: int, teachers: list[int], gram_BGG: Tensor) -> None:
-        """Samples in which a teacher meets another, and conflicts with one."""
-        present_BG = gram_BGG.diagonal(dim1=1, dim2=2) > 0
-        met_BG = present_BG & (present_BG.sum(1, keepdim=True) > 1)
-        self.sums[0, teachers, layer] += (gram_BGG < 0).any(2).sum(0)
-        self.sums[1, teachers, layer] += met_BG.sum(0)
+    def _add(self, row: int, layer: int, teachers: Iterable[int], figures_G: Tensor) -> None:
+        for teacher, figure in zip(teachers, figures_G.to(self.sums), strict=True):
+            self.sums[row, teacher, layer] += figure
 
 
 def without_conflicts(gram_BGG: Tensor) -> Tensor:
@@ -92,16 +92,12 @@ def without_conflicts(gram_BGG: Tensor) -> Tensor:
     product with them is negative at that point (Algorithm 1 of arXiv 2001.06782). All of that
     depends on the gradients' inner products ``gram`` alone.
     """
-    num = gram_BGG.shape[1]
-    mix_BGG = torch.eye(num, dtype=gram_BGG.dtype, device=gram_BGG.device).repeat(
-        len(gram_BGG), 1, 1
-    )
-    square_BG = gram_BGG.diagonal(dim1=1, dim2=2)
-    for other in range(num):
+    mix_BGG = torch.diag_embed(torch.ones_like(gram_BGG[:, 0]))
+    square_BG = gram_BGG.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(gram_BGG.dtype).tiny)
+    for other in range(gram_BGG.shape[1]):
         inner_BG = torch.einsum("bgh,bh->bg", mix_BGG, gram_BGG[:, other]).clamp_max(0)
         inner_BG[:, other] = 0
-        tiny = torch.finfo(gram_BGG.dtype).tiny
-        mix_BGG[:, :, other] -= inner_BG / square_BG[:, other, None].clamp_min(tiny)
+        mix_BGG[:, :, other] -= inner_BG / square_BG[:, other, None]
     return mix_BGG
 
 
@@ -128,8 +124,9 @@ class TeacherBalance(nn.Module):
 
     def scale(self, kind: Kind) -> Tensor:
         """Factor on every teacher's gradients, ``[N, L]`` float32."""
-        given = [self.config.factors.get(name, 1.0) * self._is_due(name) for name in self.names]
-        figure, seen = self._figure(kind)
+        above, below = self.moments[KINDS.index(kind)]
+        seen = below > 0
+        figure = above / torch.where(seen, below, 1.0)
         weight = torch.ones_like(figure)
         if self.config.method == "explained":
             share = (1 - figure).clamp_min(FLOOR)
@@ -137,17 +134,12 @@ class TeacherBalance(nn.Module):
         elif self.config.method == "gradnorm":
             norm = figure.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
             weight = (_mean_over_teachers(norm, seen) / norm).clamp(1 / MAX_FACTOR, MAX_FACTOR)
-        weight = torch.where(seen, weight, 1.0)
-        return torch.stack([factor * row for factor, row in zip(given, weight, strict=True)])
+        rows = zip(self.names, torch.where(seen, weight, 1.0), strict=True)
+        return torch.stack([self._factor(name) * row for name, row in rows])
 
-    def _is_due(self, name: str) -> bool:
+    def _factor(self, name: str) -> float:
         start, end = self.config.spans.get(name, (0.0, 1.0))
-        return start <= self.progress < end
-
-    def _figure(self, kind: Kind) -> tuple[Tensor, Tensor]:
-        """The running figure of every teacher and layer, and where there is one yet: ``[N, L]``."""
-        above, below = self.moments[KINDS.index(kind)]
-        return above / torch.where(below > 0, below, 1.0), below > 0
+        return self.config.factors.get(name, 1.0) * (start <= self.progress < end)
 
     @torch.no_grad()
     def end_step(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:

@@ -266,3 +266,21 @@ def test_an_overflow_is_not_remembered() -> None:
 def test_evaluation_measures_nothing() -> None:
     assert made("gradnorm").eval().balancing("key") is None
     assert made().balancing("key") is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_balances_as_full_precision_does(method: str) -> None:
+    case = Case()
+    exact = settled(case, method, factors={"weak": 0.5})
+    wanted = case.gradient(exact)
+    case.student = case.student.detach().bfloat16().requires_grad_()
+    case.targets = [x.float() for x in case.targets]
+    for maps in case.maps:
+        maps.float()
+    half = made(method, factors={"weak": 0.5}).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        case.error(half)
+        half.end_step(lambda sums: sums)
+        found = case.gradient(half)
+    torch.testing.assert_close(half.moments.double(), exact.moments, rtol=0.02, atol=1e-6)
+    assert float((found.double() - wanted).norm() / wanted.norm()) < 0.03
