@@ -58,11 +58,11 @@ ProjectionMode = Literal[
 ProjectionInit = Literal["grouped_mean", "orthogonal", "pca", "ridge"]
 """Initial weights of a projection."""
 
-FusionMethod = Literal["fixed", "similarity", "mlp", "gate", "attention"]
+FusionMethod = Literal["fixed", "similarity", "confidence", "mlp", "gate", "attention"]
 """Source of the fusion weights of several teachers."""
 
-Granularity = Literal["sample", "layer", "token"]
-"""Unit that a learned router weights separately."""
+Granularity = Literal["sample", "segment", "layer", "token"]
+"""Unit that a learned router, or fusion by confidence, weights separately."""
 
 Similarity = Literal["cosine", "dot", "l2"]
 """Similarity of hidden states and prototypes; ``l2`` is the negative distance."""

@@ -275,6 +275,9 @@ def _estimate_lines(teacher: TeacherEstimate, tasks: int) -> Iterator[str]:
     yield f"  samples that exceed an eviction budget: {touched}"
     if teacher.too_long:
         yield f"  {teacher.too_long:.1%} of samples are too long: see extraction.long_text"
+    if teacher.nats_per_character:
+        rates = (f"{task} {rate:.3f}" for task, rate in teacher.nats_per_character.items())
+        yield f"  nats per character, of the pilot: {', '.join(rates)}"
     if (found := teacher.alignment) is not None:
         yield (
             f"  student tokens covered {found.coverage:.1%}, one to one "

@@ -114,6 +114,10 @@ def _teacher_table(reports: Sequence[dict[str, Any]]) -> Table:
     table = Table("", *(report["teacher"] for report in reports))
     for name, figure in rows.items():
         table.add_row(name, *(figure(report) for report in reports))
+    found = [report["nats_per_character"] for report in reports]
+    for task in dict.fromkeys(task for rates in found for task in rates):
+        cells = (f"{rates[task]:.3f}" if task in rates else "" for rates in found)
+        table.add_row(f"nats per character, {task}", *cells)
     return table
 
 

@@ -174,7 +174,8 @@ class FusionConfig(Section):
 
     method: FusionMethod = "fixed"
     """Source of the fusion weights. `fixed`: `weights`. `similarity`: how close a text is to each
-    teacher's prototypes. `mlp`, `gate`, `attention`: a learned router."""
+    teacher's prototypes. `confidence`: how likely each teacher found it. `mlp`, `gate`,
+    `attention`: a learned router."""
     weights: dict[str, NonNegativeFloat] | None = None
     """With `fixed`: a weight per teacher, normalised to sum to one; uniform if not given."""
     by_task: dict[str, dict[str, NonNegativeFloat]] | None = None
@@ -184,7 +185,12 @@ class FusionConfig(Section):
     """Student layers that a teacher supervises, by teacher; all layers for teachers that are not
     listed. With disjoint layers, teachers do not compete for the student's channels."""
     granularity: Granularity = "sample"
-    """Unit that a router weights separately: each `sample`, `layer` or `token`."""
+    """Unit that is weighted separately: each `sample` or `token`; also each `layer` by a router,
+    or each `segment` by `confidence`."""
+    smoothing: NonNegative = 16
+    """With `confidence` by `token`: characters on either side that are averaged over."""
+    encoder_share: Fraction | None = None
+    """With `confidence`: weight of all encoders, which predict no text; uniform if not given."""
     warmup_steps: NonNegative = 0
     """Steps for which router weights stay uniform. With injection, projectors need time to settle:
     a router trained from step 0 tends to choose the teacher that contributes least."""
@@ -196,7 +202,8 @@ class FusionConfig(Section):
     """Prototype of a teacher: mean hidden state, mean first-token state, or the nearest of several
     k-means centres."""
     temperature: PositiveFloat = 1.0
-    """Softmax temperature of `method: similarity`; small values approach a hard choice."""
+    """Softmax temperature of `similarity`, and of `confidence` in nats per character (try 0.1);
+    small values approach a hard choice."""
     entropy: Literal["diverse", "specialized"] = "diverse"
     """Whether `losses.entropy` rewards high (`diverse`) or low (`specialized`) router entropy."""
     teacher_dropout: DropoutRate = 0.0
@@ -214,11 +221,17 @@ class FusionConfig(Section):
         for name in ("weights", "by_task"):
             if getattr(self, name) is not None and self.method != "fixed":
                 raise ValueError(f"`{name}` require method fixed, got method {self.method}")
-        routed = self.granularity != "sample" or self.task_tag or self.warmup_steps
-        if routed and not self.learns:
+        by_confidence, unit = self.method == "confidence", self.granularity
+        routed = unit == "layer" or (unit == "token" and not by_confidence)
+        if (routed or self.task_tag or self.warmup_steps) and not self.learns:
             raise ValueError(
                 "granularity, task_tag and warmup_steps require a router (method mlp, gate or "
                 f"attention), got method {self.method}"
+            )
+        if (unit == "segment" or self.encoder_share is not None) and not by_confidence:
+            raise ValueError(
+                "granularity segment and encoder_share require method confidence, got method "
+                f"{self.method}"
             )
         return self
 

@@ -143,6 +143,11 @@ def _check_fusion(experiment: Experiment) -> None:
             "fusion.method similarity compares hidden states that extraction must store; set "
             "extraction.summaries: true and extract under new teacher names"
         )
+    if fusion.method == "confidence" and not experiment.extraction.confidence:
+        raise ValueError(
+            "fusion.method confidence compares likelihoods that extraction must store; set "
+            "extraction.confidence: true and extract under new teacher names"
+        )
     balanced = fusion.balance
     for name, given in (("factors", balanced.factors), ("spans", balanced.spans)):
         if unknown := sorted(set(given) - set(experiment.teachers)):
@@ -188,17 +193,15 @@ def _check_projection(experiment: Experiment) -> None:
 
 
 def _check_evictions(experiment: Experiment) -> None:
-    if experiment.extraction.stores_predictions:
-        for name, teacher in experiment.teachers.items():
-            if teacher.eviction is not None:
-                raise ValueError(
-                    f"teachers.{name}.eviction keeps other tokens in every layer and head, but "
-                    "extraction.confidence and extraction.logits are stored by token; remove it, "
-                    "and evict while streaming"
-                )
-    if experiment.extraction.importance:
-        return
+    extraction = experiment.extraction
     for name, teacher in experiment.teachers.items():
+        if teacher.eviction is not None and extraction.stores_predictions:
+            raise ValueError(
+                f"teachers.{name}.eviction keeps other tokens in every layer and head, which have "
+                "no extraction.confidence or extraction.logits; remove it, and evict in training"
+            )
+        if extraction.importance:
+            continue
         if teacher.eviction is not None and teacher.eviction.ranks:
             raise ValueError(
                 f"teachers.{name}.eviction.method {teacher.eviction.method} ranks tokens by the "
@@ -221,8 +224,10 @@ def _check_latent(experiment: Experiment) -> None:
     if experiment.fusion.learns:
         raise ValueError(
             f"fusion.method {experiment.fusion.method} is a router, which latent targets do not "
-            "support; use fixed or similarity"
+            "support; use fixed, similarity or confidence"
         )
+    if experiment.fusion.granularity != "sample":
+        raise ValueError("fusion.granularity of latents is sample")
     if experiment.alignment.layers == "cka":
         raise ValueError("alignment.layers cka compares token by token, which latents do not allow")
     if losses.of_kv and not latent.positions:

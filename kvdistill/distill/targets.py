@@ -26,6 +26,7 @@ from kvdistill.attention.geometry import HeadShape
 from kvdistill.config.distill import FusionConfig, ProjectionConfig
 from kvdistill.distill.align.band import Band
 from kvdistill.distill.align.layers import LayerMap, by_group
+from kvdistill.distill.fuse.by_confidence import Likelihood, likelihood_of
 from kvdistill.distill.losses.regression import Regression
 from kvdistill.distill.project.projections import StudentToTeacher, make_projection
 from kvdistill.errors import ConfigError
@@ -80,6 +81,8 @@ class TeacherSpace:
     """False where a token's KV depends on the text after it (encoders)."""
     prototypes_KE: Tensor | None = None
     """In the teacher's own hidden space, for fusion by similarity."""
+    likelihood: Likelihood | None = None
+    """For fusion by confidence, of a teacher that predicts text."""
 
     @property
     def needed(self) -> tuple[int, ...]:
@@ -104,6 +107,7 @@ def teacher_space(
 
     Raises:
         ShardNotFound: fusion by similarity, but the teacher has no summaries.
+        ConfigError: fusion by confidence, but it has none.
     """
     manifest = store.teacher(name)
     stored = store.statistics(name)
@@ -126,7 +130,9 @@ def teacher_space(
         found = teacher_prototypes(store, name, num_prototypes)[fusion.prototypes]
         prototypes = torch.from_numpy(found).reshape(-1, found.shape[-1])
     stack = manifest.kind if manifest.stream == "self" else manifest.stream
-    return TeacherSpace(name, manifest.codec, tuple(groups), stack == "decoder", prototypes)
+    likelihood = likelihood_of(manifest, fusion) if fusion.method == "confidence" else None
+    causal = stack == "decoder"
+    return TeacherSpace(name, manifest.codec, tuple(groups), causal, prototypes, likelihood)
 
 
 def check_alignment(manifest: TeacherManifest, time: TimeMethod) -> None:

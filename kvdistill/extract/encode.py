@@ -30,7 +30,7 @@ from kvdistill.extract.tokenise import TeacherBatch
 from kvdistill.store.channel_statistics import ChannelStatistics, merge_moments
 from kvdistill.store.codecs import CODECS
 from kvdistill.store.codecs.parts import part_name
-from kvdistill.store.format import UNPREDICTED, Counts, group_prefix, shard_arrays
+from kvdistill.store.format import TOKEN_COLUMNS, UNPREDICTED, Counts, group_prefix, shard_arrays
 from kvdistill.store.manifest import TeacherManifest
 from kvdistill.store.shard import TokenTable, block_ptr
 from kvdistill.types import KINDS, SEGMENT_SPECIAL, Kind
@@ -53,9 +53,7 @@ class ShardPacker:
         self.arrays = {
             name: np.full(spec.shape, float(spec.attributes.get(UNPREDICTED, 0)), spec.dtype)
             for name, spec in shard_arrays(manifest, counts).items()
-            if spec.group is not None
-            or spec.name.startswith("hidden_")
-            or UNPREDICTED in spec.attributes
+            if name not in ("sample_ptr", *TOKEN_COLUMNS) and not name.endswith("_statistics")
         }
         by_index = {layer.layer_idx: layer for layer in layers}
         self.rows = {

@@ -29,9 +29,9 @@ from kvdistill.text import shorten
 def load_teacher_model(
     name: str, config: TeacherConfig, device: torch.device, *, predicts: bool = False
 ) -> tuple[Any, set[str]]:
-    """A model in eval mode on ``device``: the base model, or with its head where that is needed.
+    """A model in eval mode on ``device``: the base model, or with its head where it generates.
 
-    That is where it generates, or if ``predicts``, where it predicts text.
+    And if ``predicts``, where it predicts text.
 
     Also the names of parameters that the checkpoint lacks, which transformers initialises at
     random: none of them may belong to a layer.
@@ -57,8 +57,8 @@ def load_teacher_model(
         has_head = kind is not AutoModel
         if config.weights == "random":
             model = _random_model(kind, architecture, options)
-            if has_head and config.generate is None:  # the body is the same as without the head
-                body = _random_model(AutoModel, architecture, options)
+            if has_head and config.generate is None:
+                body = _random_model(AutoModel, architecture, options)  # the same as without head
                 model.base_model.load_state_dict(body.state_dict(), strict=False)
             return model.to(device), set()
         quantised = quantisation(architecture)
@@ -123,21 +123,19 @@ def _auto_class(config: TeacherConfig, architecture: Any, *, predicts: bool) -> 
 
 
 def _predicts(config: TeacherConfig, architecture: Any) -> bool:
-    """Whether a model is for predicting text, and transformers has its head.
+    """Whether a model predicts text by a head that transformers has.
 
     Masked language models are listed as causal ones too, which their config may make of them.
     """
-    import transformers
+    import transformers as found
 
-    kind = type(architecture)
     if architecture.is_encoder_decoder:
         return config.stream == "decoder"
-    masked = kind in transformers.MODEL_FOR_MASKED_LM_MAPPING
-    return (not masked or getattr(architecture, "is_decoder", False)) and (
-        kind in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-        or kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        or "AutoModelForCausalLM" in (getattr(architecture, "auto_map", None) or {})
-    )
+    if type(architecture) in found.MODEL_FOR_MASKED_LM_MAPPING:
+        return bool(getattr(architecture, "is_decoder", False))
+    lists = (found.MODEL_FOR_CAUSAL_LM_MAPPING, found.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    own = getattr(architecture, "auto_map", None) or {}
+    return "AutoModelForCausalLM" in own or any(type(architecture) in known for known in lists)
 
 
 def text_model_of(name: str, whole: Any) -> Any:
@@ -184,9 +182,8 @@ def _without_head(whole: Any) -> Any:
 
     with torch.device("meta"):
         base = AutoModel.from_config(whole.config)
-    for name, _ in list(base.named_children()):
+    for name in [name for name, _ in base.named_children()]:
         setattr(base, name, getattr(whole, name))
-    base.config = whole.config
     return base.eval()
 
 
@@ -291,21 +288,21 @@ def _fingerprint(stated: Mapping[str, Any], text: str = "") -> str:
     return f"xxh3:{digest.hexdigest()}"
 
 
-def state_fingerprint(model: Any, whole: Any = None, *, generates: bool = False) -> str:
-    """xxh3 over persistent buffers and a model's own code; its head and end tokens where used.
+def state_fingerprint(model: Any, predicting: Any = None, generating: Any = None) -> str:
+    """xxh3 over persistent buffers, a model's own code, and what else of the whole model is used.
 
-    ``whole`` is the model with its head, where that is used, and ``generates`` if it is to write.
-    Other buffers are computed from the config, as rotary frequencies are wherever they are kept.
+    That is the head if ``predicting``, and the end tokens too if ``generating``. Other buffers are
+    computed from the config, as rotary frequencies are wherever they are kept.
     """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = {k: x for k, x in model.state_dict().items() if k not in parameters}
     stated = {name: x for name, x in buffers.items() if not name.endswith("inv_freq")}
     module = sys.modules[type(model).__module__]
     text = inspect.getsource(module) if "transformers_modules" in module.__name__ else ""
-    if whole is not None:
+    if (whole := generating or predicting) is not None:
         stated |= whole.get_output_embeddings().state_dict(prefix="head.")
-    if generates:
-        text += f" ends at {whole.generation_config.eos_token_id}"
+    if generating is not None:
+        text += f" ends at {generating.generation_config.eos_token_id}"
     return _fingerprint(stated, text)
 
 

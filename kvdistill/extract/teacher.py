@@ -215,12 +215,10 @@ def load_teacher(name: str, experiment: Experiment, day: date | None = None) -> 
     quantised = quantisation(whole.config) is not None
     facts = {
         "weights_fingerprint": weights_fingerprint(model, missing, quantised=quantised),
-        "state_fingerprint": state_fingerprint(
-            model, whole if generates or head is not None else None, generates=generates
-        ),
+        "state_fingerprint": state_fingerprint(model, head and whole, whole if generates else None),
         "model_files": identity.teacher_files(config, {}),
         "has_confidence": head is not None and extraction.confidence,
-        "num_logits": 0 if head is None else extraction.logits,
+        "num_logits": extraction.logits if head else 0,
         **_facts(model.config, prompt_tokenizer),
     }
     return Teacher(

@@ -25,12 +25,13 @@ from kvdistill.distill.align.band import AlignmentQuality, quality
 from kvdistill.distill.align.character_iou import Spans, align_tokens
 from kvdistill.distill.student.build import load_student_tokenizer
 from kvdistill.errors import StudentError
-from kvdistill.extract.extract_shard import extract_samples, token_table
+from kvdistill.extract.extract_shard import ExtractedShard, extract_samples, token_table
 from kvdistill.extract.slots import num_slots
 from kvdistill.extract.teacher import Teacher, load_teacher
 from kvdistill.extract.tokenise import PromptTokenizer, TokenisedSample
 from kvdistill.pipelines.extract_tasks import texts_to_extract
 from kvdistill.store.codecs import CODECS
+from kvdistill.store.confidence import mean_likelihoods
 from kvdistill.store.writer import add_teacher, create, publish_shard
 from kvdistill.types import SEGMENT_IDS, CodecSpec
 
@@ -64,6 +65,8 @@ class TeacherEstimate:
     """Share of samples longer than the teacher's context."""
     touched: dict[int, float]
     """Per eviction budget, the share of samples whose rationale (or text) is longer."""
+    nats_per_character: dict[str, float]
+    """Of the pilot, all of it and by task; empty without ``extraction.confidence``."""
     alignment: AlignmentQuality | None
     """With the student's tokenizer, where the config names one that can be loaded."""
 
@@ -136,7 +139,7 @@ def _estimate_teacher(
     tokens = round(_num_characters(read) * share)
     limit = teacher.max_length or math.inf
     sized = [s for s, length in zip(pilot, lengths, strict=True) if 0 < length <= limit]
-    bytes_per_token, rate = _sizes(experiment, teacher, _spread(sized, num_sized))
+    bytes_per_token, rate, nats = _sizes(experiment, teacher, _spread(sized, num_sized))
     rationale = np.array([int((s.segment == SEGMENT_IDS["rationale"]).sum()) for s in encoded])
     budgeted = np.where(rationale > 0, rationale, lengths)
     return TeacherEstimate(
@@ -151,6 +154,7 @@ def _estimate_teacher(
         rationale_lengths=_length_quantiles(rationale[rationale > 0]),
         too_long=float((lengths > limit).mean()),
         touched={budget: float((budgeted > budget).mean()) for budget in BUDGETS},
+        nats_per_character=nats,
         alignment=None if student is None else _alignment(student.tokenise(pilot), encoded),
     )
 
@@ -161,27 +165,30 @@ def _num_characters(samples: Sequence[Sample]) -> int:
 
 def _sizes(
     experiment: Experiment, teacher: Teacher, samples: Sequence[Sample]
-) -> tuple[dict[str, float], float]:
-    """Bytes on disk per token for every codec, and tokens per second of the configured one."""
+) -> tuple[dict[str, float], float, dict[str, float]]:
+    """Bytes on disk per token by codec; of the configured one tokens per second, and confidence."""
     own = teacher.manifest.codec
     specs = [own, *(CodecSpec(key=name, value=name) for name in CODECS if name != "int4_v1")]
     found: dict[str, float] = {}
-    rate = 0.0
+    rate, nats = 0.0, dict[str, float]()
     for spec in specs:
         if _codec_name(spec) in found or not samples:
             continue
         chosen = replace(teacher, manifest=teacher.manifest.model_copy(update={"codec": spec}))
-        size, seconds, tokens = _measure_size(experiment, chosen, samples)
-        found[_codec_name(spec)] = size / max(tokens, 1)
+        size, extracted = _measure_size(experiment, chosen, samples)
+        found[_codec_name(spec)] = size / max(extracted.num_read, 1)
         if spec == own:
-            rate = tokens / seconds
-    return found or {_codec_name(own): 0.0}, rate
+            rate, shard = extracted.num_read / extracted.seconds, extracted.shard
+            if (nll := shard.arrays.get("nll")) is not None:
+                own_text = shard.texts is not None
+                nats = mean_likelihoods([(samples, shard.tokens, nll)], own_text=own_text)
+    return found or {_codec_name(own): 0.0}, rate, nats
 
 
 def _measure_size(
     experiment: Experiment, teacher: Teacher, samples: Sequence[Sample]
-) -> tuple[int, float, int]:
-    """Extract into a scratch store; returns bytes on disk, seconds and tokens."""
+) -> tuple[int, ExtractedShard]:
+    """Extract into a scratch store; returns bytes on disk, and what was extracted."""
     extracted = extract_samples(
         teacher, samples, batch_tokens=experiment.extraction.batch_tokens, long_text="error"
     )
@@ -192,7 +199,7 @@ def _measure_size(
         publish_shard(store, name, "00000", extracted.shard, extracted.statistics)
         files = store.paths.shard(name, "00000").rglob("*")
         size = sum(file.stat().st_size for file in files if file.is_file())
-    return size, extracted.seconds, extracted.num_read
+    return size, extracted
 
 
 def _student_tokenizer(experiment: Experiment) -> PromptTokenizer | None:

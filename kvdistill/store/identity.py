@@ -33,8 +33,15 @@ NAMES: Final = ("model", "revision", "gguf_file", "tokenizer")
 
 _NO_SETTINGS: Final = {"trust_remote_code", "device_map", "template_date"}
 _OF_EXTRACTION: Final = (
-    *("long_text", "max_length", "importance", "hidden_at_cue", "summaries"),
-    *("confidence", "logits"),
+    *(
+        "long_text",
+        "max_length",
+        "importance",
+        "hidden_at_cue",
+        "summaries",
+        "confidence",
+        "logits",
+    ),
 )
 _INFORMATIONAL: Final = {
     *("name", "format_version", "versions", "adapter_error", "model_files", "model", "revision"),
@@ -208,7 +215,7 @@ def _means_the_same(
     if key in ("long_text", "max_length"):
         return not _met_limit(store, stored, ours, theirs)
     if key in ("confidence", "logits"):
-        return stored.kind == "encoder" or stored.stream in ("encoder", "cross")
+        return not stored.predicts_text
     return key == "importance" and stored.stream == "cross"
 
 

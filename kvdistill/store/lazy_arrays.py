@@ -133,18 +133,12 @@ def _stack_tokens(
     import dask
     import dask.array as da
 
-    shards = store.committed_in_order(teacher) if shard_ids is None else shard_ids
-    read, root = dask.delayed(_read_tokens, pure=True), store.paths.root.absolute()
-    shapes = [(store.commit(teacher, shard_id).num_tokens, *spec.shape[1:]) for shard_id in shards]
-    pieces = (read(root, teacher, shard_id, spec.name) for shard_id in shards)
-    dtype = np.dtype(spec.dtype)
-    return da.concatenate(
-        [da.from_delayed(x, shape, dtype) for x, shape in zip(pieces, shapes, strict=True)]
-    )
-
-
-def _read_tokens(root: Path, teacher: str, shard_id: str, name: str) -> NDArray[Any]:
-    return KVStore.open(root).token_array(teacher, shard_id, name)
+    read, pieces = dask.delayed(store.token_array), []
+    for shard_id in store.committed_in_order(teacher) if shard_ids is None else shard_ids:
+        shape = (store.commit(teacher, shard_id).num_tokens, *spec.shape[1:])
+        piece = read(teacher, shard_id, spec.name)
+        pieces.append(da.from_delayed(piece, shape, np.dtype(spec.dtype)))
+    return da.concatenate(pieces)
 
 
 def _read_chunk(

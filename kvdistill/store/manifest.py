@@ -235,6 +235,11 @@ class TeacherManifest(Document):
         return groups
 
     @property
+    def predicts_text(self) -> bool:
+        """Whether what is read are tokens that the model predicts; no encoder's are."""
+        return self.kind != "encoder" and self.stream in ("self", "decoder")
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """All stored layers, ascending."""
         return tuple(sorted(layer for group in self.groups for layer in group.layers))

@@ -173,12 +173,10 @@ class OpenedShard:
             for part in CODECS[getattr(self.manifest.codec, kind)].parts(kind)
         ]
         names += [f"{stem}{name}" for stem in stems for name in ("importance", "kept")]
-        names += [
-            name
-            for name, spec in self.specs.items()
-            if "sample" in spec.axes or UNPREDICTED in spec.attributes
+        others = [
+            n for n, x in self.specs.items() if {"sample", UNPREDICTED} & {*x.axes, *x.attributes}
         ]
-        return [name for name in names if name in self.specs]
+        return [name for name in names if name in self.specs] + others
 
 
 def _axis_positions(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from kvdistill.store.channel_statistics import ChannelStatistics
+from kvdistill.store.confidence import nats_per_character
 from kvdistill.store.format import group_prefix
 from kvdistill.store.lazy_arrays import dask_array, dataset
 from kvdistill.store.manifest import TeacherManifest
@@ -61,6 +62,8 @@ class TeacherSummary:
     bytes_by_array: dict[str, int]
     """zarr: of every array. safetensors: of the one file."""
     extraction_seconds: float
+    nats_per_character: dict[str, float]
+    """Of all texts and by task; empty without confidence."""
     rms: dict[str, dict[int, list[float]]]
     outliers: list[Outlier]
 
@@ -71,7 +74,7 @@ class TeacherSummary:
 
 
 def summarise_teacher(store: KVStore, teacher: str) -> TeacherSummary:
-    """Everything that needs no key or value to be read.
+    """Everything that needs no key or value to be read, but all token tables for confidence.
 
     Raises:
         ShardNotFound: nothing is committed yet.
@@ -107,6 +110,7 @@ def summarise_teacher(store: KVStore, teacher: str) -> TeacherSummary:
         raw_bytes=sum(commit.raw_bytes for commit in commits),
         bytes_by_array=by_array,
         extraction_seconds=sum(commit.seconds for commit in commits),
+        nats_per_character=nats_per_character(store, teacher),
         rms={
             kind: {layer: np.sqrt((x**2).sum(axis=-1)).tolist() for layer, x in by_layer.items()}
             for kind, by_layer in rms.items()

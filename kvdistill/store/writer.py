@@ -236,8 +236,7 @@ def check_finite(array: np.ndarray, spec: ArraySpec, tokens: TokenTable, where: 
     elif array.dtype.kind == "f":
         finite = np.isfinite(array)
         if UNPREDICTED in spec.attributes:
-            ptr = tokens.sample_ptr
-            finite[ptr[:-1][np.diff(ptr) > 0]] = True
+            finite[tokens.sample_ptr[:-1][np.diff(tokens.sample_ptr) > 0]] = True
     else:
         return
     if finite.all():

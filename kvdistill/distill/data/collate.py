@@ -79,7 +79,8 @@ class Collate:
                         it names none, -1 for a teacher that does not take part
         ``teachers``    per teacher ``key`` and ``value`` parts ``[B, L, H, T_t, D]`` as stored,
                         by group, the band ``start``, ``weight``, ``covered`` of the alignment,
-                        and ``summary [B, E]`` where it is kept
+                        and ``summary [B, E]`` where it is kept; ``nats`` per character
+                        (``by_confidence.py``) for fusion by confidence
         """
         samples = [item.sample for item in items]
         tokens = tokenize(self.tokenizer, samples, self.max_length)
@@ -153,6 +154,8 @@ class Collate:
             }
         if space.prototypes_KE is not None:
             batch["summary"] = summaries(rows)
+        if space.likelihood is not None:
+            batch["nats"] = space.likelihood(rows, student)
         return batch
 
 

@@ -4,13 +4,15 @@
 ``similarity``  how close the text, as each teacher represents it in its own hidden space (stored
                 with its shards), is to that teacher's prototypes:
                 α = softmax_i( max_k sim(query_i, prototype_ik) / τ ); nothing is learned
+``confidence``  how likely each teacher found the text (``by_confidence.py``); nothing is learned
 ``mlp``, ``gate``, ``attention``  a router on the student's hidden state, detached: routing must
                 not train the student
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from kvdistill.config.distill import FusionConfig
 from kvdistill.distill.data.collate import Batch
 from kvdistill.distill.fuse.balance import TeacherBalance
+from kvdistill.distill.fuse.by_confidence import confidence_weights
 from kvdistill.distill.fuse.router import Router
 from kvdistill.distill.fuse.weights import ServedWeights, fixed_weights
 from kvdistill.distill.targets import TeacherSpace
@@ -57,6 +60,14 @@ class FusionWeights(nn.Module):
         elif config.method == "similarity":
             for i, teacher in enumerate(teachers):
                 self.register_buffer(f"prototypes_{i}", teacher.prototypes_KE)
+        elif config.method == "confidence":
+            encoders = torch.tensor([teacher.likelihood is None for teacher in teachers])
+            if bool(encoders.all()):
+                raise ConfigError("fusion.method confidence: no teacher predicts text; use fixed")
+            self.register_buffer("encoders", encoders.view(-1, 1, 1, 1), persistent=False)
+            self.encoder_share = float(encoders.float().mean())
+            if self.encoder_share and config.encoder_share is not None:
+                self.encoder_share = config.encoder_share
         else:
             self.router = Router(
                 config.method,
@@ -113,7 +124,9 @@ class FusionWeights(nn.Module):
             "num_contested": (num_teachers > 1).sum(),
         }
 
-    def _raw(self, batch: Batch, teachers: list[Batch], hidden_BTE: Tensor | None) -> Tensor:
+    def _raw(
+        self, batch: Batch, teachers: list[Batch], hidden_BTE: Tensor | None
+    ) -> Tensor | Callable[[Tensor], Tensor]:
         """Weights before coverage and layers are taken into account."""
         if self.config.by_task:
             return self._by_task(batch)
@@ -126,6 +139,10 @@ class FusionWeights(nn.Module):
                 self.config.similarity,
                 self.config.temperature,
             )
+        if self.config.method == "confidence":
+            settings = self.config.temperature, self.encoder_share
+            found = [teacher.get("nats") for teacher in teachers]
+            return partial(confidence_weights, found, self.get_buffer("encoders"), *settings)
         assert self.router is not None and hidden_BTE is not None  # noqa: PT018
         hidden = hidden_BTE.detach()
         if self.config.granularity != "token":

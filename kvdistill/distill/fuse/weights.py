@@ -8,7 +8,7 @@ teacher fused is that teacher. What no teacher serves has no weight, no target a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,8 +31,9 @@ def fixed_weights(weights: Sequence[float]) -> Tensor:
 class ServedWeights:
     """What the fusion weights of a batch follow from."""
 
-    raw_NBLT: Tensor
-    """Weights ≥ 0 by the configured method, wherever a teacher serves; B, L, T may be 1."""
+    raw_NBLT: Tensor | Callable[[Tensor], Tensor]
+    """Weights ≥ 0 by the configured method, wherever a teacher serves; B, L, T may be 1. Or how
+    they follow from where teachers serve."""
     serves_NBLT: Tensor
     """Where a teacher serves, bool."""
     kept_NB: Tensor | None = None
@@ -50,7 +51,8 @@ class ServedWeights:
             serves = torch.stack(layers)
         if dropout and self.kept_NB is not None:
             serves = drop_teachers(serves, self.kept_NB)
-        return renormalise(self.raw_NBLT, serves)
+        raw = self.raw_NBLT(serves) if callable(self.raw_NBLT) else self.raw_NBLT
+        return renormalise(raw, serves)
 
 
 def renormalise(alpha_NBLT: Tensor, serves_NBLT: Tensor) -> Tensor:

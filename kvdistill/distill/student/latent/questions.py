@@ -135,6 +135,8 @@ class LatentCollate(Collate):
         }
         if space.prototypes_KE is not None:
             batch["summary"] = summaries(rows)
+        if space.likelihood is not None:
+            batch["nats"] = space.likelihood(rows, None)
         if self.losses.codi:
             cues = [shard.arrays["hidden_at_cue"][:, idx] for shard, idx in rows]
             batch["cue"] = torch.from_numpy(np.stack(cues))
