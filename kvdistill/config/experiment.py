@@ -138,15 +138,12 @@ def _check_weights(experiment: Experiment) -> None:
 
 def _check_fusion(experiment: Experiment) -> None:
     fusion, losses = experiment.fusion, experiment.losses
-    if fusion.method == "similarity" and not experiment.extraction.summaries:
+    needs = {"similarity": ("summaries", "hidden states"), "confidence": ("confidence", "nats")}
+    setting, what = needs.get(fusion.method, ("confidence", ""))
+    if what and not getattr(experiment.extraction, setting):
         raise ValueError(
-            "fusion.method similarity compares hidden states that extraction must store; set "
-            "extraction.summaries: true and extract under new teacher names"
-        )
-    if fusion.method == "confidence" and not experiment.extraction.confidence:
-        raise ValueError(
-            "fusion.method confidence compares likelihoods that extraction must store; set "
-            "extraction.confidence: true and extract under new teacher names"
+            f"fusion.method {fusion.method} compares {what} that extraction must store; set "
+            f"extraction.{setting}: true and extract under new teacher names"
         )
     balanced = fusion.balance
     for name, given in (("factors", balanced.factors), ("spans", balanced.spans)):
