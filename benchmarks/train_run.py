@@ -28,18 +28,13 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     from kvdistill.pipelines.train import build_trainer
     from kvdistill.store.reader import KVStore
 
-    experiment = parse_experiment(spec["experiment"])
-    source_of = None
-    if spec["live"]:
-        from live import live_source
-
-        source_of = live_source(experiment)
+    source = "live" if spec["live"] else "store"
+    experiment = parse_experiment({**spec["experiment"], "kv_source": source})
     trainer = build_trainer(
         experiment,
         KVStore.open(experiment.store),
         load_corpus(experiment.corpus),
         begin(experiment),
-        source_of,
     )
     waits: list[float] = []
     trainer.get_batch_samples = timed(trainer.get_batch_samples, waits)

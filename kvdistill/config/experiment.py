@@ -46,6 +46,9 @@ class Experiment(Section):
     """Named defaults, such as `phase-1` to `phase-5` or `kava`; keys given in the file win."""
     store: Path
     """Folder of the key/value store: written by `extract`, read by `train`."""
+    kv_source: Literal["store", "live"] = "store"
+    """Where training gets keys and values. `live`: from the teachers themselves, run on every text
+    each time that it is due; the store then needs only the first shards, for statistics."""
     output_dir: Path = Path("runs")
     """Parent folder of the run's folder."""
     seed: NonNegative = 0

@@ -127,6 +127,9 @@ class TrainingConfig(Section):
     """Steps between checks for a moving target (each costs two backward passes)."""
     window_shards: Positive = 4
     """Half the number of shards that are open at once, over all ranks, and mixed."""
+    partial_store: bool = False
+    """Train on the shards that all teachers have when the run starts, instead of refusing a store
+    that lacks some; a resumed run keeps to them."""
     prefetch_threads: Positive = 2
     """Threads that read the next shards."""
     prefetch_steps: Positive = 2

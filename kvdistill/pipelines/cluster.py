@@ -11,7 +11,7 @@ from typing import Any
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import load_experiment
 from kvdistill.errors import ConfigError, SlurmError
-from kvdistill.pipelines.extract_tasks import other_extraction
+from kvdistill.pipelines.extract_tasks import other_extraction, to_extract
 from kvdistill.pipelines.run import training_ledger
 from kvdistill.pipelines.run_folder import RunFolder
 from kvdistill.slurm import client
@@ -96,7 +96,8 @@ def overview(target: Path, overrides: Sequence[str] = (), only: Sequence[str] = 
         names = sorted(folder_names(store.paths.teachers))
     else:
         experiment = load_experiment(target, overrides)
-        store, names = KVStore.open(experiment.store), list(experiment.teachers)
+        store = to_extract(KVStore.open(experiment.store), experiment)
+        names = list(experiment.teachers)
     if unknown := set(only) - set(names):
         raise ConfigError(f"{target} has no teacher {sorted(unknown)}; it has {names}")
     teachers = tuple(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -52,8 +52,32 @@ def prepare_store(experiment: Experiment) -> KVStore:
         ConfigError: a teacher reads a part that the corpus does not have.
         StoreMismatch: the store was made from another corpus, or cut differently.
     """
-    samples = texts_to_extract(experiment)
-    return create(experiment.store, list(cut_into_shards(samples, experiment.corpus.shard_chars)))
+    shards = list(cut_into_shards(texts_to_extract(experiment), experiment.corpus.shard_chars))
+    return to_extract(create(experiment.store, shards), experiment)
+
+
+def to_extract(store: KVStore, experiment: Experiment) -> KVStore:
+    """The shards that stage 1 has to make: all, or the first ones where teachers teach live."""
+    if experiment.kv_source == "store":
+        return store
+    return store.only(live_shards(experiment, ((i, store.samples(i)) for i in store.shard_ids)))
+
+
+def live_shards(
+    experiment: Experiment, shards: Iterable[tuple[str, Sequence[Sample]]]
+) -> list[str]:
+    """The first shards with enough texts of every live teacher for its statistics and a pilot."""
+    wanted = dict.fromkeys(experiment.teachers, 8 * experiment.projection.pilot_batches)
+    first = []
+    for shard_id, samples in shards:
+        if not wanted:
+            break
+        tasks = [sample.task for sample in samples]
+        found = {name: sum(map(experiment.teachers[name].reads, tasks)) for name in wanted}
+        if any(found.values()):
+            first.append(shard_id)
+        wanted = {name: num - found[name] for name, num in wanted.items() if num > found[name]}
+    return first
 
 
 def texts_to_extract(experiment: Experiment) -> list[Sample]:
@@ -76,7 +100,7 @@ def texts_to_extract(experiment: Experiment) -> list[Sample]:
 def open_store(experiment: Experiment) -> KVStore:
     """Open the store without reading the corpus again; create it if there is none."""
     try:
-        return KVStore.open(experiment.store)
+        return to_extract(KVStore.open(experiment.store), experiment)
     except StoreNotFound:
         return prepare_store(experiment)
 
@@ -231,7 +255,7 @@ def extract_pool(
     """
     began = time.time()
     pending = pending_shards(experiment, teacher, ask_slurm=False)
-    store = KVStore.open(experiment.store)
+    store = open_store(experiment)
 
     def poll() -> None:
         on_poll(len(store.committed(teacher)), len(store.shard_ids))

@@ -29,7 +29,7 @@ from kvdistill.extract.extract_shard import ExtractedShard, extract_samples, tok
 from kvdistill.extract.slots import num_slots
 from kvdistill.extract.teacher import Teacher, load_teacher
 from kvdistill.extract.tokenise import PromptTokenizer, TokenisedSample
-from kvdistill.pipelines.extract_tasks import texts_to_extract
+from kvdistill.pipelines.extract_tasks import live_shards, texts_to_extract
 from kvdistill.store.codecs import CODECS
 from kvdistill.store.confidence import mean_likelihoods
 from kvdistill.store.writer import add_teacher, create, publish_shard
@@ -101,7 +101,8 @@ def estimate_extraction(
         CorpusError, ConfigError: as ``prepare_store``.
         TeacherError: a teacher cannot be loaded or verified, or cannot read a sample.
     """
-    samples = texts_to_extract(experiment)
+    shards = _shards_to_extract(experiment)
+    samples = [sample for shard in shards for sample in shard.samples]
     student = _student_tokenizer(experiment)
     counts = {"num_samples": num_samples, "num_sized": num_sized}
     # One teacher in memory at a time.
@@ -115,10 +116,19 @@ def estimate_extraction(
     return ExtractionEstimate(
         samples=len(samples),
         characters=_num_characters(samples),
-        shards=sum(1 for _ in cut_into_shards(samples, experiment.corpus.shard_chars)),
+        shards=len(shards),
         teachers=tuple(teachers),
         free_gigabytes=shutil.disk_usage(folder).free / 1e9,
     )
+
+
+def _shards_to_extract(experiment: Experiment) -> list[Shard]:
+    samples = texts_to_extract(experiment)
+    shards = list(cut_into_shards(samples, experiment.corpus.shard_chars))
+    if experiment.kv_source == "store":
+        return shards
+    first = live_shards(experiment, ((shard.shard_id, shard.samples) for shard in shards))
+    return [shard for shard in shards if shard.shard_id in first]
 
 
 def _estimate_teacher(

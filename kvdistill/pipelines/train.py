@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from kvdistill.config.base import log
 from kvdistill.config.experiment import Experiment
 from kvdistill.corpus.readers import Splits, load_corpus
 from kvdistill.corpus.samples import Sample, corpus_fingerprint
 from kvdistill.distill.evaluate.answers import is_gradable
 from kvdistill.errors import ConfigError, IncompleteStore, Interrupted, StoreMismatch
-from kvdistill.pipelines.extract_tasks import other_extraction
+from kvdistill.pipelines.extract_tasks import other_extraction, to_extract
 from kvdistill.pipelines.run_folder import RunFolder, begin, model_card, writing
 from kvdistill.slurm.lease import lease
 from kvdistill.slurm.signals import handling
@@ -179,30 +180,36 @@ def build_trainer(
     store: KVStore,
     splits: Splits,
     folder: RunFolder,
-    source_of: SourceOf | None = None,
 ) -> Any:
     """Student, distiller, stream and trainer of a run, ready to train.
 
-    ``source_of`` makes the source of shards; the store if not given.
+    Raises:
+        IncompleteStore: shards are missing that the run needs.
+        KVDistillError: see ``assemble``.
     """
     from transformers import set_seed
 
     from kvdistill.distill.data.collate import require_text
-    from kvdistill.distill.data.stream import Rank, StoreSource
+    from kvdistill.distill.data.stream import Rank
     from kvdistill.distill.train.callbacks import Commits, HumanLog, JsonLines, ProgressBar
     from kvdistill.distill.train.pilot import explained_lines
     from kvdistill.distill.train.set_up import assemble, log_callbacks, training_arguments
     from kvdistill.distill.train.trainer import KVDistillTrainer
 
     arguments = training_arguments(experiment, folder.path, bool(splits.evaluation))
+    rank = Rank(arguments.process_index, arguments.world_size)
+    there, source_of = _shards_of(experiment, store, folder, rank.rank)
+    samples = splits.train
+    if experiment.training.partial_store:
+        samples = [sample for shard_id in there.shard_ids for sample in there.samples(shard_id)]
     set_seed(experiment.seed)  # for the projectors; the student has its own generator
     run = assemble(
         experiment,
-        store,
-        splits.train,
-        Rank(arguments.process_index, arguments.world_size),
+        there,
+        samples,
+        rank,
         resuming=folder.checkpoint() is not None,
-        source_of=source_of or StoreSource,
+        source_of=source_of,
         device=arguments.device,
     )
     if splits.evaluation:
@@ -232,8 +239,48 @@ def build_trainer(
             Commits(folder.path, experiment.training.keep_checkpoints),
         ],
     )
-    trainer.initial_student = initial_student
+    trainer.initial_student, trainer.samples = initial_student, samples
     return trainer
+
+
+def _shards_of(
+    experiment: Experiment, store: KVStore, folder: RunFolder, rank: int
+) -> tuple[KVStore, SourceOf]:
+    """The store of a run, perhaps with a part of its plan, and what makes a source of it."""
+    from kvdistill.distill.data.stream import StoreSource
+
+    if not experiment.losses.uses_teachers:
+        return store, StoreSource
+    if experiment.kv_source == "live":
+        from kvdistill.pipelines.live import live_source
+
+        return to_extract(store, experiment), live_source(experiment, store)
+    if not experiment.training.partial_store:
+        return store, StoreSource
+    return store.only(_shards_at_the_start(experiment, store, folder, rank)), StoreSource
+
+
+def _shards_at_the_start(
+    experiment: Experiment, store: KVStore, folder: RunFolder, rank: int
+) -> list[str]:
+    """Shards that all teachers had when the run began; the first rank looks, and records them."""
+    from accelerate.utils import broadcast_object_list
+
+    if rank == 0 and "shards" not in folder.read_record():
+        missing = {name: store.missing(name) for name in experiment.teachers}
+        absent = {shard_id for found in missing.values() for shard_id in found}
+        there = [shard_id for shard_id in store.shard_ids if shard_id not in absent]
+        folder.write_record(folder.read_record() | {"shards": there})
+        lacking = ", ".join(f"{name} lacks {len(found)}" for name, found in missing.items())
+        log.warning(
+            f"{folder.path}: trains on {len(there)} of {len(store.shard_ids)} shards; {lacking}"
+        )
+    shards: list[str] = broadcast_object_list([folder.read_record().get("shards")])[0]
+    if not shards:
+        raise IncompleteStore(
+            f"{store.paths.root}: no shard yet that all teachers have; run `kvdistill extract`"
+        )
+    return shards
 
 
 def _diagnose(trainer: Any) -> dict[str, Any]:
@@ -273,7 +320,7 @@ def _write_outcome(
         "best": None if trainer.best is None else asdict(trainer.best),
         "seconds": time.monotonic() - began,
         **resource_usage(),
-        "controls": recorded_controls(trainer, splits.train, splits.evaluation),
+        "controls": recorded_controls(trainer, trainer.samples, splits.evaluation),
         "files": folder.file_records(),
     }
     record = folder.read_record() | outcome

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
@@ -46,6 +46,11 @@ def _renew_locks() -> None:
 os.register_at_fork(after_in_child=_renew_locks)
 
 
+def _reopened(root: Path, shard_ids: tuple[str, ...]) -> KVStore:
+    store = KVStore.open(root)
+    return store if store.shard_ids == shard_ids else store.only(shard_ids)
+
+
 class KVStore:
     """A store, opened for reading. Safe to share between threads and with forked children; pickled
     by its path.
@@ -61,8 +66,8 @@ class KVStore:
         self._lock = threading.Lock()
         _HANDLES.add(self)
 
-    def __reduce__(self) -> tuple[Callable[[Path], KVStore], tuple[Path]]:
-        return KVStore.open, (self.paths.root.absolute(),)
+    def __reduce__(self) -> tuple[Callable[..., KVStore], tuple[Path, tuple[str, ...]]]:
+        return _reopened, (self.paths.root.absolute(), self.shard_ids)
 
     @staticmethod
     def open(path: Path | str) -> KVStore:
@@ -81,6 +86,12 @@ class KVStore:
                 "`kvdistill extract` creates one"
             ) from None
         return KVStore(paths, StoreManifest.from_json(text, str(paths.manifest)))
+
+    def only(self, shard_ids: Iterable[str]) -> KVStore:
+        """The same store with these shards of the plan alone, in corpus order."""
+        wanted = set(shard_ids)
+        kept = tuple(plan for plan in self.manifest.shards if plan.shard_id in wanted)
+        return KVStore(self.paths, self.manifest.model_copy(update={"shards": kept}))
 
     @property
     def shard_ids(self) -> tuple[str, ...]:

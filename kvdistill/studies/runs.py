@@ -13,7 +13,7 @@ from typing import Final
 import yaml
 
 from kvdistill.errors import ConfigError, IncompleteStore, Interrupted, StoreNotFound
-from kvdistill.pipelines.extract_tasks import num_array_tasks, units_in_queue
+from kvdistill.pipelines.extract_tasks import num_array_tasks, to_extract, units_in_queue
 from kvdistill.pipelines.run import choose_profile
 from kvdistill.slurm import client
 from kvdistill.slurm.ledger import Ledger
@@ -45,7 +45,7 @@ def require_teachers(design: StudyDesign, study: Path) -> None:
     experiment = design.experiment_of_all_teachers()
     remedy = f"run `kvdistill ablate {study} --extract`"
     try:
-        store = KVStore.open(experiment.store)
+        store = to_extract(KVStore.open(experiment.store), experiment)
     except StoreNotFound:
         raise StoreNotFound(f"{study}: no store at {experiment.store}; {remedy}") from None
     for name in experiment.teachers:

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.live import LiveSource, live_source, only_layers
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import parse_experiment
 from kvdistill.corpus.readers import load_corpus
+from kvdistill.errors import IncompleteStore
 from kvdistill.pipelines.extract import extract
-from kvdistill.pipelines.run_folder import begin
-from kvdistill.pipelines.train import build_trainer
+from kvdistill.pipelines.live import LiveSource, live_source, only_layers
+from kvdistill.pipelines.run_folder import RunFolder, begin
+from kvdistill.pipelines.train import build_trainer, train
 from kvdistill.store.reader import KVStore
 from kvdistill.types import CodecName
 from tests.pipelines.tiny import variant
@@ -47,13 +48,9 @@ def experiment_of(path: Path, folder: Path, codec: CodecName, **changes: Any) ->
 
 def losses(experiment: Experiment, *, live: bool) -> list[dict[str, float]]:
     folder = begin(experiment)
-    trainer = build_trainer(
-        experiment,
-        KVStore.open(experiment.store),
-        load_corpus(experiment.corpus),
-        folder,
-        live_source(experiment) if live else None,
-    )
+    experiment = experiment.model_copy(update={"kv_source": "live" if live else "store"})
+    store, splits = KVStore.open(experiment.store), load_corpus(experiment.corpus)
+    trainer = build_trainer(experiment, store, splits, folder)
     trainer.train()
     rows = [json.loads(line) for line in folder.log.read_text().splitlines()]
     return [row for row in rows if "loss" in row]
@@ -75,13 +72,32 @@ def test_cached_and_live_teachers_give_the_same_losses(folder: Path) -> None:
     assert found["int8", False][0]["loss_key"] != found["fp16", True][0]["loss_key"]
 
 
+def test_live_teachers_need_the_first_shards_alone(folder: Path, tmp_path: Path) -> None:
+    path = folder / "experiment.yaml"
+    changes = {
+        "store": str(tmp_path / "store"), "kv_source": "live", "projection__pilot_batches": 1,
+        "corpus__shard_chars": 300, "training__max_steps": 3,
+    }  # fmt: skip
+    experiment = variant(path, tmp_path / "runs", **changes)
+    assert extract(experiment).complete
+    store = KVStore.open(experiment.store)
+    made = store.committed("llama")
+    assert 0 < len(made) < len(store.shard_ids)
+    assert sum(store.plan(shard_id).num_samples for shard_id in made) >= 8
+    report = train(experiment)
+    assert RunFolder(report.folder).read_record()["steps"] == 3
+    assert store.committed("llama") == made
+    with pytest.raises(IncompleteStore, match="lacks"):
+        train(variant(path, tmp_path / "cached", **{**changes, "kv_source": "store"}))
+
+
 def test_a_live_shard_is_the_stored_one(folder: Path) -> None:
     experiment = parse_experiment(
         experiment_of(folder / "experiment.yaml", folder, "int8").model_dump(mode="json")
     )
     store = KVStore.open(experiment.store)
     layers = {"llama": (0, 2), "bert": (0, 1)}
-    source = live_source(experiment)(store, layers)
+    source = live_source(experiment, store)(store, layers)
     assert isinstance(source, LiveSource)
     loaded = source.load(1)
     assert [shard.samples for shard in source.load_all([1], threads=1, num_ahead=1)] == [

@@ -1,10 +1,8 @@
-"""Online distillation, for comparison: live teachers behind the interface of a store.
+"""Live teachers behind the interface of a store (``kv_source: live``).
 
-Tests show with it that cached and live keys and values give equal losses, benchmarks measure what
-caching saves. ``kvdistill train`` cannot: stage 2 loads no teacher.
-
-The store gives the corpus, the plan and the manifests (geometry and statistics), and no shard.
-Every teacher reads every shard each time it is due, and encodes it as it would be stored.
+For trials without a disk, and to measure what caching saves: every teacher reads every text each
+time that it is due, and encodes it as it would be stored, so that both ways give equal losses. The
+store gives the corpus, the plan and the manifests (geometry and statistics), and no shard.
 """
 
 from __future__ import annotations
@@ -15,8 +13,8 @@ from dataclasses import dataclass, replace
 from kvdistill.config.experiment import Experiment
 from kvdistill.distill.data.stream import LoadedShard
 from kvdistill.distill.train.set_up import SourceOf
-from kvdistill.extract.teacher import Teacher, load_teacher
-from kvdistill.pipelines.extract import read_shard
+from kvdistill.extract.teacher import Teacher
+from kvdistill.pipelines.extract import open_teacher, read_shard
 from kvdistill.store.format import Counts, shard_arrays
 from kvdistill.store.manifest import TeacherManifest
 from kvdistill.store.reader import KVStore
@@ -57,15 +55,20 @@ class LiveSource:
             yield self.load(i)
 
 
-def live_source(experiment: Experiment) -> SourceOf:
-    """Load every teacher of an experiment; returns ``build_trainer``'s ``source_of``.
+def live_source(experiment: Experiment, store: KVStore) -> SourceOf:
+    """Load every teacher of an experiment; returns ``assemble``'s ``source_of``.
+
+    Args:
+        experiment: the run.
+        store: the whole store; that given to ``source_of`` may be its first shards.
 
     Raises:
         TeacherError: one of them cannot be loaded or verified.
+        StoreMismatch: the store holds another extraction of it.
     """
-    teachers = {name: load_teacher(name, experiment) for name in experiment.teachers}
+    teachers = {name: open_teacher(store, experiment, name) for name in experiment.teachers}
 
-    def source_of(store: KVStore, layers: Mapping[str, Sequence[int]]) -> LiveSource:
+    def source_of(_: KVStore, layers: Mapping[str, Sequence[int]]) -> LiveSource:
         return LiveSource(experiment, teachers, store, layers)
 
     return source_of
