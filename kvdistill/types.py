@@ -24,6 +24,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 CorpusFormat = Literal["auto", "text", "segments", "gsm8k"]
 """Row format of a corpus file."""
 
+LongText = Literal["error", "truncate", "window", "skip"]
 SegmentName = Literal["text", "prompt", "rationale", "answer"]
 SEGMENT_IDS: Final[dict[SegmentName, int]] = {"text": 0, "prompt": 1, "rationale": 2, "answer": 3}
 SEGMENT_SPECIAL: Final = -1

@@ -92,6 +92,7 @@ def _report_line(teacher: TeacherReport) -> str:
     rate = teacher.tokens / max(teacher.seconds, 1e-9)
     notes = [f"{teacher.already_done} were committed before"] if teacher.already_done else []
     notes += [f"{teacher.truncated} samples truncated"] if teacher.truncated else []
+    notes += [f"{teacher.windowed} samples read in windows"] if teacher.windowed else []
     notes += [f"{teacher.skipped} samples skipped"] if teacher.skipped else []
     extra = f" ({', '.join(notes)})" if notes else ""
     return (

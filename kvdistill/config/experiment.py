@@ -24,7 +24,7 @@ from kvdistill.config.distill import (
 from kvdistill.config.extraction import ExtractionConfig, TeacherConfig
 from kvdistill.config.slurm import SlurmConfig
 from kvdistill.config.training import StudentConfig, TrainingConfig
-from kvdistill.types import RANKED_EVICTIONS, CodecSpec, Name, ProjectionInit
+from kvdistill.types import RANKED_EVICTIONS, CodecSpec, LongText, Name, ProjectionInit
 
 PRETRAINED: Final[dict[str, dict[str, float]]] = {
     "projection": {"learning_rate": 1e-3},
@@ -112,6 +112,14 @@ class Experiment(Section):
         """The codec of one teacher: its own, or that of ``extraction``."""
         return self.teachers[teacher].codec or self.extraction.codec
 
+    def long_text(self, teacher: str) -> LongText:
+        """What one teacher does with texts that are too long."""
+        return self.teachers[teacher].long_text or self.extraction.long_text
+
+    def max_length(self, teacher: str) -> int | None:
+        """The limit on one teacher's context, beside the model's own."""
+        return self.teachers[teacher].max_length or self.extraction.max_length
+
 
 def _check_losses(experiment: Experiment) -> None:
     losses = experiment.losses
@@ -195,6 +203,12 @@ def _check_projection(experiment: Experiment) -> None:
 def _check_evictions(experiment: Experiment) -> None:
     extraction = experiment.extraction
     for name, teacher in experiment.teachers.items():
+        if experiment.long_text(name) == "window" and (extraction.importance or teacher.eviction):
+            raise ValueError(
+                f"teachers.{name}.long_text window: no token of a window attends beyond it, so "
+                "extraction.importance and an eviction are undefined; set importance to false and "
+                "remove the eviction, or truncate"
+            )
         if teacher.eviction is not None and extraction.stores_predictions:
             raise ValueError(
                 f"teachers.{name}.eviction keeps other tokens in every layer and head, which have "

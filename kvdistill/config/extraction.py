@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from kvdistill.config.base import NonNegative, NonNegativeFloat, Positive, Section
-from kvdistill.types import Backend, CodecSpec, StoredEviction
+from kvdistill.types import Backend, CodecSpec, LongText, StoredEviction
 
 
 class GenerateConfig(Section):
@@ -62,6 +62,11 @@ class TeacherConfig(Section):
     parts: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Parts of the corpus (or tasks) to read, such as `[math, zh]`; everything if not given. Other
     texts are stored without tokens, and this teacher covers nothing of them."""
+    long_text: LongText | None = None
+    """What to do with a text that exceeds the context length; `extraction.long_text` if not
+    given."""
+    max_length: Positive | None = None
+    """Lower the context length to this many tokens; `extraction.max_length` if not given."""
     layers: tuple[NonNegative, ...] | None = None
     """Layers to store; all of them if not given."""
     heads: Annotated[tuple[NonNegative, ...], Field(min_length=1)] | None = None
@@ -106,8 +111,11 @@ class ExtractionConfig(Section):
     """Codecs of keys and values."""
     batch_tokens: Positive = 4096
     """Tokens per forward pass, padding included; halved automatically when memory runs out."""
-    long_text: Literal["error", "truncate", "skip"] = "error"
-    """What to do with a text that exceeds the teacher's context length."""
+    long_text: LongText = "error"
+    """What to do with a text that exceeds the teacher's context length. `window`: read it in
+    overlapping windows."""
+    window_overlap: NonNegative = 128
+    """Tokens that neighbouring windows share: the least context of a token inside the text."""
     max_length: Positive | None = None
     """Lower the context length to this many tokens."""
     importance: bool = True

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,11 +28,10 @@ from kvdistill.extract.generate import generate_rationales
 from kvdistill.extract.predictions import predictions
 from kvdistill.extract.teacher import Teacher
 from kvdistill.extract.tokenise import TeacherBatch, TokenisedSample, collate_teacher_batch
+from kvdistill.extract.windows import Windows
 from kvdistill.store.channel_statistics import ChannelStatistics
 from kvdistill.store.shard import EncodedShard, TokenTable
 from kvdistill.types import SEGMENT_IDS, SEGMENT_SPECIAL
-
-LongText = Literal["error", "truncate", "skip"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +42,8 @@ class ExtractedShard:
     statistics: dict[str, ChannelStatistics]
     truncated: tuple[str, ...]
     """Samples that were truncated to the teacher's positions."""
+    windowed: tuple[str, ...]
+    """Samples that were read in windows of them."""
     skipped: tuple[str, ...]
     """Samples too long for the teacher, stored without tokens."""
     seconds: float
@@ -56,7 +57,6 @@ def extract_samples(
     samples: Sequence[Sample],
     *,
     batch_tokens: int,
-    long_text: LongText = "error",
     on_batch: Callable[[int], None] | None = None,
 ) -> ExtractedShard:
     """Run a teacher over samples; ``on_batch`` receives the number of tokens of every batch.
@@ -64,8 +64,8 @@ def extract_samples(
     Samples of parts that the teacher does not read are stored without tokens.
 
     Raises:
-        TeacherError: a text exceeds the teacher's positions and ``long_text`` is ``error``, or a
-            tokenizer's offsets are wrong; names the sample.
+        TeacherError: a text exceeds the teacher's positions and the teacher's ``long_text`` is
+            ``error``, or a tokenizer's offsets are wrong; names the sample.
         NonFiniteError: NaN or infinity; names layer, head and sample.
     """
     started = time.monotonic()
@@ -76,7 +76,7 @@ def extract_samples(
         written = generate_rationales(teacher, chosen, teacher.generate, batch_tokens)
         own = dict(zip(read_idx, written, strict=True))
         samples = own_texts = [own.get(i, sample) for i, sample in enumerate(samples)]
-    tokenised, truncated, skipped = _tokenise(teacher, samples, read_idx, long_text)
+    tokenised, too_long = _tokenise(teacher, samples, read_idx)
     table = token_table(samples, tokenised)
     packer = ShardPacker(teacher.manifest, teacher.layers, table)
     for sample_idx in teacher.batches([sample.num_tokens for sample in tokenised], batch_tokens):
@@ -86,7 +86,15 @@ def extract_samples(
     seconds = time.monotonic() - started
     texts = None if own_texts is None else tuple(own_texts)
     shard = EncodedShard(packer.tokens, packer.arrays, texts=texts)
-    return ExtractedShard(shard, packer.statistics(), truncated, skipped, seconds, table.num_tokens)
+    return ExtractedShard(
+        shard,
+        packer.statistics(),
+        truncated=too_long if teacher.long_text == "truncate" else (),
+        windowed=too_long if teacher.long_text == "window" else (),
+        skipped=too_long if teacher.long_text == "skip" else (),
+        seconds=seconds,
+        num_read=table.num_tokens,
+    )
 
 
 def token_table(samples: Sequence[Sample], tokenised: Sequence[TokenisedSample]) -> TokenTable:
@@ -103,31 +111,32 @@ def token_table(samples: Sequence[Sample], tokenised: Sequence[TokenisedSample])
 
 
 def _tokenise(
-    teacher: Teacher, samples: Sequence[Sample], read_idx: Sequence[int], long_text: LongText
-) -> tuple[list[TokenisedSample], tuple[str, ...], tuple[str, ...]]:
-    """Tokens of all samples, ids of the truncated ones, ids of the skipped ones."""
+    teacher: Teacher, samples: Sequence[Sample], read_idx: Sequence[int]
+) -> tuple[list[TokenisedSample], tuple[str, ...]]:
+    """Tokens of all samples, as they are to be read, and the ids of those that were too long."""
     tokenised = [TokenisedSample.empty()] * len(samples)
     for i, found in zip(read_idx, teacher.tokenise([samples[i] for i in read_idx]), strict=True):
         tokenised[i] = found
-    limit = teacher.max_length
-    too_long = [i for i, s in enumerate(tokenised) if limit is not None and s.max_tokens > limit]
-    if not too_long:
-        return tokenised, (), ()
+    too_long = [i for i, sample in enumerate(tokenised) if teacher.is_too_long(sample)]
     ids = tuple(samples[i].sample_id for i in too_long)
-    if long_text == "error":
+    if too_long and teacher.long_text == "error":
+        name = teacher.manifest.name
         raise TeacherError(
             f"sample {ids[0]!r} has {tokenised[too_long[0]].max_tokens} tokens, but teacher "
-            f"{teacher.manifest.name!r} reads at most {limit} ({len(ids)} such samples in this "
-            "shard); set extraction.long_text to truncate or skip"
+            f"{name!r} reads at most {teacher.max_length} ({len(ids)} such samples in this "
+            f"shard); set teachers.{name}.long_text to truncate, window or skip"
         )
-    if long_text == "skip":
+    if teacher.long_text == "window":
+        for i in too_long:
+            teacher.windows(tokenised[i])  # refuses what cannot be read so, before anything is
+    elif teacher.long_text == "skip":
         for i in too_long:
             tokenised[i] = TokenisedSample.empty()
-        return tokenised, (), ids
-    shorter = teacher.tokenise([samples[i] for i in too_long], limit)
-    for i, sample in zip(too_long, shorter, strict=True):
-        tokenised[i] = sample
-    return tokenised, ids, ()
+    elif too_long:
+        shorter = teacher.tokenise([samples[i] for i in too_long], teacher.max_length)
+        for i, sample in zip(too_long, shorter, strict=True):
+            tokenised[i] = sample
+    return tokenised, ids
 
 
 def _run_batch(
@@ -139,7 +148,7 @@ def _run_batch(
     """One forward pass; a batch that does not fit into memory is halved."""
     try:
         batch = collate_teacher_batch(tokenised, sample_idx, teacher.pad_id, teacher.device)
-        _run_whole(teacher, batch, packer)
+        _run_whole(teacher, batch, packer, teacher.windows(tokenised[sample_idx[0]]))
     except torch.OutOfMemoryError:
         if len(sample_idx) == 1:
             raise
@@ -152,21 +161,28 @@ def _run_batch(
         _run_batch(teacher, tokenised, half, packer)
 
 
-def _run_whole(teacher: Teacher, batch: TeacherBatch, packer: ShardPacker) -> None:
+def _run_whole(
+    teacher: Teacher, batch: TeacherBatch, packer: ShardPacker, windows: Windows | None
+) -> None:
     manifest = teacher.manifest
     segments = packer.segments(batch)
     cues_B = torch.tensor([cue(segment) for segment in segments])
+    rows_B = torch.arange(len(segments))
+    at_cue = (rows_B, cues_B) if windows is None else windows.find(cues_B)
     inputs_LBE: list[Tensor] = []
     packed = BatchPacker(packer, batch)
     with ExitStack() as hooks:
         if manifest.has_hidden_at_cue:
-            hooks.enter_context(_layer_inputs(teacher.sites, cues_B, inputs_LBE))
-        hidden_BTE = teacher.run(batch, packed.add)
+            hooks.enter_context(_layer_inputs(teacher.sites, at_cue, inputs_LBE))
+        if windows is None:
+            hidden_BTE = teacher.run(batch, packed.add)
+        else:
+            hidden_BTE = windows.run(teacher.run, packed.add)
     packed.finish()
     rows = list(batch.sample_idx)
     if manifest.has_hidden_at_cue:
-        at_cue = [*inputs_LBE, _token_at(hidden_BTE, cues_B)]
-        packer.arrays["hidden_at_cue"][:, rows] = torch.stack([x.cpu() for x in at_cue]).numpy()
+        states = [*inputs_LBE, _token_at(hidden_BTE, (rows_B, cues_B))]
+        packer.arrays["hidden_at_cue"][:, rows] = torch.stack([x.cpu() for x in states]).numpy()
     if manifest.has_summaries:
         mask = text_mask(segments, batch).to(hidden_BTE.device)
         summary = _summarise(hidden_BTE, mask, batch.real_mask.to(hidden_BTE.device))
@@ -193,9 +209,9 @@ def cue(segment: NDArray[np.int8]) -> int:
 
 @contextmanager
 def _layer_inputs(
-    sites: Sequence[Site], positions_B: Tensor, inputs_LBE: list[Tensor]
+    sites: Sequence[Site], at_B: tuple[Tensor, Tensor], inputs_LBE: list[Tensor]
 ) -> Iterator[None]:
-    """While inside, append ``[B, E]`` for every site: its layer's input at ``positions_B``."""
+    """While inside, append ``[B, E]`` for every site: its layer's input at rows and positions."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -204,16 +220,16 @@ def _layer_inputs(
                 f"extraction.hidden_at_cue: {type(module).__name__} reads several hidden states a "
                 f"token ({list(hidden.shape)}); set it to false"
             )
-        inputs_LBE.append(_token_at(hidden, positions_B))
+        inputs_LBE.append(_token_at(hidden, at_B))
 
     with attached(site.layer.register_forward_pre_hook(hook, with_kwargs=True) for site in sites):
         yield
 
 
-def _token_at(hidden_BTE: Tensor, positions_B: Tensor) -> Tensor:
-    """``[B, T, E]`` at one position per sample → float32 ``[B, E]``."""
-    rows = torch.arange(hidden_BTE.shape[0], device=hidden_BTE.device)
-    return hidden_BTE[rows, positions_B.to(hidden_BTE.device)].float()
+def _token_at(hidden_BTE: Tensor, at_B: tuple[Tensor, Tensor]) -> Tensor:
+    """``[B, T, E]`` at some rows and positions → float32 ``[B, E]``."""
+    row_B, position_B = (x.to(hidden_BTE.device) for x in at_B)
+    return hidden_BTE[row_B, position_B].float()
 
 
 def _summarise(hidden_BTE: Tensor, text_mask_BT: Tensor, real_mask_BT: Tensor) -> Tensor:

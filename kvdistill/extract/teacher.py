@@ -58,9 +58,10 @@ from kvdistill.extract.tokenise import (
     TokenisedSample,
     batch_by_tokens,
 )
+from kvdistill.extract.windows import Windows
 from kvdistill.store import identity
 from kvdistill.store.manifest import TeacherManifest
-from kvdistill.types import LayerGroup
+from kvdistill.types import LayerGroup, LongText
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,10 @@ class Teacher:
     manifest: TeacherManifest
     max_length: int | None
     """Most tokens of a text: the model's positions, or the config's limit if that is less."""
+    long_text: LongText = "error"
+    """What to do with a text of more."""
+    window_overlap: int = 0
+    """Tokens that windows of such a text share."""
     rule: BatchRule = UNLIMITED
     """Which texts may share a batch."""
     head: OutputHead | None = None
@@ -107,10 +112,37 @@ class Teacher:
         """Whether a text is of a part of the corpus that this teacher reads."""
         return self.manifest.parts is None or sample.task in self.manifest.parts
 
+    def is_too_long(self, sample: TokenisedSample) -> bool:
+        """Whether a text exceeds the teacher's positions."""
+        return self.max_length is not None and sample.max_tokens > self.max_length
+
+    def windows(self, sample: TokenisedSample) -> Windows | None:
+        """The windows of a text that is too long; None for others.
+
+        Raises:
+            TeacherError: the teacher cannot be read in windows, or they leave no room.
+        """
+        if self.max_length is None or not self.is_too_long(sample):
+            return None
+        if sample.source_ids is not None or self.rule.alone:
+            name = self.manifest.name
+            raise TeacherError(
+                f"teacher {name!r} cannot be read in windows: it "
+                f"{'depends on its batch' if self.rule.alone else 'reads pairs of texts'}; set "
+                f"teachers.{name}.long_text to truncate or skip"
+            )
+        return Windows.of(sample, self.max_length, self.window_overlap, self.device)
+
     def batches(self, lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-        """``batch_by_tokens``, so that no text changes how another one is read."""
+        """``batch_by_tokens``, so that no text changes how another one is read.
+
+        A text that is read in windows is a batch of its own.
+        """
         budget = 1 if self.rule.alone else batch_tokens
-        return batch_by_tokens(lengths, budget, self.rule.padded_to)
+        limit = max(lengths, default=0) if self.max_length is None else self.max_length
+        yield from ([i] for i, length in enumerate(lengths) if length > limit)
+        whole = [length if length <= limit else 0 for length in lengths]
+        yield from batch_by_tokens(whole, budget, self.rule.padded_to)
 
     def tokenise(
         self, samples: Sequence[Sample], max_length: int | None = None
@@ -227,7 +259,9 @@ def load_teacher(name: str, experiment: Experiment, day: date | None = None) -> 
         tuple(site for site in verified.sites if site.layer_idx in chosen),
         layers,
         _manifest(name, experiment, model, verified, layers=layers, **facts),
-        max_positions(model, extraction.max_length),
+        max_positions(model, experiment.max_length(name)),
+        experiment.long_text(name),
+        extraction.window_overlap,
         verified.batches,
         head,
         whole if generates else None,

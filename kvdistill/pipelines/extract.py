@@ -62,6 +62,7 @@ class TeacherReport:
     seconds: float = 0.0
     """Wall time of reading, encoding and writing, without loading the teacher."""
     truncated: int = 0
+    windowed: int = 0
     skipped: int = 0
 
     @property
@@ -129,6 +130,7 @@ def _extract_teacher(
         report.duplicates += not published
         report.tokens += extracted.num_read
         report.truncated += len(extracted.truncated)
+        report.windowed += len(extracted.windowed)
         report.skipped += len(extracted.skipped)
         progress(Progress(name, shard_id, report.done, total, 0, committed=True))
 
@@ -199,7 +201,6 @@ def read_shard(
         teacher,
         store.samples(shard_id),
         batch_tokens=experiment.extraction.batch_tokens,
-        long_text=experiment.extraction.long_text,
         on_batch=on_batch,
     )
 
@@ -231,6 +232,7 @@ def publish(
         seconds=extracted.seconds,
         attempt={
             "truncated": list(extracted.truncated),
+            "windowed": list(extracted.windowed),
             "skipped": list(extracted.skipped),
             **(attempt or {}),
         },

@@ -199,9 +199,7 @@ def _measure_size(
     experiment: Experiment, teacher: Teacher, samples: Sequence[Sample]
 ) -> tuple[int, ExtractedShard]:
     """Extract into a scratch store; returns bytes on disk, and what was extracted."""
-    extracted = extract_samples(
-        teacher, samples, batch_tokens=experiment.extraction.batch_tokens, long_text="error"
-    )
+    extracted = extract_samples(teacher, samples, batch_tokens=experiment.extraction.batch_tokens)
     name = teacher.manifest.name
     with tempfile.TemporaryDirectory(prefix="kvdistill-plan-") as folder:
         store = create(Path(folder) / "store", [Shard("00000", 0, tuple(samples))])

@@ -64,12 +64,8 @@ def reextract(store: KVStore, experiment: Experiment, name: str, count: int) -> 
     errors: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
     moved, num_tokens = 0.0, 0
     for shard_id, sample_idx, sample in chosen:
-        fresh = extract_samples(
-            teacher,
-            [sample],
-            batch_tokens=experiment.extraction.batch_tokens,
-            long_text=experiment.extraction.long_text,
-        ).shard
+        budget = experiment.extraction.batch_tokens
+        fresh = extract_samples(teacher, [sample], batch_tokens=budget).shard
         table = store.token_table(name, shard_id)
         stored_ids = table.token_ids[table.span(sample_idx)]
         if not np.array_equal(stored_ids, fresh.tokens.token_ids):

@@ -35,6 +35,7 @@ _NO_SETTINGS: Final = {"trust_remote_code", "device_map", "template_date"}
 _OF_EXTRACTION: Final = (
     *(
         "long_text",
+        "window_overlap",
         "max_length",
         "importance",
         "hidden_at_cue",
@@ -70,8 +71,9 @@ def recorded_settings(experiment: Experiment, name: str) -> dict[str, Any]:
     teacher = experiment.teachers[name]
     found = teacher.model_dump(mode="json", exclude=_NO_SETTINGS)
     found |= teacher.model_dump(mode="json", exclude=_NO_SETTINGS, exclude_defaults=True)
-    found["codec"] = experiment.codec(name).model_dump(mode="json")
-    return found | experiment.extraction.model_dump(mode="json", include=set(_OF_EXTRACTION))
+    found |= experiment.extraction.model_dump(mode="json", include=set(_OF_EXTRACTION))
+    found |= {"long_text": experiment.long_text(name), "max_length": experiment.max_length(name)}
+    return found | {"codec": experiment.codec(name).model_dump(mode="json")}
 
 
 def extraction_fingerprint(settings: Fields) -> str:
@@ -212,7 +214,7 @@ def _means_the_same(
         return value == list(range(len(value))) and widths == {len(value)}
     if key == "bos":
         return stored.model_type.startswith("gemma") and "never" not in (ours[key], value)
-    if key in ("long_text", "max_length"):
+    if key in ("long_text", "window_overlap", "max_length"):
         return not _met_limit(store, stored, ours, theirs)
     if key in ("confidence", "logits"):
         return not stored.predicts_text
@@ -223,10 +225,11 @@ def _met_limit(store: KVStore, stored: TeacherManifest, ours: Fields, theirs: Fi
     """Whether other treatment of long texts would have changed what is stored."""
     before, limit, name = ours["max_length"], theirs["max_length"], stored.name
     attempts = [store.commit(name, unit).attempt for unit in store.committed(name)]
-    kinds = {"truncate": "truncated", "skip": "skipped"}
-    if limit == before:
+    kinds = {"truncate": "truncated", "window": "windowed", "skip": "skipped"}
+    if limit == before and ours.get("window_overlap") == theirs.get("window_overlap"):
         kinds.pop(theirs["long_text"], None)
-    is_met = any(attempt.get(key, True) for attempt in attempts for key in kinds.values())
+    unknown = {"truncated": True, "windowed": False, "skipped": True}  # of an earlier version
+    is_met = any(attempt.get(key, unknown[key]) for attempt in attempts for key in kinds.values())
     if is_met or limit in (None, before) or (isinstance(before, int) and before < limit):
         return is_met
     if stored.own_text or stored.eviction is not None or stored.stream == "decoder":

@@ -32,9 +32,10 @@ def test_a_saved_teacher_is_loaded_and_read(
     every: dict[str, tuple[str, dict[str, Any]]] = {**DECODERS, **ENCODERS, **ENCODER_DECODERS}
     model_type, options = every[family]
     save_teacher(tmp_path / "t", model_type, **options, base={})
-    teacher = load_teacher("t", make(tmp_path, {} if stream is None else {"stream": stream}))
+    settings = {} if stream is None else {"stream": stream}
+    teacher = load_teacher("t", make(tmp_path, settings, long_text="truncate"))
     assert teacher.manifest.adapter_error < 1e-5
-    found = extract_samples(teacher, SAMPLES, batch_tokens=4096, long_text="truncate")
+    found = extract_samples(teacher, SAMPLES, batch_tokens=4096)
     for name, array in found.shard.arrays.items():
         assert array.shape[1:3] != (0, 0), name
         if name.endswith("value"):
@@ -67,7 +68,7 @@ def test_stored_importance_is_the_model_s_own_attention(tmp_path: Path, family: 
     settings = {"stream": stream, "attn_implementation": "eager"}
     experiment = make(tmp_path, settings, max_length=512)
     teacher = load_teacher("t", experiment)
-    stored = extract_samples(teacher, SAMPLES[:1], batch_tokens=4096, long_text="refuse").shard
+    stored = extract_samples(teacher, SAMPLES[:1], batch_tokens=4096).shard
     ids = torch.tensor(stored.tokens.token_ids)[None].long()
     segment = torch.tensor(stored.tokens.segment)
     queries, keys = (segment == SEGMENT_IDS[name] for name in ("answer", "rationale"))

@@ -42,7 +42,7 @@ def test_the_language_model_inside_a_multimodal_teacher_is_read(
     tmp_path: Path, model_type: str
 ) -> None:
     whole = save_multimodal(tmp_path / "t", model_type)
-    teacher = load_teacher("t", make(tmp_path, {}))
+    teacher = load_teacher("t", make(tmp_path, {}, long_text="truncate"))
     assert "vision" not in " ".join(name for name, _ in teacher.model.named_modules())
     ids = torch.arange(3, 16)[None]
     found: dict[int, Tensor] = {}
@@ -54,7 +54,7 @@ def test_the_language_model_inside_a_multimodal_teacher_is_read(
     for layer_idx, value in found.items():
         own = cache.layers[layer_idx].values
         torch.testing.assert_close(value[:, :, -own.shape[2] :], own, rtol=1e-5, atol=1e-6)
-    shard = extract_samples(teacher, SAMPLES, batch_tokens=4096, long_text="truncate").shard
+    shard = extract_samples(teacher, SAMPLES, batch_tokens=4096).shard
     assert all((array != 0).any() for name, array in shard.arrays.items() if "value" in name)
 
 
@@ -131,11 +131,11 @@ def test_fp8_weights_are_read(tmp_path: Path) -> None:
             packed[name], rounded[name] = codes, codes.float() * scale
             packed[f"{name}_scale_inv"] = scale.reshape(1, 1)
     save_file(packed, tmp_path / "t" / "model.safetensors", metadata={"format": "pt"})
-    teacher = load_teacher("t", make(tmp_path, {}))
+    teacher = load_teacher("t", make(tmp_path, {}, long_text="truncate"))
     own = dict(teacher.model.named_parameters())
     for name, weight in rounded.items():
         torch.testing.assert_close(own[name].float(), weight, rtol=1e-2, atol=1e-4)
-    shard = extract_samples(teacher, SAMPLES, batch_tokens=4096, long_text="truncate").shard
+    shard = extract_samples(teacher, SAMPLES, batch_tokens=4096).shard
     assert (shard.arrays["key"] != 0).any()
     assert teacher.manifest.weights_fingerprint.startswith("xxh3:")
 
@@ -170,8 +170,8 @@ def test_weights_that_bitsandbytes_quantised_are_read(tmp_path: Path, bits: int)
     )
     model.save_pretrained(tmp_path / "t")
     tiny_tokenizer().save_pretrained(tmp_path / "t")
-    teachers = [load_teacher("t", make(tmp_path, {})) for _ in range(2)]
+    teachers = [load_teacher("t", make(tmp_path, {}, long_text="truncate")) for _ in range(2)]
     fingerprints = {teacher.manifest.weights_fingerprint for teacher in teachers}
     assert len(fingerprints) == 1
-    shard = extract_samples(teachers[0], SAMPLES, batch_tokens=4096, long_text="truncate").shard
+    shard = extract_samples(teachers[0], SAMPLES, batch_tokens=4096).shard
     assert (shard.arrays["key"] != 0).any()

@@ -302,6 +302,7 @@ def test_the_head_of_a_teacher_that_generates_is_part_of_it(tmp_path: Path) -> N
 
 SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "long_text": ({}, {"long_text": "truncate"}),
+    "window_overlap": ({}, {"window_overlap": 4}),
     "max_length, not reached": ({}, {"max_length": 64}),
     "every layer": ({"layers": [2, 0, 1]}, {}),
     "every head": ({"heads": [0, 1]}, {}),

@@ -215,7 +215,7 @@ def test_a_config_without_a_length_limits_nothing(
     config["max_position_embeddings"] = positions
     (tmp_path / "t/config.json").write_text(json.dumps(config))
     teacher = load_teacher("t", make(tmp_path, {}))
-    shard = extract_samples(teacher, SAMPLES, batch_tokens=4096, long_text="error").shard
+    shard = extract_samples(teacher, SAMPLES, batch_tokens=4096).shard
     assert len(shard.tokens.sample_ids) == len(SAMPLES)
 
 

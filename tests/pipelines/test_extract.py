@@ -244,6 +244,9 @@ def test_long_texts(
     long = make(tmp_path, extraction__max_length=48, extraction__long_text=policy)
     (report,) = extract(long, ["llama"]).teachers
     assert (report.truncated, report.skipped) == (truncated, skipped)
+    own = {"teachers__llama__max_length": 48, "teachers__llama__long_text": policy}
+    for_one = make(tmp_path, store=str(tmp_path / "one"), **own)
+    assert [x.truncated + x.skipped for x in extract(for_one).teachers] == [4, 0]
     table = [
         KVStore.open(long.store).read_shard("llama", s).tokens
         for s in prepare_store(long).shard_ids
