@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -59,10 +60,28 @@ def real_models() -> Path:
     return folder
 
 
+def freeze_heap() -> None:
+    """Leave what is imported by now out of all later collections.
+
+    A training makes two full ones. Over the modules of torch and transformers they would cost more
+    than the steps of a tiny run, and in a forked child they would copy every page.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap() -> None:
+    """``freeze_heap`` for what earlier modules have imported."""
+    freeze_heap()
+
+
 @pytest.fixture(scope="session")
 def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Path of an experiment file whose store is complete."""
-    return make_extracted(tmp_path_factory.mktemp("extracted"))
+    path = make_extracted(tmp_path_factory.mktemp("extracted"))
+    freeze_heap()
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ it and exits as the command does.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -86,6 +87,7 @@ def serve(address: str) -> None:
     import kvdistill.pipelines.extract
     import kvdistill.pipelines.train  # noqa: F401
 
+    gc.freeze()  # a collection would cost more than a tiny command, and copy every page
     Server(address, Command).serve_forever()
 
 

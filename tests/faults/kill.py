@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.faults.verdict import prepare_child
+from tests.faults.verdict import import_modules, prepare_child
 
 WRITES = {"os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.symlink"}
 WRITING = os.O_WRONLY | os.O_RDWR
@@ -62,11 +63,13 @@ class Killer:
             total = [0]
             count_writes(root, lambda count: total.__setitem__(0, count))
             undisturbed()
-            note.write_text(str(total[0]))
+            note.write_text(json.dumps([total[0], [*sys.modules]]))
 
         start = time.monotonic()
         assert os.waitpid(_child(counted, self.log), 0)[1] == 0, self.log.read_text()[-2000:]
-        self.seconds, self.writes = time.monotonic() - start, int(note.read_text())
+        self.seconds = time.monotonic() - start
+        self.writes, modules = json.loads(note.read_text())
+        import_modules(modules)
 
     def kill(self, work: Callable[[], Any], share: float = 1.0) -> bool:
         """Run ``work`` in a child until a random moment of its first ``share``.

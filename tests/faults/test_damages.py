@@ -98,7 +98,7 @@ def unreported(found: dict[str, Outcome]) -> str:
     return "verify found nothing" if refused and "verify" not in refused else ""
 
 
-@pytest.mark.parametrize(("count", "seed"), rounds(12, many=1300, pieces=13))
+@pytest.mark.parametrize(("count", "seed"), rounds(8, many=1300, pieces=13))
 def test_damages_of_a_store(whole_store: Path, tmp_path: Path, count: int, seed: int) -> None:
     work = tmp_path / "store"
     commands = store_commands(work)

@@ -28,7 +28,7 @@ from kvdistill.studies.design import load_study, write_record
 from kvdistill.studies.report.page import write_report
 from kvdistill.studies.runs import train_runs
 from tests.faults.verdict import Outcome, faults_of, outcomes, rounds
-from tests.pipelines.tiny import variant
+from tests.pipelines.tiny import small_extraction, variant
 
 
 class Disk:
@@ -101,12 +101,7 @@ def fill(disk: Disk, work: Callable[[], Any], count: int, seed: int) -> None:
 def test_full_disks_while_extracting(
     extracted: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch, count: int, seed: int
 ) -> None:
-    changes: dict[str, Any] = {
-        "store": str(disk.folder / "store"),
-        "teachers": {"llama": {"model": str(extracted.parent / "models/llama")}},
-        "extraction__summaries": True,
-    }
-    experiment = variant(extracted, disk.folder, **changes)
+    experiment = small_extraction(extracted, disk.folder, disk.folder / "store")
     teacher = extraction.load_teacher("llama", experiment, None)
     monkeypatch.setattr(extraction, "load_teacher", lambda *_: teacher)
 

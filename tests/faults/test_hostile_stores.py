@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,11 @@ import pytest
 
 from kvdistill.errors import KVDistillError
 from kvdistill.store.commit import file_record
+from kvdistill.store.format import StorePaths
 from kvdistill.store.maintenance import verify_store
 from kvdistill.store.manifest import _document_checksum
 from kvdistill.store.reader import KVStore
+from tests.store.made import make_store, make_teacher
 from tests.store.test_faults import exit_code, in_child, touch_everything
 
 GIGABYTE = 2**30
@@ -59,11 +62,16 @@ def refused_and_reported(root: Path) -> None:
     assert exit_code(in_child(look)) == 0
 
 
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store, _ = make_store(tmp_path_factory.mktemp("honest") / "store", make_teacher(), num_shards=1)
+    return store.paths.root
+
+
 @pytest.fixture
-def shard(tmp_path: Path, build: Any) -> Path:
-    store, _ = build.store(tmp_path / "store", build.teacher(), num_shards=1)
-    path: Path = store.paths.shard("tiny", "00000")
-    return path
+def shard(honest: Path, tmp_path: Path) -> Path:
+    shutil.copytree(honest, tmp_path / "store")
+    return StorePaths(tmp_path / "store").shard("tiny", "00000")
 
 
 def deep(levels: int = 100_000) -> bytes:

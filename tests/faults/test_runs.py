@@ -68,21 +68,6 @@ def running(tmp_path: Path, config: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.slow
-def test_the_command_exits_75_from_its_first_import_on(extracted: Path, tmp_path: Path) -> None:
-    """Before any signal handler of training is installed: while torch is imported."""
-    config = tmp_path / "config.yaml"
-    config.write_text(dump_experiment(variant(extracted, tmp_path / "runs")))
-    process = running(tmp_path, config)
-    maps = Path(f"/proc/{process.pid}/maps")
-    while process.poll() is None and "libtorch" not in maps.read_text():
-        time.sleep(0.01)
-    process.terminate()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75, errors
-    assert "Traceback" not in errors
-
-
 def test_a_second_trainer_is_refused(extracted: Path, tmp_path: Path) -> None:
     experiment = variant(extracted, tmp_path)
     with lease(begin(experiment).path), pytest.raises(FolderInUse, match="wait for it") as found:

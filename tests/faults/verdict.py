@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,9 +23,6 @@ import pytest
 import torch
 
 from kvdistill.errors import KVDistillError
-
-MAX_MESSAGE = 500
-
 
 MAX_MESSAGE = 500
 """Characters of a message, but for the path that it names."""
@@ -71,12 +68,18 @@ def outcomes(commands: Commands, seconds: float = 60) -> dict[str, Outcome]:
     found = _received(reading, seconds)
     os.kill(pid, signal.SIGKILL)  # a zombie at worst
     status = os.waitpid(pid, 0)[1]
-    for module in found.pop("", ()):
-        if module not in sys.modules:  # the next child need not import it
-            with contextlib.suppress(Exception):
-                importlib.import_module(module)
+    import_modules(found.pop("", ()))
     lost = Outcome("lost", f"hung or crashed: {os.waitstatus_to_exitcode(status)}")
     return {name: found.get(name, lost) for name in commands}
+
+
+def import_modules(names: Iterable[str]) -> None:
+    """Import what a child has imported, so that the next one need not."""
+    for name in names:
+        if name not in sys.modules:
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+    gc.freeze()
 
 
 def _received(reading: int, seconds: float) -> dict[str, Any]:

@@ -34,3 +34,15 @@ def variant(path: Path, output: Path, **changes: Any) -> Experiment:
             place = place.setdefault(parent, {})
         place[last] = value
     return parse_experiment(body)
+
+
+def small_extraction(path: Path, output: Path, store: Path) -> Experiment:
+    """One teacher with summaries over twelve shards of a sample each; nothing is extracted yet."""
+    changes: dict[str, Any] = {
+        "store": str(store),
+        "teachers": {"llama": {"model": str(path.parent / "models/llama")}},
+        "extraction__summaries": True,
+        "corpus__max_samples": 16,
+        "corpus__shard_chars": 1,
+    }
+    return variant(path, output, **changes)
