@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from kvdistill.attention import language_head
-from kvdistill.attention.language_head import DeferredLogits, LanguageHead
+from kvdistill.attention.hooks import attached
+from kvdistill.attention.language_head import DeferredLogits, LanguageHead, OutputHead
 from kvdistill.distill.losses.pointwise import cross_entropy
+from tests.attention.families import DECODERS, ENCODER_DECODERS, MORE_DECODERS
 from tests.distill.student.latent.thinkers import batch, thinker
 
 VOCABULARY = 101
@@ -136,3 +138,26 @@ def test_latents_do_not_run_the_head(settings: dict[str, Any]) -> None:
     thought = student(**given)
     assert seen == [1 + given["answer_BA"].shape[1]]
     assert thought.answer_logits.shape[1] == seen[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", DECODERS | MORE_DECODERS | ENCODER_DECODERS)
+def test_the_head_of_every_family_makes_logits_of_its_bodys_hidden_states(family: str) -> None:
+    model_type, options = (DECODERS | MORE_DECODERS | ENCODER_DECODERS)[family]
+    config = AutoConfig.for_model(model_type, **options)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    torch.manual_seed(0)
+    try:
+        model = kind.from_config(config).eval()
+    except ValueError as error:
+        pytest.skip(f"transformers has no head for it: {str(error)[:80]}")
+    head = OutputHead(model)
+    found: list[Tensor] = []
+    ids = torch.randint(3, 60, (2, 9))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    if config.is_encoder_decoder:
+        given["decoder_input_ids"] = ids
+    hook = head.body.register_forward_hook(lambda *args: found.append(args[-1][0]))
+    with torch.no_grad(), attached([hook]):
+        wanted = model(**given).logits
+        torch.testing.assert_close(head(found[0]), wanted, atol=1e-5, rtol=1e-4)

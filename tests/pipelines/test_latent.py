@@ -136,18 +136,25 @@ def test_codi_is_of_the_layers_and_teachers_that_fusion_counts(
     assert codi(fusion__layers={"llama": [0, 2]}) == pytest.approx((each[0] + each[2]) / 2)
 
 
-def test_latent_targets_are_fused_by_similarity(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "stored"), [("similarity", "summaries"), ("confidence", "confidence")]
+)
+def test_latent_targets_are_fused(method: str, stored: str, tmp_path: Path) -> None:
     write_models(tmp_path / "models")
     path = write_experiment(tmp_path, tmp_path / "models")
     changes: dict[str, Any] = {
-        "preset": "kava", "corpus__max_samples": 6, "extraction__summaries": True,
-        "extraction__hidden_at_cue": True, "fusion__method": "similarity",
+        "preset": "kava", "corpus__max_samples": 6, f"extraction__{stored}": True,
+        "extraction__hidden_at_cue": True, "fusion__method": method,
         "latent": {"num_latents": 4, "iterations": 1, "projector_width": 16},
         "projection__mode": "student_to_teacher", "losses__layer_std": False,
     }  # fmt: skip
     extract(variant(path, tmp_path, **changes))
     found = losses(assembled(variant(path, tmp_path, **changes)), figures=True)
     torch.testing.assert_close(found["figures"]["alpha"].sum(), torch.tensor(1.0))
+    if method == "confidence":  # of an encoder and a decoder, at equal shares
+        torch.testing.assert_close(found["figures"]["alpha"], torch.tensor([0.5, 0.5]))
+        with pytest.raises(ConfigError, match="granularity of latents is sample"):
+            variant(path, tmp_path, **changes, fusion__granularity="token")
     assert {"key", "value", "codi"} <= found["parts"].keys()
 
 
