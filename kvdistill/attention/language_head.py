@@ -37,10 +37,7 @@ class DeferredLogits:
     """Logits that are computed chunk by chunk, and not kept."""
 
     hidden_BTE: Tensor
-    head: Callable[[Tensor], Tensor]
-    """``[1, N, E]`` to ``[1, N, V]``."""
-    num_rows: int
-    """Tokens of a chunk."""
+    head: OutputHead
 
     def map(self, function: Callable[[Tensor, Tensor], Tensor], labels_BT: Tensor) -> Tensor:
         """``function(logits [N, V], labels [N])`` of every chunk: ``[B, T]``.
@@ -52,7 +49,7 @@ class DeferredLogits:
             return function(self.head(hidden_NE[None])[0], labels_N)
 
         hidden, labels = self.hidden_BTE.flatten(0, 1), labels_BT.flatten()
-        parts = (torch.split(x, self.num_rows) for x in (hidden, labels))
+        parts = (torch.split(x, self.head.num_rows) for x in (hidden, labels))
         chunks = zip(*parts, strict=True)
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         found = [checkpoint(of_chunk, *chunk, **options) for chunk in chunks]
@@ -117,7 +114,7 @@ class LanguageHead(OutputHead):
         if self.is_separable and given.shape[0] * num_columns > self.num_rows:
             with self._reading() as found:
                 output = self.model(**inputs, logits_to_keep=1)
-            return output, DeferredLogits(found[0][:, -num_columns:], self, self.num_rows)
+            return output, DeferredLogits(found[0][:, -num_columns:], self)
         some = self.is_separable and columns is not None
         output = self.model(**inputs, **({"logits_to_keep": num_columns} if some else {}))
         return output, output.logits[:, -num_columns:]

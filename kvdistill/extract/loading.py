@@ -107,35 +107,24 @@ def load_teacher_config(config: TeacherConfig) -> Any:
 
 
 def _auto_class(config: TeacherConfig, architecture: Any, *, predicts: bool) -> Any:
-    """Where transformers finds the model; with its head, a multimodal one is listed elsewhere."""
-    import transformers
-
-    if config.generate is None and not (predicts and _predicts(config, architecture)):
-        return transformers.AutoModel
-    if architecture.is_encoder_decoder:
-        return transformers.AutoModelForSeq2SeqLM
-    is_multimodal = (
-        type(architecture) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        and type(architecture) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    )
-    name = "AutoModelForImageTextToText" if is_multimodal else "AutoModelForCausalLM"
-    return getattr(transformers, name)
-
-
-def _predicts(config: TeacherConfig, architecture: Any) -> bool:
-    """Whether a model predicts text by a head that transformers has.
+    """Where transformers finds the model; with its head, a multimodal one is listed elsewhere.
 
     Masked language models are listed as causal ones too, which their config may make of them.
     """
     import transformers as found
 
-    if architecture.is_encoder_decoder:
-        return config.stream == "decoder"
-    if type(architecture) in found.MODEL_FOR_MASKED_LM_MAPPING:
-        return bool(getattr(architecture, "is_decoder", False))
-    lists = (found.MODEL_FOR_CAUSAL_LM_MAPPING, found.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
-    own = getattr(architecture, "auto_map", None) or {}
-    return "AutoModelForCausalLM" in own or any(type(architecture) in known for known in lists)
+    kind, paired = type(architecture), architecture.is_encoder_decoder
+    causal = kind in found.MODEL_FOR_CAUSAL_LM_MAPPING
+    multimodal = not causal and kind in found.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    own = "AutoModelForCausalLM" in (getattr(architecture, "auto_map", None) or {})
+    masked = kind in found.MODEL_FOR_MASKED_LM_MAPPING
+    masked = masked and not getattr(architecture, "is_decoder", False)
+    listed = config.stream == "decoder" if paired else causal or multimodal or own
+    if config.generate is None and not (predicts and listed and (paired or not masked)):
+        return found.AutoModel
+    if paired:
+        return found.AutoModelForSeq2SeqLM
+    return found.AutoModelForImageTextToText if multimodal else found.AutoModelForCausalLM
 
 
 def text_model_of(name: str, whole: Any) -> Any:

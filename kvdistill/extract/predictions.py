@@ -33,8 +33,7 @@ def output_head(
     """The head of ``whole`` on hidden states of its ``model``; None where nothing is to be stored.
 
     Raises:
-        TeacherError: there is none, it reads more than hidden states, or its vocabulary is smaller
-            than the number of tokens to store.
+        TeacherError: there is none, it reads more than these, or its vocabulary is too small.
     """
     if not extraction.stores_predictions:
         return None
@@ -44,13 +43,10 @@ def output_head(
             "extraction.logits store nothing of it"
         )
         return None
-    if whole is model or whole.get_output_embeddings() is None:
-        fault, vocabulary = "transformers has no head for it", 0
-    else:
-        fault, vocabulary = _fault(whole, model, paired=verified.adapter.stream == "decoder")
+    fault, vocabulary = _fault(whole, model, paired=verified.adapter.stream == "decoder")
     if fault:
         raise TeacherError(
-            f"teacher {name!r}: {type(model).__name__} gives no logits of hidden states: {fault}; "
+            f"teacher {name!r}: {type(whole).__name__} gives no logits of hidden states: {fault}; "
             "set extraction.confidence to false and extraction.logits to 0"
         )
     if extraction.logits > vocabulary:
@@ -65,8 +61,10 @@ def output_head(
 def _fault(whole: Any, model: Any, *, paired: bool) -> tuple[str, int]:
     """How logits of hidden states differ from the whole model's; the size of the vocabulary."""
     ids = probe_ids(model)[:1]
-    own = (0,), (ids.shape[1],), ids
-    inputs = (TeacherBatch(*own, *own[1:]) if paired else TeacherBatch(*own)).inputs
+    own = (ids.shape[1],), ids
+    inputs = TeacherBatch((0,), *own, *(own if paired else ())).inputs
+    if whole is model:
+        return "transformers has no head for it", 0
     try:
         wanted = whole(**inputs, use_cache=False).logits
         found = OutputHead(whole)(model(**inputs, use_cache=False).last_hidden_state)

@@ -136,8 +136,7 @@ def _stack_tokens(
     read, pieces = dask.delayed(store.token_array), []
     for shard_id in store.committed_in_order(teacher) if shard_ids is None else shard_ids:
         shape = (store.commit(teacher, shard_id).num_tokens, *spec.shape[1:])
-        piece = read(teacher, shard_id, spec.name)
-        pieces.append(da.from_delayed(piece, shape, np.dtype(spec.dtype)))
+        pieces.append(da.from_delayed(read(teacher, shard_id, spec.name), shape, spec.dtype))
     return da.concatenate(pieces)
 
 

@@ -242,19 +242,15 @@ def check_finite(array: np.ndarray, spec: ArraySpec, tokens: TokenTable, where: 
     if finite.all():
         return
     first = tuple(int(i) for i in np.unravel_index(int(np.argmin(finite)), array.shape))
-    place = ", ".join(_axis_name(spec, axis, first[axis], tokens) for axis in range(len(first)))
+    place = ", ".join(_axis_name(spec, *at, tokens) for at in zip(spec.axes, first, strict=True))
     raise NonFiniteError(
         f"{where}: {spec.name} is not finite, or beyond fp16's range, at {place}; check the "
         "teacher's dtype, or store with codec bf16"
     )
 
 
-def _axis_name(spec: ArraySpec, axis: int, i: int, tokens: TokenTable) -> str:
-    name = spec.axes[axis]
-    if name == "layer" and spec.group is not None:
-        return f"layer {spec.group.layers[i]}"
-    if name not in ("token", "block"):
-        return f"{name} {i}"
-    ptr = block_ptr(tokens.sample_ptr) if name == "block" else tokens.sample_ptr
-    sample_idx = int(np.searchsorted(ptr, i, side="right")) - 1
-    return f"sample {tokens.sample_ids[sample_idx]!r}"
+def _axis_name(spec: ArraySpec, name: str, i: int, tokens: TokenTable) -> str:
+    if name in ("token", "block"):
+        ptr = block_ptr(tokens.sample_ptr) if name == "block" else tokens.sample_ptr
+        return f"sample {tokens.sample_ids[int(np.searchsorted(ptr, i, side='right')) - 1]!r}"
+    return f"{name} {spec.group.layers[i] if spec.group and name == 'layer' else i}"

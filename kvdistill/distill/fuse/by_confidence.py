@@ -48,16 +48,15 @@ class Likelihood:
         for row, (shard, idx) in enumerate(rows):
             tokens, span = shard.tokens, shard.tokens.span(idx)
             counted = likelihoods(tokens, shard.arrays["nll"], own_text=self.own_text, span=span)
-            sums = counted.sum(1, keepdims=True)
-            rate = _rate(sums, np.nan)
+            rate = _rate(counted.sum(1, keepdims=True), np.nan)
             if student is not None and self.granularity == "segment":
                 of_segment = counted @ (tokens.segment[span, None] == np.arange(len(SEGMENT_IDS)))
                 rate = _rate(of_segment[:, student.segment[row].clamp_min(0)], rate[0])
             elif student is not None and self.granularity == "token":
-                start, end = student.char_start[row].numpy(), student.char_end[row].numpy()
-                upper = _up_to(end + self.smoothing, counted, tokens.char_end[span])
-                lower = _up_to(start - self.smoothing, counted, tokens.char_end[span])
-                rate = _rate(upper - lower, rate[0])
+                bounds = torch.stack([student.char_start[row], student.char_end[row]]).numpy()
+                bounds += np.array([[-self.smoothing], [self.smoothing]])
+                before = _up_to(bounds, counted, tokens.char_end[span])
+                rate = _rate(before[:, 1] - before[:, 0], rate[0])
             found.append(torch.from_numpy(rate))
         return torch.stack(found).float()
 
@@ -72,7 +71,7 @@ def _rate(sums: NDArray[np.float64], otherwise: float) -> NDArray[np.float64]:
 def _up_to(
     position: NDArray[np.int64], counted: NDArray[np.float64], end: NDArray[np.int32]
 ) -> NDArray[np.float64]:
-    """Nats and characters before each position, ``[2, N]``; a token's are spread evenly."""
+    """Nats and characters before positions, ``[2, *position]``; a token's are spread evenly."""
     order = np.argsort(end, kind="stable")
     counted, end = counted[:, order], end[order]
     sums, knots = counted.cumsum(1), np.stack([end - counted[1], end], axis=1).ravel()
