@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -221,6 +222,25 @@ def test_a_generated_text_has_the_nll_of_what_was_generated(tmp_path: Path) -> N
         assert (shard.tokens.segment[span] == 2).any()
         found = shard.arrays["nll"][span][1:].astype(np.float32).mean()
         assert found == pytest.approx(own_loss(model, shard.tokens.token_ids[span]), abs=2e-3)
+
+
+def test_in_windows_a_token_is_predicted_where_the_one_before_it_is_first_read(
+    tmp_path: Path,
+) -> None:
+    saved(tmp_path, "llama")
+    text = json.dumps({"text": "Natalia sold 48 clips in April, and half as many in May."}) + "\n"
+    settings = {"max_length": 13, "long_text": "window", "window_overlap": 4, "importance": False}
+    _, shard = only_shard(make(tmp_path, {}, text, confidence=True, **settings))
+    ids, model = torch.from_numpy(shard.tokens.token_ids).long(), reloaded(tmp_path / "t")
+    starts = [*range(0, len(ids) - 13, 8), len(ids) - 13]  # of 12 tokens each, after the first one
+    assert len(starts) > 2
+    wanted = []
+    for token in range(1, len(ids)):
+        start = next(s for s in starts if token - 1 < 1 + s + 12)
+        context = torch.cat([ids[:1], ids[1 + start : token]])[None]
+        with torch.no_grad():
+            wanted.append(-float(model(context).logits[0, -1].log_softmax(0)[ids[token]]))
+    np.testing.assert_allclose(shard.arrays["nll"][1:], wanted, rtol=2e-3)
 
 
 def test_a_checkpoint_without_a_head_and_a_stored_eviction_are_refused(tmp_path: Path) -> None:
