@@ -52,6 +52,8 @@ def test_a_balanced_run_resumed_equals_one_never_stopped(extracted: Path, tmp_pa
 def test_ranks_balance_as_one_process_does(extracted: Path, tmp_path: Path, method: str) -> None:
     balance = {"fusion__balance__method": method}
     one = run(extracted, tmp_path / "1", 1, training__batch_size=6, **ACCUMULATED, **balance)
-    for flag in ("", "fsdp"):
-        settings = {"flags": [flag], "training__batch_size": 3, **ACCUMULATED, **balance}
-        same_losses(one, run(extracted, tmp_path / f"2{flag}", 2, **settings))
+    for i, flags in enumerate(([], ["fsdp"])):
+        settings = {"flags": flags, "training__batch_size": 3, **ACCUMULATED, **balance}
+        two = run(extracted, tmp_path / f"2-{i}", 2, **settings)
+        assert two["sharded"] == bool(flags)
+        same_losses(one, two)
