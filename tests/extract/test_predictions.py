@@ -71,7 +71,8 @@ def own_loss(model: Any, ids: NDArray[np.int32], source: NDArray[np.int32] | Non
     return float(model(source_1T, decoder_input_ids=ids_1T, labels=labels).loss)
 
 
-CASES = [*((family, "bytes") for family in FAMILIES), ("llama", "unigram"), ("t5", "unigram")]
+CASES: list[Any] = [*((family, "bytes") for family in FAMILIES), ("llama", "unigram")]
+CASES += [pytest.param("t5", "unigram", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
@@ -159,7 +160,10 @@ def test_the_whole_vocabulary_leaves_no_mass_and_more_is_refused(tmp_path: Path)
         load_teacher("t", make(tmp_path, {}, ROWS, logits=vocabulary + 1))
 
 
-@pytest.mark.parametrize(("family", "settings"), [("llama", {}), ("t5", {"weights": "random"})])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("llama", {}), pytest.param("t5", {"weights": "random"}, marks=pytest.mark.slow)],
+)
 def test_keys_and_values_are_as_without(
     family: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -190,7 +194,10 @@ def test_the_head_belongs_to_what_was_extracted(tmp_path: Path) -> None:
     assert stated.state_fingerprint != changed.state_fingerprint
 
 
-@pytest.mark.parametrize("family", ["bert", "encoder of t5", "cross of t5"])
+@pytest.mark.parametrize(
+    "family",
+    ["bert", *(pytest.param(f"{x} of t5", marks=pytest.mark.slow) for x in ("encoder", "cross"))],
+)
 def test_an_encoder_has_none_which_is_said_and_no_difference(
     family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

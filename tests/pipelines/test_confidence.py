@@ -80,6 +80,7 @@ def test_inspect_shows_nats_per_character(extracted: Path) -> None:
     assert f"{shown['llama']['code']:.3f}" in table
 
 
+@pytest.mark.slow
 def test_the_plan_shows_them_and_counts_what_predictions_take(
     extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
