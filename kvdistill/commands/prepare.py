@@ -283,6 +283,22 @@ def _estimate_lines(teacher: TeacherEstimate, tasks: int) -> Iterator[str]:
             f"  student tokens covered {found.coverage:.1%}, one to one "
             f"{found.one_to_one_rate:.1%}, teacher tokens lost {found.orphan_rate:.1%}"
         )
+    yield from _mapped_lines(teacher)
+
+
+def _mapped_lines(teacher: TeacherEstimate) -> Iterator[str]:
+    """What the student's layer map does not read, and how to leave it out of the store."""
+    layers, name = teacher.mapped_layers, teacher.teacher
+    if not layers or len(layers) == teacher.num_layers:
+        return
+    share = len(layers) / teacher.num_layers
+    size = format_bytes(share * teacher.gigabytes[teacher.codec] * 1e9)
+    line = f"  the student reads {len(layers)} of {teacher.num_layers} layers, about {size}: set "
+    line += f"teachers.{name}.layers to {list(layers)} to store them alone"
+    if any(depth % 1 for depth in teacher.mapped_depths or ()):
+        depths = [round(depth, 3) for depth in teacher.mapped_depths or ()]
+        line += f", and alignment.layers to explicit with explicit_layers.{name} {depths}"
+    yield line
 
 
 def _quantiles(values: dict[float, int]) -> str:

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil, floor
 from pathlib import Path
 from typing import Final
 
@@ -23,7 +24,8 @@ from kvdistill.config.experiment import Experiment
 from kvdistill.corpus.samples import Sample, Shard, cut_into_shards
 from kvdistill.distill.align.band import AlignmentQuality, quality
 from kvdistill.distill.align.character_iou import Spans, align_tokens
-from kvdistill.distill.student.build import load_student_tokenizer
+from kvdistill.distill.align.layers import layer_map
+from kvdistill.distill.student.build import check_student, load_student_tokenizer
 from kvdistill.errors import StudentError
 from kvdistill.extract.extract_shard import ExtractedShard, extract_samples, token_table
 from kvdistill.extract.slots import num_slots
@@ -69,6 +71,17 @@ class TeacherEstimate:
     """Of the pilot, all of it and by task; empty without ``extraction.confidence``."""
     alignment: AlignmentQuality | None
     """With the student's tokenizer, where the config names one that can be loaded."""
+    num_layers: int
+    """Layers that the config stores."""
+    mapped_depths: tuple[float, ...] | None
+    """The depth that each student layer is compared with, a mixture of layers where it is not
+    whole; None where the student cannot be built yet, or ``alignment.layers`` is ``cka``."""
+
+    @property
+    def mapped_layers(self) -> tuple[int, ...]:
+        """Layers that training reads."""
+        depths = self.mapped_depths or ()
+        return tuple(sorted({end for depth in depths for end in (floor(depth), ceil(depth))}))
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,7 @@ def estimate_extraction(
     """
     shards = _shards_to_extract(experiment)
     samples = [sample for shard in shards for sample in shard.samples]
-    student = _student_tokenizer(experiment)
+    student = _student_layers(experiment)
     counts = {"num_samples": num_samples, "num_sized": num_sized}
     # One teacher in memory at a time.
     teachers = [
@@ -135,7 +148,7 @@ def _estimate_teacher(
     experiment: Experiment,
     teacher: Teacher,
     samples: Sequence[Sample],
-    student: PromptTokenizer | None,
+    student: tuple[PromptTokenizer, int] | None,
     *,
     num_samples: int,
     num_sized: int,
@@ -165,8 +178,22 @@ def _estimate_teacher(
         too_long=float((lengths > limit).mean()),
         touched={budget: float((budgeted > budget).mean()) for budget in BUDGETS},
         nats_per_character=nats,
-        alignment=None if student is None else _alignment(student.tokenise(pilot), encoded),
+        alignment=None if student is None else _alignment(student[0].tokenise(pilot), encoded),
+        num_layers=len(teacher.manifest.layers),
+        mapped_depths=None if student is None else _mapped_depths(experiment, teacher, student[1]),
     )
+
+
+def _mapped_depths(
+    experiment: Experiment, teacher: Teacher, num_layers: int
+) -> tuple[float, ...] | None:
+    alignment, name = experiment.alignment, teacher.manifest.name
+    if alignment.layers == "cka" or experiment.latent is not None:
+        return None
+    explicit = (alignment.explicit_layers or {}).get(name)
+    found = layer_map(alignment.layers, num_layers, teacher.manifest.layers, explicit=explicit)
+    ends = zip(found.lower, found.upper, found.fraction, strict=True)
+    return tuple(low + part * (up - low) for low, up, part in ends)
 
 
 def _num_characters(samples: Sequence[Sample]) -> int:
@@ -210,12 +237,15 @@ def _measure_size(
     return size, extracted
 
 
-def _student_tokenizer(experiment: Experiment) -> PromptTokenizer | None:
-    source = experiment.student.tokenizer or experiment.student.model
+def _student_layers(experiment: Experiment) -> tuple[PromptTokenizer, int] | None:
+    """Its tokenizer, and its layers with keys; None where there is no such student yet."""
+    config = experiment.student
+    source = config.tokenizer or config.model
     if source is None:
         return None
     try:
-        return PromptTokenizer(load_student_tokenizer(source, experiment.student.trust_remote_code))
+        tokenizer = load_student_tokenizer(source, config.trust_remote_code)
+        return PromptTokenizer(tokenizer), check_student(config, tokenizer).num_layers
     except StudentError:
         # The estimate may precede the training of the student's tokenizer.
         return None

@@ -1,20 +1,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from kvdistill.commands.prepare import fetch_command, plan_command
-from kvdistill.config.load import dump_experiment, parse_experiment
+from kvdistill.config.load import dump_experiment, load_experiment, parse_experiment
 from kvdistill.errors import TeacherError
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.fetch import fetch, needs
 from kvdistill.pipelines.plan import DISK_MARGIN, estimate_extraction
 from kvdistill.store.reader import KVStore
-from tests.extract.models import save_teacher
+from tests.extract.models import BASE, save_teacher
 from tests.pipelines.test_teachers import make
 
 ROWS = "".join(
@@ -64,7 +66,36 @@ def test_long_texts_and_the_students_tokenizer(tmp_path: Path) -> None:
     assert 0 < teacher.too_long < 1
     assert teacher.alignment is not None
     assert teacher.alignment.coverage == teacher.alignment.one_to_one_rate == 1.0
-    assert estimate_extraction(experiment).teachers[0].alignment is None  # no such tokenizer
+    assert teacher.mapped_layers == (0, 1, 2)
+    nothing = estimate_extraction(experiment).teachers[0]
+    assert (nothing.alignment, nothing.mapped_depths) == (None, None)  # no such tokenizer
+
+
+@pytest.mark.parametrize(("num_layers", "layers"), [(1, [0]), (2, [0, 2, 3]), (5, [])])
+def test_layers_that_the_student_does_not_read_are_said(
+    tmp_path: Path, num_layers: int, layers: list[int]
+) -> None:
+    """Storing them alone, as the plan says, gives the map of the whole store."""
+    save_teacher(tmp_path / "t", num_hidden_layers=5)
+    body = make(tmp_path, {}, ROWS).model_dump(mode="json")
+    architecture = {**BASE, "model_type": "llama", "num_hidden_layers": num_layers}
+    body["student"] = {"tokenizer": str(tmp_path / "t"), "architecture": architecture}
+    config = tmp_path / "e.yaml"
+    config.write_text(yaml.safe_dump(body), encoding="utf-8")
+    output = CliRunner().invoke(plan_command, [str(config), "--sized", "2"]).output
+    (whole,) = estimate_extraction(load_experiment(config), 8, 2).teachers
+    said = re.search(r"teachers.t.layers to (\[.*?\])", output)
+    assert (json.loads(said[1]) if said else []) == layers
+    if said is None:
+        return
+    assert list(whole.mapped_layers) == layers
+    body["teachers"]["t"]["layers"] = json.loads(said[1])
+    if found := re.search(r"explicit_layers.t (\[.*\])", output):
+        body["alignment"] |= {"layers": "explicit", "explicit_layers": {"t": json.loads(found[1])}}
+    config.write_text(yaml.safe_dump(body), encoding="utf-8")
+    (part,) = estimate_extraction(load_experiment(config), 8, 2).teachers
+    assert part.mapped_depths == pytest.approx(whole.mapped_depths, abs=1e-3)
+    assert part.num_layers == len(part.mapped_layers)
 
 
 def test_a_disk_that_is_too_small_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
