@@ -39,6 +39,8 @@ COMMANDS: Final = {
     "verify": ("store", "Check a store's files; --repair moves bad shards aside."),
     "convert": ("store", "Copy a store into the other backend."),
     "merge": ("store", "Merge shards of other stores over the same corpus."),
+    "push": ("store", "Copy a store to a bucket."),
+    "pull": ("store", "Copy a store from a bucket."),
     "rm": ("store", "Remove a teacher from a store."),
     "train": ("train", "Stage 2: distil the store into a student."),
     "run": ("train", "Extract, then train."),

@@ -21,6 +21,9 @@ KINDS: Final[tuple[Kind, Kind]] = ("key", "value")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 """A name that is also a folder: no separators and no leading dot, so it stays inside its parent."""
 
+StoreURL = Annotated[str, Field(pattern=r"^[a-z0-9]+://[^\s?#]+$")]
+"""A store in a bucket: ``s3://BUCKET/PREFIX``, ``gs://``, ``az://`` or ``file://``."""
+
 CorpusFormat = Literal["auto", "text", "segments", "gsm8k"]
 """Row format of a corpus file."""
 

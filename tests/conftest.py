@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -99,6 +104,82 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         preloaded.write_program(folder / "python", str(address))
         yield folder
         server.kill()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """Address of an S3 server on loopback."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of stores in buckets, for this test alone."""
+    monkeypatch.setenv("KVDISTILL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def use_s3(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("ENDPOINT", server),
+        ("ALLOW_HTTP", "true"),
+        ("ACCESS_KEY_ID", "key"),
+        ("SECRET_ACCESS_KEY", "secret"),
+        ("REGION", "us-east-1"),
+    ):
+        monkeypatch.setenv(f"AWS_{name}", value)
+
+
+@pytest.fixture
+def bucket(s3_server: str, private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of an empty place in a new bucket, which the environment gives access to."""
+    use_s3(s3_server, monkeypatch)
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    urlopen(Request(f"{s3_server}/{name}", method="PUT")).close()
+    return f"s3://{name}/some/prefix"
+
+
+@pytest.fixture
+def refusing(
+    private_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[int, str], str]]:
+    """URL of a bucket that answers every request that writes with a status and code."""
+
+    class Handler(BaseHTTPRequestHandler):
+        answer = 403, "AccessDenied"
+
+        def do_GET(self) -> None:
+            self.reply(404, "NoSuchKey")
+
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.reply(*self.answer)
+
+        def reply(self, status: int, code: str) -> None:
+            body = f"<Error><Code>{code}</Code></Error>".encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    def answer(status: int, code: str) -> str:
+        Handler.answer = status, code
+        return "s3://bucket/prefix"
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        use_s3(f"http://127.0.0.1:{server.server_port}", monkeypatch)
+        yield answer
+        server.shutdown()
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import click
 
 from kvdistill.commands.options import (
     Decorator,
+    Location,
     config_argument,
     json_option,
     overrides_option,
@@ -38,7 +39,7 @@ from kvdistill.text import format_bytes, format_duration
 SHOWN: Final = 8
 """Shards that are listed individually, so that many failures still fit a screen."""
 
-target_argument: Decorator = click.argument("target", type=click.Path(path_type=Path))
+target_argument: Decorator = click.argument("target", type=Location())
 
 
 @click.command("status")
@@ -49,7 +50,7 @@ target_argument: Decorator = click.argument("target", type=click.Path(path_type=
 @click.option("--watch", is_flag=True, help="Refresh every few seconds until all shards are done.")
 @click.option("--check", is_flag=True, help="Exit with 3 if any shard is missing.")
 def status_command(
-    target: Path,
+    target: Path | str,
     overrides: tuple[str, ...],
     teachers: tuple[str, ...],
     as_json: bool,
@@ -80,7 +81,7 @@ def status_command(
 @teachers_option
 @click.option("--lines", default=20, show_default=True, help="Lines of each log.")
 def logs_command(
-    target: Path,
+    target: Path | str,
     units: tuple[str, ...],
     overrides: tuple[str, ...],
     teachers: tuple[str, ...],
@@ -110,7 +111,10 @@ def logs_command(
 @overrides_option
 @teachers_option
 def retry_command(
-    target: Path, units: tuple[str, ...], overrides: tuple[str, ...], teachers: tuple[str, ...]
+    target: Path | str,
+    units: tuple[str, ...],
+    overrides: tuple[str, ...],
+    teachers: tuple[str, ...],
 ) -> None:
     """Clear the failures of quarantined shards (or of SHARDS), so that they are retried."""
     cleared = clear_failures(overview(target, overrides, teachers), units)
@@ -148,7 +152,7 @@ def dask_command(config: Path, overrides: tuple[str, ...], profile: str | None, 
             time.sleep(0.5)
 
 
-def _lines(seen: Overview, target: Path) -> Iterator[str]:
+def _lines(seen: Overview, target: Path | str) -> Iterator[str]:
     for each in seen.teachers:
         yield from _teacher_lines(each)
     if seen.training is not None:

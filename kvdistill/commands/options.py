@@ -33,6 +33,17 @@ teachers_option: Decorator = click.option(
 )
 
 
+class Location(click.Path):
+    """A path, or the URL of a store in a bucket, which stays text."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A ``Path``, or the URL."""
+        return str(value) if "://" in str(value) else Path(str(super().convert(value, param, ctx)))
+
+
+store_argument: Decorator = click.argument("store", type=Location())
+
+
 @dataclass(frozen=True)
 class Execution:
     """Where work runs; with nothing set, in this process."""

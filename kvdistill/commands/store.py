@@ -1,4 +1,4 @@
-"""``kvdistill inspect``, ``verify``, ``convert``, ``merge`` and ``rm``."""
+"""``kvdistill inspect``, ``verify``, ``convert``, ``merge``, ``push``, ``pull`` and ``rm``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from kvdistill.commands.options import Decorator, json_option, teachers_option
+from kvdistill.commands.options import Location, json_option, store_argument, teachers_option
 from kvdistill.config.load import load_experiment
 from kvdistill.errors import ConfigError, ShardCorrupt, StoreMismatch
 from kvdistill.pipelines.inspect import check_store, dask_scheduler, inspect_teacher
-from kvdistill.store.maintenance import convert_store, merge_stores, remove_teacher, repair_store
+from kvdistill.store.maintenance import (
+    convert_store,
+    copy_store,
+    merge_stores,
+    remove_teacher,
+    repair_store,
+)
 from kvdistill.store.prototypes import teacher_prototypes
 from kvdistill.store.reader import KVStore
 from kvdistill.text import format_bytes, format_duration
@@ -22,8 +28,6 @@ from kvdistill.types import KINDS
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-store_argument: Decorator = click.argument("store", type=click.Path(path_type=Path))
 
 
 def _progress(done: str) -> Callable[[str, str], None]:
@@ -38,7 +42,7 @@ def _progress(done: str) -> Callable[[str, str], None]:
 @click.option("--scheduler", help="Address of a Dask scheduler; by default, this process.")
 @json_option
 def inspect_command(
-    store: Path,
+    store: Path | str,
     teachers: tuple[str, ...],
     plots: Path | None,
     shards: int,
@@ -68,7 +72,7 @@ def _print_reports(store: KVStore, reports: Sequence[dict[str, Any]], empty: Seq
     console = Console()
     plan = store.manifest.shards
     console.print(
-        f"[bold]{store.paths.root}[/]: corpus {store.manifest.corpus_fingerprint[:12]}, "
+        f"[bold]{store.where}[/]: corpus {store.manifest.corpus_fingerprint[:12]}, "
         f"{sum(shard.num_samples for shard in plan):,} samples in {len(plan):,} shards"
     )
     if reports:
@@ -153,7 +157,7 @@ def _norm_table(report: dict[str, Any]) -> Table:
 @click.option("--scheduler", help="Address of a Dask scheduler; by default, this process.")
 @json_option
 def verify_command(
-    store: Path,
+    store: Path | str,
     teachers: tuple[str, ...],
     repair: bool,
     count: int | None,
@@ -208,18 +212,20 @@ def _against_teachers(
 
 @click.command("convert")
 @store_argument
-@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("target", type=Location())
 @click.option("--to", "backend", type=click.Choice(["zarr", "safetensors"]), required=True)
-def convert_command(store: Path, target: Path, backend: Literal["zarr", "safetensors"]) -> None:
+def convert_command(
+    store: Path | str, target: Path | str, backend: Literal["zarr", "safetensors"]
+) -> None:
     """Copy a STORE to TARGET in the other backend. Needs no teacher; run again to continue."""
     made = convert_store(KVStore.open(store), target, backend, progress=_progress("converted"))
-    click.echo(f"{made.paths.root}: {len(made.teachers())} teachers in {backend}")
-    click.echo(f"next: kvdistill verify {made.paths.root}")
+    click.echo(f"{made.where}: {len(made.teachers())} teachers in {backend}")
+    click.echo(f"next: kvdistill verify {made.where}")
 
 
 @click.command("merge")
-@click.argument("target", type=click.Path(path_type=Path))
-@click.argument("sources", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("target", type=Location())
+@click.argument("sources", type=Location(), nargs=-1, required=True)
 @click.option(
     "--prototypes",
     type=click.IntRange(min=1),
@@ -227,7 +233,7 @@ def convert_command(store: Path, target: Path, backend: Literal["zarr", "safeten
     show_default=True,
     help="The experiment's extraction.prototypes, for teachers that the merge completes.",
 )
-def merge_command(target: Path, sources: tuple[Path, ...], prototypes: int) -> None:
+def merge_command(target: Path | str, sources: tuple[Path | str, ...], prototypes: int) -> None:
     """Copy into TARGET the shards that it lacks from other stores over the same corpus."""
     opened = KVStore.open(target)
     others = [KVStore.open(source) for source in sources]
@@ -244,11 +250,34 @@ def merge_command(target: Path, sources: tuple[Path, ...], prototypes: int) -> N
         click.echo(f"  {name}: {state}")
 
 
+def _copy_command(command: str, past: str, summary: str) -> click.Command:
+    @click.command(command, help=summary)
+    @store_argument
+    @click.argument("target", type=Location())
+    @teachers_option
+    def copy(store: Path | str, target: Path | str, teachers: tuple[str, ...]) -> None:
+        opened = KVStore.open(store)
+        made, copied = copy_store(opened, target, _progress(past), teachers)
+        click.echo(f"{made.where}: {copied} shards {past}")
+        for name in teachers or opened.teachers():
+            click.echo(f"  {name}: {len(made.committed(name))} of {len(made.shard_ids)} shards")
+
+    return copy
+
+
+push_command = _copy_command(
+    "push", "pushed", "Copy a STORE to a bucket, such as s3://BUCKET/PREFIX; continues a copy."
+)
+pull_command = _copy_command(
+    "pull", "pulled", "Copy a STORE in a bucket to the folder TARGET; continues a copy."
+)
+
+
 @click.command("rm")
 @store_argument
 @click.option("--teacher", required=True, help="The teacher to remove.")
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
-def rm_command(store: Path, teacher: str, yes: bool) -> None:
+def rm_command(store: Path | str, teacher: str, yes: bool) -> None:
     """Remove one teacher and all its shards from a STORE."""
     opened = KVStore.open(store)
     opened.teacher(teacher)  # raises for an unknown teacher

@@ -24,7 +24,7 @@ from kvdistill.config.distill import (
 from kvdistill.config.extraction import ExtractionConfig, TeacherConfig
 from kvdistill.config.slurm import SlurmConfig
 from kvdistill.config.training import StudentConfig, TrainingConfig
-from kvdistill.types import RANKED_EVICTIONS, CodecSpec, LongText, Name, ProjectionInit
+from kvdistill.types import RANKED_EVICTIONS, CodecSpec, LongText, Name, ProjectionInit, StoreURL
 
 PRETRAINED: Final[dict[str, dict[str, float]]] = {
     "projection": {"learning_rate": 1e-3},
@@ -44,8 +44,8 @@ class Experiment(Section):
     """Name of the run, and of its folder under `output_dir`."""
     preset: str | None = None
     """Named defaults, such as `phase-1` to `phase-5` or `kava`; keys given in the file win."""
-    store: Path
-    """Folder of the key/value store: written by `extract`, read by `train`."""
+    store: StoreURL | Path
+    """Folder or bucket (`s3://…`) of the key/value store: written by `extract`, read by `train`."""
     kv_source: Literal["store", "live"] = "store"
     """Where training gets keys and values. `live`: from the teachers themselves, run on every text
     each time that it is due; the store then needs only the first shards, for statistics."""

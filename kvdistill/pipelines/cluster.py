@@ -17,6 +17,7 @@ from kvdistill.pipelines.run_folder import RunFolder
 from kvdistill.slurm import client
 from kvdistill.slurm.ledger import Ledger
 from kvdistill.slurm.status import UNIT_STATES, Status, read_status
+from kvdistill.store.bucket import is_url
 from kvdistill.store.format import StorePaths, folder_names
 from kvdistill.store.reader import KVStore
 
@@ -57,7 +58,7 @@ class TeacherOverview:
 class Overview:
     """A store, and the training job of an experiment where there is one."""
 
-    store: Path
+    store: str
     teachers: tuple[TeacherOverview, ...]
     training: str | None
     training_log: Path | None
@@ -76,26 +77,28 @@ class Overview:
     def as_dict(self) -> dict[str, Any]:
         """Everything, JSON-ready."""
         return {
-            "store": str(self.store),
+            "store": self.store,
             "complete": self.is_complete,
             "training": self.training,
             "teachers": {each.teacher: each.as_dict() for each in self.teachers},
         }
 
 
-def overview(target: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Overview:
-    """Read the state of an experiment (a YAML file) or of a store (a folder).
+def overview(
+    target: Path | str, overrides: Sequence[str] = (), only: Sequence[str] = ()
+) -> Overview:
+    """Read the state of an experiment (a YAML file) or of a store (a folder or a URL).
 
     Raises:
         ConfigError: the experiment is invalid, or has no teacher of ``only``.
         StoreError: the store cannot be opened.
     """
-    if target.is_dir():
+    if is_store(target):
         store, experiment = KVStore.open(target), None
         # Folders rather than manifests: a teacher may have tasks and no shard yet.
-        names = sorted(folder_names(store.paths.teachers))
+        names = sorted({*folder_names(store.paths.teachers), *store.folders(store.paths.teachers)})
     else:
-        experiment = load_experiment(target, overrides)
+        experiment = load_experiment(Path(target), overrides)
         store = to_extract(KVStore.open(experiment.store), experiment)
         names = list(experiment.teachers)
     if unknown := set(only) - set(names):
@@ -104,10 +107,17 @@ def overview(target: Path, overrides: Sequence[str] = (), only: Sequence[str] = 
         _teacher_overview(store, experiment, name) for name in names if not only or name in only
     )
     training, log = (None, None) if experiment is None else _training_state(experiment)
-    return Overview(store.paths.root, teachers, training, log)
+    return Overview(store.where, teachers, training, log)
 
 
-def cancel_jobs(target: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> list[str]:
+def is_store(target: Path | str) -> bool:
+    """Whether a target is a store rather than an experiment file."""
+    return is_url(target) or Path(target).is_dir()
+
+
+def cancel_jobs(
+    target: Path | str, overrides: Sequence[str] = (), only: Sequence[str] = ()
+) -> list[str]:
     """Cancel the queued and running jobs of an experiment or store; returns their ids.
 
     Of an experiment, the training job too, unless ``only`` names teachers.
@@ -117,8 +127,8 @@ def cancel_jobs(target: Path, overrides: Sequence[str] = (), only: Sequence[str]
     """
     client.require()
     ledgers = [each.ledger for each in overview(target, overrides, only).teachers]
-    if not target.is_dir() and not only:
-        ledgers.append(training_ledger(load_experiment(target, overrides)))
+    if not is_store(target) and not only:
+        ledgers.append(training_ledger(load_experiment(Path(target), overrides)))
     ids = {job.job_id for ledger in ledgers for job in ledger.submissions()}
     queued = sorted({job.partition("_")[0] for job in client.queue(ids)})
     client.cancel(queued)

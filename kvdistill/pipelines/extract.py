@@ -75,7 +75,7 @@ class TeacherReport:
 class ExtractionReport:
     """What one run did."""
 
-    store: Path
+    store: str
     teachers: tuple[TeacherReport, ...] = ()
     missing: dict[str, int] = field(default_factory=dict)
     """Shards still missing, per teacher."""
@@ -108,7 +108,7 @@ def extract(
     store = prepare_store(experiment)
     reports = tuple(_extract_teacher(store, experiment, name, progress) for name in names)
     missing = {name: len(store.missing(name)) for name in names}
-    return ExtractionReport(store.paths.root, reports, missing)
+    return ExtractionReport(store.where, reports, missing)
 
 
 def _extract_teacher(
@@ -178,7 +178,7 @@ def open_teacher(store: KVStore, experiment: Experiment, name: str) -> Teacher:
 
 def _recorded_date(store: KVStore, name: str) -> date | None:
     """The date that a stored teacher's chat template printed, if any."""
-    known = store.paths.teacher_manifest(name).is_file()
+    known = store.has_teacher(name)
     recorded = store.teacher(name).template_date if known else None
     return None if recorded is None else date.fromisoformat(recorded)
 

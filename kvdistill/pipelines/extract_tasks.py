@@ -31,6 +31,7 @@ from kvdistill.slurm.retry import is_quarantined
 from kvdistill.slurm.submit import batch_script, element_id, python_command, submit_array
 from kvdistill.slurm.task import Ending, Task, owned_units, partition_round_robin, write_once
 from kvdistill.slurm.worker import work
+from kvdistill.store.bucket import local_folder
 from kvdistill.store.commit import sweep
 from kvdistill.store.format import StorePaths
 from kvdistill.store.identity import differences, recorded_settings, refusal, teacher_files
@@ -113,7 +114,7 @@ def other_extraction(
     Settings are compared and, unless not ``model``, the files of the model: weights by checksum,
     config and tokenizer by what they mean. A model that is not on this machine is trusted.
     """
-    if not store.paths.teacher_manifest(name).is_file():
+    if not store.has_teacher(name):
         return None
     date, settings = experiment.teachers[name].template_date, recorded_settings(experiment, name)
     requested = {
@@ -151,7 +152,7 @@ def _other_model(store: KVStore, name: str, config: TeacherConfig) -> list[str]:
 def extraction_ledger(experiment: Experiment, teacher: str) -> Ledger:
     """The ledger of a teacher's tasks: inside the store, its jobs beside the user's own runs."""
     jobs = experiment.output_dir.absolute() / f"{experiment.name}.slurm" / f"extract-{teacher}"
-    return Ledger(StorePaths(experiment.store.absolute()).teacher(teacher), jobs)
+    return Ledger(StorePaths(local_folder(experiment.store).absolute()).teacher(teacher), jobs)
 
 
 def clear_debris(store: KVStore, experiment: Experiment, teacher: str) -> None:

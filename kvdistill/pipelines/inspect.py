@@ -75,7 +75,7 @@ def check_store(
     """Check every committed shard; on a distributed scheduler each one is a task of its own."""
     if scheduler is None:
         return verify_store(store, teachers, progress=progress)
-    root = str(store.paths.root.absolute())
+    root = store.location
     with dask_scheduler(scheduler) as client:
         tasks = [
             client.submit(_check_shard, root, name, shard_id, pure=False)
@@ -87,5 +87,5 @@ def check_store(
     return list(dict.fromkeys(finding for findings in found for finding in findings))
 
 
-def _check_shard(root: str, teacher: str, shard_id: str) -> list[Finding]:
+def _check_shard(root: Path | str, teacher: str, shard_id: str) -> list[Finding]:
     return verify_store(KVStore.open(root), [teacher], [shard_id])

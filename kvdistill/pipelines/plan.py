@@ -32,6 +32,7 @@ from kvdistill.extract.slots import num_slots
 from kvdistill.extract.teacher import Teacher, load_teacher
 from kvdistill.extract.tokenise import PromptTokenizer, TokenisedSample
 from kvdistill.pipelines.extract_tasks import live_shards, texts_to_extract
+from kvdistill.store.bucket import local_folder
 from kvdistill.store.codecs import CODECS
 from kvdistill.store.confidence import mean_likelihoods
 from kvdistill.store.writer import add_teacher, create, publish_shard
@@ -123,7 +124,7 @@ def estimate_extraction(
         _estimate_teacher(experiment, load_teacher(name, experiment), samples, student, **counts)
         for name in experiment.teachers
     ]
-    folder = experiment.store.absolute()
+    folder = local_folder(experiment.store).absolute()
     while not folder.exists():
         folder = folder.parent
     return ExtractionEstimate(

@@ -70,7 +70,7 @@ def reextract(store: KVStore, experiment: Experiment, name: str, count: int) -> 
         stored_ids = table.token_ids[table.span(sample_idx)]
         if not np.array_equal(stored_ids, fresh.tokens.token_ids):
             raise StoreMismatch(
-                f"{store.paths.root}: teacher {name!r} tokenises sample {sample.sample_id!r} "
+                f"{store.where}: teacher {name!r} tokenises sample {sample.sample_id!r} "
                 f"differently ({fresh.tokens.num_tokens} tokens, stored {stored_ids.size}); its "
                 "tokenizer or template changed"
             )
@@ -92,7 +92,7 @@ def _spread_samples(store: KVStore, name: str, count: int) -> list[tuple[str, in
     committed = store.committed(name)
     shard_ids = [shard_id for shard_id in store.shard_ids if shard_id in committed]
     if not shard_ids:
-        raise ShardNotFound(f"{store.paths.root}: teacher {name!r} has no shard yet")
+        raise ShardNotFound(f"{store.where}: teacher {name!r} has no shard yet")
     every = [
         (shard_id, i) for shard_id in shard_ids for i in range(store.plan(shard_id).num_samples)
     ]

@@ -149,14 +149,14 @@ def require_matching_store(store: KVStore, experiment: Experiment, splits: Split
     expected, found = corpus_fingerprint(splits.train), store.manifest.corpus_fingerprint
     if found != expected:
         raise StoreMismatch(
-            f"{store.paths.root} holds the corpus {found[:12]}, the config names the corpus "
+            f"{store.where} holds the corpus {found[:12]}, the config names the corpus "
             f"{expected[:12]}; use another store path, or that corpus"
         )
     present = store.teachers()
     for name in experiment.teachers:
         if name not in present:
             raise IncompleteStore(
-                f"{store.paths.root} has no teacher {name!r} (it has {present}); "
+                f"{store.where} has no teacher {name!r} (it has {present}); "
                 "run `kvdistill extract` with this config first"
             )
         if (other := other_extraction(store, experiment, name)) is not None:
@@ -278,7 +278,7 @@ def _shards_at_the_start(
     shards: list[str] = broadcast_object_list([folder.read_record().get("shards")])[0]
     if not shards:
         raise IncompleteStore(
-            f"{store.paths.root}: no shard yet that all teachers have; run `kvdistill extract`"
+            f"{store.where}: no shard yet that all teachers have; run `kvdistill extract`"
         )
     return shards
 

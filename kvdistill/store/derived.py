@@ -4,7 +4,7 @@
     teachers/<name>/prototypes.safetensors    what routers compare a sample with
 
 No commit lists these files, and nothing is lost with them. Each states in its metadata what it was
-derived from (ids and commit times of the shards) and a checksum of its tensors. Whoever needs one
+derived from (ids and commits of the shards) and a checksum of its tensors. Whoever needs one
 that is missing, damaged or of other shards derives it anew, and keeps it if the store is writable;
 so a process that is killed between a teacher's last shard and its prototypes loses nothing.
 """
@@ -23,31 +23,41 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from kvdistill.errors import ShardCorrupt, StoreError
+from kvdistill.store.bucket import Bucket
 from kvdistill.store.commit import REMEDY, replace_file
-from kvdistill.store.format import COMMIT
 
 Arrays = dict[str, NDArray[Any]]
 
 
-def origin_of(teacher: Path, shard_ids: Sequence[str]) -> str:
-    """A digest of which shards are committed, and when; ShardCorrupt if one has lost its commit."""
+def origin_of(shard_ids: Sequence[str], commit_text: Callable[[str], bytes]) -> str:
+    """A digest of shards and their commits; ShardCorrupt if one has lost its commit."""
     digest = xxhash.xxh3_64()
     for shard_id in shard_ids:
-        path = teacher / "shards" / shard_id / COMMIT
         try:
-            digest.update(f"{shard_id} {path.stat().st_mtime_ns}\n".encode())
-        except OSError as error:
-            raise ShardCorrupt(f"{path}: {error.strerror}; {REMEDY}") from None
+            digest.update(shard_id.encode() + commit_text(shard_id))
+        except FileNotFoundError as error:
+            raise ShardCorrupt(f"{error.filename}: {error.strerror}; {REMEDY}") from None
     return digest.hexdigest()
 
 
-def derived_arrays(path: Path, origin: str, derive: Callable[[], Arrays]) -> Arrays:
-    """The arrays in ``path`` if they are sound and of this origin; derived and kept otherwise."""
+def derived_arrays(
+    path: Path, origin: str, derive: Callable[[], Arrays], bucket: Bucket | None = None
+) -> Arrays:
+    """The arrays in ``path``, or in the bucket that it caches, if they are sound and of this
+    origin; derived and kept in both otherwise.
+    """
     stated, arrays = _sound_arrays(path)
+    if stated != origin and bucket is not None and (content := bucket.read(path)) is not None:
+        replace_file(path, content)
+        stated, arrays = _sound_arrays(path)
     if stated == origin:
         return arrays
     arrays = derive()
-    _write(path, origin, arrays)
+    content = _as_file(origin, arrays)
+    with contextlib.suppress(StoreError):  # a read-only or full store goes without
+        replace_file(path, content)
+        if bucket is not None:
+            bucket.put(path, content)
     return arrays
 
 
@@ -70,12 +80,10 @@ def _sound_arrays(path: Path) -> tuple[str | None, Arrays]:
     return origin, arrays
 
 
-def _write(path: Path, origin: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Publish the arrays; a read-only or full store goes without."""
+def _as_file(origin: str, arrays: Mapping[str, NDArray[Any]]) -> bytes:
     kept = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     metadata = {"origin": origin, "checksum": _tensors_checksum(origin, kept)}
-    with contextlib.suppress(StoreError):
-        replace_file(path, save(kept, metadata))
+    return bytes(save(kept, metadata))
 
 
 def _tensors_checksum(origin: str, arrays: Mapping[str, NDArray[Any]]) -> str:

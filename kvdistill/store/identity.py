@@ -168,7 +168,7 @@ def refusal(store: KVStore, name: str, phrases: Sequence[str]) -> str:
     shown = "; ".join([shorten(phrase, 140) for phrase in phrases[:2]])
     more = f"; and {len(phrases) - 2} more" if len(phrases) > 2 else ""
     return (
-        f"{shorten(str(store.paths.root), 80)}: teacher {name!r} was extracted differently ({shown}"
+        f"{shorten(store.where, 80)}: teacher {name!r} was extracted differently ({shown}"
         f"{more}); restore what the store has, or give the new extraction another name"
     )
 
@@ -191,7 +191,7 @@ def _unnamed(store: KVStore, stored: TeacherManifest, requested: Fields) -> Iter
     is_same = requested.get("extraction_fingerprint", known) == known
     if settings is not None:
         log_once(
-            f"{store.paths.root}: teacher {stored.name!r} was stored by an earlier version; what "
+            f"{store.where}: teacher {stored.name!r} was stored by an earlier version; what "
             "that did not record (buffers, the model's config) is not compared"
         )
         same, treatments = {**settings, "revision": stored.revision}, ("error", "truncate", "skip")

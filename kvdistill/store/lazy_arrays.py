@@ -111,7 +111,7 @@ def _stack(
     name, layers, heads = selection
     shards = store.committed_in_order(teacher) if shard_ids is None else list(shard_ids)
     counts = {shard_id: store.commit(teacher, shard_id).num_tokens for shard_id in shards}
-    read, root = dask.delayed(_read_chunk, pure=True), store.paths.root.absolute()
+    read, root = dask.delayed(_read_chunk, pure=True), store.location
     rows = []
     for layer in layers:
         pieces = [
@@ -141,7 +141,7 @@ def _stack_tokens(
 
 
 def _read_chunk(
-    root: Path, teacher: str, shard_id: str, selection: Selection
+    root: Path | str, teacher: str, shard_id: str, selection: Selection
 ) -> NDArray[np.float32]:
     store = KVStore.open(root)
     name, layers, heads = selection

@@ -18,15 +18,23 @@ from pathlib import Path
 import numpy as np
 
 from kvdistill.corpus.samples import Sample, Shard
-from kvdistill.errors import KVDistillError, ShardCorrupt, StoreError, StoreMismatch
-from kvdistill.store.commit import file_faults, publish_folder, staging_folder
+from kvdistill.errors import KVDistillError, ShardCorrupt, StoreError, StoreMismatch, StoreNotFound
+from kvdistill.store.bucket import local_folder
+from kvdistill.store.commit import file_faults, replace_file, staging_folder
 from kvdistill.store.derived import is_sound
-from kvdistill.store.format import COMMIT, folder_names
+from kvdistill.store.format import COMMIT
 from kvdistill.store.manifest import Commit
 from kvdistill.store.open_shard import open_shard
 from kvdistill.store.reader import KVStore
 from kvdistill.store.shard import TokenTable
-from kvdistill.store.writer import add_teacher, check_finite, create, publish_shard
+from kvdistill.store.writer import (
+    add_teacher,
+    check_finite,
+    create,
+    publish_files,
+    publish_plan,
+    publish_shard,
+)
 from kvdistill.text import shorten
 from kvdistill.types import SEGMENT_IDS, SEGMENT_SPECIAL, Backend
 
@@ -63,8 +71,8 @@ def verify_store(
             findings.append(Finding("", shard_id, str(error)))
     if teachers is None:
         teachers = store.teachers()
-        for name in sorted(folder_names(store.paths.teachers) - set(teachers)):
-            if folder_names(store.paths.shards(name)):
+        for name in sorted(store.folders(store.paths.teachers) - set(teachers)):
+            if store.folders(store.paths.shards(name)):
                 path = store.paths.teacher_manifest(name)
                 findings.append(Finding(name, "", f"{path}: missing, or no file; shards need it"))
     for teacher in teachers:
@@ -81,7 +89,7 @@ def _teacher_findings(
         yield Finding(teacher, "", str(error))
         return
     folder = store.paths.shards(teacher)
-    for name in sorted(folder_names(folder) - set(store.shard_ids)):
+    for name in sorted(store.folders(folder) - set(store.shard_ids)):
         yield Finding(teacher, name, f"{folder / name}: the plan has no such shard")
     for path in _derived_files(store, teacher):
         if not is_sound(path):
@@ -103,7 +111,15 @@ def _derived_files(store: KVStore, teacher: str) -> tuple[Path, Path]:
 
 
 def _shard_problems(store: KVStore, teacher: str, shard_id: str) -> Iterator[str]:
-    folder = store.paths.shard(teacher, shard_id)
+    if store.bucket is not None:
+        with staging_folder(store.paths.temporary(teacher), shard_id) as folder:
+            store.bucket.download(teacher, shard_id, folder)
+            yield from _folder_problems(store, teacher, shard_id, folder)
+    else:
+        yield from _folder_problems(store, teacher, shard_id, store.paths.shard(teacher, shard_id))
+
+
+def _folder_problems(store: KVStore, teacher: str, shard_id: str, folder: Path) -> Iterator[str]:
     commit = store.commit(teacher, shard_id)
     if faults := _shard_faults(folder, commit):
         yield from (f"{folder}/{fault}" for fault in faults)
@@ -161,7 +177,11 @@ def repair_store(store: KVStore, findings: Iterable[Finding]) -> list[Path]:
             continue  # the corpus
         derived = {path.name: path for path in _derived_files(store, teacher)}
         path = derived.get(name, store.paths.shards(teacher) / name)
-        if path.exists():
+        if store.bucket is not None:
+            path = path / COMMIT if name in store.shard_ids else path
+            store.bucket.remove(path)
+            moved.append(path)
+        elif path.exists():
             moved.append(_move_aside(path, store.paths.aside(teacher)))
         store.forget(teacher, name)
     return moved
@@ -181,9 +201,13 @@ def _move_aside(folder: Path, aside: Path) -> Path:
 
 
 def merge_stores(
-    target: KVStore, sources: Sequence[KVStore], progress: OnShard = lambda *_: None
+    target: KVStore,
+    sources: Sequence[KVStore],
+    progress: OnShard = lambda *_: None,
+    teachers: Collection[str] = (),
 ) -> int:
-    """Copy every shard of the sources that ``target`` lacks; returns how many.
+    """Copy every shard of the sources that ``target`` lacks, of all teachers or of those named;
+    returns how many.
 
     Files are copied byte for byte and checked against their commit before publication. Plans and
     teachers are compared before the first copy. Statistics are sums over shards and so remain
@@ -200,38 +224,77 @@ def merge_stores(
         theirs = source.manifest
         if (ours.corpus_fingerprint, ours.shards) != (theirs.corpus_fingerprint, theirs.shards):
             raise StoreMismatch(
-                f"{source.paths.root} holds corpus {theirs.corpus_fingerprint[:12]} in "
-                f"{len(theirs.shards)} shards, {target.paths.root} holds "
+                f"{source.where} holds corpus {theirs.corpus_fingerprint[:12]} in "
+                f"{len(theirs.shards)} shards, {target.where} holds "
                 f"{ours.corpus_fingerprint[:12]} in {len(ours.shards)}; only stores over the same "
                 "corpus, in the same shards, can be merged"
             )
-    for source in sources:
-        for teacher in source.teachers():
-            add_teacher(target, source.teacher(teacher))
+    chosen = [(source, name) for source in sources for name in teachers or source.teachers()]
+    for source, teacher in chosen:
+        add_teacher(target, source.teacher(teacher))
     copied = 0
-    for source in sources:
-        for teacher in source.teachers():
-            add_teacher(target, source.teacher(teacher))  # with what is copied by now
-            for shard_id in sorted(source.committed(teacher) - target.committed(teacher)):
-                progress(teacher, shard_id)
-                copied += _copy_files(source, target, teacher, shard_id)
+    for source, teacher in chosen:
+        add_teacher(target, source.teacher(teacher))  # with what is copied by now
+        for shard_id in sorted(source.committed(teacher) - target.committed(teacher)):
+            progress(teacher, shard_id)
+            copied += _copy_files(source, target, teacher, shard_id)
     return copied
 
 
+def copy_store(
+    source: KVStore,
+    path: Path | str,
+    progress: OnShard = lambda *_: None,
+    teachers: Collection[str] = (),
+) -> tuple[KVStore, int]:
+    """Copy a store, or some teachers of it, to another folder or bucket; continues what is there.
+
+    Returns:
+        The copy, and the number of shards that it lacked.
+
+    Raises:
+        StoreMismatch, ShardCorrupt: as ``merge_stores``.
+        StoreError: the path holds something else, or cannot be read or written.
+    """
+    try:
+        target = KVStore.open(path)
+    except StoreNotFound:
+        texts = ((shard_id, source.sample_text(shard_id)) for shard_id in source.shard_ids)
+        target = publish_plan(path, source.manifest, texts)
+    copied = merge_stores(target, [source], progress, teachers)
+    for name in teachers or source.teachers():
+        _copy_derived(source, target, name)
+    return target, copied
+
+
+def _copy_derived(source: KVStore, target: KVStore, teacher: str) -> None:
+    """Copy statistics and prototypes of a complete copy, lest its readers read every shard."""
+    if not source.committed(teacher) or source.committed(teacher) != target.committed(teacher):
+        return
+    source.statistics(teacher)
+    pairs = zip(_derived_files(source, teacher), _derived_files(target, teacher), strict=True)
+    for there, here in pairs:
+        if there.is_file() and target.bucket is not None:
+            target.bucket.put(here, there.read_bytes())
+        elif there.is_file():
+            replace_file(here, there.read_bytes())
+
+
 def _copy_files(source: KVStore, target: KVStore, teacher: str, shard_id: str) -> bool:
-    origin = source.paths.shard(teacher, shard_id)
-    commit = source.commit(teacher, shard_id)
+    origin, commit = source.paths.shard(teacher, shard_id), source.commit(teacher, shard_id)
+    # The same under settings spelt otherwise:
+    fingerprint = target.teacher(teacher).extraction_fingerprint
+    copied = commit.model_copy(update={"extraction_fingerprint": fingerprint})
+    if source.bucket is None and target.bucket is not None:
+        return publish_files(target, origin, copied)
     with staging_folder(target.paths.temporary(teacher), shard_id) as folder:
-        shutil.copytree(origin, folder, dirs_exist_ok=True)
+        if source.bucket is not None:
+            source.bucket.download(teacher, shard_id, folder)
+        else:
+            shutil.copytree(origin, folder, dirs_exist_ok=True)
         if faults := _shard_faults(folder, commit):
-            raise ShardCorrupt(
-                f"{origin}/{faults[0]}; run `kvdistill verify` on {source.paths.root}"
-            )
-        fingerprint = target.teacher(teacher).extraction_fingerprint
-        if commit.extraction_fingerprint != fingerprint:  # the same under settings spelt otherwise
-            commit = commit.model_copy(update={"extraction_fingerprint": fingerprint})
-            (folder / COMMIT).write_text(commit.to_json(), encoding="utf-8")
-        return publish_folder(folder, target.paths.shard(teacher, shard_id))
+            raise ShardCorrupt(f"{origin}/{faults[0]}; run `kvdistill verify {source.where}`")
+        return publish_files(target, folder, copied)
 
 
 def convert_store(
@@ -244,7 +307,7 @@ def convert_store(
         StoreMismatch: the target holds another corpus or another extraction.
         ShardCorrupt: a source shard is damaged; those before it are in the target.
     """
-    if Path(path).resolve() == source.paths.root.resolve():
+    if local_folder(path).resolve() == source.paths.root.resolve():
         raise StoreError(f"{path}: a store cannot be converted onto itself; name another path")
     plan = source.manifest.shards
     target = create(
@@ -277,6 +340,11 @@ def remove_teacher(store: KVStore, teacher: str) -> None:
         StoreError: the store is read-only.
     """
     store.teacher(teacher)
+    if store.bucket is not None:
+        store.bucket.remove(store.paths.teacher_manifest(teacher))
+        store.bucket.remove(store.paths.teacher(teacher))
+        store.forget(teacher)
+        return
     with staging_folder(store.paths.root / "tmp", teacher) as folder:
         store.paths.teacher(teacher).rename(folder / teacher)
     store.forget(teacher)

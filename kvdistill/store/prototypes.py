@@ -28,12 +28,12 @@ def hidden_summaries(
     manifest, missing = store.teacher(teacher), store.missing(teacher)
     if missing:
         raise ShardNotFound(
-            f"{store.paths.root}: the prototypes of teacher {teacher!r} need all of its shards; "
+            f"{store.where}: the prototypes of teacher {teacher!r} need all of its shards; "
             f"{len(missing)} are missing: run `kvdistill extract`"
         )
     if not manifest.has_summaries:
         raise ShardNotFound(
-            f"{store.paths.root}: teacher {teacher!r} has no hidden summaries; extract it with "
+            f"{store.where}: teacher {teacher!r} has no hidden summaries; extract it with "
             "extraction.summaries: true"
         )
     pieces = []
@@ -90,9 +90,11 @@ def teacher_prototypes(
     Raises:
         ShardNotFound: the teacher was extracted without summaries, or lacks a shard.
     """
-    origin = origin_of(store.paths.teacher(teacher), store.committed_in_order(teacher))
+    shard_ids = store.committed_in_order(teacher)
+    origin = origin_of(shard_ids, lambda i: store.commit_text(teacher, i))
     return derived_arrays(
         store.paths.prototypes(teacher),
         f"{origin} {num_centres}",
         lambda: dict(prototypes(*hidden_summaries(store, teacher), num_centres)),
+        store.bucket,
     )

@@ -14,15 +14,16 @@ from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import ShardCorrupt, ShardNotFound, StoreFormatError, StoreNotFound
+from kvdistill.store.bucket import Bucket, is_url
 from kvdistill.store.channel_statistics import ChannelStatistics, merged_statistics
-from kvdistill.store.commit import MAX_DOCUMENT_BYTES, REMEDY, read_regular
+from kvdistill.store.commit import MAX_DOCUMENT_BYTES, REMEDY, read_regular, replace_file
 from kvdistill.store.derived import Arrays, derived_arrays, origin_of
 from kvdistill.store.format import COMMIT, StorePaths, folder_names
 from kvdistill.store.manifest import Commit, ShardPlan, StoreManifest, TeacherManifest
@@ -46,19 +47,23 @@ def _renew_locks() -> None:
 os.register_at_fork(after_in_child=_renew_locks)
 
 
-def _reopened(root: Path, shard_ids: tuple[str, ...]) -> KVStore:
-    store = KVStore.open(root)
+def _reopened(location: Path | str, shard_ids: tuple[str, ...]) -> KVStore:
+    store = KVStore.open(location)
     return store if store.shard_ids == shard_ids else store.only(shard_ids)
 
 
 class KVStore:
-    """A store, opened for reading. Safe to share between threads and with forked children; pickled
-    by its path.
+    """A store, opened for reading. Safe to share between threads and, unless it is in a bucket,
+    with forked children; pickled by its location. ``paths`` of a store in a bucket are those of its
+    folder in the cache, which holds what has been read.
     """
 
-    def __init__(self, paths: StorePaths, manifest: StoreManifest) -> None:
+    def __init__(
+        self, paths: StorePaths, manifest: StoreManifest, bucket: Bucket | None = None
+    ) -> None:
         self.paths = paths
         self.manifest = manifest
+        self.bucket = bucket
         self._plans = {plan.shard_id: plan for plan in manifest.shards}
         self._teachers: dict[str, TeacherManifest] = {}
         self._open: OrderedDict[tuple[str, str], OpenedShard] = OrderedDict()
@@ -66,32 +71,46 @@ class KVStore:
         self._lock = threading.Lock()
         _HANDLES.add(self)
 
-    def __reduce__(self) -> tuple[Callable[..., KVStore], tuple[Path, tuple[str, ...]]]:
-        return _reopened, (self.paths.root.absolute(), self.shard_ids)
+    def __reduce__(self) -> tuple[Callable[..., KVStore], tuple[Path | str, tuple[str, ...]]]:
+        return _reopened, (self.location, self.shard_ids)
 
     @staticmethod
     def open(path: Path | str) -> KVStore:
-        """Open the store at ``path``.
+        """Open the store at ``path``, a folder or the URL of a bucket.
 
         Raises:
             StoreNotFound: there is no ``kvstore.json``.
             StoreFormatError: it is malformed, or of a newer format.
+            StoreError: the bucket cannot be read.
         """
-        paths = StorePaths(Path(path))
+        bucket = Bucket(str(path)) if is_url(path) else None
+        paths = StorePaths(Path(path)) if bucket is None else bucket.paths
         try:
-            text = read_regular(paths.manifest, MAX_DOCUMENT_BYTES)
+            text = _document(bucket, paths.manifest)
         except (FileNotFoundError, NotADirectoryError):
             raise StoreNotFound(
-                f"no store at {paths.root}: {paths.manifest.name} is missing; "
-                "`kvdistill extract` creates one"
+                f"no store at {path}: {paths.manifest.name} is missing; `kvdistill "
+                f"{'extract` creates one' if bucket is None else 'push` copies one there'}"
             ) from None
-        return KVStore(paths, StoreManifest.from_json(text, str(paths.manifest)))
+        where = paths.manifest if bucket is None else f"{path}/{paths.manifest.name}"
+        return KVStore(paths, StoreManifest.from_json(text, str(where)), bucket)
+
+    @property
+    def where(self) -> str:
+        """The store's path or URL, for messages."""
+        return str(self.paths.root) if self.bucket is None else self.bucket.url
+
+    @property
+    def location(self) -> Path | str:
+        """What ``open`` takes in any process of this machine."""
+        return self.paths.root.absolute() if self.bucket is None else self.bucket.url
 
     def only(self, shard_ids: Iterable[str]) -> KVStore:
         """The same store with these shards of the plan alone, in corpus order."""
         wanted = set(shard_ids)
         kept = tuple(plan for plan in self.manifest.shards if plan.shard_id in wanted)
-        return KVStore(self.paths, self.manifest.model_copy(update={"shards": kept}))
+        manifest = self.manifest.model_copy(update={"shards": kept})
+        return KVStore(self.paths, manifest, self.bucket)
 
     @property
     def shard_ids(self) -> tuple[str, ...]:
@@ -106,15 +125,19 @@ class KVStore:
         """
         if shard_id not in self._plans:
             raise ShardNotFound(
-                f"{self.paths.root}: the plan has no shard {shard_id!r}; it has "
+                f"{self.where}: the plan has no shard {shard_id!r}; it has "
                 f"{len(self._plans)}, from {self.shard_ids[0]} to {self.shard_ids[-1]}"
             )
         return self._plans[shard_id]
 
     def teachers(self) -> list[str]:
         """Names of all teachers that have a manifest, sorted."""
-        names = folder_names(self.paths.teachers)
-        return sorted(name for name in names if self.paths.teacher_manifest(name).is_file())
+        return sorted(filter(self.has_teacher, self.folders(self.paths.teachers)))
+
+    def has_teacher(self, name: str) -> bool:
+        """Whether a teacher has a manifest."""
+        path = self.paths.teacher_manifest(name)
+        return path.is_file() if self.bucket is None else self.bucket.read(path) is not None
 
     def teacher(self, name: str) -> TeacherManifest:
         """One teacher's manifest.
@@ -125,11 +148,11 @@ class KVStore:
         """
         if name not in self._teachers:
             path = self.paths.teacher_manifest(name)
-            if not path.is_file():
+            if not self.has_teacher(name):
                 raise ShardNotFound(
-                    f"{self.paths.root} has no teacher {name!r}; it has {self.teachers()}"
+                    f"{self.where} has no teacher {name!r}; it has {self.teachers()}"
                 )
-            text = read_regular(path, MAX_DOCUMENT_BYTES)
+            text = _document(self.bucket, path)
             manifest = TeacherManifest.from_json(text, str(path))
             if manifest.name != name:
                 raise StoreFormatError(f"{path}: of teacher {manifest.name!r}, expected {name!r}")
@@ -137,12 +160,21 @@ class KVStore:
         return self._teachers[name]
 
     def committed(self, teacher: str) -> frozenset[str]:
-        """Shards of the plan that this teacher has committed. Lists one folder, reads no file."""
-        return frozenset(folder_names(self.paths.shards(teacher)) & self._plans.keys())
+        """Shards of the plan that this teacher has committed. Lists one folder, reads no file; in a
+        bucket, where a folder may be half uploaded, commits that are not known yet.
+        """
+        found = self.folders(self.paths.shards(teacher)) & self._plans.keys()
+        return frozenset(found if self.bucket is None else self.bucket.commits(teacher, found))
 
     def is_committed(self, teacher: str, shard_id: str) -> bool:
         """Whether one shard is committed; cheaper than ``committed``."""
+        if self.bucket is not None:
+            return bool(self.bucket.commits(teacher, [self.plan(shard_id).shard_id]))
         return self.paths.shard(teacher, self.plan(shard_id).shard_id).is_dir()
+
+    def folders(self, path: Path) -> set[str]:
+        """Names of the folders in one of the store's."""
+        return folder_names(path) if self.bucket is None else self.bucket.folders(path)
 
     def committed_in_order(self, teacher: str) -> list[str]:
         """Committed shards in the order of the plan.
@@ -152,7 +184,7 @@ class KVStore:
         """
         committed = self.committed(teacher)
         if not committed:
-            raise ShardNotFound(f"{self.paths.root}: teacher {teacher!r} has no shard yet")
+            raise ShardNotFound(f"{self.where}: teacher {teacher!r} has no shard yet")
         return [shard_id for shard_id in self._plans if shard_id in committed]
 
     def missing(self, teacher: str) -> list[str]:
@@ -166,14 +198,27 @@ class KVStore:
         Raises:
             ShardCorrupt: the file is missing, or does not have the plan's checksum.
         """
+        return read_samples(self.sample_text(shard_id).decode("utf-8"))
+
+    def sample_text(self, shard_id: str) -> bytes:
+        """The file of a shard's samples, which the cache keeps.
+
+        Raises:
+            ShardCorrupt: as ``samples``.
+        """
         plan = self.plan(shard_id)
         path = self.paths.samples(shard_id)
         limit = 2**16 * plan.num_samples + 16 * plan.num_chars  # JSON escapes, ids, tags
         text = read_regular(path, limit) if path.is_file() else b""
+        if self.bucket is not None and sha256(text).hexdigest() != plan.sha256:
+            text = self.bucket.read(path) or b""
+            if sha256(text).hexdigest() == plan.sha256:
+                replace_file(path, text)
         if sha256(text).hexdigest() != plan.sha256:
             state = "does not match the plan's checksum" if text else "missing or empty"
-            raise ShardCorrupt(f"{path}: {state}; restore it from a copy of the store")
-        return read_samples(text.decode("utf-8"))
+            place = f"{self.where}/corpus/{path.name}"
+            raise ShardCorrupt(f"{place}: {state}; restore it from a copy of the store")
+        return text
 
     def commit(self, teacher: str, shard_id: str) -> Commit:
         """Counts and checksums of a committed shard.
@@ -186,12 +231,12 @@ class KVStore:
         manifest, plan = self.teacher(teacher), self.plan(shard_id)
         path = self.paths.shard(manifest.name, shard_id) / COMMIT
         try:
-            text = read_regular(path, MAX_DOCUMENT_BYTES)
+            text = self.commit_text(manifest.name, shard_id)
         except FileNotFoundError:
-            if path.parent.is_dir():
+            if self.bucket is None and path.parent.is_dir():
                 raise ShardCorrupt(f"{path}: missing; {REMEDY}") from None
             raise ShardNotFound(
-                f"{self.paths.root}: teacher {manifest.name!r} has not committed shard "
+                f"{self.where}: teacher {manifest.name!r} has not committed shard "
                 f"{shard_id}; run `kvdistill extract`"
             ) from None
         commit = Commit.from_json(text, str(path))
@@ -203,6 +248,12 @@ class KVStore:
                 f"{REMEDY}"
             )
         return commit
+
+    def commit_text(self, teacher: str, shard_id: str) -> bytes:
+        """``COMMIT.json`` as it is stored; FileNotFoundError if there is none."""
+        if self.bucket is not None and (found := self.bucket.commits(teacher, [shard_id])):
+            return found[shard_id]
+        return _document(self.bucket, self.paths.shard(teacher, shard_id) / COMMIT)
 
     def read_shard(
         self,
@@ -311,7 +362,7 @@ class KVStore:
                     for i, sample in enumerate(self.samples(shard_id))
                 }
         if sample_id not in self._index:
-            raise ShardNotFound(f"{self.paths.root}: the corpus has no sample {sample_id!r}")
+            raise ShardNotFound(f"{self.where}: the corpus has no sample {sample_id!r}")
         return self._index[sample_id]
 
     def statistics(self, teacher: str) -> dict[str, ChannelStatistics]:
@@ -320,15 +371,14 @@ class KVStore:
         Raises:
             ShardNotFound: nothing is committed.
         """
-        shard_ids, folder = self.committed_in_order(teacher), self.paths.teacher(teacher)
+        shard_ids = self.committed_in_order(teacher)
 
         def derive() -> Arrays:
             merged = merged_statistics(shard_ids, lambda i: self.shard_statistics(teacher, i))
             return {name: part.to_array() for name, part in merged.items()}
 
-        arrays = derived_arrays(
-            self.paths.statistics(teacher), origin_of(folder, shard_ids), derive
-        )
+        origin = origin_of(shard_ids, lambda i: self.commit_text(teacher, i))
+        arrays = derived_arrays(self.paths.statistics(teacher), origin, derive, self.bucket)
         return {name: ChannelStatistics.from_array(array) for name, array in arrays.items()}
 
     def shard_statistics(self, teacher: str, shard_id: str) -> dict[str, ChannelStatistics]:
@@ -342,6 +392,8 @@ class KVStore:
                 del self._open[key]
             if shard_id is None:
                 self._teachers.pop(teacher, None)
+        if self.bucket is not None:
+            self.bucket.forget()
 
     def _opened(self, teacher: str, shard_id: str) -> OpenedShard:
         key = (teacher, shard_id)
@@ -350,9 +402,28 @@ class KVStore:
                 self._open.move_to_end(key)
                 return self._open[key]
         commit = self.commit(teacher, shard_id)
-        opened = open_shard(self.paths.shard(teacher, shard_id), self.teacher(teacher), commit)
+        if self.bucket is None:
+            folder = self.paths.shard(teacher, shard_id)
+            opened = open_shard(folder, self.teacher(teacher), commit)
+        else:
+            folder, lock = self.bucket.resident(teacher, shard_id)
+            try:
+                opened = open_shard(folder, self.teacher(teacher), commit)
+            except BaseException:
+                os.close(lock)
+                raise
+            finalize(opened, os.close, lock)
         with self._lock:
             self._open[key] = opened
             while len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         return opened
+
+
+def _document(bucket: Bucket | None, path: Path) -> bytes:
+    """A JSON document of a store; FileNotFoundError if there is none."""
+    if bucket is None:
+        return read_regular(path, MAX_DOCUMENT_BYTES)
+    if (found := bucket.read(path)) is None:
+        raise FileNotFoundError(path)
+    return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +19,8 @@ import numpy as np
 
 from kvdistill import __version__
 from kvdistill.corpus.samples import Shard, corpus_fingerprint
-from kvdistill.errors import GeometryError, NonFiniteError, StoreError, StoreMismatch
+from kvdistill.errors import GeometryError, NonFiniteError, StoreError, StoreMismatch, StoreNotFound
+from kvdistill.store.bucket import Bucket, is_url
 from kvdistill.store.channel_statistics import ChannelStatistics
 from kvdistill.store.commit import folder_records, publish_file, publish_folder, staging_folder
 from kvdistill.store.format import (
@@ -50,21 +51,22 @@ def create(path: Path | str, shards: Sequence[Shard]) -> KVStore:
         StoreMismatch: the store at ``path`` has another corpus or another plan.
         StoreError: the path holds something else, or cannot be written.
     """
-    paths = StorePaths(Path(path))
     plan = _plan(shards)
-    if not paths.manifest.is_file():
-        _publish_plan(paths, plan, shards)
-    store = KVStore.open(paths.root)
+    try:
+        store = KVStore.open(path)
+    except StoreNotFound:
+        texts = ((shard.shard_id, shard.to_jsonl().encode()) for shard in shards)
+        store = publish_plan(path, plan, texts)
     found = store.manifest
     if found.corpus_fingerprint != plan.corpus_fingerprint:
         raise StoreMismatch(
-            f"{paths.root} was made from another corpus: fingerprint "
+            f"{path} was made from another corpus: fingerprint "
             f"{found.corpus_fingerprint[:12]}, the config's is {plan.corpus_fingerprint[:12]}; "
             "use another store path, or the corpus it was made from"
         )
     if found.shards != plan.shards:
         raise StoreMismatch(
-            f"{paths.root} divides this corpus into {len(found.shards)} shards, the config into "
+            f"{path} divides this corpus into {len(found.shards)} shards, the config into "
             f"{len(plan.shards)}; the plan of a store is fixed: restore the shard size it was made "
             "with, or use another store path"
         )
@@ -88,18 +90,31 @@ def _plan(shards: Sequence[Shard]) -> StoreManifest:
     )
 
 
-def _publish_plan(paths: StorePaths, plan: StoreManifest, shards: Sequence[Shard]) -> None:
-    root = paths.root
+def publish_plan(
+    path: Path | str, plan: StoreManifest, texts: Iterable[tuple[str, bytes]]
+) -> KVStore:
+    """Publish a store without teachers: its plan, and the samples of every shard.
+
+    Raises:
+        StoreError: the path holds something else, or cannot be written.
+    """
+    if is_url(path):
+        bucket = Bucket(str(path), new=True)
+        files = {bucket.paths.samples(shard_id): text for shard_id, text in texts}
+        bucket.publish(files, bucket.paths.manifest, plan.to_json().encode())
+        return KVStore.open(path)
+    root = Path(path)
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
         raise StoreError(f"{root} exists and is not a kvdistill store; choose another path")
     with staging_folder(root.absolute().parent, f".{root.name}") as folder:
         staged = StorePaths(folder)
         staged.corpus.mkdir()
         staged.teachers.mkdir()
-        for shard in shards:
-            staged.samples(shard.shard_id).write_text(shard.to_jsonl(), encoding="utf-8")
+        for shard_id, text in texts:
+            staged.samples(shard_id).write_bytes(text)
         staged.manifest.write_text(plan.to_json(), encoding="utf-8")
         publish_folder(folder, root)
+    return KVStore.open(path)
 
 
 def add_teacher(store: KVStore, manifest: TeacherManifest) -> TeacherManifest:
@@ -109,7 +124,11 @@ def add_teacher(store: KVStore, manifest: TeacherManifest) -> TeacherManifest:
         StoreMismatch: a teacher of this name was extracted differently; names both sides.
     """
     paths = store.paths
-    if not paths.teacher_manifest(manifest.name).is_file():
+    if store.has_teacher(manifest.name):
+        pass
+    elif store.bucket is not None:
+        store.bucket.create(paths.teacher_manifest(manifest.name), manifest.to_json().encode())
+    else:
         paths.teachers.mkdir(exist_ok=True)
         with staging_folder(paths.root / "tmp", manifest.name) as folder:
             (folder / TEACHER).write_text(manifest.to_json(), encoding="utf-8")
@@ -177,8 +196,19 @@ def publish_shard(
             seconds=seconds,
             attempt={"host": socket.gethostname(), "pid": os.getpid(), **(attempt or {})},
         )
-        (folder / COMMIT).write_text(commit.to_json(), encoding="utf-8")
-        return publish_folder(folder, store.paths.shard(teacher, shard_id))
+        return publish_files(store, folder, commit)
+
+
+def publish_files(store: KVStore, folder: Path, commit: Commit) -> bool:
+    """Commit the files in a folder, which becomes the shard; False if there is one.
+
+    Raises:
+        StoreError: they cannot be written or uploaded; nothing was published.
+    """
+    if store.bucket is not None:
+        return store.bucket.upload(folder, commit)
+    (folder / COMMIT).write_text(commit.to_json(), encoding="utf-8")
+    return publish_folder(folder, store.paths.shard(commit.teacher, commit.shard_id))
 
 
 def _raw_bytes(manifest: TeacherManifest, counts: Counts) -> int:

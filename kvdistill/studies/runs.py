@@ -51,7 +51,7 @@ def require_teachers(design: StudyDesign, study: Path) -> None:
     for name in experiment.teachers:
         if name not in store.teachers() or store.missing(name):
             raise IncompleteStore(
-                f"{store.paths.root} lacks shards of teacher {name!r}, which arms of {study} learn "
+                f"{store.where} lacks shards of teacher {name!r}, which arms of {study} learn "
                 f"from; {remedy}"
             )
 

@@ -59,7 +59,7 @@ def test_verify_repair_and_what_to_do_next(tmp_path: Path, build: Any) -> None:
     assert isinstance(bad.exception, ShardCorrupt)
     (finding,) = json.loads(bad.stdout)["findings"]
     assert finding["shard_id"] == "00001"
-    assert "token_ids/zarr.json: missing" in finding["problem"]
+    assert "token_ids/zarr.json is missing" in finding["problem"]
     mended = run("verify", tmp_path / "store", "--repair")
     assert "moved to" in mended.stdout
     assert "extract again" in str(mended.exception)

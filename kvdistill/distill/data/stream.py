@@ -77,7 +77,7 @@ class StoreSource:
             missing = self.store.missing(teacher)
             if missing:
                 raise IncompleteStore(
-                    f"{self.store.paths.root}: teacher {teacher!r} lacks {len(missing)} of "
+                    f"{self.store.where}: teacher {teacher!r} lacks {len(missing)} of "
                     f"{len(self.store.shard_ids)} shards (first: {missing[0]}); "
                     "run `kvdistill extract` with this config to complete it"
                 )
@@ -118,7 +118,7 @@ class StoreSource:
         for name, shard in teachers.items():
             if shard.tokens.sample_ids != ids:
                 raise StoreMismatch(
-                    f"{self.store.paths.root}: shard {shard_id} of teacher {name!r} holds other "
+                    f"{self.store.where}: shard {shard_id} of teacher {name!r} holds other "
                     "samples than the corpus; run `kvdistill verify`"
                 )
         return LoadedShard(samples, teachers)

@@ -10,6 +10,7 @@ from typing import Any
 
 from kvdistill.config.load import flatten
 from kvdistill.errors import StoreError
+from kvdistill.store.bucket import is_url
 from kvdistill.store.reader import KVStore
 from kvdistill.studies.report.comparison import TESTS
 from kvdistill.studies.report.reading import Arm, Run, Study
@@ -132,7 +133,7 @@ def savings_table(study: Study) -> tuple[Table | None, list[str]]:
     A teacher is read once into the store; without one it would be read again in every epoch over
     the corpus of every run that learned from it.
     """
-    passes: dict[Path, dict[str, float]] = {}
+    passes: dict[Path | str, dict[str, float]] = {}
     for arm in study.arms:
         for run in arm.runs:
             of_store = passes.setdefault(_store_path(run), {})
@@ -140,7 +141,7 @@ def savings_table(study: Study) -> tuple[Table | None, list[str]]:
             for teacher in arm.teachers:
                 of_store[teacher] = of_store.get(teacher, 0.0) + float(epochs)
     cells, notes = [], []
-    for path, of_store in sorted(passes.items()):
+    for path, of_store in sorted(passes.items(), key=str):
         try:
             store = KVStore.open(path)
         except StoreError:
@@ -161,8 +162,10 @@ def savings_table(study: Study) -> tuple[Table | None, list[str]]:
     return _table("Teachers: cost of extraction and time saved", cells), notes
 
 
-def _store_path(run: Run) -> Path:
+def _store_path(run: Run) -> Path | str:
     """The run's store; a relative path starts at the folder that training was started in."""
+    if is_url(run.config["store"]):
+        return str(run.config["store"])
     store, own = Path(run.config["store"]), Path(run.config["output_dir"], run.config["name"])
     parts = run.path.resolve().parts
     start = Path(*parts[: -len(own.parts)])
