@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-real test-slow test-slurm test-slurm-slow check bench docs models clean
+.PHONY: demo test test-real test-slow test-slurm test-slurm-slow test-gpu device check bench docs models clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,12 @@ test-slurm: $(STAMP)  ## tests on a real Slurm; need root and the packages of .c
 
 test-slurm-slow: $(STAMP)  ## 200 random events of a cluster over 300 shards and a training job
 	$(BIN)/python -m pytest -q -m "slurm and slow" tests/slurm
+
+test-gpu: $(STAMP)  ## a GPU against the CPU; without one, all are skipped
+	$(BIN)/python -m pytest -q -m gpu tests/gpu
+
+device: $(STAMP)  ## every path of the GPU benchmark at toy sizes, on a CPU
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/device.py --tiny --device cpu
 
 check: $(STAMP)  ## static checks of CI
 	$(BIN)/ruff format --check .

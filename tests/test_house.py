@@ -78,3 +78,41 @@ def _imports(tree: ast.Module, names: dict[str, Path]) -> set[str]:
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return found & names.keys()
+
+
+NOT_FOR_STAGES = {
+    "matplotlib", "scipy", "tensorboard", "dask", "xarray", "submitit", "jinja2", "click", "peft",
+}  # fmt: skip
+"""What reports, plots, inspection and the command line need. A GPU node can do without."""
+
+
+def test_extraction_and_training_import_no_package_of_reports_and_plots():
+    """Of kvdistill's own modules that ``benchmarks/device.py`` imports, one through another."""
+    names = {_module(path): path for path in FILES}
+    kit = [ast.parse(p.read_text()) for p in PACKAGE.parent.glob("benchmarks/device*.py")]
+    pending = {name for tree in kit for name in _imports(tree, names)}
+    assert {"kvdistill.pipelines.extract", "kvdistill.distill.train.trainer"} <= pending
+    reached: set[str] = set()
+    while pending:
+        name = pending.pop()
+        reached.add(name)
+        tree = ast.Module([x for x in ast.walk(TREES[names[name]]) if _runs_at_import(x)], [])
+        found = {
+            alias.name if isinstance(node, ast.Import) else str(node.module)
+            for node in tree.body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        }
+        assert not {imported.split(".")[0] for imported in found} & NOT_FOR_STAGES, name
+        pending |= _imports(tree, names) - reached
+
+
+def _runs_at_import(node: ast.AST) -> bool:
+    return isinstance(node, ast.Import | ast.ImportFrom) and node.col_offset == 0
+
+
+def test_every_file_with_a_branch_for_gpus_is_listed_with_its_check():
+    page = (PACKAGE.parent / "docs/gpu.md").read_text(encoding="utf-8")
+    for path, text in FILES.items():
+        if "torch.cuda" in text or '"cuda"' in text:
+            assert f"`{path.relative_to(PACKAGE)}`" in page
