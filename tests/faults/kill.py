@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.faults.verdict import import_modules, prepare_child
+from tests.faults.verdict import HANGS_AFTER_S, import_modules, prepare_child
 
 WRITES = {"os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.symlink"}
 WRITING = os.O_WRONLY | os.O_RDWR
@@ -93,7 +93,7 @@ class Killer:
             pid = _child(work, self.log)
             time.sleep(self.rng.uniform(0, self.seconds * share))
             os.kill(pid, signal.SIGKILL)
-        end = time.monotonic() + 120
+        end = time.monotonic() + HANGS_AFTER_S
         while (status := os.waitpid(pid, os.WNOHANG)) == (0, 0):
             assert time.monotonic() < end, "it hangs"
             time.sleep(0.002)

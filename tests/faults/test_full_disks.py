@@ -132,7 +132,7 @@ def test_full_disks_while_training(extracted: Path, disk: Disk, count: int, seed
 @pytest.mark.slow
 def test_full_disks_while_ablating(extracted: Path, disk: Disk, tmp_path: Path) -> None:
     experiment = yaml.safe_load(extracted.read_text()) | {"output_dir": str(disk.folder)}
-    arms = {"a": {}, "text": {"losses": {"key": 0, "value": 0}}}
+    arms = {"a": {}, "text": {"settings": {"losses.key": 0, "losses.value": 0}}}
     study = tmp_path / "study.yaml"
     body = {"name": "study", "experiment": experiment, "seeds": [0], "arms": arms}
     study.write_text(yaml.safe_dump(body))
