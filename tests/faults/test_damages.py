@@ -74,6 +74,11 @@ def store_commands(root: Path) -> Commands:
     def read() -> Any:
         return shards_of(KVStore.open(root))
 
+    def parts() -> Any:
+        store = KVStore.open(root)
+        chosen = [(name, i) for name in TEACHERS for i in store.shard_ids]
+        return [store.read_shard(*one, store.teacher(one[0]).layers[-1:], [1]) for one in chosen]
+
     def derived() -> Any:
         store = KVStore.open(root)
         return [store.statistics(name) for name in TEACHERS]
@@ -88,8 +93,8 @@ def store_commands(root: Path) -> Commands:
     def status() -> Any:
         return [teacher.teacher for teacher in overview(root).teachers]
 
-    return {"verify": verify, "read": read, "statistics": derived, "prototypes": prototypes,
-            "status": status}  # fmt: skip
+    return {"verify": verify, "read": read, "parts": parts, "statistics": derived,
+            "prototypes": prototypes, "status": status}  # fmt: skip
 
 
 def unreported(found: dict[str, Outcome]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,57 @@ def refused(path: Path) -> bool:
     except KVDistillError:
         return True
     return False
+
+
+def touch_in_parts(store: KVStore, teacher: str) -> None:
+    """Read every key and value, and never a whole array: one layer and head, then some tokens."""
+    for shard_id in store.shard_ids:
+        for layer in store.teacher(teacher).layers:
+            for head in (0, 1):
+                store.read_shard(teacher, shard_id, [layer], [head])
+        for sample in store.samples(shard_id):
+            for kind, tokens in product(("key", "value"), (slice(0, 5), slice(5, None))):
+                store.read_sample(teacher, sample.sample_id, kind, tokens=tokens)
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8", "int4"])
+def test_a_flipped_byte_is_refused_by_whoever_reads_a_part_with_it(
+    tmp_path: Path, build: Any, backend: str, codec: str
+) -> None:
+    teacher = build.teacher(backend=backend, codec={"key": codec, "value": codec})
+    store, _ = build.store(tmp_path / "store", teacher, num_shards=1)
+    touch_in_parts(store, "tiny")
+    rng = random.Random(0)
+    shard = store.paths.shard("tiny", store.shard_ids[0])
+    parts = [path for path in shard.rglob("[0-9]") if path.is_file()]
+    parts = [p for p in parts if re.match(r"(key|value)(?!_stat)", p.relative_to(shard).parts[0])]
+    for path in sorted(parts) or [*shard.glob("*.safetensors")]:
+        good = path.read_bytes()
+        for place in [0, *(rng.randrange(len(good)) for _ in range(2))]:
+            bad = bytearray(good)
+            bad[place] ^= 1 << rng.randrange(8)
+            path.write_bytes(bad)
+            with pytest.raises(ShardCorrupt):
+                touch_in_parts(KVStore.open(tmp_path / "store"), "tiny")
+        path.write_bytes(good)
+
+
+def test_a_flipped_byte_in_chunks_that_the_tokens_do_not_fill_is_refused(
+    tmp_path: Path, build: Any, backend: str
+) -> None:
+    """A file of whole chunks holds more than the array, so no read of it is one of the file."""
+    store = create(tmp_path / "store", build.corpus(1, 1))
+    teacher = add_teacher(store, build.teacher(backend=backend))
+    ids = [sample.sample_id for sample in store.samples("00000")]
+    one = build.shard(teacher, ids, (1100,))
+    assert publish_shard(store, "tiny", "00000", one.shard, one.statistics)
+    shard = store.paths.shard("tiny", "00000")
+    (path,) = shard.glob("key/c/0/0/0/0") if "zarr" in backend else shard.glob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 64
+    path.write_bytes(content)
+    with pytest.raises(ShardCorrupt, match="checksum"):
+        touch_everything(KVStore.open(tmp_path / "store"))
 
 
 @pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.slow)])

@@ -20,11 +20,13 @@ import os
 import struct
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from google_crc32c import value as _crc32c
 
 from kvdistill.errors import ShardCorrupt
 from kvdistill.store.backends import ArrayReader, Specs
@@ -179,8 +181,9 @@ class _ZarrArray:
         self.key = _data_file(spec)
         self._folder, self._name, self._metadata = folder, spec.name, metadata.decode()
         self._path = folder / self.key
-        self._file_shape, chunk, self._codecs = _layout(found, spec, folder / spec.name)
-        self._chunk_bytes = math.prod(chunk) * np.dtype(spec.dtype).itemsize
+        self._file_shape, self._chunk, self._codecs = _layout(found, spec, folder / spec.name)
+        self._chunk_bytes = math.prod(self._chunk) * np.dtype(spec.dtype).itemsize
+        self._verified: set[int] = set()
         self.num_bytes = math.prod(self._file_shape) * np.dtype(spec.dtype).itemsize
         self._zarrs_pipeline: Any = None
         self._zarr_array: Array[Any] | None = None
@@ -190,17 +193,48 @@ class _ZarrArray:
         if "zstd" not in self._codecs:
             return
         limit = 16 * self._chunk_bytes + (1 << 20)  # zstd may cut a block of 128 kB into 16
-        index_bytes = 16 * (self.num_bytes // self._chunk_bytes)
         with self._path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            index = os.pread(file.fileno(), index_bytes, max(0, size - index_bytes - 4))
-            for first, length in struct.iter_unpack("<QQ", index[: len(index) & ~15]):
-                inside = first + length <= size  # the reader refuses others
-                if inside and _inflated(file.fileno(), first, first + length - 4, limit) > limit:
+            for first, length in self._chunks(file.fileno()):  # others are refused when read
+                if length and _inflated(file.fileno(), first, first + length - 4, limit) > limit:
                     raise ShardCorrupt(
                         f"{self._path}: the chunk at byte {first} is not one zstd frame of the "
                         f"declared {self._chunk_bytes:,} bytes; {REMEDY}"
                     )
+
+    def _chunks(self, file: int) -> list[tuple[int, int]]:
+        """First byte and length of every chunk by the file's index; (0, 0) if not in the file."""
+        index_bytes, size = 16 * (self.num_bytes // self._chunk_bytes), os.fstat(file).st_size
+        index = os.pread(file, index_bytes, max(0, size - index_bytes - 4))
+        places = struct.iter_unpack("<QQ", index[: len(index) & ~15])
+        return [(first, n) if n >= 4 and first + n <= size else (0, 0) for first, n in places]
+
+    def _verify(self, boxes: Sequence[tuple[slice, ...]]) -> None:
+        """Compare chunks that are read for the first time with their checksums.
+
+        zarrs does so only where a box is the whole file, which few reads are: not those of some
+        layers, heads or tokens, nor those of a last chunk that the tokens do not fill.
+
+        Raises:
+            ValueError: a chunk is not in the file, or differs.
+        """
+        grid = [size // chunk for size, chunk in zip(self._file_shape, self._chunk, strict=True)]
+        axes = [
+            [range(a.start // n, -(-a.stop // n)) for a, n in zip(box, self._chunk, strict=True)]
+            for box in boxes
+        ]
+        touched = {
+            int(np.ravel_multi_index(at, grid)) for ranges in axes for at in product(*ranges)
+        }
+        if touched <= self._verified:
+            return
+        with self._path.open("rb") as file:
+            places = self._chunks(file.fileno())
+            for number in sorted(touched - self._verified):
+                first, length = places[number]
+                content = os.pread(file.fileno(), length, first)
+                if not content or _crc32c(content[:-4]) != int.from_bytes(content[-4:], "little"):
+                    raise ValueError(f"the chunk at byte {first} does not match its checksum")
+                self._verified.add(number)
 
     def read_into(self, out: np.ndarray, boxes: Sequence[tuple[slice, ...]]) -> None:
         """Read boxes, one after the other along the first axis of ``out``.
@@ -232,6 +266,7 @@ class _ZarrArray:
     ) -> None:
         from zarrs._internal import ChunkItem, CodecPipelineImpl
 
+        self._verify(boxes)
         if self._zarrs_pipeline is None:
             from zarr.storage import LocalStore
 
