@@ -37,7 +37,7 @@ from kvdistill.store.commit import (
     staging_folder,
     sweep,
 )
-from kvdistill.store.format import COMMIT, StorePaths
+from kvdistill.store.format import COMMIT, NAME, StorePaths
 from kvdistill.store.manifest import Commit
 from kvdistill.text import shorten
 
@@ -66,7 +66,11 @@ def cache_folder() -> Path:
 def cache_bytes() -> float:
     """The cache's bound, ``KVDISTILL_CACHE_GB``; ConfigError unless it is a positive number."""
     given = os.environ.get("KVDISTILL_CACHE_GB") or CACHE_GB
-    if not re.fullmatch(r"[0-9.]+(e-?\d+)?", given) or not (bound := float(given)) > 0:
+    try:
+        bound = float(given)
+    except ValueError:
+        bound = 0.0
+    if not bound > 0:
         raise ConfigError(f"KVDISTILL_CACHE_GB is {given!r}; set it to gigabytes above 0")
     return bound * 1e9
 
@@ -100,7 +104,7 @@ class Bucket:
         def get() -> bytes:
             found = self._api.get(self._objects, self._key(path))
             if found.meta["size"] > MAX_DOCUMENT_BYTES:
-                raise StoreError(f"{self._url(path)}: {found.meta['size']:,} bytes, no document")
+                raise StoreError(f"{self.shown(path)}: {found.meta['size']:,} bytes, no document")
             return bytes(found.bytes())
 
         return self._call(get, None)
@@ -108,7 +112,8 @@ class Bucket:
     def folders(self, path: Path) -> set[str]:
         """Names of what would be folders in ``path``."""
         found = self._call(lambda: self._api.list_with_delimiter(self._objects, self._key(path)))
-        return {key.rpartition("/")[2] for key in found["common_prefixes"]}
+        names = {key.rpartition("/")[2] for key in found["common_prefixes"]}
+        return set(filter(NAME.fullmatch, names))
 
     def commits(self, teacher: str, shard_ids: Collection[str]) -> dict[str, bytes]:
         """The commits of those shards that have one; each is read once."""
@@ -130,7 +135,7 @@ class Bucket:
 
     def remove(self, path: Path) -> None:
         """Delete a document, or everything below a folder."""
-        keys = [self._key(found) for found in self._tags(path) or [path]]
+        keys = [self._key(found) for found in self._listed(path) or [path]]
         self._call(lambda: self._api.delete(self._objects, keys), None)
 
     def create(self, path: Path, content: bytes) -> bool:
@@ -162,8 +167,8 @@ class Bucket:
         tags = dict(zip(files, put, strict=True))
         if not self.create(last, content):
             return False
-        now = self._tags(last.parent)
-        for path in (path for path in files if now.get(path) != tags[path]):
+        now = self._listed(last.parent)
+        for path in (path for path in files if now.get(path, {}).get("e_tag") != tags[path]):
             self.put(path, files[path])
         return True
 
@@ -188,10 +193,15 @@ class Bucket:
         """
         origin = self.paths.shard(teacher, shard_id)
         content = self.commits(teacher, [shard_id])[shard_id]
-        commit, parts = Commit.from_json(content, self._url(origin / COMMIT)), []
+        commit, parts = Commit.from_json(content, self.shown(origin / COMMIT)), []
+        listed = self._listed(origin)
         for name, record in commit.files.items():
-            if ".." in name or PurePosixPath(name).is_absolute():
-                raise ShardCorrupt(f"{self._url(origin / COMMIT)}: names a file {name!r} elsewhere")
+            found = listed.get(origin / name, {"size": "no"})["size"]
+            if found != record.size_bytes or {"..", "/"} & {*PurePosixPath(name).parts}:
+                raise ShardCorrupt(
+                    f"{self.shown(origin / name)}: {found} bytes, expected the committed "
+                    f"{record.size_bytes}; `kvdistill verify --repair` lets it be pushed again"
+                )
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).touch()
             starts = range(0, record.size_bytes, _PART_BYTES)
@@ -206,7 +216,7 @@ class Bucket:
                 os.pwrite(file.fileno(), read, start)
 
         self._each(get, parts)
-        _refuse_faults(folder, commit, self._url(origin))
+        _refuse_faults(folder, commit, self.shown(origin))
         (folder / COMMIT).write_bytes(content)
 
     def resident(self, teacher: str, shard_id: str) -> tuple[Path, int]:
@@ -240,14 +250,15 @@ class Bucket:
     def _key(self, path: Path) -> str:
         return path.relative_to(self.paths.root).as_posix()
 
-    def _url(self, path: Path) -> str:
+    def shown(self, path: Path) -> str:
+        """The URL of what has this path in the cache, for messages."""
         return f"{self.url}/{self._key(path)}"
 
-    def _tags(self, folder: Path) -> dict[Path, Any]:
-        """The tag of every object below ``folder``."""
+    def _listed(self, folder: Path) -> dict[Path, Any]:
+        """Size and tag of every object below ``folder``."""
         prefix = None if folder == self.paths.root else self._key(folder)
         pages = self._call(lambda: list(self._api.list(self._objects, prefix)))
-        return {self.paths.root / meta["path"]: meta["e_tag"] for page in pages for meta in page}
+        return {self.paths.root / meta["path"]: meta for page in pages for meta in page}
 
     def _each(self, work: Callable[[Any], T], items: Iterable[Any]) -> list[T]:
         """``work`` of every item in threads, in order; the first error is raised."""
@@ -334,16 +345,20 @@ def trim_cache() -> None:
     for _, size, folder in sorted(found):
         if excess <= 0:
             return
-        lock = _open_lock(folder)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # it is open
-            continue
-        else:
-            discard(folder)
-            excess -= size
-        finally:
-            os.close(lock)
+        excess -= size if discard_unused(folder) else 0
+
+
+def discard_unused(folder: Path) -> bool:
+    """Delete a shard in the cache; False if a process has it open."""
+    lock = _open_lock(folder)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        discard(folder)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(lock)
+    return True
 
 
 @lru_cache(maxsize=1 << 16)

@@ -48,7 +48,7 @@ TOKEN_COLUMNS: Final = {
 UNPREDICTED: Final = "unpredicted"
 """Attribute of predictions: what stands for a text's first token, which nothing predicts."""
 
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def checked_name(name: str) -> str:
         StoreFormatError: it does not begin with a letter or digit, has characters other than
             letters, digits, ``.``, ``_`` and ``-``, or more than 100 of them.
     """
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise StoreFormatError(
             f"{name!r} is not a usable name: up to 100 letters, digits, '.', '_' and '-', "
             "beginning with a letter or digit"
@@ -132,7 +132,7 @@ def folder_names(parent: Path) -> set[str]:
     try:
         with os.scandir(parent) as entries:
             return {
-                entry.name for entry in entries if _NAME.fullmatch(entry.name) and entry.is_dir()
+                entry.name for entry in entries if NAME.fullmatch(entry.name) and entry.is_dir()
             }
     except (FileNotFoundError, NotADirectoryError):
         return set()

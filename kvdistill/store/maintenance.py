@@ -19,7 +19,7 @@ import numpy as np
 
 from kvdistill.corpus.samples import Sample, Shard
 from kvdistill.errors import KVDistillError, ShardCorrupt, StoreError, StoreMismatch, StoreNotFound
-from kvdistill.store.bucket import local_folder
+from kvdistill.store.bucket import discard_unused, local_folder
 from kvdistill.store.commit import file_faults, replace_file, staging_folder
 from kvdistill.store.derived import is_sound
 from kvdistill.store.format import COMMIT
@@ -112,6 +112,8 @@ def _derived_files(store: KVStore, teacher: str) -> tuple[Path, Path]:
 
 def _shard_problems(store: KVStore, teacher: str, shard_id: str) -> Iterator[str]:
     if store.bucket is not None:
+        for copy in store.paths.shards(teacher).glob(f"{shard_id}.*"):
+            discard_unused(copy)  # the cache's own, which may be what is damaged
         with staging_folder(store.paths.temporary(teacher), shard_id) as folder:
             store.bucket.download(teacher, shard_id, folder)
             yield from _folder_problems(store, teacher, shard_id, folder)

@@ -92,8 +92,8 @@ class KVStore:
                 f"no store at {path}: {paths.manifest.name} is missing; `kvdistill "
                 f"{'extract` creates one' if bucket is None else 'push` copies one there'}"
             ) from None
-        where = paths.manifest if bucket is None else f"{path}/{paths.manifest.name}"
-        return KVStore(paths, StoreManifest.from_json(text, str(where)), bucket)
+        where = str(paths.manifest) if bucket is None else bucket.shown(paths.manifest)
+        return KVStore(paths, StoreManifest.from_json(text, where), bucket)
 
     @property
     def where(self) -> str:
@@ -153,9 +153,10 @@ class KVStore:
                     f"{self.where} has no teacher {name!r}; it has {self.teachers()}"
                 )
             text = _document(self.bucket, path)
-            manifest = TeacherManifest.from_json(text, str(path))
+            where = self._shown(path)
+            manifest = TeacherManifest.from_json(text, where)
             if manifest.name != name:
-                raise StoreFormatError(f"{path}: of teacher {manifest.name!r}, expected {name!r}")
+                raise StoreFormatError(f"{where}: of teacher {manifest.name!r}, expected {name!r}")
             self._teachers[name] = manifest
         return self._teachers[name]
 
@@ -171,6 +172,9 @@ class KVStore:
         if self.bucket is not None:
             return bool(self.bucket.commits(teacher, [self.plan(shard_id).shard_id]))
         return self.paths.shard(teacher, self.plan(shard_id).shard_id).is_dir()
+
+    def _shown(self, path: Path) -> str:
+        return str(path) if self.bucket is None else self.bucket.shown(path)
 
     def folders(self, path: Path) -> set[str]:
         """Names of the folders in one of the store's."""
@@ -216,8 +220,7 @@ class KVStore:
                 replace_file(path, text)
         if sha256(text).hexdigest() != plan.sha256:
             state = "does not match the plan's checksum" if text else "missing or empty"
-            place = f"{self.where}/corpus/{path.name}"
-            raise ShardCorrupt(f"{place}: {state}; restore it from a copy of the store")
+            raise ShardCorrupt(f"{self._shown(path)}: {state}; restore it from a copy of the store")
         return text
 
     def commit(self, teacher: str, shard_id: str) -> Commit:
@@ -239,12 +242,13 @@ class KVStore:
                 f"{self.where}: teacher {manifest.name!r} has not committed shard "
                 f"{shard_id}; run `kvdistill extract`"
             ) from None
-        commit = Commit.from_json(text, str(path))
+        where = self._shown(path)
+        commit = Commit.from_json(text, where)
         found = (commit.teacher, commit.shard_id, commit.num_samples, commit.extraction_fingerprint)
         expected = (manifest.name, shard_id, plan.num_samples, manifest.extraction_fingerprint)
         if found != expected:
             raise ShardCorrupt(
-                f"{path}: (teacher, shard, samples, extraction) is {found}, expected {expected}; "
+                f"{where}: (teacher, shard, samples, extraction) is {found}, expected {expected}; "
                 f"{REMEDY}"
             )
         return commit

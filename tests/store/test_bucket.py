@@ -5,15 +5,24 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import obstore.store
 import pytest
 
-from kvdistill.errors import ConfigError, ShardCorrupt, StoreError, StoreMismatch, StoreNotFound
+from kvdistill.errors import (
+    ConfigError,
+    MissingExtra,
+    ShardCorrupt,
+    StoreError,
+    StoreMismatch,
+    StoreNotFound,
+)
 from kvdistill.store.bucket import Bucket, cache_folder
 from kvdistill.store.maintenance import copy_store, remove_teacher, repair_store, verify_store
 from kvdistill.store.reader import KVStore
@@ -53,8 +62,9 @@ def pushed(tmp_path: Path, build: Any, bucket: str) -> tuple[KVStore, str]:
 
 
 def objects(url: str) -> dict[str, bytes]:
-    found = Bucket(url)
-    return {found._key(path): found.read(path) or b"" for path in found._tags(found.paths.root)}
+    place = obstore.store.from_url(url)
+    names = [meta["path"] for page in obstore.list(place) for meta in page]
+    return {name: bytes(obstore.get(place, name).bytes()) for name in names}
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
@@ -92,8 +102,6 @@ def test_a_killed_upload_is_continued(
     tmp_path: Path, build: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, _ = build.store(tmp_path / "store", build.teacher())
-    import obstore
-
     files = len(store.commit("tiny", "00000").files)
     put, left = obstore.put, [files // 2]
 
@@ -198,6 +206,49 @@ def test_a_truncated_object_is_one_line_and_repaired_by_a_push(
         shutil.rmtree(tmp_path / "back")
 
 
+def test_a_damaged_copy_in_the_cache_is_dropped_by_verify(pushed: tuple[KVStore, str]) -> None:
+    store, url = pushed
+    KVStore.open(url).read_shard("tiny", "00000")
+    (cached,) = cache_folder().glob("*/teachers/*/shards/*/shard.safetensors")
+    cached.write_bytes(cached.read_bytes()[:-1] + b"?")
+    with pytest.raises(ShardCorrupt, match="checksum"):
+        assert_equal(KVStore.open(url), store)
+    assert verify_store(KVStore.open(url), ["tiny"]) == []
+    assert_equal(KVStore.open(url), store)
+
+
+@pytest.mark.parametrize("changes", [{"num_samples": 2}, {"files": 0}, {"teacher": "other"}])
+def test_a_crafted_commit_is_one_line_that_names_the_object(
+    pushed: tuple[KVStore, str], changes: dict[str, Any]
+) -> None:
+    store, url = pushed
+    commit = store.commit("tiny", "00000")
+    if "files" in changes:
+        (name, record), *_ = commit.files.items()
+        changes = {
+            "files": {**commit.files, name: record.model_copy(update={"size_bytes": 1 << 60})}
+        }
+    bucket, crafted = Bucket(url), commit.model_copy(update=changes)
+    bucket.put(bucket.paths.shard("tiny", "00000") / "COMMIT.json", crafted.to_json().encode())
+    with pytest.raises(ShardCorrupt, match=rf"^{url}/teachers/tiny/shards/00000/") as caught:
+        KVStore.open(url).read_shard("tiny", "00000")
+    assert len(str(caught.value)) < 500
+
+
+def test_what_is_no_teacher_in_a_bucket_is_left_alone(pushed: tuple[KVStore, str]) -> None:
+    store, url = pushed
+    bucket = Bucket(url)
+    bucket.put(bucket.paths.teachers / "of a person" / "teacher.json", b"{}")
+    bucket.put(bucket.paths.teachers / "empty" / "notes.txt", b"")
+    assert_equal(KVStore.open(url), store)
+
+
+def test_a_missing_client_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'kvdistill\[buckets\]'"):
+        KVStore.open("s3://bucket/a")
+
+
 def test_a_commit_that_names_files_elsewhere_writes_none(
     tmp_path: Path, pushed: tuple[KVStore, str]
 ) -> None:
@@ -248,8 +299,6 @@ def test_a_bucket_that_ignores_conditions_is_refused(
     tmp_path: Path, build: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, _ = build.store(tmp_path / "store", build.teacher(), 1)
-    import obstore
-
     put = obstore.put
     monkeypatch.setattr(obstore, "put", lambda *args, **_mode: put(*args))
     with pytest.raises(StoreError, match="ignores the condition"):
@@ -288,8 +337,6 @@ def test_the_cache_is_bounded_and_keeps_what_is_open(
 def test_many_readers_download_a_shard_once(
     pushed: tuple[KVStore, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import obstore
-
     read, seen = obstore.get_range, []
     monkeypatch.setattr(
         obstore, "get_range", lambda *args, **kw: (seen.append(args[1]), read(*args, **kw))[1]
@@ -341,7 +388,7 @@ def test_a_forked_child_is_told(pushed: tuple[KVStore, str]) -> None:
 def test_a_bound_that_is_no_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvdistill.store.bucket import cache_bytes
 
-    for given in ("0", "-1", "many", "nan"):
+    for given in ("0", "-1", "many", "nan", "1.2.3"):
         monkeypatch.setenv("KVDISTILL_CACHE_GB", given)
         with pytest.raises(ConfigError, match=f"KVDISTILL_CACHE_GB is '{given}'"):
             cache_bytes()
