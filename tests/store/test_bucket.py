@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -400,3 +402,73 @@ def test_a_folder_serves_as_a_bucket(tmp_path: Path, build: Any, private_cache: 
     assert_equal(there, store)
     assert bytes_of(tmp_path / "shared/store") == bytes_of(tmp_path / "store")
     assert_equal(KVStore.open(tmp_path / "shared/store"), store)
+
+
+READER = """
+import random, sys
+from kvdistill.store.reader import KVStore
+
+random.seed(int(sys.argv[3]))
+local = KVStore.open(sys.argv[1])
+expected = {i: local.read_shard("tiny", i).arrays["key"].tobytes() for i in local.shard_ids}
+for round in range(20):
+    store = KVStore.open(sys.argv[2])
+    for shard_id in random.choices(store.shard_ids, k=4):
+        assert store.read_shard("tiny", shard_id).arrays["key"].tobytes() == expected[shard_id]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["zarr", "safetensors"])
+def test_processes_that_evict_and_kill_each_other_read_right_numbers(
+    tmp_path: Path, build: Any, private_cache: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four readers in a cache for two shards; a fifth is killed again and again."""
+    store, _ = build.store(tmp_path / "store", build.teacher(backend=kind), 6)
+    url = f"file://{tmp_path}/shared"
+    copy_store(store, url)
+    size = sum(path.stat().st_size for path in tmp_path.glob("store/teachers/*/shards/**/*"))
+    monkeypatch.setenv("KVDISTILL_CACHE_GB", str(2.5 * size / 6 / 1e9))
+
+    def start(seed: int) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", READER, str(tmp_path / "store"), url, str(seed)]
+        return subprocess.Popen(command, stderr=subprocess.PIPE)
+
+    readers = [start(seed) for seed in range(4)]
+    killed = 0
+    while any(reader.poll() is None for reader in readers):
+        victim = start(100 + killed)
+        time.sleep(2 + 0.3 * (killed % 7))
+        victim.kill()
+        victim.communicate()
+        killed += 1
+    for reader in readers:
+        assert reader.returncode == 0, reader.communicate()[1].decode()
+    assert killed > 0
+    for folder in private_cache.glob("*/teachers/*/shards/00000.*"):
+        shutil.rmtree(folder)
+    KVStore.open(url).read_shard("tiny", "00000")  # sweeps what the killed one left, and evicts
+    cached = list(private_cache.glob("*/teachers/*/shards/*"))
+    assert 0 < len(cached) <= 2
+    assert not list(private_cache.glob("*/teachers/*/tmp/*"))
+
+
+@pytest.mark.slow
+def test_a_push_that_is_killed_again_and_again_ends_whole(
+    tmp_path: Path, build: Any, bucket: str
+) -> None:
+    store, _ = build.store(tmp_path / "store", build.teacher(), 4)
+    command = [sys.executable, "-m", "kvdistill.cli", "push", str(tmp_path / "store"), bucket]
+    kills = 0
+    while (done := subprocess.Popen(command, stdout=subprocess.DEVNULL)).poll() is None:
+        try:
+            assert done.wait(1.5 + 0.4 * kills) == 0
+            break
+        except subprocess.TimeoutExpired:
+            done.kill()
+            done.wait()
+            kills += 1
+    assert kills > 0
+    there = KVStore.open(bucket)
+    assert verify_store(there, ["tiny"]) == []
+    assert_equal(there, store)
