@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -342,12 +343,16 @@ def out_of_memory(setting: Setting) -> Figures:
     limit = before + 0.6 * (whole - before)
     torch.cuda.set_per_process_memory_fraction(limit / total, setting.device)
     batches: list[int] = []
-    pass_over = extract_shard._run_whole
+    run = type(teacher).run
+
+    def counted(teacher: Any, batch: Any, on_layer: Any) -> Tensor:
+        batches.append(len(batch.lengths))
+        return run(teacher, batch, on_layer)
+
     try:
-        extract_shard._run_whole = lambda *a: (batches.append(len(a[1].lengths)), pass_over(*a))[1]
-        found = read()
+        with patch.object(type(teacher), "run", counted):
+            found = read()
     finally:
-        extract_shard._run_whole = pass_over
         torch.cuda.set_per_process_memory_fraction(1.0, setting.device)
     assert len(batches) > 1, f"{whole - before} bytes fit into {limit - before:.0f}"
     for name, array in expected.shard.arrays.items():

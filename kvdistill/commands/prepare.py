@@ -69,6 +69,8 @@ def show_command(config: Path, overrides: tuple[str, ...]) -> None:
     """Check CONFIG and print it with every default, and what is fitted before step 1."""
     experiment = load_experiment(config, overrides)
     click.echo(dump_experiment(experiment), nl=False)
+    if experiment.training.precision == "auto":
+        click.echo("# training.precision auto: bfloat16 on a GPU that computes in it, else float32")
     if experiment.fitted is not None:
         click.echo(
             f"# fitted before step 1 on {experiment.projection.pilot_batches} batches of 8 texts: "

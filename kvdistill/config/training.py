@@ -96,8 +96,9 @@ class TrainingConfig(Section):
     factor."""
     skip_spikes: bool = False
     """Skip the optimizer update of such a step."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Mixed precision of the student; parameters stay float32."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Mixed precision of the student; parameters stay float32. `auto`: bfloat16 on a GPU that
+    computes in it, else float32; a resumed run keeps to what it began with."""
     gradient_checkpointing: bool = False
     """Recompute the activations of the student's layers in the backward pass: less memory, about a
     third more arithmetic."""

@@ -4,7 +4,7 @@ Layers are encoded where and when they are computed, inside the forward pass, so
 one layer of one batch besides the codes. A batch is encoded as a whole, with each sample's last
 token repeated as its padding; a codec fills a sample's last block in the same way, so the codes do
 not depend on the batch. The pass never waits for the device: codes are copied to pinned memory and
-placed afterwards.
+placed while the device computes the next pass.
 
 Channel statistics are reduced per sample and merged in the order of the samples, so they do not
 depend on the batches either.
@@ -160,7 +160,7 @@ class BatchPacker:
         for kind in KINDS:
             x_BHTD = qkv.key if kind == "key" else qkv.value
             mean, m2 = moments(x_BHTD, masks.text_mask_BT)
-            self._moments.append((row, kind, _start_copy(mean), _start_copy(m2)))
+            self._moments.append((row, kind, start_copy(mean), start_copy(m2)))
             if kept is not None:
                 x_BHTD = kept.keep(x_BHTD.unsqueeze(1)).squeeze(1)
             codec = self._shard.codecs[kind]
@@ -174,17 +174,21 @@ class BatchPacker:
             self._collect(row, "importance", received.to(torch.float16))
 
     def _collect(self, row: _LayerRow, name: str, x: Tensor, per: str = "token") -> None:
-        self._codes.append((row, f"{row.prefix}{name}", per, _start_copy(x)))
+        self._codes.append((row, f"{row.prefix}{name}", per, start_copy(x)))
+
+    def end_pass(self) -> None:
+        """Mark the end of the pass: what ``finish`` waits for, and for nothing launched later."""
+        devices = [device for device in self._masks_on if device.type == "cuda"]
+        self._ends = [torch.cuda.current_stream(device).record_event() for device in devices]
 
     def finish(self) -> None:
-        """Wait for the device, check, and place everything in the shard's arrays.
+        """Wait for the pass, check, and place everything in the shard's arrays.
 
         Raises:
             NonFiniteError: NaN or infinity; names layer, head and sample.
         """
-        for device in self._masks_on:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+        for end in self._ends:
+            end.synchronize()
         sample_idx = list(self._batch.sample_idx)
         self._shard.text_counts[sample_idx] = self._masks.text_mask_BT.sum(dim=1).numpy()
         for row, kind, mean, m2 in self._moments:
@@ -231,7 +235,7 @@ def repeat_last(x_BHTD: Tensor, last_idx_B: Tensor, stored_mask_BT: Tensor) -> T
     return repeated.contiguous()
 
 
-def _start_copy(x: Tensor) -> Tensor:
+def start_copy(x: Tensor) -> Tensor:
     """Start a copy to pinned memory; on the CPU, the tensor itself."""
     if x.device.type != "cuda":
         return x.cpu()

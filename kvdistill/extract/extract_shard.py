@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from kvdistill.attention.hooks import Site, attached
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
-from kvdistill.extract.encode import BatchPacker, ShardPacker, text_mask
+from kvdistill.extract.encode import BatchPacker, ShardPacker, start_copy, text_mask
 from kvdistill.extract.generate import generate_rationales
 from kvdistill.extract.predictions import predictions
 from kvdistill.extract.teacher import Teacher
@@ -79,10 +79,16 @@ def extract_samples(
     tokenised, too_long = _tokenise(teacher, samples, read_idx)
     table = token_table(samples, tokenised)
     packer = ShardPacker(teacher.manifest, teacher.layers, table)
+    place: Callable[[], None] | None = None
     for sample_idx in teacher.batches([sample.num_tokens for sample in tokenised], batch_tokens):
-        _run_batch(teacher, tokenised, sample_idx, packer)
+        for place_next in _passes(teacher, tokenised, sample_idx, packer):
+            if place is not None:  # the pass before, while the device computes this one
+                place()
+            place = place_next
         if on_batch is not None:
             on_batch(sum(tokenised[i].num_tokens for i in sample_idx))
+    if place is not None:
+        place()
     seconds = time.monotonic() - started
     texts = None if own_texts is None else tuple(own_texts)
     shard = EncodedShard(packer.tokens, packer.arrays, texts=texts)
@@ -139,31 +145,35 @@ def _tokenise(
     return tokenised, ids
 
 
-def _run_batch(
+def _passes(
     teacher: Teacher,
     tokenised: Sequence[TokenisedSample],
     sample_idx: Sequence[int],
     packer: ShardPacker,
-) -> None:
-    """One forward pass; a batch that does not fit into memory is halved."""
+) -> Iterator[Callable[[], None]]:
+    """One forward pass, or several of parts of a batch that does not fit into memory.
+
+    A pass is yielded once it is launched: a function that waits for it and places its results.
+    """
     try:
         batch = collate_teacher_batch(tokenised, sample_idx, teacher.pad_id, teacher.device)
-        _run_whole(teacher, batch, packer, teacher.windows(tokenised[sample_idx[0]]))
+        place = _launch(teacher, batch, packer, teacher.windows(tokenised[sample_idx[0]]))
     except torch.OutOfMemoryError:
         if len(sample_idx) == 1:
             raise
     else:
+        yield place
         return
     # Outside the handler: the error's traceback keeps the failed pass's tensors alive.
     torch.cuda.empty_cache()
     middle = len(sample_idx) // 2
     for half in (sample_idx[:middle], sample_idx[middle:]):
-        _run_batch(teacher, tokenised, half, packer)
+        yield from _passes(teacher, tokenised, half, packer)
 
 
-def _run_whole(
+def _launch(
     teacher: Teacher, batch: TeacherBatch, packer: ShardPacker, windows: Windows | None
-) -> None:
+) -> Callable[[], None]:
     manifest = teacher.manifest
     segments = packer.segments(batch)
     cues_B = torch.tensor([cue(segment) for segment in segments])
@@ -178,21 +188,30 @@ def _run_whole(
             hidden_BTE = teacher.run(batch, packed.add)
         else:
             hidden_BTE = windows.run(teacher.run, packed.add)
-    packed.finish()
-    rows = list(batch.sample_idx)
+    states, summary, found = list[Tensor](), None, dict[str, Tensor]()
     if manifest.has_hidden_at_cue:
-        states = [*inputs_LBE, _token_at(hidden_BTE, (rows_B, cues_B))]
-        packer.arrays["hidden_at_cue"][:, rows] = torch.stack([x.cpu() for x in states]).numpy()
+        states = [start_copy(x) for x in (*inputs_LBE, _token_at(hidden_BTE, (rows_B, cues_B)))]
     if manifest.has_summaries:
         mask = text_mask(segments, batch).to(hidden_BTE.device)
-        summary = _summarise(hidden_BTE, mask, batch.real_mask.to(hidden_BTE.device))
-        packer.arrays["hidden_summary"][:, rows] = summary.cpu().numpy()
-    if teacher.head is not None:
+        summary = start_copy(_summarise(hidden_BTE, mask, batch.real_mask.to(hidden_BTE.device)))
+    if teacher.head is not None:  # these wait for the device
         confidence, num_logits = manifest.has_confidence, manifest.num_logits
         found = predictions(
             teacher.head, hidden_BTE, batch, confidence=confidence, num_logits=num_logits
         )
-        packer.place(batch, found)
+    packed.end_pass()
+
+    def place() -> None:
+        packed.finish()
+        rows = list(batch.sample_idx)
+        if states:
+            packer.arrays["hidden_at_cue"][:, rows] = torch.stack(states).numpy()
+        if summary is not None:
+            packer.arrays["hidden_summary"][:, rows] = summary.numpy()
+        if found:
+            packer.place(batch, found)
+
+    return place
 
 
 def cue(segment: NDArray[np.int8]) -> int:

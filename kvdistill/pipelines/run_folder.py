@@ -157,6 +157,8 @@ def refuse_other_config(folder: RunFolder, experiment: Experiment) -> None:
     earlier = parse_experiment(folder.read_config())
     stored = flatten(earlier.model_dump(mode="json"))
     expected = flatten(experiment.model_dump(mode="json"))
+    if experiment.training.precision == "auto":  # the run keeps to what it began with
+        expected["training.precision"] = stored["training.precision"]
     # Slurm's resources change no number, and may change between two attempts.
     keys = {key for key in stored | expected if not key.startswith("slurm.")}
     different = sorted(key for key in keys if stored.get(key) != expected.get(key))

@@ -196,6 +196,7 @@ def build_trainer(
     from kvdistill.distill.train.set_up import assemble, log_callbacks, training_arguments
     from kvdistill.distill.train.trainer import KVDistillTrainer
 
+    experiment = _with_precision(experiment, folder)
     arguments = training_arguments(experiment, folder.path, bool(splits.evaluation))
     rank = Rank(arguments.process_index, arguments.world_size)
     there, source_of = _shards_of(experiment, store, folder, rank.rank)
@@ -241,6 +242,22 @@ def build_trainer(
     )
     trainer.initial_student, trainer.samples = initial_student, samples
     return trainer
+
+
+def _with_precision(experiment: Experiment, folder: RunFolder) -> Experiment:
+    """``training.precision: auto`` as the run began with it, or else as this device has it."""
+    from kvdistill.distill.train.devices import chosen_precision
+
+    if experiment.training.precision != "auto":
+        return experiment
+    written, record = folder.read_config() if folder.config.is_file() else {}, folder.read_record()
+    begun = written.get("training", {}).get("precision", "auto")
+    chosen = record.get("precision") if begun == "auto" else begun
+    chosen = chosen or chosen_precision(experiment.training)
+    if os.environ.get("RANK", "0") == "0" and record.get("precision") != chosen:
+        folder.write_record(record | {"precision": chosen})
+    training = experiment.training.model_copy(update={"precision": chosen})
+    return experiment.model_copy(update={"training": training})
 
 
 def _shards_of(

@@ -26,6 +26,7 @@ from kvdistill.errors import (
     StoreMismatch,
     TeacherError,
 )
+from kvdistill.extract.encode import BatchPacker
 from kvdistill.extract.teacher import Teacher, load_teacher
 from kvdistill.extract.tokenise import TeacherBatch
 from kvdistill.pipelines.extract import ExtractionWork, Progress, extract
@@ -297,6 +298,20 @@ def test_out_of_memory_halves_the_batch(
     assert_same(
         contents(KVStore.open(tmp_path / "store")), contents(KVStore.open(tmp_path / "single"))
     )
+
+
+def test_codes_are_placed_while_the_next_batch_is_read(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_by_one = {"extraction__batch_tokens": 1, "corpus__shard_chars": 10**6}
+    events: list[str] = []
+    for owner, name in ((Teacher, "forward"), (BatchPacker, "finish")):
+        call = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *args, call=call, name=name: events.append(name) or call(*args)
+        )
+    extract(make(tmp_path, corpus__max_samples=3, **one_by_one), ["llama"])
+    assert events == ["forward", "forward", "finish", "forward", "finish", "finish"]
 
 
 def test_a_failed_write_stops_the_run_and_leaves_what_was_written(

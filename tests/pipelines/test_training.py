@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from kvdistill.corpus.readers import load_corpus
+from kvdistill.distill.train import devices as devices_module
 from kvdistill.distill.train import trainer as trainer_module
 from kvdistill.distill.train.guards import StepGuard, StepReport
 from kvdistill.distill.train.trainer import KVDistillTrainer
@@ -216,6 +217,27 @@ def test_evaluation_has_the_precision_of_training(
     monkeypatch.setattr(trainer_module, "score_held_out", scored)
     train(variant(extracted, tmp_path, training__max_steps=1, training__precision=precision))
     assert {*seen} == {getattr(torch, precision)}
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_resumed_run_keeps_the_precision_that_it_began_with(
+    extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool
+) -> None:
+    experiment = variant(extracted, tmp_path, training__max_steps=1)
+    folder = begin(experiment)
+    if not recorded:  # written before the default was `auto`
+        text = folder.config.read_text().replace("precision: auto", "precision: float32")
+        folder.config.write_text(text)
+    parts = KVStore.open(experiment.store), load_corpus(experiment.corpus)
+    assert not build_trainer(experiment, *parts, folder).args.bf16
+    monkeypatch.setattr(devices_module, "chosen_precision", lambda training: "bfloat16")
+    again = build_trainer(experiment, *parts, begin(experiment))
+    assert not again.args.bf16
+    assert again.experiment.training.precision == "float32"
+    new = variant(extracted, tmp_path / "new", training__max_steps=1)
+    trainer = build_trainer(new, *parts, begin(new))
+    assert trainer.args.bf16
+    assert trainer.experiment.training.precision == "bfloat16"
 
 
 def test_every_line_of_the_log_is_a_number(extracted: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ buffer (``Staging``), which moves to the device as a whole, asynchronously (``to
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from kvdistill.config.training import TrainingConfig
 from kvdistill.distill.data.collate import Batch
 from kvdistill.errors import ConfigError
 
@@ -46,6 +48,19 @@ class OneDeviceArguments(TrainingArguments):  # type: ignore[misc]
                 "run `torchrun --nproc_per_node=%d -m kvdistill.cli train CONFIG`",
                 name, visible, self.device, visible,
             )  # fmt: skip
+
+
+def chosen_precision(training: TrainingConfig) -> str:
+    """``training.precision``; for ``auto``, bfloat16 where the device computes in it.
+
+    Under DeepSpeed, which supports no mixed precision here, it is float32.
+    """
+    if training.precision != "auto":
+        return training.precision
+    on_gpu = training.device != "cpu" and torch.cuda.is_available()
+    is_mixed = on_gpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
+    is_native = is_mixed and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if is_native else "float32"
 
 
 def require_launcher(environment: Mapping[str, str]) -> None:

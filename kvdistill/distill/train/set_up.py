@@ -37,7 +37,7 @@ from kvdistill.distill.student.latent.model import LatentStudent, question_room
 from kvdistill.distill.student.latent.questions import LatentCollate
 from kvdistill.distill.targets import TeacherSpace, check_alignment, teacher_space
 from kvdistill.distill.train.callbacks import RunTensorBoard, RunWandb
-from kvdistill.distill.train.devices import OneDeviceArguments
+from kvdistill.distill.train.devices import OneDeviceArguments, chosen_precision
 from kvdistill.distill.train.pilot import (
     Explained,
     cka_map,
@@ -203,6 +203,7 @@ def training_arguments(experiment: Experiment, folder: Path, evaluates: bool) ->
     ``folder`` is the run's; ``evaluates`` is False where there are no held-out samples.
     """
     training = experiment.training
+    precision = chosen_precision(training)
     evaluate = evaluates and training.eval_steps is not None
     arguments = OneDeviceArguments(
         output_dir=str(folder),
@@ -215,10 +216,11 @@ def training_arguments(experiment: Experiment, folder: Path, evaluates: bool) ->
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.schedule,
         warmup_steps=training.warmup_steps,
+        optim="adamw_torch_fused",
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        bf16=training.precision == "bfloat16",
-        fp16=training.precision == "float16",
+        bf16=precision == "bfloat16",
+        fp16=precision == "float16",
         eval_strategy="steps" if evaluate else "no",
         eval_steps=training.eval_steps if evaluate else None,
         save_strategy="steps" if training.save_steps else "no",

@@ -17,7 +17,9 @@ from transformers import Trainer, TrainerControl, TrainerState
 from transformers.training_args import ParallelMode
 
 from kvdistill.config.load import parse_experiment
+from kvdistill.config.training import TrainingConfig
 from kvdistill.distill.train.callbacks import RunTensorBoard, RunWandb
+from kvdistill.distill.train.devices import chosen_precision
 from kvdistill.distill.train.set_up import log_callbacks, training_arguments
 
 
@@ -118,6 +120,34 @@ def test_precision_is_mixed_as_asked(
 ) -> None:
     made = arguments(tmp_path, precision=precision)
     assert (made.bf16, made.fp16) == flags
+
+
+@pytest.mark.parametrize(
+    ("gpu", "native", "device", "deepspeed", "bf16"),
+    [
+        (True, True, "auto", "", True),
+        (True, False, "auto", "", False),
+        (False, True, "auto", "", False),
+        (True, True, "cpu", "", False),
+        (True, True, "auto", "true", False),
+    ],
+)
+def test_precision_is_bfloat16_by_default_where_the_device_computes_in_it(  # noqa: PLR0917
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    gpu: bool, native: bool, device: str, deepspeed: str, bf16: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", deepspeed)
+    training = TrainingConfig(device=device)
+    assert chosen_precision(training) == ("bfloat16" if bf16 else "float32")
+    for given in ("float32", "float16"):
+        assert chosen_precision(training.model_copy(update={"precision": given})) == given
+
+
+def test_the_optimizer_is_fused_and_matrix_products_are_not_tf32(tmp_path: Path) -> None:
+    assert arguments(tmp_path).optim == "adamw_torch_fused"
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_one_process_that_sees_two_gpus_trains_on_one_and_says_how_to_use_both(
