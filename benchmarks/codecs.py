@@ -1,15 +1,20 @@
 """Rate and distortion of every codec on a real model's keys and values.
 
-    python benchmarks/codecs.py --model models/smollm2 --corpus gsm8k/train.jsonl --samples 16
+    python benchmarks/codecs.py --model models/smollm2 --corpus gsm8k/train.jsonl --samples 16 \
+        --domain code=code.jsonl --domain zh=poems.jsonl
 
-Rate: bits per stored element, scales included, as written by the zarr backend (in brackets: by the
-safetensors backend). Distortion: the effect of the decoded keys and values inside the model:
+Rate: bits per stored element, scales and exact tokens included, as written by the zarr backend (in
+brackets: by the safetensors backend). Bases of ``klt`` belong to a teacher, not to tokens; their
+size is printed apart. Distortion: the effect of the decoded keys and values inside the model:
 
-    tensor     relative error of keys and of values
+    tensor     relative error of keys and of values, first tokens left out
     attention  relative error of the attention output (before the output projection); the inputs of
                each layer are those of the unmodified model; mean over layers
-    KL, ΔNLL   all layers replaced at once: divergence of the next-token distribution from that of
-               the unmodified model, and change of the negative log-likelihood of the text
+    KL, ΔNLL   decoders only. All layers replaced at once: divergence of the next-token distribution
+               from that of the unmodified model, and change of the text's negative log-likelihood
+
+``klt`` is fitted on samples of the corpus after the first ``--samples``, which are measured. Every
+``--domain`` is measured with the same bases.
 """
 
 from __future__ import annotations
@@ -17,183 +22,215 @@ from __future__ import annotations
 import argparse
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers import AutoModelForCausalLM
 
+from kvdistill.attention.attention_rule import probabilities
+from kvdistill.attention.kv_capture import KVCapture
+from kvdistill.config.load import parse_experiment
 from kvdistill.corpus.readers import read_jsonl
-from kvdistill.store.backends.safetensors import SafetensorsBackend
-from kvdistill.store.backends.zarr import ZarrBackend
-from kvdistill.store.codecs import CODECS
+from kvdistill.corpus.samples import Sample
+from kvdistill.extract.encode import TeacherPilot, bases_of, read_pilot
+from kvdistill.extract.teacher import Teacher, load_teacher
+from kvdistill.extract.tokenise import collate_teacher_batch
+from kvdistill.store.codecs import Codec, codec_of
+from kvdistill.store.codecs.klt import Transform
 from kvdistill.store.codecs.parts import part_name
-from kvdistill.store.format import ArraySpec
-from kvdistill.types import KINDS, CodecName, Kind, LayerGroup
+from kvdistill.store.derived import with_bases
+from kvdistill.store.format import Counts, shard_arrays
+from kvdistill.store.open_shard import BACKENDS
+from kvdistill.types import KINDS, CodecSpec, Kind
 
-PAIRS: tuple[tuple[CodecName, CodecName], ...] = (
-    ("bf16", "bf16"),
-    ("fp16", "fp16"),
-    ("int8", "int8"),
-    ("fp8_e4m3", "fp8_e4m3"),
-    ("int8", "int4"),
-    ("int4", "int8"),
-    ("int4", "int4"),
-)
+PAIRS = (
+    ("bf16", "bf16"), ("fp16", "fp16"), ("int8", "int8"), ("fp8_e4m3", "fp8_e4m3"),
+    ("int8", "int4"), ("int4", "int8"), ("int4", "int4"),
+)  # fmt: skip
 
 
 @dataclass
 class Clean:
-    """Outputs of the unmodified model on one text."""
+    """One text: its tokens, and what the unmodified model computes."""
 
     input_ids: Tensor
-    log_probs: Tensor
-    states: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    states: dict[int, tuple[Tensor, Tensor, Tensor]]
+    """Queries, keys and values ``[1, H, T, D]`` by layer, unrotated."""
+    log_probs: Tensor | None = None
 
 
-@contextmanager
-def hooks(model: torch.nn.Module, change: Callable[[str, int, Tensor], Tensor]) -> Iterator[None]:
-    """Pass the output ``[1, T, H·D]`` of every q, k and v projection through ``change``."""
-    handles = [
-        getattr(layer.self_attn, f"{name}_proj").register_forward_hook(
-            lambda _module, _inputs, out, name=name, i=i: change(name, i, out)
-        )
-        for i, layer in enumerate(model.model.layers)
-        for name in ("q", "k", "v")
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def run_clean(teacher: Teacher, head: Any, sample: Sample) -> Clean:
+    tokens = teacher.tokenise([sample], 512)
+    batch = collate_teacher_batch(tokens, [0], teacher.pad_id, teacher.device)
+    clean = Clean(batch.input_ids, {})
+
+    def keep(layer_idx: int, qkv: Any) -> None:
+        clean.states[layer_idx] = tuple(x.float() for x in qkv)
+
+    teacher.run(batch, keep)
+    if head is not None:
+        clean.log_probs = head(batch.input_ids).logits[0].log_softmax(-1)
+    return clean
 
 
-def heads(x_1TE: Tensor, head_dim: int) -> Tensor:
-    """``[1, T, H·D]`` → ``[H, T, D]``."""
-    return x_1TE[0].unflatten(-1, (-1, head_dim)).transpose(0, 1)
+def stacked(clean: Clean, kind: Kind) -> Tensor:
+    """Keys or values of all layers, ``[L, H, T, D]``."""
+    position = 1 if kind == "key" else 2
+    return torch.cat([qkv[position] for qkv in clean.states.values()])
 
 
-def run_clean(model: torch.nn.Module, input_ids: Tensor) -> Clean:
-    states: dict[tuple[str, int], Tensor] = {}
+class Rates:
+    """Codecs of one pair or rate, and what they do to texts."""
 
-    def keep(name: str, layer: int, out: Tensor) -> Tensor:
-        states[name, layer] = heads(out, model.config.head_dim)
-        return out
+    def __init__(self, teacher: Teacher, pilot: TeacherPilot, spec: CodecSpec) -> None:
+        self.teacher = replace(teacher, manifest=with_codec(teacher, spec))
+        transforms: Mapping[str, Transform] = {}
+        if spec.transforms:
+            transforms = with_bases(self.teacher.manifest, bases_of(self.teacher, pilot))
+        self.spec = spec
+        self.codecs: dict[Kind, Codec] = {k: codec_of(spec, k, transforms) for k in KINDS}
+        bases = [basis for codec in transforms.values() for _, basis in codec.blocks]
+        self.basis_bytes = sum(basis.basis.nbytes + 8 * len(basis.mean) for basis in bases)
 
-    with hooks(model, keep):
-        logits = model(input_ids).logits[0]
-    return Clean(input_ids, logits.log_softmax(-1), states)
-
-
-def through(codec: CodecName, x_HTD: Tensor, kind: Kind) -> Tensor:
-    parts = CODECS[codec].encode(x_HTD[None], kind)
-    return CODECS[codec].decode(parts, kind)[0]
-
-
-def attention_output(model: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    position_ids = torch.arange(q.shape[1])[None]
-    cos, sin = model.model.rotary_emb(v[None], position_ids)
-    q, k = apply_rotary_pos_emb(q[None], k[None], cos, sin)
-    return F.scaled_dot_product_attention(q, k, v[None], is_causal=True, enable_gqa=True)
-
-
-def measure(model: torch.nn.Module, texts: list[Clean], pair: tuple[CodecName, CodecName]) -> str:
-    names: dict[str, tuple[Kind, CodecName]] = {"k": ("key", pair[0]), "v": ("value", pair[1])}
-    tensor = {name: [0.0, 0.0] for name in names}
-    attention = torch.zeros(len(model.model.layers), 2, dtype=torch.float64)
-    kl, nll, count = 0.0, 0.0, 0
-    for clean in texts:
-        decoded = {
-            (name, layer): through(codec, clean.states[name, layer], kind)
-            for layer in range(len(attention))
-            for name, (kind, codec) in names.items()
+    def through(self, clean: Clean) -> dict[Kind, Tensor]:
+        """Decoded keys and values of a text."""
+        return {
+            kind: codec.decode(codec.encode(stacked(clean, kind), kind), kind)
+            for kind, codec in self.codecs.items()
         }
-        for (name, layer), x in decoded.items():
-            want = clean.states[name, layer]
-            tensor[name][0] += float((x - want).square().sum())
-            tensor[name][1] += float(want.square().sum())
-            if name == "k":
-                q, v = clean.states["q", layer], decoded["v", layer]
-                exact = attention_output(model, q, want, clean.states["v", layer])
-                error = attention_output(model, q, x, v) - exact
-                attention[layer] += torch.stack([error.square().sum(), exact.square().sum()])
 
-        def replace(name: str, layer: int, out: Tensor, decoded=decoded) -> Tensor:
-            if name == "q":
-                return out
-            return decoded[name, layer].transpose(0, 1).flatten(-2)[None]
+    def measure(self, texts: Sequence[Clean], head: Any) -> str:
+        """Errors and effects over some texts, as cells of a row."""
+        rules = {layer.layer_idx: layer for layer in self.teacher.layers}
+        layers = list(texts[0].states)
+        attention = torch.zeros(len(layers), 2, dtype=torch.float64)
+        tensor = {kind: np.zeros(2) for kind in KINDS}
+        kl, nll, count = 0.0, 0.0, 0
+        for clean in texts:
+            decoded = self.through(clean)
+            for kind in KINDS:
+                want = stacked(clean, kind)[:, :, 1:]
+                error = decoded[kind][:, :, 1:] - want
+                tensor[kind] += [float(error.square().sum()), float(want.square().sum())]
+            for row, layer_idx in enumerate(layers):
+                query, key, value = clean.states[layer_idx]
+                exact = attend(rules[layer_idx], query, key, value)
+                own = decoded["key"][row][None], decoded["value"][row][None]
+                error = attend(rules[layer_idx], query, *own) - exact
+                attention[row] += torch.stack([error.square().sum(), exact.square().sum()])
+            if head is not None and clean.log_probs is not None:
+                log_probs = rewritten(head, clean.input_ids, decoded)
+                kl += float((clean.log_probs.exp() * (clean.log_probs - log_probs)).sum())
+                target = clean.input_ids[0, 1:, None]
+                nll += float((clean.log_probs - log_probs)[:-1].gather(-1, target).sum())
+                count += clean.input_ids.shape[1]
+        errors = [f"{(error / norm) ** 0.5:.2%}" for error, norm in tensor.values()]
+        errors.append(f"{float((attention[:, 0] / attention[:, 1]).sqrt().mean()):.2%}")
+        effect = f"{kl / count:.1e} | {nll / count:+.4f}" if count else "– | –"
+        return f"{' | '.join(errors)} | {effect}"
 
-        with hooks(model, replace):
-            log_probs = model(clean.input_ids).logits[0].log_softmax(-1)
-        kl += float((clean.log_probs.exp() * (clean.log_probs - log_probs)).sum())
-        target = clean.input_ids[0, 1:, None]
-        nll += float((clean.log_probs - log_probs)[:-1].gather(-1, target).sum())
-        count += clean.input_ids.shape[1]
-    k, v = ((error / norm) ** 0.5 for error, norm in tensor.values())
-    out = float((attention[:, 0] / attention[:, 1]).sqrt().mean())
-    zarr_bits, plain_bits = bits_per_element(texts, pair, model)
-    return (
-        f"| {pair[0]} / {pair[1]} | {zarr_bits:.2f} ({plain_bits:.2f}) | "
-        f"{zarr_bits / 16:.3f} | {k:.2%} | {v:.2%} | {out:.2%} | {kl / count:.1e} | "
-        f"{nll / count:+.4f} |"
+    def bits(self, texts: Sequence[Clean]) -> tuple[float, float]:
+        """Per element, in zarr and in safetensors."""
+        manifest = self.teacher.manifest
+        tokens = [clean.input_ids.shape[1] for clean in texts]
+        counts = Counts(len(texts), sum(tokens), sum(-(-n // 64) for n in tokens))
+        arrays, elements = {}, 0
+        for kind, codec in self.codecs.items():
+            encoded = [codec.encode(stacked(clean, kind), kind) for clean in texts]
+            elements += sum(stacked(clean, kind).numel() for clean in texts)
+            for part in codec.parts(kind):
+                pieces = [parts[part.suffix] for parts in encoded]
+                arrays[part_name(kind, part.suffix)] = torch.cat(pieces, dim=2).numpy()
+        specs = {n: spec for n, spec in shard_arrays(manifest, counts).items() if n in arrays}
+        sizes = []
+        for backend in BACKENDS.values():
+            with tempfile.TemporaryDirectory() as folder:
+                backend.write(Path(folder), arrays, specs, {})
+                files = (path for path in Path(folder).rglob("*") if path.is_file())
+                data = (path for path in files if path.name != "zarr.json")
+                sizes.append(8 * sum(path.stat().st_size for path in data) / elements)
+        return sizes[0], sizes[1]
+
+
+def with_codec(teacher: Teacher, spec: CodecSpec) -> Any:
+    return teacher.manifest.model_copy(update={"codec": spec})
+
+
+def attend(rule: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The attention output of one layer, ``[1, HQ, T, D]``, from unrotated queries and keys."""
+    position_idx = torch.arange(query.shape[2])
+    rotated = [rule.rotated(x, position_idx, query.shape[2]) for x in (query, key)]
+    shares = probabilities(rule, *rotated, None)
+    return shares @ value.repeat_interleave(shares.shape[1] // value.shape[1], dim=1)
+
+
+def rewritten(head: Any, input_ids: Tensor, decoded: Mapping[Kind, Tensor]) -> Tensor:
+    """Log-probabilities of the model with all keys and values replaced."""
+    with KVCapture(head).rewriting(lambda _, layer, kind: decoded[kind][layer][None]):
+        return head(input_ids).logits[0].log_softmax(-1)
+
+
+def rated(text: str, block_layers: int) -> CodecSpec:
+    key_bits, value_bits = map(float, text.split("/"))
+    return CodecSpec(
+        key="klt", value="klt", key_bits=key_bits, value_bits=value_bits, block_layers=block_layers
     )
-
-
-def bits_per_element(
-    texts: list[Clean], pair: tuple[CodecName, CodecName], model: torch.nn.Module
-) -> tuple[float, float]:
-    config = model.config
-    layers = tuple(range(config.num_hidden_layers))
-    group = LayerGroup(layers, config.num_key_value_heads, config.head_dim, config.head_dim)
-    arrays, specs, elements = {}, {}, 0
-    for name, kind, codec_name in zip("kv", KINDS, pair, strict=True):
-        samples = [torch.stack([clean.states[name, i] for i in layers]) for clean in texts]
-        elements += sum(x.numel() for x in samples)
-        encoded = [CODECS[codec_name].encode(x, kind) for x in samples]
-        for part in CODECS[codec_name].parts(kind):
-            array = torch.cat([parts[part.suffix] for parts in encoded], dim=2).numpy()
-            stored = part_name(kind, part.suffix)
-            attributes = {
-                "role": part.suffix or "codes",
-                "codec": codec_name,
-                "logical_dtype": part.logical,
-            }
-            axes = ("layer", "head", part.per, "dim")
-            specs[stored] = ArraySpec(stored, axes, array.shape, part.dtype, attributes, group)
-            arrays[stored] = array
-    sizes = []
-    for backend in (ZarrBackend(), SafetensorsBackend()):
-        with tempfile.TemporaryDirectory() as folder:
-            backend.write(Path(folder), arrays, specs, {})
-            files = (path for path in Path(folder).rglob("*") if path.is_file())
-            data = (path for path in files if path.name != "zarr.json")
-            sizes.append(8 * sum(path.stat().st_size for path in data) / elements)
-    return sizes[0], sizes[1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--domain", action="append", default=[], help="name=file.jsonl")
     parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--klt", default="0.6/1.1,1.2/1.8,1.7/2.5,3/4,4.3/5.3", help="K/V bits, …")
+    parser.add_argument("--block-layers", type=int, default=10)
+    parser.add_argument("--pilot-tokens", type=int, default=16_384)
+    parser.add_argument("--only-klt", action="store_true")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    samples = itertools.islice(read_jsonl(arguments.corpus), arguments.samples)
-    texts = [
-        run_clean(model, tokenizer(sample.text, return_tensors="pt").input_ids)
-        for sample in samples
-    ]
-    print("| K / V | bits | of bf16 | K error | V error | attention | KL | ΔNLL |")
-    print("|---|---|---|---|---|---|---|---|")
-    for pair in PAIRS:
-        print(measure(model, texts, pair), flush=True)
+    experiment = parse_experiment(
+        {
+            "store": "unused",
+            "corpus": {"path": str(arguments.corpus)},
+            "teachers": {"t": {"model": str(arguments.model)}},
+            "student": {"model": str(arguments.model)},
+            "extraction": {
+                "device": "cpu", "importance": False,
+                "codec": {"key": "klt", "value": "klt", "pilot_tokens": arguments.pilot_tokens},
+            },
+        }
+    )  # fmt: skip
+    teacher = load_teacher("t", experiment)
+    head = None
+    if teacher.manifest.kind == "decoder":
+        head = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    corpus = list(itertools.islice(read_jsonl(arguments.corpus), 4000))
+    domains = {"own": corpus[: arguments.samples]}
+    for name, _, path in (each.partition("=") for each in arguments.domain):
+        domains[name] = list(itertools.islice(read_jsonl(Path(path)), arguments.samples))
+    texts = {name: [run_clean(teacher, head, s) for s in some] for name, some in domains.items()}
+    pilot = read_pilot(teacher, corpus[arguments.samples :], 4096)
+    specs = [] if arguments.only_klt else [CodecSpec(key=k, value=v) for k, v in PAIRS]
+    specs += [rated(text, arguments.block_layers) for text in arguments.klt.split(",")]
+    print("| K / V | bits | bases, MB | text | K error | V error | attention | KL | ΔNLL |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for spec in specs:
+        rates = Rates(teacher, pilot, spec)
+        name = f"{spec.key} / {spec.value}"
+        if spec.transforms:
+            name = f"klt {spec.key_bits} / {spec.value_bits}"
+        zarr_bits, plain_bits = rates.bits(texts["own"])
+        head_of_row = (
+            f"| {name} | {zarr_bits:.2f} ({plain_bits:.2f}) | {rates.basis_bytes / 1e6:.1f}"
+        )
+        for domain, cleans in texts.items():
+            print(f"{head_of_row} | {domain} | {rates.measure(cleans, head)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -43,19 +44,21 @@ from store_reads import CLOCKS, touch
 
 from kvdistill.corpus.samples import Sample, Shard
 from kvdistill.store.channel_statistics import ChannelStatistics
-from kvdistill.store.codecs import CODECS
-from kvdistill.store.codecs.parts import part_name
+from kvdistill.store.codecs import CODECS, codec_of
+from kvdistill.store.codecs.klt import Basis, layer_blocks
+from kvdistill.store.codecs.parts import part_name, parts_of
+from kvdistill.store.derived import blocks_of, published_bases
 from kvdistill.store.format import StorePaths
 from kvdistill.store.manifest import TeacherManifest
 from kvdistill.store.reader import KVStore
-from kvdistill.store.shard import EncodedShard, TokenTable
+from kvdistill.store.shard import EncodedShard, TokenTable, block_idx
 from kvdistill.store.writer import add_teacher, create, publish_shard
 from kvdistill.types import KINDS, Kind, LayerGroup
 
 Samples = dict[Kind, list[torch.Tensor]]
 Tasks = dict[str, tuple[Callable[[], float], int]]
 
-CODEC_NAMES = ("bf16", "int8", "int4")
+CODEC_NAMES = ("bf16", "int8", "int4", "klt")
 PLAIN = "zarr.core.codec_pipeline.BatchedCodecPipeline"
 ZARRS = "zarrs.ZarrsCodecPipeline"
 NUM_SHARDS = 4
@@ -83,8 +86,12 @@ def make_store(root: Path, samples: Samples) -> tuple[KVStore, dict[str, float]]
     store = create(root, shards)
     seconds = {}
     for codec in CODEC_NAMES:
-        manifest = add_teacher(store, teacher(codec, samples))
-        encoded = [encode(manifest, samples, cut.tolist(), ids) for cut in cuts]
+        manifest, path = teacher(codec, samples), store.paths.transform(codec)
+        if manifest.codec.transforms:
+            checksum = published_bases(path, "benchmark", partial(bases, manifest))
+            manifest = manifest.model_copy(update={"transform": checksum})
+        add_teacher(store, manifest)
+        encoded = [encode(store, codec, samples, cut.tolist(), ids) for cut in cuts]
         started = time.perf_counter()
         for shard, (one, stats) in zip(shards, encoded, strict=True):
             publish_shard(store, codec, shard.shard_id, one, stats)
@@ -119,8 +126,21 @@ def teacher(codec: str, samples: Samples) -> TeacherManifest:
     )
 
 
+def bases(manifest: TeacherManifest) -> dict[str, Basis]:
+    """Bases of codec klt with as many components as real ones, which speed depends on: random."""
+    found, rng = {}, np.random.default_rng(0)
+    for stem, layout in blocks_of(manifest).items():
+        width = layout.group.num_key_value_heads * layout.group.head_dim(KINDS[stem == "value"])
+        for i, layers in enumerate(layer_blocks(layout.layers, manifest.codec.block_layers)):
+            bits = np.repeat(np.array([5, 4, 3, 2, 1], np.uint8), layout.num_bytes // 15 * 8)
+            basis = rng.integers(-99, 99, (len(bits), len(layers) * width), np.int16)
+            mean = np.zeros(basis.shape[1], np.float32)
+            found[f"{stem}.{i}"] = Basis(mean, mean + 1, basis, mean[:1] + 1e-3, bits)
+    return found
+
+
 def encode(
-    manifest: TeacherManifest, samples: Samples, chosen: list[int], ids: list[str]
+    store: KVStore, name: str, samples: Samples, chosen: list[int], ids: list[str]
 ) -> tuple[EncodedShard, dict[str, ChannelStatistics]]:
     ptr = np.cumsum([0] + [samples["key"][i].shape[2] for i in chosen]).astype(np.int64)
     column = np.zeros(int(ptr[-1]), np.int32)
@@ -129,7 +149,7 @@ def encode(
     )
     arrays, stats = {}, {}
     for kind in KINDS:
-        codec = CODECS[getattr(manifest.codec, kind)]
+        codec = codec_of(store.teacher(name).codec, kind, store.transforms(name))
         encoded = [codec.encode(samples[kind][i], kind) for i in chosen]
         for part in codec.parts(kind):
             pieces = [parts[part.suffix].numpy() for parts in encoded]
@@ -231,6 +251,7 @@ def reading(root: Path, samples: Samples, rounds: int, against: Path | None) -> 
             tasks[f"{name} there"] = there.task(backend, codec=codec, threads=threads), elements
     print_order(rates(tasks, rounds))
     random_access(here, there, samples, root, rounds)
+    decoding(store, rounds)
     sizes(here, written, elements)
 
 
@@ -304,6 +325,31 @@ def random_access(
     for name in (name for name in speed if not name.endswith("there")):
         ratios = [f"{speed[name] / speed['.pt']:4.2f} × .pt", *before(speed, name)]
         print(f"  {name:34} {speed[name] / 1e6:8,.0f} M/s = " + " = ".join(ratios))
+
+
+def decoding(store: KVStore, rounds: int) -> None:
+    """One shard from codes to float32, on one core of the CPU."""
+    shard_id, tasks = store.shard_ids[0], dict[str, tuple[Callable[[], float], int]]()
+    for name in CODEC_NAMES:
+        spec, transforms = store.teacher(name).codec, store.transforms(name)
+        shard = store.read_shard(name, shard_id)
+        blocks = torch.from_numpy(block_idx(shard.tokens.sample_ptr))
+        first = torch.from_numpy(shard.tokens.sample_ptr[:-1])
+        arrays = {n: torch.from_numpy(x) for n, x in shard.arrays.items()}
+
+        def work(
+            spec=spec, transforms=transforms, arrays=arrays, blocks=blocks, first=first
+        ) -> None:
+            for kind in KINDS:
+                parts = {**parts_of(arrays, kind), "first": first}
+                codec_of(spec, kind, transforms).decode(parts, kind, blocks)
+
+        (group,) = store.teacher(name).groups
+        width = group.num_key_value_heads * (group.key_head_dim + group.value_head_dim)
+        tasks[name] = timed(work), shard.tokens.num_tokens * len(group.layers) * width
+    print("\ndecoding to float32 with torch, one thread, elements per second")
+    for name, rate in rates(tasks, rounds).items():
+        print(f"  {name:5} {rate / 1e6:8,.0f} M/s")
 
 
 def sizes(here: Checkout, written: dict[str, float], elements: int) -> None:

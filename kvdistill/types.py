@@ -11,9 +11,16 @@ position counts. Character offsets index the whole text of a sample.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 Kind = Literal["key", "value"]
 KINDS: Final[tuple[Kind, Kind]] = ("key", "value")
@@ -39,7 +46,7 @@ Stream = Literal["self", "encoder", "decoder", "cross"]
 Backend = Literal["zarr", "safetensors"]
 """File format of the shards of a store."""
 
-CodecName = Literal["bf16", "fp16", "int8", "int4", "fp8_e4m3", "int4_v1"]
+CodecName = Literal["bf16", "fp16", "int8", "int4", "fp8_e4m3", "klt", "int4_v1"]
 """Stored representation of keys or values; ``int4_v1`` is that of stores of format 1."""
 
 TimeMethod = Literal["tokens", "segments", "global", "latent"]
@@ -82,6 +89,9 @@ RANKED_EVICTIONS: Final = ("importance", "rkv", "rkv_original")
 """Methods that rank tokens by the attention that they receive."""
 
 
+_OF_KLT: Final = {"key_bits", "value_bits", "block_layers", "pilot_tokens"}
+
+
 class CodecSpec(BaseModel):
     """Codecs of keys and values; ``store/codecs`` defines them."""
 
@@ -91,6 +101,32 @@ class CodecSpec(BaseModel):
     """Codec of keys."""
     value: CodecName = "int8"
     """Codec of values."""
+    key_bits: Annotated[float, Field(gt=0, le=8)] = 1.7
+    """Bits per element of keys in `klt`."""
+    value_bits: Annotated[float, Field(gt=0, le=8)] = 2.5
+    """Bits per element of values in `klt`."""
+    block_layers: Annotated[int, Field(gt=0)] = 10
+    """Layers that `klt` transforms together, at most: more layers in fewer bits, and more to read
+    for one of them."""
+    pilot_tokens: Annotated[int, Field(gt=0)] = 16_384
+    """Tokens of the corpus that the transform of `klt` is fitted on."""
+
+    @property
+    def transforms(self) -> bool:
+        """Whether keys or values are stored in `klt`."""
+        return "klt" in (self.key, self.value)
+
+    @model_validator(mode="after")
+    def _of_klt(self) -> Self:
+        if not self.transforms and (given := sorted(self.model_fields_set & _OF_KLT)):
+            raise ValueError(f"`{given[0]}` is for codec klt; got {self.key}/{self.value}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without settings of ``klt`` where nothing is stored in it, as in earlier stores."""
+        unused = set() if self.transforms else _OF_KLT
+        return {name: value for name, value in dump(self).items() if name not in unused}
 
 
 class StoredEviction(BaseModel):

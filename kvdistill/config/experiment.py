@@ -214,6 +214,11 @@ def _check_evictions(experiment: Experiment) -> None:
                 f"teachers.{name}.eviction keeps other tokens in every layer and head, which have "
                 "no extraction.confidence or extraction.logits; remove it, and evict in training"
             )
+        if teacher.eviction is not None and experiment.codec(name).transforms:
+            raise ValueError(
+                f"teachers.{name}.eviction keeps other tokens in every layer and head, but codec "
+                "klt transforms layers and heads together; use int8, or evict while streaming"
+            )
         if extraction.importance:
             continue
         if teacher.eviction is not None and teacher.eviction.ranks:

@@ -14,7 +14,7 @@ everything that a teacher has in a batch; one layer's copies fit the processor's
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from kvdistill.distill.fuse.by_confidence import Likelihood, likelihood_of
 from kvdistill.distill.losses.regression import Regression
 from kvdistill.distill.project.projections import StudentToTeacher, make_projection
 from kvdistill.errors import ConfigError
-from kvdistill.store.codecs import CODECS
+from kvdistill.store.codecs import Transforms, by_layer, codec_of
 from kvdistill.store.format import group_prefix
 from kvdistill.store.manifest import TeacherManifest
 from kvdistill.store.prototypes import teacher_prototypes
@@ -68,6 +68,8 @@ class GroupSpace:
     shapes: Mapping[Kind, HeadShape]
     statistics: Mapping[Kind, TargetStatistics]
     """Per kind, ``[L, H, D]`` over ``layer_map.needed``."""
+    transforms: Transforms = field(default_factory=dict)
+    """Codecs of ``layer_map.needed``, where they are ``klt``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +126,12 @@ def teacher_space(
             )
             for kind in KINDS
         }
-        groups.append(GroupSpace(prefix, student_layers, part, shapes, statistics))
+        transforms = {
+            stem: codec.select(part.needed)
+            for stem, codec in store.transforms(name).items()
+            if set(part.needed) <= set(codec.layers)
+        }
+        groups.append(GroupSpace(prefix, student_layers, part, shapes, statistics, transforms))
     prototypes = None
     if fusion.method == "similarity":
         found = teacher_prototypes(store, name, num_prototypes)[fusion.prototypes]
@@ -245,7 +252,7 @@ class TeacherHead(nn.Module):
     ) -> None:
         super().__init__()
         self.kind, self.groups = kind, space.groups
-        self.codec = CODECS[space.codec.key if kind == "key" else space.codec.value]
+        self.codecs = [codec_of(space.codec, kind, g.transforms, g.prefix) for g in space.groups]
         raw = projection.mode == "identity"
         self.standardise = nn.ModuleList(
             nn.Identity() if raw else Standardise(g.statistics[kind]) for g in space.groups
@@ -279,7 +286,8 @@ class TeacherHead(nn.Module):
 
     def decode(self, parts: Parts, group: GroupSpace) -> Tensor:
         """One group's stored keys or values ``[B, L, H, T, D]`` float32, not standardised."""
-        return self.codec.decode(parts[group.prefix], self.kind)
+        codec = self.codecs[self.groups.index(group)]
+        return codec.decode(parts[group.prefix], self.kind)
 
     def regressions(
         self, targets: Sequence[TargetOf], alpha_BLT: Tensor, teacher: int = 0
@@ -326,10 +334,11 @@ class LayerTargets:
 
     def __init__(self, head: TeacherHead, group_idx: int, parts: Parts, band: Band) -> None:
         group = head.groups[group_idx]
-        self._codec, self._kind, self._parts = head.codec, head.kind, parts[group.prefix]
+        own = parts[group.prefix]
+        self._decode_row = by_layer(head.codecs[group_idx], own, head.kind)
         self._standardise: Any = head.standardise[group_idx]
         self._mapping, self._stored = group.layer_map, group.layer_map.needed
-        self._product = BandProduct(band, *self._parts[""].shape[2:4])
+        self._product = BandProduct(band, group.shapes[head.kind].num_heads, own[""].shape[3])
         self._placed: dict[int, Tensor] = {}
 
     @torch.no_grad()
@@ -357,9 +366,7 @@ class LayerTargets:
     def _place(self, layer: int) -> Tensor:
         """A stored layer, decoded and standardised, on the student's tokens."""
         row = self._stored.index(layer)
-        decoded_BHTD = self._codec.decode(
-            {k: x[:, row] for k, x in self._parts.items()}, self._kind
-        )
+        decoded_BHTD = self._decode_row(row)
         if not isinstance(self._standardise, nn.Identity):
             decoded_BHTD = self._standardise.layer(decoded_BHTD, row)
         return self._product(decoded_BHTD)

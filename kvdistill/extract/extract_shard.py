@@ -78,7 +78,7 @@ def extract_samples(
         samples = own_texts = [own.get(i, sample) for i, sample in enumerate(samples)]
     tokenised, too_long = _tokenise(teacher, samples, read_idx)
     table = token_table(samples, tokenised)
-    packer = ShardPacker(teacher.manifest, teacher.layers, table)
+    packer = ShardPacker(teacher.manifest, teacher.layers, table, teacher.transforms)
     place: Callable[[], None] | None = None
     for sample_idx in teacher.batches([sample.num_tokens for sample in tokenised], batch_tokens):
         for place_next in _passes(teacher, tokenised, sample_idx, packer):

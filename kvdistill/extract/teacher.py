@@ -12,7 +12,7 @@ input (a plain text is the input of both).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from itertools import groupby
 from typing import Any, Literal
@@ -60,6 +60,7 @@ from kvdistill.extract.tokenise import (
 )
 from kvdistill.extract.windows import Windows
 from kvdistill.store import identity
+from kvdistill.store.codecs import Transforms
 from kvdistill.store.manifest import TeacherManifest
 from kvdistill.types import LayerGroup, LongText
 
@@ -86,6 +87,8 @@ class Teacher:
     causal_lm: Any = None
     """The model with its head, where it generates its own rationales."""
     generate: GenerateConfig | None = None
+    transforms: Transforms = field(default_factory=dict)
+    """Fitted codecs of a teacher that is stored in ``klt``."""
 
     @property
     def tokenizer(self) -> Any:

@@ -7,28 +7,34 @@ of two copies the first wins.
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import load_experiment
 from kvdistill.errors import ConfigError, Interrupted, StoreMismatch
+from kvdistill.extract.encode import fit_bases
 from kvdistill.extract.extract_shard import ExtractedShard, extract_samples
 from kvdistill.extract.teacher import Teacher, load_teacher
 from kvdistill.pipelines.extract_tasks import clear_debris, other_extraction, prepare_store
 from kvdistill.slurm.heartbeat import job_element
 from kvdistill.store.commit import discard
+from kvdistill.store.derived import load_transforms, published_bases
 from kvdistill.store.prototypes import teacher_prototypes
 from kvdistill.store.reader import KVStore
 from kvdistill.store.writer import add_teacher, publish_shard
+
+PILOT_SHARDS: Final = 16
+"""Shards, evenly spaced, whose texts codec klt is fitted on."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +171,7 @@ def open_teacher(store: KVStore, experiment: Experiment, name: str) -> Teacher:
     if (other := other_extraction(store, experiment, name, model=False)) is not None:
         raise StoreMismatch(other)  # before hours of loading
     day = _recorded_date(store, name)
-    teacher = load_teacher(name, experiment, day)
+    teacher = _with_transforms(store, experiment, load_teacher(name, experiment, day))
     try:
         add_teacher(store, teacher.manifest)
     except StoreMismatch:
@@ -174,6 +180,30 @@ def open_teacher(store: KVStore, experiment: Experiment, name: str) -> Teacher:
         # Another process has registered the teacher meanwhile, on another day.
         return open_teacher(store, experiment, name)
     return teacher
+
+
+def _with_transforms(store: KVStore, experiment: Experiment, teacher: Teacher) -> Teacher:
+    """The teacher with its codecs, if it is stored in ``klt``: fitted once, by the first task.
+
+    Raises:
+        ShardCorrupt: a registered teacher's file of bases is missing or damaged.
+    """
+    manifest, name = teacher.manifest, teacher.manifest.name
+    if not manifest.codec.transforms:
+        return teacher
+    path = store.paths.transform(name)
+    if store.has_teacher(name):
+        checksum = store.teacher(name).transform
+    else:
+        spread = store.shard_ids[:: max(1, len(store.shard_ids) // PILOT_SHARDS)]
+        samples = itertools.chain.from_iterable(map(store.samples, spread))
+        origin = f"{manifest.extraction_fingerprint} {manifest.weights_fingerprint}"
+        fit = partial(fit_bases, teacher, samples, experiment.extraction.batch_tokens)
+        checksum = published_bases(path, origin, fit, store.bucket)
+    manifest = manifest.model_copy(update={"transform": checksum})
+    return replace(
+        teacher, manifest=manifest, transforms=load_transforms(path, manifest, store.bucket)
+    )
 
 
 def _recorded_date(store: KVStore, name: str) -> date | None:

@@ -17,6 +17,7 @@ from kvdistill.extract.teacher import Teacher
 from kvdistill.pipelines.extract import open_teacher, read_shard
 from kvdistill.store.format import Counts, shard_arrays
 from kvdistill.store.manifest import TeacherManifest
+from kvdistill.store.open_shard import axis_positions
 from kvdistill.store.reader import KVStore
 from kvdistill.store.shard import EncodedShard
 
@@ -84,9 +85,9 @@ def only_layers(
     for name, spec in shard_arrays(manifest, counts).items():
         if spec.group is None or name not in arrays:
             continue
-        rows = [i for i, layer in enumerate(spec.group.layers) if layer in set(layers)]
-        if not rows:
+        positions = axis_positions(spec, layers, None)
+        if positions is None:
             del arrays[name]
-        elif len(rows) < len(spec.group.layers):
-            arrays[name] = arrays[name][rows]
+        else:
+            arrays[name] = arrays[name][positions[0]]
     return replace(shard, arrays=arrays)

@@ -27,6 +27,7 @@ from kvdistill.distill.align.character_iou import Spans, align_tokens
 from kvdistill.distill.align.layers import layer_map
 from kvdistill.distill.student.build import check_student, load_student_tokenizer
 from kvdistill.errors import StudentError
+from kvdistill.extract.encode import fit_bases
 from kvdistill.extract.extract_shard import ExtractedShard, extract_samples, token_table
 from kvdistill.extract.slots import num_slots
 from kvdistill.extract.teacher import Teacher, load_teacher
@@ -35,6 +36,7 @@ from kvdistill.pipelines.extract_tasks import live_shards, texts_to_extract
 from kvdistill.store.bucket import local_folder
 from kvdistill.store.codecs import CODECS
 from kvdistill.store.confidence import mean_likelihoods
+from kvdistill.store.derived import with_bases
 from kvdistill.store.writer import add_teacher, create, publish_shard
 from kvdistill.types import SEGMENT_IDS, CodecSpec
 
@@ -206,13 +208,17 @@ def _sizes(
 ) -> tuple[dict[str, float], float, dict[str, float]]:
     """Bytes on disk per token by codec; of the configured one tokens per second, and confidence."""
     own = teacher.manifest.codec
-    specs = [own, *(CodecSpec(key=name, value=name) for name in CODECS if name != "int4_v1")]
+    others = (name for name in CODECS if name not in ("int4_v1", "klt"))
+    specs = [own, *(CodecSpec(key=name, value=name) for name in others)]
     found: dict[str, float] = {}
     rate, nats = 0.0, dict[str, float]()
     for spec in specs:
         if _codec_name(spec) in found or not samples:
             continue
         chosen = replace(teacher, manifest=teacher.manifest.model_copy(update={"codec": spec}))
+        if spec.transforms:  # bytes of a token do not depend on the pilot
+            bases = fit_bases(chosen, samples, experiment.extraction.batch_tokens)
+            chosen = replace(chosen, transforms=with_bases(chosen.manifest, bases))
         size, extracted = _measure_size(experiment, chosen, samples)
         found[_codec_name(spec)] = size / max(extracted.num_read, 1)
         if spec == own:

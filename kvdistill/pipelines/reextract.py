@@ -14,7 +14,7 @@ from kvdistill.corpus.samples import Sample
 from kvdistill.errors import ShardNotFound, StoreMismatch
 from kvdistill.extract.extract_shard import extract_samples
 from kvdistill.pipelines.extract import open_teacher
-from kvdistill.store.codecs import CODECS
+from kvdistill.store.codecs import codec_of
 from kvdistill.store.codecs.parts import parts_of
 from kvdistill.store.format import group_prefix
 from kvdistill.store.manifest import TeacherManifest
@@ -127,11 +127,12 @@ def _relative_error(
     same: Sequence[NDArray[np.bool]],
 ) -> float:
     """Frobenius norm of the difference over that of the fresh values, in the ``same`` slots."""
-    codec = CODECS[manifest.codec.key if kind == "key" else manifest.codec.value]
     difference, size = 0.0, 0.0
     for i, group in enumerate(manifest.groups):
-        parts = parts_of(fresh.arrays, f"{group_prefix(manifest, i)}{kind}")
+        prefix = group_prefix(manifest, i)
+        parts = parts_of(fresh.arrays, f"{prefix}{kind}")
         slots = same[i] if same else ...
+        codec = codec_of(manifest.codec, kind, store.transforms(manifest.name), prefix)
         fresh_LHTD = codec.decode(parts, kind)
         stored_LHTD = store.read_sample(manifest.name, sample.sample_id, kind, group.layers)
         apart = (stored_LHTD - fresh_LHTD)[slots]

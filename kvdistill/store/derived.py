@@ -1,18 +1,25 @@
-"""Arrays derived from all committed shards of a teacher: kept, checked, and made again at need.
+"""Arrays of a teacher beside its shards: derived ones, and the bases of codec ``klt``.
 
     teachers/<name>/statistics.safetensors    channel statistics, summed over shards
     teachers/<name>/prototypes.safetensors    what routers compare a sample with
+    teachers/<name>/transform.safetensors     bases by stem, block and name: key.0.mean …
 
-No commit lists these files, and nothing is lost with them. Each states in its metadata what it was
+**Derived arrays** are kept, checked, made again at need. Each states in its metadata what it was
 derived from (ids and commits of the shards) and a checksum of its tensors. Whoever needs one
 that is missing, damaged or of other shards derives it anew, and keeps it if the store is writable;
 so a process that is killed between a teacher's last shard and its prototypes loses nothing.
+
+**Bases** are published once, before the first shard: codes mean nothing without them, and a second
+fit would give other ones. The first copy wins among concurrent tasks, the manifest states its
+checksum, and a copy of a store copies the file.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +31,12 @@ from safetensors.numpy import save
 
 from kvdistill.errors import ShardCorrupt, StoreError
 from kvdistill.store.bucket import Bucket
-from kvdistill.store.commit import REMEDY, replace_file
+from kvdistill.store.codecs import Transforms
+from kvdistill.store.codecs.klt import Basis, Transform, layer_blocks, token_bytes
+from kvdistill.store.commit import REMEDY, publish_file, replace_file, staging_folder
+from kvdistill.store.format import group_prefix
+from kvdistill.store.manifest import TeacherManifest
+from kvdistill.types import KINDS
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -86,9 +98,93 @@ def _as_file(origin: str, arrays: Mapping[str, NDArray[Any]]) -> bytes:
     return bytes(save(kept, metadata))
 
 
-def _tensors_checksum(origin: str, arrays: Mapping[str, NDArray[Any]]) -> str:
-    digest = xxhash.xxh3_64(origin.encode())
+def _tensors_checksum(origin: str | None, arrays: Mapping[str, NDArray[Any]]) -> str:
+    digest = xxhash.xxh3_64((origin or "").encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def blocks_of(manifest: TeacherManifest) -> dict[str, Transform]:
+    """The layout of every array in ``klt``, by stem (``key``, ``g0/value``), without its bases."""
+    codec, found = manifest.codec, {}
+    for group_idx, group in enumerate(manifest.groups):
+        for kind in (kind for kind in KINDS if getattr(codec, kind) == "klt"):
+            num_bytes = token_bytes(group, kind, codec)
+            stem = f"{group_prefix(manifest, group_idx)}{kind}"
+            found[stem] = Transform(group, num_bytes, (), group.layers)
+    return found
+
+
+def with_bases(manifest: TeacherManifest, bases: Mapping[str, Basis]) -> dict[str, Transform]:
+    """Complete codecs; ``bases`` by stem and block: ``key.0``."""
+    found = blocks_of(manifest)
+    for stem, layout in found.items():
+        rows = layer_blocks(layout.layers, manifest.codec.block_layers)
+        blocks = tuple((row, bases[f"{stem}.{i}"]) for i, row in enumerate(rows))
+        found[stem] = replace(layout, blocks=blocks)
+    return found
+
+
+def published_bases(
+    path: Path, origin: str, fit: Callable[[], Mapping[str, Basis]], bucket: Bucket | None = None
+) -> str:
+    """Checksum of the bases in ``path``, which are fitted unless there are some of this origin.
+
+    Raises:
+        StoreError: they cannot be written.
+    """
+    if _downloaded(path, bucket)[0] != origin:
+        arrays = {f"{n}.{k}": getattr(x, k) for n, x in fit().items() for k in Basis.FIELDS}
+        content = _as_file(origin, arrays)
+        # Another origin's are of a task that was killed before it added a teacher.
+        if not publish_once(path, content, bucket) and _downloaded(path, bucket)[0] != origin:
+            replace_file(path, content)
+            if bucket is not None:
+                bucket.put(path, content)
+    return _tensors_checksum(*_downloaded(path, bucket))
+
+
+def publish_once(path: Path, content: bytes, bucket: Bucket | None) -> bool:
+    """Write a file to a store, unless there is one already."""
+    if bucket is not None:
+        return bucket.create(path, content)
+    with staging_folder(path.parents[2] / "tmp", path.name) as folder:
+        (folder / path.name).write_bytes(content)
+        return publish_file(folder / path.name, path)
+
+
+def _downloaded(path: Path, bucket: Bucket | None) -> tuple[str | None, Arrays]:
+    """Origin and arrays of a file, in a bucket as it is there now."""
+    if bucket is not None and (content := bucket.read(path)) is not None:
+        replace_file(path, content)
+    return _sound_arrays(path)
+
+
+def load_transforms(
+    path: Path, manifest: TeacherManifest, bucket: Bucket | None = None
+) -> Transforms:
+    """The codecs of a teacher that is stored in ``klt``, after a check of the file; else none.
+
+    Raises:
+        ShardCorrupt: the file is missing, or not the one that the manifest states.
+    """
+    if not manifest.codec.transforms:
+        return {}
+    origin, arrays = _sound_arrays(path)
+    if bucket is not None and _tensors_checksum(origin, arrays) != manifest.transform:
+        origin, arrays = _downloaded(path, bucket)
+    state = "missing" if not path.exists() else None if origin else "damaged"
+    if state is None and _tensors_checksum(origin, arrays) != manifest.transform:
+        state = "of another extraction"
+    if state is not None:
+        raise ShardCorrupt(
+            f"{path}: {state}, and codec klt needs it; restore it from a copy of the store, or "
+            "`kvdistill rm` the teacher and extract it again"
+        )
+    bases: dict[str, dict[str, Any]] = defaultdict(dict)
+    for name, array in arrays.items():
+        stem, _, key = name.rpartition(".")
+        bases[stem][key] = array
+    return with_bases(manifest, {stem: Basis(**own) for stem, own in bases.items()})

@@ -21,14 +21,15 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from kvdistill.errors import GeometryError, StoreFormatError
 from kvdistill.store.codecs import CODECS
+from kvdistill.store.codecs.klt import layer_blocks, token_bytes
 from kvdistill.store.codecs.parts import part_name
 from kvdistill.store.manifest import TeacherManifest
 from kvdistill.store.shard import BLOCK_TOKENS
-from kvdistill.types import KINDS, LayerGroup
+from kvdistill.types import KINDS, CodecSpec, Kind, LayerGroup
 
 MANIFEST: Final = "kvstore.json"
 
@@ -91,6 +92,10 @@ class StorePaths:
     def prototypes(self, teacher: str) -> Path:
         """Prototype vectors of one teacher, for routers."""
         return self.teacher(teacher) / "prototypes.safetensors"
+
+    def transform(self, teacher: str) -> Path:
+        """Bases of codec klt; see ``derived.py``."""
+        return self.teacher(teacher) / "transform.safetensors"
 
     def shards(self, teacher: str) -> Path:
         """The committed shards of one teacher."""
@@ -157,6 +162,8 @@ class ArraySpec:
     dtype: str
     attributes: dict[str, str | int] = field(default_factory=dict)
     group: LayerGroup | None = None
+    rows: tuple[tuple[int, ...], ...] = ()
+    """Layers of each position of the first axis, where these are several (codec klt)."""
 
 
 def group_prefix(manifest: TeacherManifest, group_idx: int) -> str:
@@ -212,6 +219,20 @@ def _prediction_specs(manifest: TeacherManifest, num_tokens: int) -> Iterator[Ar
         yield ArraySpec(name, axes[:num_axes], shape[:num_axes], dtype, {UNPREDICTED: first})
 
 
+def _packed_spec(
+    codec: CodecSpec, group: LayerGroup, kind: Kind, num_tokens: int
+) -> dict[str, Any]:
+    """Codes of klt: a position per block of layers, named by its first one, and no heads."""
+    rows = layer_blocks(group.layers, codec.block_layers)
+    width = token_bytes(group, kind, codec)
+    return {
+        "axes": ("block", "head", "token", "byte"),
+        "shape": (len(rows), 1, num_tokens, width),
+        "group": LayerGroup(tuple(layers[0] for layers in rows), 1, width, width),
+        "rows": tuple(rows),
+    }
+
+
 def _group_specs(
     manifest: TeacherManifest, counts: Counts, group: LayerGroup, prefix: str
 ) -> Iterator[ArraySpec]:
@@ -219,7 +240,6 @@ def _group_specs(
     for kind in KINDS:
         codec = CODECS[manifest.codec.key if kind == "key" else manifest.codec.value]
         for part in codec.parts(kind):
-            length = counts.num_tokens if part.per == "token" else counts.num_blocks
             attributes: dict[str, str | int] = {
                 "role": part.suffix or "codes",
                 "codec": codec.name,
@@ -227,14 +247,16 @@ def _group_specs(
             }
             if part.per == "block":
                 attributes["block_tokens"] = BLOCK_TOKENS
-            yield ArraySpec(
-                part_name(f"{prefix}{kind}", part.suffix),
-                ("layer", "head", part.per, "dim"),
-                (*lead, length, part.width(group.head_dim(kind))),
-                part.dtype,
-                attributes,
-                group,
-            )
+            length: int = getattr(counts, f"num_{part.per}s")
+            place: dict[str, Any] = {
+                "axes": ("layer", "head", part.per, "dim"),
+                "shape": (*lead, length, part.width(group.head_dim(kind))),
+                "group": group,
+            }
+            if part.channels == "packed":
+                place = _packed_spec(manifest.codec, group, kind, length)
+            name = part_name(f"{prefix}{kind}", part.suffix)
+            yield ArraySpec(name, dtype=part.dtype, attributes=attributes, **place)
         yield ArraySpec(
             f"{prefix}{kind}_statistics",
             ("count_mean_m2", "layer", "head", "dim"),

@@ -174,6 +174,11 @@ def refusal(store: KVStore, name: str, phrases: Sequence[str]) -> str:
 
 
 def _phrase(what: str, stored: Any, requested: Any) -> str:
+    if isinstance(stored, dict) and isinstance(requested, dict):
+        same = [key for key in stored if key in requested and stored[key] == requested[key]]
+        stored, requested = (
+            {key: side[key] for key in side if key not in same} for side in (stored, requested)
+        )
     ours, theirs = (shorten(repr(side), 50) for side in (stored, requested))
     return f"{what}: stored {ours}, requested {theirs}"
 
@@ -252,6 +257,8 @@ def _other_facts(store: KVStore, stored: TeacherManifest, requested: Fields) -> 
             yield from (_phrase(f"{k} of the model's config", value[k], other[k]) for k in keys)
         elif (part := _PARTS.get(field.removesuffix("_fingerprint"))) and value != other:
             yield f"{_phrase('model', stored.model, requested['model'])}, with other {part}"
+        elif field == "transform" and value and other and value != other:
+            yield "codec klt: fitted apart, so codes of one mean nothing in the other's bases"
         elif not _same(value, other):
             yield _phrase(field, value, other)
             if field == "template" and not stored.template_date and requested.get("template_date"):

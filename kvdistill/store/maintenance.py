@@ -21,7 +21,7 @@ from kvdistill.corpus.samples import Sample, Shard
 from kvdistill.errors import KVDistillError, ShardCorrupt, StoreError, StoreMismatch, StoreNotFound
 from kvdistill.store.bucket import discard_unused, local_folder
 from kvdistill.store.commit import file_faults, replace_file, staging_folder
-from kvdistill.store.derived import is_sound
+from kvdistill.store.derived import is_sound, publish_once
 from kvdistill.store.format import COMMIT
 from kvdistill.store.manifest import Commit
 from kvdistill.store.open_shard import open_shard
@@ -84,7 +84,7 @@ def _teacher_findings(
     store: KVStore, teacher: str, shard_ids: list[str], progress: OnShard
 ) -> Iterator[Finding]:
     try:
-        store.teacher(teacher)
+        store.transforms(teacher)
     except KVDistillError as error:
         yield Finding(teacher, "", str(error))
         return
@@ -233,6 +233,7 @@ def merge_stores(
             )
     chosen = [(source, name) for source in sources for name in teachers or source.teachers()]
     for source, teacher in chosen:
+        _copy_bases(source, target, teacher)
         add_teacher(target, source.teacher(teacher))
     copied = 0
     for source, teacher in chosen:
@@ -282,6 +283,13 @@ def _copy_derived(source: KVStore, target: KVStore, teacher: str) -> None:
             replace_file(here, there.read_bytes())
 
 
+def _copy_bases(source: KVStore, target: KVStore, teacher: str) -> None:
+    """Copy what codec klt decodes with, before the manifest that states its checksum."""
+    if source.transforms(teacher) and not target.has_teacher(teacher):
+        content = source.paths.transform(teacher).read_bytes()
+        publish_once(target.paths.transform(teacher), content, target.bucket)
+
+
 def _copy_files(source: KVStore, target: KVStore, teacher: str, shard_id: str) -> bool:
     origin, commit = source.paths.shard(teacher, shard_id), source.commit(teacher, shard_id)
     # The same under settings spelt otherwise:
@@ -317,6 +325,7 @@ def convert_store(
     )
     for teacher in source.teachers():
         manifest = source.teacher(teacher).model_copy(update={"backend": backend})
+        _copy_bases(source, target, teacher)
         add_teacher(target, manifest)
         lacking = source.committed(teacher) - target.committed(teacher)
         for shard_id in (shard_id for shard_id in source.shard_ids if shard_id in lacking):

@@ -21,8 +21,9 @@ from kvdistill.errors import StoreFormatError
 from kvdistill.text import brief, parse_json, shorten
 from kvdistill.types import Backend, CodecSpec, LayerGroup, Name, StoredEviction
 
-FORMAT_VERSION: Final = 2
-"""2: values in int4 have scales and zeros of a byte (``int4_v1`` is what 1 called ``int4``)."""
+FORMAT_VERSION: Final = 3
+"""2: values in int4 have scales and zeros of a byte (``int4_v1`` is what 1 called ``int4``).
+3: codec klt. Nothing else changed."""
 
 MAX_AXIS: Final = 2**31 - 1
 
@@ -175,6 +176,8 @@ class TeacherManifest(Document):
     attn_implementation: str
     backend: Backend
     codec: CodecSpec
+    transform: str | None = None
+    """Codec klt: checksum of its bases."""
     groups: tuple[LayerGroup, ...]
     kept_heads: tuple[int, ...] | None = None
     """If only some KV heads are stored: position ``i`` of the head axis is ``kept_heads[i]``."""
@@ -207,10 +210,12 @@ class TeacherManifest(Document):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_format_1(cls, body: Any) -> Any:
+    def _from_earlier_format(cls, body: Any) -> Any:
         """Upgrade on reading, so that copies are written in the newest format."""
-        if not isinstance(body, dict) or body.get("format_version") != 1:
+        if not isinstance(body, dict) or body.get("format_version", FORMAT_VERSION) > 2:
             return body
+        if body["format_version"] == 2:
+            return {**body, "format_version": FORMAT_VERSION}
         codecs = body.get("codec")
         if isinstance(codecs, dict):
             codecs = {kind: "int4_v1" if name == "int4" else name for kind, name in codecs.items()}

@@ -6,7 +6,7 @@ Two levels are read: ``read`` returns stored codes of whole layers and heads, ``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,7 +20,8 @@ from kvdistill.store.backends import ArrayReader, Backend
 from kvdistill.store.backends.safetensors import SafetensorsBackend
 from kvdistill.store.backends.zarr import ZarrBackend
 from kvdistill.store.channel_statistics import ChannelStatistics
-from kvdistill.store.codecs import CODECS
+from kvdistill.store.codecs import CODECS, Codec, Transforms, codec_of
+from kvdistill.store.codecs.klt import Transform
 from kvdistill.store.codecs.parts import part_name, parts_of
 from kvdistill.store.commit import REMEDY, checked_bytes
 from kvdistill.store.format import (
@@ -42,8 +43,15 @@ BACKENDS: Final[dict[str, Backend]] = {"zarr": ZarrBackend(), "safetensors": Saf
 Positions = tuple[list[int] | None, list[int] | None]
 
 
-def open_shard(folder: Path, manifest: TeacherManifest, commit: Commit) -> OpenedShard:
+def open_shard(
+    folder: Path,
+    manifest: TeacherManifest,
+    commit: Commit,
+    transforms: Callable[[], Transforms] = dict,
+) -> OpenedShard:
     """Open a committed shard after checking its metadata against manifest and commit.
+
+    ``transforms`` loads what decodes codec klt.
 
     Raises:
         ShardCorrupt: metadata or token boundaries do not match.
@@ -62,7 +70,7 @@ def open_shard(folder: Path, manifest: TeacherManifest, commit: Commit) -> Opene
             f"{folder}: sample_ptr gives {blocks[-1]} blocks, expected the committed "
             f"{counts.num_blocks}; {REMEDY}"
         )
-    return OpenedShard(folder, manifest, commit, specs, data, ptr, blocks)
+    return OpenedShard(folder, manifest, commit, specs, data, ptr, blocks, transforms)
 
 
 def read_samples(text: str) -> tuple[Sample, ...]:
@@ -81,6 +89,7 @@ class OpenedShard:
     data: ArrayReader
     sample_ptr: NDArray[np.int64]
     block_ptr: NDArray[np.int64]
+    transforms: Callable[[], Transforms]
 
     def token_table(self) -> TokenTable:
         """The token table; read from disk at every call."""
@@ -106,7 +115,7 @@ class OpenedShard:
         _refuse_unknown_layers(self.manifest, layers)
         arrays = {}
         for name in self._names(kinds):
-            positions = _axis_positions(self.specs[name], layers, heads)
+            positions = axis_positions(self.specs[name], layers, heads)
             if positions is not None:
                 arrays[name] = self.data.read(name, *positions)
         return arrays
@@ -118,8 +127,9 @@ class OpenedShard:
         _refuse_unknown_layers(self.manifest, layers)
         stem = self._stem(kind, layers)
         arrays = self.read(layers, heads, [kind])
-        codec = CODECS[getattr(self.manifest.codec, kind)]
-        return codec.decode(parts_of(arrays, stem), kind, block_idx(self.sample_ptr))
+        parts = parts_of(arrays, stem)
+        parts["first"] = np.where(np.diff(self.sample_ptr) > 0, self.sample_ptr[:-1], -1)
+        return self._codec(kind, layers, heads).decode(parts, kind, block_idx(self.sample_ptr))
 
     def decode(
         self,
@@ -140,15 +150,25 @@ class OpenedShard:
         spans = {
             "token": slice(first + start, first + stop),
             "block": slice(block + start // BLOCK_TOKENS, block - (-stop // BLOCK_TOKENS)),
+            "sample": slice(sample_idx, sample_idx + 1),
         }
-        stem, codec = self._stem(kind, layers), CODECS[getattr(self.manifest.codec, kind)]
+        stem, codec = self._stem(kind, layers), self._codec(kind, layers, heads)
         parts = {}
         for part in codec.parts(kind):
             name = part_name(stem, part.suffix)
-            layer_idx, head_idx = _axis_positions(self.specs[name], layers, heads) or (None, None)
+            layer_idx, head_idx = axis_positions(self.specs[name], layers, heads) or (None, None)
             parts[part.suffix] = self.data.read(name, layer_idx, head_idx, spans[part.per])
         token_blocks = np.arange(start, stop) // BLOCK_TOKENS - start // BLOCK_TOKENS
+        parts["first"] = np.array([0 if start == 0 < stop else -1])
         return codec.decode(parts, kind, token_blocks)
+
+    def _codec(
+        self, kind: Kind, layers: Sequence[int] | None, heads: Sequence[int] | None
+    ) -> Codec:
+        """The codec of what is read of these layers and heads."""
+        prefix = group_prefix(self.manifest, common_group(self.manifest, layers))
+        codec = codec_of(self.manifest.codec, kind, self.transforms(), prefix)
+        return codec.select(layers, heads) if isinstance(codec, Transform) else codec
 
     def statistics(self) -> dict[str, ChannelStatistics]:
         """This shard's statistics by ``"key"``, ``"value"`` (``"g0/key"`` …)."""
@@ -174,17 +194,22 @@ class OpenedShard:
         ]
         names += [f"{stem}{name}" for stem in stems for name in ("importance", "kept")]
         others = [
-            n for n, x in self.specs.items() if {"sample", UNPREDICTED} & {*x.axes, *x.attributes}
+            n
+            for n, x in self.specs.items()
+            if x.group is None and {"sample", UNPREDICTED} & {*x.axes, *x.attributes}
         ]
         return [name for name in names if name in self.specs] + others
 
 
-def _axis_positions(
+def axis_positions(
     spec: ArraySpec, layers: Sequence[int] | None, heads: Sequence[int] | None
 ) -> Positions | None:
     """Ascending positions on the layer and head axes; None if the array has none of the layers."""
     if spec.group is None:
         return (None, None)
+    if spec.rows:
+        held = [i for i, row in enumerate(spec.rows) if layers is None or set(layers) & set(row)]
+        return (held if layers else None, None) if held else None
     num_heads = spec.group.num_key_value_heads
     if heads is not None and (
         not heads or len(set(heads)) != len(heads) or not set(heads) <= set(range(num_heads))

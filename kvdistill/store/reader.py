@@ -11,6 +11,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
@@ -23,8 +24,9 @@ from kvdistill.corpus.samples import Sample
 from kvdistill.errors import ShardCorrupt, ShardNotFound, StoreFormatError, StoreNotFound
 from kvdistill.store.bucket import Bucket, is_url
 from kvdistill.store.channel_statistics import ChannelStatistics, merged_statistics
+from kvdistill.store.codecs import Transforms
 from kvdistill.store.commit import MAX_DOCUMENT_BYTES, REMEDY, read_regular, replace_file
-from kvdistill.store.derived import Arrays, derived_arrays, origin_of
+from kvdistill.store.derived import Arrays, derived_arrays, load_transforms, origin_of
 from kvdistill.store.format import COMMIT, StorePaths, folder_names
 from kvdistill.store.manifest import Commit, ShardPlan, StoreManifest, TeacherManifest
 from kvdistill.store.open_shard import OpenedShard, open_shard, read_samples
@@ -66,6 +68,7 @@ class KVStore:
         self.bucket = bucket
         self._plans = {plan.shard_id: plan for plan in manifest.shards}
         self._teachers: dict[str, TeacherManifest] = {}
+        self._transforms: dict[str, Transforms] = {}
         self._open: OrderedDict[tuple[str, str], OpenedShard] = OrderedDict()
         self._index: dict[str, tuple[str, int]] | None = None
         self._lock = threading.Lock()
@@ -159,6 +162,17 @@ class KVStore:
                 raise StoreFormatError(f"{where}: of teacher {manifest.name!r}, expected {name!r}")
             self._teachers[name] = manifest
         return self._teachers[name]
+
+    def transforms(self, teacher: str) -> Transforms:
+        """The fitted codecs of a teacher that is stored in ``klt``; empty for others.
+
+        Raises:
+            ShardCorrupt: their file is missing, or not the manifest's.
+        """
+        if teacher not in self._transforms:
+            path = self.paths.transform(teacher)
+            self._transforms[teacher] = load_transforms(path, self.teacher(teacher), self.bucket)
+        return self._transforms[teacher]
 
     def committed(self, teacher: str) -> frozenset[str]:
         """Shards of the plan that this teacher has committed. Lists one folder, reads no file; in a
@@ -396,6 +410,7 @@ class KVStore:
                 del self._open[key]
             if shard_id is None:
                 self._teachers.pop(teacher, None)
+                self._transforms.pop(teacher, None)
         if self.bucket is not None:
             self.bucket.forget()
 
@@ -406,13 +421,14 @@ class KVStore:
                 self._open.move_to_end(key)
                 return self._open[key]
         commit = self.commit(teacher, shard_id)
+        manifest, transforms = self.teacher(teacher), partial(self.transforms, teacher)
         if self.bucket is None:
             folder = self.paths.shard(teacher, shard_id)
-            opened = open_shard(folder, self.teacher(teacher), commit)
+            opened = open_shard(folder, manifest, commit, transforms)
         else:
             folder, lock = self.bucket.resident(teacher, shard_id)
             try:
-                opened = open_shard(folder, self.teacher(teacher), commit)
+                opened = open_shard(folder, manifest, commit, transforms)
             except BaseException:
                 os.close(lock)
                 raise

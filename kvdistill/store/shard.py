@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,12 @@ class TokenTable:
     def span(self, sample_idx: int) -> slice:
         """The tokens of one sample."""
         return slice(int(self.sample_ptr[sample_idx]), int(self.sample_ptr[sample_idx + 1]))
+
+    def span_of(self, per: Literal["token", "block", "sample"], sample_idx: int) -> slice:
+        """Where one sample is on an axis that counts these."""
+        if per == "sample":
+            return slice(sample_idx, sample_idx + 1)
+        return self.span(sample_idx) if per == "token" else self.block_span(sample_idx)
 
     def block_span(self, sample_idx: int) -> slice:
         """The quantisation blocks of one sample."""

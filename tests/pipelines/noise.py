@@ -46,7 +46,7 @@ def add_noise_teacher(store: KVStore, like: str, name: str, seed: int = 0) -> No
                     drawn.append(x)
                     encoded = codec.encode(x, kind)
                     for part in codec.parts(kind):
-                        where = span if part.per == "token" else tokens.block_span(i)
+                        where = tokens.span_of(part.per, i)
                         array = arrays[part_name(f"{prefix}{kind}", part.suffix)]
                         array[:, :, where] = encoded[part.suffix].numpy()
                 statistics[f"{prefix}{kind}"] = statistics_of(drawn)

@@ -12,14 +12,19 @@ import torch
 
 from kvdistill.corpus.samples import Sample, Shard, cut_into_shards
 from kvdistill.store.channel_statistics import ChannelStatistics
-from kvdistill.store.codecs import CODECS
+from kvdistill.store.codecs import CODECS, codec_of
+from kvdistill.store.codecs.klt import Basis, fit_basis, layer_blocks
 from kvdistill.store.codecs.parts import part_name
+from kvdistill.store.derived import blocks_of, published_bases, with_bases
 from kvdistill.store.format import UNPREDICTED, Counts, group_prefix, shard_arrays
 from kvdistill.store.manifest import TeacherManifest
 from kvdistill.store.reader import KVStore
 from kvdistill.store.shard import EncodedShard, TokenTable
 from kvdistill.store.writer import add_teacher, create, publish_shard
 from kvdistill.types import KINDS, LayerGroup
+
+ALONE = sorted(set(CODECS) - {"klt"})
+"""Codecs that are not fitted to a teacher."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,13 @@ def make_shard(
         np.zeros(num_tokens, np.int8),
     )
     arrays, statistics, values = dict[str, np.ndarray](), {}, {}
+    transforms = with_bases(teacher, make_bases(teacher)) if teacher.codec.transforms else {}
     for group_idx, group in enumerate(teacher.groups):
         prefix = group_prefix(teacher, group_idx)
         lead = (len(group.layers), group.num_key_value_heads)
         for kind in KINDS:
             name, dim = f"{prefix}{kind}", group.head_dim(kind)
-            codec = CODECS[getattr(teacher.codec, kind)]
+            codec = codec_of(teacher.codec, kind, transforms, prefix)
             samples = [torch.randn(*lead, n, dim, generator=generator) * 3 for n in lengths]
             encoded = [codec.encode(x, kind) for x in samples]
             for part in codec.parts(kind):
@@ -118,6 +124,26 @@ def make_shard(
     return Made(EncodedShard(table, arrays, texts), statistics, values)
 
 
+def make_bases(teacher: TeacherManifest) -> dict[str, Basis]:
+    """Bases of codec klt for keys and values as ``make_shard`` draws them."""
+    generator, bases = torch.Generator().manual_seed(0), {}
+    for stem, layout in blocks_of(teacher).items():
+        width = layout.group.num_key_value_heads * layout.group.head_dim(KINDS["value" in stem])
+        for i, layers in enumerate(layer_blocks(layout.layers, teacher.codec.block_layers)):
+            x = torch.randn(400, len(layers) * width, generator=generator) * 3
+            bases[f"{stem}.{i}"] = fit_basis(x, torch.ones(x.shape[1]), layout.num_bytes)
+    return bases
+
+
+def registered(store: KVStore, teacher: TeacherManifest) -> TeacherManifest:
+    """Add a teacher to a store, after its bases if it has any."""
+    if teacher.codec.transforms:
+        path = store.paths.transform(teacher.name)
+        checksum = published_bases(path, "made", lambda: make_bases(teacher))
+        teacher = teacher.model_copy(update={"transform": checksum})
+    return add_teacher(store, teacher)
+
+
 def make_corpus(num_shards: int = 2, samples_per_shard: int = 3) -> list[Shard]:
     texts = ["0123456789" * 20] * (num_shards * samples_per_shard)
     samples = [Sample(f"s{i}", (("text", text),)) for i, text in enumerate(texts)]
@@ -133,7 +159,7 @@ def make_store(
     """A store with every shard of one teacher committed."""
     shards = make_corpus(num_shards)
     store = create(path, shards)
-    add_teacher(store, teacher)
+    registered(store, teacher)
     made = {}
     for seed, shard in enumerate(shards):
         ids = [sample.sample_id for sample in shard.samples]

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from kvdistill.store.reader import KVStore
-from kvdistill.store.writer import add_teacher, create, publish_shard
+from kvdistill.store.writer import create, publish_shard
 from kvdistill.types import KINDS
-from tests.store.made import TWO_GROUPS, make_corpus, make_shard, make_teacher
+from tests.store.made import TWO_GROUPS, make_corpus, make_shard, make_teacher, registered
 
 GOLDEN = Path(__file__).parent / "golden"
-VERSION = 2
-CODECS = ("bf16", "fp16", "int8", "fp8_e4m3", "int4")
+VERSION = 3
+CODECS = ("bf16", "fp16", "int8", "fp8_e4m3", "int4", "klt")
 LENGTHS = (67, 0, 5)
 
 
@@ -42,7 +42,7 @@ def make(root: Path, backend: str) -> KVStore:
             has_hidden_at_cue=True,
             own_text=codec == "int4",
         )
-        add_teacher(store, teacher)
+        registered(store, teacher)
         one = make_shard(teacher, [s.sample_id for s in shards[0].samples], LENGTHS, seed)
         publish_shard(store, codec, "00000", one.shard, one.statistics, attempt={"host": "golden"})
     return store

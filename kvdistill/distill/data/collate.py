@@ -277,14 +277,12 @@ def padded_parts(
     Quantisation blocks restart at every sample, so block ``t // 64`` is valid in a padded row too.
     """
     codec = CODECS[spec.key if kind == "key" else spec.value]
-    spans = [
-        (shard, {"token": shard.tokens.span(idx), "block": shard.tokens.block_span(idx)})
-        for shard, idx in rows
-    ]
     out = {}
     for part in codec.parts(kind):
         name = part_name(f"{prefix}{kind}", part.suffix)
-        pieces = [shard.arrays[name][:, :, span[part.per]] for shard, span in spans]
+        pieces = [
+            shard.arrays[name][:, :, shard.tokens.span_of(part.per, idx)] for shard, idx in rows
+        ]
         num_layers, num_heads, _, width = pieces[0].shape
         longest = max(piece.shape[2] for piece in pieces)
         stacked = np.zeros((len(pieces), num_layers, num_heads, longest, width), pieces[0].dtype)

@@ -62,6 +62,11 @@ def with_placebo(
     chosen = sorted(config.teachers or layers)
     if config.method == "shuffled":
         return PlaceboSource(source, _shuffler(source, chosen, config.seed))
+    if transformed := [name for name in chosen if store.teacher(name).codec.transforms]:
+        raise ConfigError(
+            f"placebo.method noise: teacher {transformed[0]!r} is stored in codec klt, whose few "
+            "components cannot represent independent noise; use shuffled, or codec int8"
+        )
     moments = {name: _moments(store, name, layers[name]) for name in chosen}
     codecs = {name: store.teacher(name).codec for name in chosen}
 

@@ -15,16 +15,18 @@ imported lazily: reading a store with numpy does not need it.
     int8          8 bits   symmetric; the default
     fp8_e4m3      8 bits   symmetric with float codes: better for outliers, worse on average
     int4          4 bits   asymmetric; values after a Hadamard rotation
+    klt        1 to 5 bits   principal components of several layers, fitted per teacher: see klt.py
     int4_v1       4 bits   int4 of format 1: fp16 scales and zeros of values
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from kvdistill.store.codecs.int4 import Asymmetric
+from kvdistill.store.codecs.klt import Transform
 from kvdistill.store.codecs.parts import (
     TINY,
     Part,
@@ -35,7 +37,7 @@ from kvdistill.store.codecs.parts import (
     per_token,
     to_float32,
 )
-from kvdistill.types import CodecName, Kind
+from kvdistill.types import CodecName, CodecSpec, Kind
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +124,7 @@ class Symmetric:
         return decoded
 
 
-Codec = Cast | Symmetric | Asymmetric
+Codec = Cast | Symmetric | Asymmetric | Transform
 
 CODECS: Final[dict[CodecName, Codec]] = {
     "bf16": Cast("bf16"),
@@ -130,5 +132,22 @@ CODECS: Final[dict[CodecName, Codec]] = {
     "int8": Symmetric("int8", largest=127.0),
     "fp8_e4m3": Symmetric("fp8_e4m3", largest=448.0),
     "int4": Asymmetric("int4"),
+    "klt": Transform(),
     "int4_v1": Asymmetric("int4_v1", half_values=True),
 }
+
+Transforms = Mapping[str, Transform]
+"""A teacher's fitted ``klt`` codecs by the stem of their arrays: ``key``, ``g0/value`` …"""
+
+
+def codec_of(spec: CodecSpec, kind: Kind, transforms: Transforms, prefix: str = "") -> Codec:
+    """The codec of a kind in one group of a teacher's layers."""
+    name = spec.key if kind == "key" else spec.value
+    return transforms[f"{prefix}{kind}"] if name == "klt" else CODECS[name]
+
+
+def by_layer(codec: Codec, parts: Mapping[str, Array], kind: Kind) -> Callable[[int], Array]:
+    """Decoding of one row of parts ``[B, L, …]`` at a time: float32 ``[B, H, T, D]``."""
+    if isinstance(codec, Transform):
+        return codec.by_layer(parts, kind)
+    return lambda row: codec.decode({name: x[:, row] for name, x in parts.items()}, kind)

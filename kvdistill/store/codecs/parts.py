@@ -33,15 +33,16 @@ class Part:
     """One stored array of an encoded kind, ``[layer, head, token or block, width]``."""
 
     suffix: str
-    """Empty for the codes, else ``scale`` or ``zero``."""
+    """Empty for the codes, else ``scale``, ``zero`` or ``exact``."""
     dtype: str
     """numpy dtype of the stored array."""
     logical: str
     """Type of the numbers that the stored bits represent, where numpy lacks it."""
-    per: Literal["token", "block"] = "token"
+    per: Literal["token", "block", "sample"] = "token"
     """What the third axis counts."""
-    channels: Literal["each", "pairs", "all"] = "each"
-    """What one element covers: a channel, channels ``i`` and ``i + D/2``, or all of a token."""
+    channels: Literal["each", "pairs", "all", "packed"] = "each"
+    """What one element covers: a channel, channels ``i`` and ``i + D/2``, all of a token, or one
+    byte of several layers (``klt``)."""
 
     def width(self, head_dim: int) -> int:
         """Length of the last axis.
@@ -54,7 +55,8 @@ class Part:
                 f"codec int4 packs two channels into a byte, but the head dim is {head_dim}; "
                 "store this teacher with codec int8"
             )
-        return {"each": head_dim, "pairs": head_dim // 2, "all": 1}[self.channels]
+        widths = {"each": head_dim, "pairs": head_dim // 2, "all": 1, "packed": 0}
+        return widths[self.channels]
 
 
 def half_part(suffix: str, kind: Kind) -> Part:
@@ -71,7 +73,7 @@ def part_name(stem: str, suffix: str) -> str:
 
 def parts_of(arrays: Mapping[str, Any], stem: str) -> dict[str, Any]:
     """The parts of ``stem`` ("key", "g0/value", …) among named arrays, by suffix."""
-    names = {suffix: part_name(stem, suffix) for suffix in ("", "scale", "zero")}
+    names = {suffix: part_name(stem, suffix) for suffix in ("", "scale", "zero", "exact")}
     return {suffix: arrays[name] for suffix, name in names.items() if name in arrays}
 
 
