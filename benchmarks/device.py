@@ -17,6 +17,7 @@ small pure packages; no matplotlib, scipy or tensorboard.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -27,6 +28,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 from unittest.mock import patch
@@ -131,7 +133,8 @@ def machine(kit: Kit) -> None:
     back = host.nbytes / _median_seconds(kit, lambda: host.copy_(target, non_blocking=True))
     name = torch.cuda.get_device_name(kit.device) if pins else platform.processor() or "CPU"
     kit.report(
-        "machine", name, torch=torch.__version__, python=platform.python_version(),
+        "machine", name, torch=torch.__version__, transformers=version("transformers"),
+        python=platform.python_version(),
         matmul_tflops=product / 1e12, copy_gb_s=copied / 1e9, host_to_device_gb_s=to / 1e9,
         device_to_host_gb_s=back / 1e9, matmul_precision=torch.get_float32_matmul_precision(),
     )  # fmt: skip
@@ -386,8 +389,6 @@ class _Training:
         return seconds
 
     def _measured(self, name: str, teachers: list[str], **sections: Any) -> dict[str, float]:
-        import gc
-
         from transformers import TrainerCallback
 
         from kvdistill.distill.distiller import Distiller
@@ -495,6 +496,9 @@ def main() -> int:
             with _guarded(kit, part, "whole part"):
                 PARTS[part](kit)
                 kit.sync()
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
             if options.out is not None:  # after every part: a later one may be cut off
                 options.out.write_text(json.dumps(kit.rows, indent=1), encoding="utf-8")
     failed = [row for row in kit.rows if str(row.get("result", "")).startswith("FAILED")]
