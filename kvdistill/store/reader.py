@@ -15,7 +15,7 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
-from weakref import WeakSet, finalize
+from weakref import WeakSet, finalize, proxy
 
 import numpy as np
 from numpy.typing import NDArray
@@ -421,14 +421,15 @@ class KVStore:
                 self._open.move_to_end(key)
                 return self._open[key]
         commit = self.commit(teacher, shard_id)
-        manifest, transforms = self.teacher(teacher), partial(self.transforms, teacher)
+        # A proxy: in a cycle with its store, a shard would keep its lock until a collection.
+        transforms = partial(KVStore.transforms, proxy(self), teacher)
         if self.bucket is None:
             folder = self.paths.shard(teacher, shard_id)
-            opened = open_shard(folder, manifest, commit, transforms)
+            opened = open_shard(folder, self.teacher(teacher), commit, transforms)
         else:
             folder, lock = self.bucket.resident(teacher, shard_id)
             try:
-                opened = open_shard(folder, manifest, commit, transforms)
+                opened = open_shard(folder, self.teacher(teacher), commit, transforms)
             except BaseException:
                 os.close(lock)
                 raise
