@@ -96,9 +96,7 @@ class TeacherSpace:
         """The real-valued teacher layer of every student layer, in order."""
         found: dict[int, float] = {}
         for group in self.groups:
-            m = group.layer_map
-            rows = zip(group.student_layers, m.lower, m.upper, m.fraction, strict=True)
-            found |= {layer: low + part * (up - low) for layer, low, up, part in rows}
+            found |= zip(group.student_layers, group.layer_map.depths, strict=True)
         return [found[layer] for layer in sorted(found)]
 
 

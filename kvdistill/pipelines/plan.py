@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil, floor
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +23,7 @@ from kvdistill.config.experiment import Experiment
 from kvdistill.corpus.samples import Sample, Shard, cut_into_shards
 from kvdistill.distill.align.band import AlignmentQuality, quality
 from kvdistill.distill.align.character_iou import Spans, align_tokens
-from kvdistill.distill.align.layers import layer_map
+from kvdistill.distill.align.layers import LayerMap, layer_map
 from kvdistill.distill.student.build import check_student, load_student_tokenizer
 from kvdistill.errors import StudentError
 from kvdistill.extract.encode import fit_bases
@@ -79,12 +78,8 @@ class TeacherEstimate:
     mapped_depths: tuple[float, ...] | None
     """The depth that each student layer is compared with, a mixture of layers where it is not
     whole; None where the student cannot be built yet, or ``alignment.layers`` is ``cka``."""
-
-    @property
-    def mapped_layers(self) -> tuple[int, ...]:
-        """Layers that training reads."""
-        depths = self.mapped_depths or ()
-        return tuple(sorted({end for depth in depths for end in (floor(depth), ceil(depth))}))
+    mapped_layers: tuple[int, ...]
+    """Layers that training reads; empty where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +163,7 @@ def _estimate_teacher(
     bytes_per_token, rate, nats = _sizes(experiment, teacher, _spread(sized, num_sized))
     rationale = np.array([int((s.segment == SEGMENT_IDS["rationale"]).sum()) for s in encoded])
     budgeted = np.where(rationale > 0, rationale, lengths)
+    mapped = None if student is None else _map_of(experiment, teacher, student[1])
     return TeacherEstimate(
         teacher=teacher.manifest.name,
         tokens=tokens,
@@ -183,20 +179,17 @@ def _estimate_teacher(
         nats_per_character=nats,
         alignment=None if student is None else _alignment(student[0].tokenise(pilot), encoded),
         num_layers=len(teacher.manifest.layers),
-        mapped_depths=None if student is None else _mapped_depths(experiment, teacher, student[1]),
+        mapped_depths=None if mapped is None else mapped.depths,
+        mapped_layers=() if mapped is None else mapped.needed,
     )
 
 
-def _mapped_depths(
-    experiment: Experiment, teacher: Teacher, num_layers: int
-) -> tuple[float, ...] | None:
+def _map_of(experiment: Experiment, teacher: Teacher, num_layers: int) -> LayerMap | None:
     alignment, name = experiment.alignment, teacher.manifest.name
     if alignment.layers == "cka" or experiment.latent is not None:
         return None
     explicit = (alignment.explicit_layers or {}).get(name)
-    found = layer_map(alignment.layers, num_layers, teacher.manifest.layers, explicit=explicit)
-    ends = zip(found.lower, found.upper, found.fraction, strict=True)
-    return tuple(low + part * (up - low) for low, up, part in ends)
+    return layer_map(alignment.layers, num_layers, teacher.manifest.layers, explicit=explicit)
 
 
 def _num_characters(samples: Sequence[Sample]) -> int:

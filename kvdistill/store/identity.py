@@ -33,17 +33,9 @@ NAMES: Final = ("model", "revision", "gguf_file", "tokenizer")
 
 _NO_SETTINGS: Final = {"trust_remote_code", "device_map", "template_date"}
 _OF_EXTRACTION: Final = (
-    *(
-        "long_text",
-        "window_overlap",
-        "max_length",
-        "importance",
-        "hidden_at_cue",
-        "summaries",
-        "confidence",
-        "logits",
-    ),
-)
+    "long_text", "window_overlap", "max_length", "importance", "hidden_at_cue",
+    "summaries", "confidence", "logits",
+)  # fmt: skip
 _INFORMATIONAL: Final = {
     *("name", "format_version", "versions", "adapter_error", "model_files", "model", "revision"),
     *("settings", "extraction_fingerprint"),

@@ -46,6 +46,12 @@ class LayerMap:
         used = {layer for low, up, part in pairs for layer in ((low, up) if part else (low,))}
         return tuple(sorted(used))
 
+    @property
+    def depths(self) -> tuple[float, ...]:
+        """The real-valued teacher layer of every student layer."""
+        ends = zip(self.lower, self.upper, self.fraction, strict=True)
+        return tuple(low + part * (up - low) for low, up, part in ends)
+
     def apply(self, x_BLHTD: Tensor) -> Tensor:
         """Mix the layers ``needed`` into student layers, along axis 1.
 
