@@ -20,19 +20,19 @@ demo: $(STAMP)  ## two real teachers, one student, one report (about 8 minutes o
 	PATH="$(abspath $(BIN)):$$PATH" MODELS=$(MODELS) examples/demo.sh
 
 test: $(STAMP)  ## the default tests: CPU, offline, a few minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --timeout 600
 
 models: $(STAMP)
 	$(BIN)/python examples/get_models.py $(MODELS) smollm2 minilm gemma3
 
 test-real: models  ## tests on real weights
-	OMP_NUM_THREADS=1 KVDISTILL_MODELS=$(MODELS) $(BIN)/python -m pytest -q -m real_model -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 KVDISTILL_MODELS=$(MODELS) $(BIN)/python -m pytest -q -m real_model -n 2 --dist loadfile --timeout 900
 
 test-slow: $(STAMP)  ## long tests: 1,000 kills, 2,000 damaged files, 100 full disks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not slurm"
 
 test-slurm: $(STAMP)  ## tests on a real Slurm; need root and the packages of .ci/slurm-packages
-	$(BIN)/python -m pytest -q -m "slurm and not slow" tests/slurm
+	$(BIN)/python -m pytest -q -m "slurm and not slow" --timeout 900 tests/slurm
 
 test-slurm-slow: $(STAMP)  ## 200 random events of a cluster over 300 shards and a training job
 	$(BIN)/python -m pytest -q -m "slurm and slow" tests/slurm

@@ -8,10 +8,10 @@ Small documents are read from the bucket whenever they are needed. A shard is do
 compared with its commit, and published in the cache by one rename:
 
     CACHE/<store>/teachers/<teacher>/shards/<shard>.<checksum of its commit>/
-    CACHE/<store>/teachers/<teacher>/locks/         one empty file per shard
+    CACHE/<store>/teachers/<teacher>/locks/         two empty files per shard
 
-The lock is held exclusively while a shard is downloaded, so the ranks of a node download it once,
-and shared while it is open, so no process evicts what another reads.
+One lock is shared from before a shard is looked for until it is closed, so no process evicts what
+another reads; the other is exclusive while it is downloaded, so the ranks of a node do so once.
 """
 
 from __future__ import annotations
@@ -228,24 +228,32 @@ class Bucket:
         """
         version = xxhash.xxh3_64_hexdigest(self.commits(teacher, [shard_id])[shard_id])
         folder = self.paths.shard(teacher, f"{shard_id}.{version}")
-        lock, is_new = _open_lock(folder), False
+        lock = _open_lock(folder)
         try:
             fcntl.flock(lock, fcntl.LOCK_SH)
-            while not folder.is_dir():
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not folder.is_dir():
-                    sweep(self.paths.temporary(teacher))
-                    with staging_folder(self.paths.temporary(teacher), shard_id) as staged:
-                        self.download(teacher, shard_id, staged)
-                        is_new = publish_folder(staged, folder)
-                fcntl.flock(lock, fcntl.LOCK_SH)
+            if not folder.is_dir():
+                self._download_once(teacher, shard_id, folder)
             os.utime(folder)
-            if is_new:
-                trim_cache()
         except BaseException:
             os.close(lock)
             raise
         return folder, lock
+
+    def _download_once(self, teacher: str, shard_id: str, folder: Path) -> None:
+        """Download a shard into the cache unless another process or thread is faster."""
+        # Not the lock that is kept: two that share it would wait for each other to close the shard.
+        lock = _open_lock(folder.with_name(f"{folder.name}.download"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.is_dir():
+                return
+            sweep(self.paths.temporary(teacher))
+            with staging_folder(self.paths.temporary(teacher), shard_id) as staged:
+                self.download(teacher, shard_id, staged)
+                publish_folder(staged, folder)
+            trim_cache()
+        finally:
+            os.close(lock)
 
     def _key(self, path: Path) -> str:
         return path.relative_to(self.paths.root).as_posix()

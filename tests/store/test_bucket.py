@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
 import shutil
@@ -343,14 +344,24 @@ def test_many_readers_download_a_shard_once(
     monkeypatch.setattr(
         obstore, "get_range", lambda *args, **kw: (seen.append(args[1]), read(*args, **kw))[1]
     )
+    all_looking, lock = threading.Barrier(6, timeout=60), fcntl.flock
+
+    def lock_together(descriptor: int, operation: int) -> None:
+        lock(descriptor, operation)
+        if operation == fcntl.LOCK_SH:
+            all_looking.wait()
+
+    monkeypatch.setattr(fcntl, "flock", lock_together)
     stores = [KVStore.open(pushed[1]) for _ in range(6)]
     threads = [
-        threading.Thread(target=store.read_shard, args=("tiny", "00000")) for store in stores
+        threading.Thread(target=store.read_shard, args=("tiny", "00000"), daemon=True)
+        for store in stores
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
     assert len(seen) == 1
 
 
