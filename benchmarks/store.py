@@ -86,9 +86,9 @@ def make_store(root: Path, samples: Samples) -> tuple[KVStore, dict[str, float]]
     store = create(root, shards)
     seconds = {}
     for codec in CODEC_NAMES:
-        manifest, path = teacher(codec, samples), store.paths.transform(codec)
+        manifest = teacher(codec, samples)
         if manifest.codec.transforms:
-            checksum = published_bases(path, "benchmark", partial(bases, manifest))
+            checksum = published_bases(store.place, codec, "benchmark", partial(bases, manifest))
             manifest = manifest.model_copy(update={"transform": checksum})
         add_teacher(store, manifest)
         encoded = [encode(store, codec, samples, cut.tolist(), ids) for cut in cuts]

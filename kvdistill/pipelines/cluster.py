@@ -96,7 +96,9 @@ def overview(
     if is_store(target):
         store, experiment = KVStore.open(target), None
         # Folders rather than manifests: a teacher may have tasks and no shard yet.
-        names = sorted({*folder_names(store.paths.teachers), *store.folders(store.paths.teachers)})
+        names = sorted(
+            {*folder_names(store.paths.teachers), *store.place.folders(store.paths.teachers)}
+        )
     else:
         experiment = load_experiment(Path(target), overrides)
         store = to_extract(KVStore.open(experiment.store), experiment)

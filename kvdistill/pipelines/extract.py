@@ -191,7 +191,6 @@ def _with_transforms(store: KVStore, experiment: Experiment, teacher: Teacher) -
     manifest, name = teacher.manifest, teacher.manifest.name
     if not manifest.codec.transforms:
         return teacher
-    path = store.paths.transform(name)
     if store.has_teacher(name):
         checksum = store.teacher(name).transform
     else:
@@ -199,11 +198,10 @@ def _with_transforms(store: KVStore, experiment: Experiment, teacher: Teacher) -
         samples = itertools.chain.from_iterable(map(store.samples, spread))
         origin = f"{manifest.extraction_fingerprint} {manifest.weights_fingerprint}"
         fit = partial(fit_bases, teacher, samples, experiment.extraction.batch_tokens)
-        checksum = published_bases(path, origin, fit, store.bucket)
+        checksum = published_bases(store.place, name, origin, fit)
     manifest = manifest.model_copy(update={"transform": checksum})
-    return replace(
-        teacher, manifest=manifest, transforms=load_transforms(path, manifest, store.bucket)
-    )
+    transforms = load_transforms(store.place, manifest)
+    return replace(teacher, manifest=manifest, transforms=transforms)
 
 
 def _recorded_date(store: KVStore, name: str) -> date | None:

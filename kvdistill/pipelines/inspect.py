@@ -75,7 +75,7 @@ def check_store(
     """Check every committed shard; on a distributed scheduler each one is a task of its own."""
     if scheduler is None:
         return verify_store(store, teachers, progress=progress)
-    root = store.location
+    root = store.place.location
     with dask_scheduler(scheduler) as client:
         tasks = [
             client.submit(_check_shard, root, name, shard_id, pure=False)

@@ -19,10 +19,11 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, TypeVar
 
@@ -34,11 +35,13 @@ from kvdistill.store.commit import (
     discard,
     file_faults,
     publish_folder,
+    replace_file,
     staging_folder,
     sweep,
 )
-from kvdistill.store.format import COMMIT, NAME, StorePaths
-from kvdistill.store.manifest import Commit
+from kvdistill.store.format import COMMIT, NAME
+from kvdistill.store.manifest import Commit, StoreManifest
+from kvdistill.store.place import Place
 from kvdistill.text import shorten
 
 T = TypeVar("T")
@@ -84,22 +87,33 @@ def local_folder(location: Path | str) -> Path:
     return cache_folder() / f"{name}-{xxhash.xxh3_64_hexdigest(url.encode())[:8]}"
 
 
-class Bucket:
+def open_place(location: Path | str, *, new: bool = False) -> Place:
+    """The place of a store, whether or not it is there; only a ``new`` one may be created."""
+    return Bucket(str(location), new=new) if is_url(location) else Place(Path(location))
+
+
+class Bucket(Place):
     """The objects of one store, by the paths that they would have in its folder in the cache.
 
     Safe to share between threads, not with forked children. Every method raises a ``StoreError``
     of one line where access is refused or the network fails.
     """
 
+    made_by = "`kvdistill push` copies one there"
+
     def __init__(self, url: str, *, new: bool = False) -> None:
-        self.url = url.rstrip("/")
-        self.paths = StorePaths(local_folder(url))
+        super().__init__(local_folder(url))
+        self.location = self.url = url.rstrip("/")
         self._commits: dict[tuple[str, str], bytes] = {}
         self._pid = os.getpid()
         self._api, self._objects = _connect(self.url, mkdir=new)
 
+    def shown(self, path: Path) -> str:
+        """The URL of what has this path in the cache."""
+        return f"{self.url}/{self._key(path)}".removesuffix("/.")
+
     def read(self, path: Path) -> bytes | None:
-        """A document; None if there is none."""
+        """From the bucket, whatever the cache has."""
 
         def get() -> bytes:
             found = self._api.get(self._objects, self._key(path))
@@ -109,13 +123,36 @@ class Bucket:
 
         return self._call(get, None)
 
+    def has(self, path: Path) -> bool:
+        """Reads it."""
+        return self.read(path) is not None
+
     def folders(self, path: Path) -> set[str]:
-        """Names of what would be folders in ``path``."""
+        """Names of what would be folders."""
         found = self._call(lambda: self._api.list_with_delimiter(self._objects, self._key(path)))
         names = {key.rpartition("/")[2] for key in found["common_prefixes"]}
         return set(filter(NAME.fullmatch, names))
 
-    def commits(self, teacher: str, shard_ids: Collection[str]) -> dict[str, bytes]:
+    def refresh(self, path: Path) -> bool:
+        """Copies a document to the cache, if there is one."""
+        if (content := self.read(path)) is not None:
+            replace_file(path, content)
+        return content is not None
+
+    def keep(self, path: Path, content: bytes) -> None:
+        """In the bucket and in the cache."""
+        replace_file(path, content)
+        self.put(path, content)
+
+    def committed(self, teacher: str, shard_ids: Collection[str]) -> frozenset[str]:
+        """Reads the commits that are not known yet: a folder may be half uploaded."""
+        return frozenset(self._commits_of(teacher, super().committed(teacher, shard_ids)))
+
+    def commit(self, teacher: str, shard_id: str) -> bytes | None:
+        """Is read once."""
+        return self._commits_of(teacher, [shard_id]).get(shard_id)
+
+    def _commits_of(self, teacher: str, shard_ids: Collection[str]) -> dict[str, bytes]:
         """The commits of those shards that have one; each is read once."""
         unknown = [i for i in shard_ids if (teacher, i) not in self._commits]
         paths = [self.paths.shard(teacher, shard_id) / COMMIT for shard_id in unknown]
@@ -125,21 +162,36 @@ class Bucket:
         known = ((shard_id, self._commits.get((teacher, shard_id))) for shard_id in shard_ids)
         return {shard_id: content for shard_id, content in known if content is not None}
 
-    def forget(self) -> None:
-        """Read commits again when they are needed."""
-        self._commits.clear()
+    def forget(self, teacher: str, shard_id: str | None = None) -> None:
+        """Commits, and shards in the cache that no process has open."""
+        for key in list(self._commits):
+            if key == (teacher, shard_id or key[1]):
+                self._commits.pop(key, None)
+        for copy in self.paths.shards(teacher).glob(f"{shard_id or '*'}.*"):
+            discard_unused(copy)
 
     def put(self, path: Path, content: bytes | Path) -> Any:
         """Create or replace an object, from a file if ``content`` is one; returns its tag."""
         return self._call(lambda: self._api.put(self._objects, self._key(path), content)["e_tag"])
 
-    def remove(self, path: Path) -> None:
+    def remove_teacher(self, teacher: str) -> None:
+        """Its manifest first, without which it is no teacher."""
+        self._remove(self.paths.teacher_manifest(teacher))
+        self._remove(self.paths.teacher(teacher))
+
+    def set_aside(self, teacher: str, path: Path, *, is_shard: bool) -> Path:
+        """Removes a shard's commit, or all of what is none."""
+        path = path / COMMIT if is_shard else path
+        self._remove(path)
+        return path
+
+    def _remove(self, path: Path) -> None:
         """Delete a document, or everything below a folder."""
         keys = [self._key(found) for found in self._listed(path) or [path]]
         self._call(lambda: self._api.delete(self._objects, keys), None)
 
     def create(self, path: Path, content: bytes) -> bool:
-        """Create a document; False if there is one. Refuses a bucket without conditional writes."""
+        """Refuses a bucket without conditional writes."""
 
         def put() -> bool:
             try:
@@ -157,7 +209,12 @@ class Bucket:
             )
         return True
 
-    def publish(self, files: Mapping[Path, Path | bytes], last: Path, content: bytes) -> bool:
+    def publish_plan(self, plan: StoreManifest, texts: Iterable[tuple[str, bytes]]) -> None:
+        """The first of two wins."""
+        files = {self.paths.samples(shard_id): text for shard_id, text in texts}
+        self._publish(files, self.paths.manifest, plan.to_json().encode())
+
+    def _publish(self, files: Mapping[Path, Path | bytes], last: Path, content: bytes) -> bool:
         """Put files, then create ``last``, which commits them; False if another upload was faster.
 
         A slower upload may have overwritten files meanwhile, so they are put again where they are
@@ -172,27 +229,35 @@ class Bucket:
             self.put(path, files[path])
         return True
 
-    def upload(self, folder: Path, commit: Commit) -> bool:
-        """Publish a shard's folder; False if the bucket has the shard.
+    def staging(self, teacher: str) -> None:
+        """Files are uploaded from where they are."""
 
-        Raises:
-            ShardCorrupt: a file is not what its commit says; nothing of it is uploaded.
-        """
+    def publish_shard(self, folder: Path, commit: Commit) -> bool:
+        """Raises ShardCorrupt if a file is not what its commit says; nothing is uploaded then."""
         final = self.paths.shard(commit.teacher, commit.shard_id)
-        if self.commits(commit.teacher, [commit.shard_id]):
+        if self.commit(commit.teacher, commit.shard_id) is not None:
             return False
         _refuse_faults(folder, commit, str(folder))
         files = {final / name: folder / name for name in commit.files}
-        return self.publish(files, final / COMMIT, commit.to_json().encode())
+        return self._publish(files, final / COMMIT, commit.to_json().encode())
 
-    def download(self, teacher: str, shard_id: str, folder: Path) -> None:
+    @contextmanager
+    def stored_shard(
+        self, teacher: str, shard_id: str, parent: Path | None = None
+    ) -> Iterator[Path]:
+        """Always a new copy, compared with its commit, never the cache's own."""
+        with staging_folder(parent or self.paths.temporary(teacher), shard_id) as folder:
+            self._download(teacher, shard_id, folder)
+            yield folder
+
+    def _download(self, teacher: str, shard_id: str, folder: Path) -> None:
         """Copy a committed shard into an empty folder, and compare it with its commit.
 
         Raises:
             ShardCorrupt: an object is missing, truncated or another one.
         """
         origin = self.paths.shard(teacher, shard_id)
-        content = self.commits(teacher, [shard_id])[shard_id]
+        content = self._commits_of(teacher, [shard_id])[shard_id]
         commit, parts = Commit.from_json(content, self.shown(origin / COMMIT)), []
         listed = self._listed(origin)
         for name, record in commit.files.items():
@@ -219,14 +284,13 @@ class Bucket:
         _refuse_faults(folder, commit, self.shown(origin))
         (folder / COMMIT).write_bytes(content)
 
-    def resident(self, teacher: str, shard_id: str) -> tuple[Path, int]:
-        """A committed shard's folder in the cache, and the descriptor of the lock that keeps it
-        there until it is closed. Downloads what is missing, and evicts what exceeds the bound.
+    def open_shard(self, teacher: str, shard_id: str) -> tuple[Path, Callable[[], None]]:
+        """In the cache: downloads what is missing, and evicts what exceeds the bound.
 
         Raises:
-            ShardCorrupt: as ``download``.
+            ShardCorrupt: as ``_download``.
         """
-        version = xxhash.xxh3_64_hexdigest(self.commits(teacher, [shard_id])[shard_id])
+        version = xxhash.xxh3_64_hexdigest(self._commits_of(teacher, [shard_id])[shard_id])
         folder = self.paths.shard(teacher, f"{shard_id}.{version}")
         lock = _open_lock(folder)
         try:
@@ -237,7 +301,7 @@ class Bucket:
         except BaseException:
             os.close(lock)
             raise
-        return folder, lock
+        return folder, partial(os.close, lock)
 
     def _download_once(self, teacher: str, shard_id: str, folder: Path) -> None:
         """Download a shard into the cache unless another process or thread is faster."""
@@ -248,8 +312,7 @@ class Bucket:
             if folder.is_dir():
                 return
             sweep(self.paths.temporary(teacher))
-            with staging_folder(self.paths.temporary(teacher), shard_id) as staged:
-                self.download(teacher, shard_id, staged)
+            with self.stored_shard(teacher, shard_id) as staged:
                 publish_folder(staged, folder)
             trim_cache()
         finally:
@@ -257,10 +320,6 @@ class Bucket:
 
     def _key(self, path: Path) -> str:
         return path.relative_to(self.paths.root).as_posix()
-
-    def shown(self, path: Path) -> str:
-        """The URL of what has this path in the cache, for messages."""
-        return f"{self.url}/{self._key(path)}"
 
     def _listed(self, folder: Path) -> dict[Path, Any]:
         """Size and tag of every object below ``folder``."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,46 +30,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from kvdistill.errors import ShardCorrupt, StoreError
-from kvdistill.store.bucket import Bucket
 from kvdistill.store.codecs import Transforms
 from kvdistill.store.codecs.klt import Basis, Transform, layer_blocks, token_bytes
-from kvdistill.store.commit import REMEDY, publish_file, replace_file, staging_folder
 from kvdistill.store.format import group_prefix
 from kvdistill.store.manifest import TeacherManifest
+from kvdistill.store.place import Place
 from kvdistill.types import KINDS
 
 Arrays = dict[str, NDArray[Any]]
 
 
-def origin_of(shard_ids: Sequence[str], commit_text: Callable[[str], bytes]) -> str:
-    """A digest of shards and their commits; ShardCorrupt if one has lost its commit."""
-    digest = xxhash.xxh3_64()
-    for shard_id in shard_ids:
-        try:
-            digest.update(shard_id.encode() + commit_text(shard_id))
-        except FileNotFoundError as error:
-            raise ShardCorrupt(f"{error.filename}: {error.strerror}; {REMEDY}") from None
-    return digest.hexdigest()
-
-
-def derived_arrays(
-    path: Path, origin: str, derive: Callable[[], Arrays], bucket: Bucket | None = None
-) -> Arrays:
-    """The arrays in ``path``, or in the bucket that it caches, if they are sound and of this
-    origin; derived and kept in both otherwise.
-    """
+def derived_arrays(place: Place, path: Path, origin: str, derive: Callable[[], Arrays]) -> Arrays:
+    """The arrays in ``path`` if they are sound and of this origin; derived and kept otherwise."""
     stated, arrays = _sound_arrays(path)
-    if stated != origin and bucket is not None and (content := bucket.read(path)) is not None:
-        replace_file(path, content)
+    if stated != origin and place.refresh(path):
         stated, arrays = _sound_arrays(path)
     if stated == origin:
         return arrays
     arrays = derive()
     content = _as_file(origin, arrays)
     with contextlib.suppress(StoreError):  # a read-only or full store goes without
-        replace_file(path, content)
-        if bucket is not None:
-            bucket.put(path, content)
+        place.keep(path, content)
     return arrays
 
 
@@ -128,43 +109,30 @@ def with_bases(manifest: TeacherManifest, bases: Mapping[str, Basis]) -> dict[st
 
 
 def published_bases(
-    path: Path, origin: str, fit: Callable[[], Mapping[str, Basis]], bucket: Bucket | None = None
+    place: Place, teacher: str, origin: str, fit: Callable[[], Mapping[str, Basis]]
 ) -> str:
-    """Checksum of the bases in ``path``, which are fitted unless there are some of this origin.
+    """Checksum of a teacher's bases, which are fitted unless there are some of this origin.
 
     Raises:
         StoreError: they cannot be written.
     """
-    if _downloaded(path, bucket)[0] != origin:
+    path = place.paths.transform(teacher)
+    if _current_arrays(place, path)[0] != origin:
         arrays = {f"{n}.{k}": getattr(x, k) for n, x in fit().items() for k in Basis.FIELDS}
         content = _as_file(origin, arrays)
         # Another origin's are of a task that was killed before it added a teacher.
-        if not publish_once(path, content, bucket) and _downloaded(path, bucket)[0] != origin:
-            replace_file(path, content)
-            if bucket is not None:
-                bucket.put(path, content)
-    return _tensors_checksum(*_downloaded(path, bucket))
+        if not place.create(path, content) and _current_arrays(place, path)[0] != origin:
+            place.keep(path, content)
+    return _tensors_checksum(*_current_arrays(place, path))
 
 
-def publish_once(path: Path, content: bytes, bucket: Bucket | None) -> bool:
-    """Write a file to a store, unless there is one already."""
-    if bucket is not None:
-        return bucket.create(path, content)
-    with staging_folder(path.parents[2] / "tmp", path.name) as folder:
-        (folder / path.name).write_bytes(content)
-        return publish_file(folder / path.name, path)
-
-
-def _downloaded(path: Path, bucket: Bucket | None) -> tuple[str | None, Arrays]:
+def _current_arrays(place: Place, path: Path) -> tuple[str | None, Arrays]:
     """Origin and arrays of a file, in a bucket as it is there now."""
-    if bucket is not None and (content := bucket.read(path)) is not None:
-        replace_file(path, content)
+    place.refresh(path)
     return _sound_arrays(path)
 
 
-def load_transforms(
-    path: Path, manifest: TeacherManifest, bucket: Bucket | None = None
-) -> Transforms:
+def load_transforms(place: Place, manifest: TeacherManifest) -> Transforms:
     """The codecs of a teacher that is stored in ``klt``, after a check of the file; else none.
 
     Raises:
@@ -172,9 +140,10 @@ def load_transforms(
     """
     if not manifest.codec.transforms:
         return {}
+    path = place.paths.transform(manifest.name)
     origin, arrays = _sound_arrays(path)
-    if bucket is not None and _tensors_checksum(origin, arrays) != manifest.transform:
-        origin, arrays = _downloaded(path, bucket)
+    if _tensors_checksum(origin, arrays) != manifest.transform and place.refresh(path):
+        origin, arrays = _sound_arrays(path)
     state = "missing" if not path.exists() else None if origin else "damaged"
     if state is None and _tensors_checksum(origin, arrays) != manifest.transform:
         state = "of another extraction"

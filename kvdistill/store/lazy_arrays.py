@@ -111,7 +111,7 @@ def _stack(
     name, layers, heads = selection
     shards = store.committed_in_order(teacher) if shard_ids is None else list(shard_ids)
     counts = {shard_id: store.commit(teacher, shard_id).num_tokens for shard_id in shards}
-    read, root = dask.delayed(_read_chunk, pure=True), store.location
+    read, root = dask.delayed(_read_chunk, pure=True), store.place.location
     rows = []
     for layer in layers:
         pieces = [

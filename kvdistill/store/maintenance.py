@@ -9,8 +9,6 @@ interrupted command continues when it is run again.
 
 from __future__ import annotations
 
-import errno
-import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from kvdistill.corpus.samples import Sample, Shard
-from kvdistill.errors import KVDistillError, ShardCorrupt, StoreError, StoreMismatch, StoreNotFound
-from kvdistill.store.bucket import discard_unused, local_folder
-from kvdistill.store.commit import file_faults, replace_file, staging_folder
-from kvdistill.store.derived import is_sound, publish_once
+from kvdistill.errors import KVDistillError, ShardCorrupt, StoreError, StoreMismatch
+from kvdistill.store.bucket import local_folder
+from kvdistill.store.commit import file_faults
+from kvdistill.store.derived import is_sound
 from kvdistill.store.format import COMMIT
 from kvdistill.store.manifest import Commit
 from kvdistill.store.open_shard import open_shard
@@ -31,8 +29,7 @@ from kvdistill.store.writer import (
     add_teacher,
     check_finite,
     create,
-    publish_files,
-    publish_plan,
+    planned,
     publish_shard,
 )
 from kvdistill.text import shorten
@@ -71,9 +68,9 @@ def verify_store(
             findings.append(Finding("", shard_id, str(error)))
     if teachers is None:
         teachers = store.teachers()
-        for name in sorted(store.folders(store.paths.teachers) - set(teachers)):
-            if store.folders(store.paths.shards(name)):
-                path = store.paths.teacher_manifest(name)
+        for name in sorted(store.place.folders(store.paths.teachers) - set(teachers)):
+            if store.place.folders(store.paths.shards(name)):
+                path = store.place.shown(store.paths.teacher_manifest(name))
                 findings.append(Finding(name, "", f"{path}: missing, or no file; shards need it"))
     for teacher in teachers:
         findings += _teacher_findings(store, teacher, chosen, progress)
@@ -89,8 +86,9 @@ def _teacher_findings(
         yield Finding(teacher, "", str(error))
         return
     folder = store.paths.shards(teacher)
-    for name in sorted(store.folders(folder) - set(store.shard_ids)):
-        yield Finding(teacher, name, f"{folder / name}: the plan has no such shard")
+    for name in sorted(store.place.folders(folder) - set(store.shard_ids)):
+        where = store.place.shown(folder / name)
+        yield Finding(teacher, name, f"{where}: the plan has no such shard")
     for path in _derived_files(store, teacher):
         if not is_sound(path):
             yield Finding(teacher, path.name, f"{path}: damaged; it is made again when needed")
@@ -98,8 +96,10 @@ def _teacher_findings(
     for shard_id in (name for name in shard_ids if name in committed):
         progress(teacher, shard_id)
         try:
-            for problem in _shard_problems(store, teacher, shard_id):
-                yield Finding(teacher, shard_id, problem)
+            store.place.forget(teacher, shard_id)
+            with store.place.stored_shard(teacher, shard_id) as stored:
+                for problem in _shard_problems(store, teacher, shard_id, stored):
+                    yield Finding(teacher, shard_id, problem)
         except KVDistillError as error:
             yield Finding(teacher, shard_id, str(error))
         except Exception as error:  # a check reports whatever it meets, and goes on
@@ -110,18 +110,7 @@ def _derived_files(store: KVStore, teacher: str) -> tuple[Path, Path]:
     return store.paths.statistics(teacher), store.paths.prototypes(teacher)
 
 
-def _shard_problems(store: KVStore, teacher: str, shard_id: str) -> Iterator[str]:
-    if store.bucket is not None:
-        for copy in store.paths.shards(teacher).glob(f"{shard_id}.*"):
-            discard_unused(copy)  # the cache's own, which may be what is damaged
-        with staging_folder(store.paths.temporary(teacher), shard_id) as folder:
-            store.bucket.download(teacher, shard_id, folder)
-            yield from _folder_problems(store, teacher, shard_id, folder)
-    else:
-        yield from _folder_problems(store, teacher, shard_id, store.paths.shard(teacher, shard_id))
-
-
-def _folder_problems(store: KVStore, teacher: str, shard_id: str, folder: Path) -> Iterator[str]:
+def _shard_problems(store: KVStore, teacher: str, shard_id: str, folder: Path) -> Iterator[str]:
     commit = store.commit(teacher, shard_id)
     if faults := _shard_faults(folder, commit):
         yield from (f"{folder}/{fault}" for fault in faults)
@@ -179,27 +168,9 @@ def repair_store(store: KVStore, findings: Iterable[Finding]) -> list[Path]:
             continue  # the corpus
         derived = {path.name: path for path in _derived_files(store, teacher)}
         path = derived.get(name, store.paths.shards(teacher) / name)
-        if store.bucket is not None:
-            path = path / COMMIT if name in store.shard_ids else path
-            store.bucket.remove(path)
-            moved.append(path)
-        elif path.exists():
-            moved.append(_move_aside(path, store.paths.aside(teacher)))
+        moved.append(store.place.set_aside(teacher, path, is_shard=name in store.shard_ids))
         store.forget(teacher, name)
-    return moved
-
-
-def _move_aside(folder: Path, aside: Path) -> Path:
-    aside.mkdir(exist_ok=True)
-    attempt = 0
-    while True:
-        target = aside / f"{folder.name}.{attempt}"
-        try:
-            return folder.rename(target)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise StoreError(f"cannot move {folder} to {target}: {error.strerror}") from error
-            attempt += 1
+    return [path for path in moved if path is not None]
 
 
 def merge_stores(
@@ -259,11 +230,8 @@ def copy_store(
         StoreMismatch, ShardCorrupt: as ``merge_stores``.
         StoreError: the path holds something else, or cannot be read or written.
     """
-    try:
-        target = KVStore.open(path)
-    except StoreNotFound:
-        texts = ((shard_id, source.sample_text(shard_id)) for shard_id in source.shard_ids)
-        target = publish_plan(path, source.manifest, texts)
+    texts = ((shard_id, source.sample_text(shard_id)) for shard_id in source.shard_ids)
+    target = planned(path, source.manifest, texts)
     copied = merge_stores(target, [source], progress, teachers)
     for name in teachers or source.teachers():
         _copy_derived(source, target, name)
@@ -277,34 +245,28 @@ def _copy_derived(source: KVStore, target: KVStore, teacher: str) -> None:
     source.statistics(teacher)
     pairs = zip(_derived_files(source, teacher), _derived_files(target, teacher), strict=True)
     for there, here in pairs:
-        if there.is_file() and target.bucket is not None:
-            target.bucket.put(here, there.read_bytes())
-        elif there.is_file():
-            replace_file(here, there.read_bytes())
+        if there.is_file():
+            target.place.keep(here, there.read_bytes())
 
 
 def _copy_bases(source: KVStore, target: KVStore, teacher: str) -> None:
     """Copy what codec klt decodes with, before the manifest that states its checksum."""
     if source.transforms(teacher) and not target.has_teacher(teacher):
         content = source.paths.transform(teacher).read_bytes()
-        publish_once(target.paths.transform(teacher), content, target.bucket)
+        target.place.create(target.paths.transform(teacher), content)
 
 
 def _copy_files(source: KVStore, target: KVStore, teacher: str, shard_id: str) -> bool:
-    origin, commit = source.paths.shard(teacher, shard_id), source.commit(teacher, shard_id)
+    commit = source.commit(teacher, shard_id)
     # The same under settings spelt otherwise:
     fingerprint = target.teacher(teacher).extraction_fingerprint
     copied = commit.model_copy(update={"extraction_fingerprint": fingerprint})
-    if source.bucket is None and target.bucket is not None:
-        return publish_files(target, origin, copied)
-    with staging_folder(target.paths.temporary(teacher), shard_id) as folder:
-        if source.bucket is not None:
-            source.bucket.download(teacher, shard_id, folder)
-        else:
-            shutil.copytree(origin, folder, dirs_exist_ok=True)
+    parent = target.place.staging(teacher)
+    with source.place.stored_shard(teacher, shard_id, parent) as folder:
         if faults := _shard_faults(folder, commit):
+            origin = source.place.shown(source.paths.shard(teacher, shard_id))
             raise ShardCorrupt(f"{origin}/{faults[0]}; run `kvdistill verify {source.where}`")
-        return publish_files(target, folder, copied)
+        return target.place.publish_shard(folder, copied)
 
 
 def convert_store(
@@ -344,18 +306,12 @@ def convert_store(
 
 
 def remove_teacher(store: KVStore, teacher: str) -> None:
-    """Delete everything of one teacher: renamed into ``tmp/`` first, so readers see all or none.
+    """Delete everything of one teacher; see ``Place.remove_teacher``.
 
     Raises:
         ShardNotFound: no such teacher; names those that exist.
         StoreError: the store is read-only.
     """
     store.teacher(teacher)
-    if store.bucket is not None:
-        store.bucket.remove(store.paths.teacher_manifest(teacher))
-        store.bucket.remove(store.paths.teacher(teacher))
-        store.forget(teacher)
-        return
-    with staging_folder(store.paths.root / "tmp", teacher) as folder:
-        store.paths.teacher(teacher).rename(folder / teacher)
+    store.place.remove_teacher(teacher)
     store.forget(teacher)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvdistill.errors import ShardNotFound
-from kvdistill.store.derived import derived_arrays, origin_of
+from kvdistill.store.derived import derived_arrays
 from kvdistill.store.reader import KVStore
 
 
@@ -90,11 +90,9 @@ def teacher_prototypes(
     Raises:
         ShardNotFound: the teacher was extracted without summaries, or lacks a shard.
     """
-    shard_ids = store.committed_in_order(teacher)
-    origin = origin_of(shard_ids, lambda i: store.commit_text(teacher, i))
     return derived_arrays(
+        store.place,
         store.paths.prototypes(teacher),
-        f"{origin} {num_centres}",
+        f"{store.origin(teacher)} {num_centres}",
         lambda: dict(prototypes(*hidden_summaries(store, teacher), num_centres)),
-        store.bucket,
     )

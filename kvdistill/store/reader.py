@@ -18,18 +18,20 @@ from typing import Any, Final
 from weakref import WeakSet, finalize, proxy
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import ShardCorrupt, ShardNotFound, StoreFormatError, StoreNotFound
-from kvdistill.store.bucket import Bucket, is_url
+from kvdistill.store.bucket import open_place
 from kvdistill.store.channel_statistics import ChannelStatistics, merged_statistics
 from kvdistill.store.codecs import Transforms
-from kvdistill.store.commit import MAX_DOCUMENT_BYTES, REMEDY, read_regular, replace_file
-from kvdistill.store.derived import Arrays, derived_arrays, load_transforms, origin_of
-from kvdistill.store.format import COMMIT, StorePaths, folder_names
+from kvdistill.store.commit import REMEDY, read_regular
+from kvdistill.store.derived import Arrays, derived_arrays, load_transforms
+from kvdistill.store.format import COMMIT
 from kvdistill.store.manifest import Commit, ShardPlan, StoreManifest, TeacherManifest
 from kvdistill.store.open_shard import OpenedShard, open_shard, read_samples
+from kvdistill.store.place import Place
 from kvdistill.store.shard import EncodedShard, TokenTable
 from kvdistill.types import KINDS, Kind
 
@@ -60,12 +62,10 @@ class KVStore:
     folder in the cache, which holds what has been read.
     """
 
-    def __init__(
-        self, paths: StorePaths, manifest: StoreManifest, bucket: Bucket | None = None
-    ) -> None:
-        self.paths = paths
+    def __init__(self, place: Place, manifest: StoreManifest) -> None:
+        self.place = place
+        self.paths = place.paths
         self.manifest = manifest
-        self.bucket = bucket
         self._plans = {plan.shard_id: plan for plan in manifest.shards}
         self._teachers: dict[str, TeacherManifest] = {}
         self._transforms: dict[str, Transforms] = {}
@@ -75,7 +75,7 @@ class KVStore:
         _HANDLES.add(self)
 
     def __reduce__(self) -> tuple[Callable[..., KVStore], tuple[Path | str, tuple[str, ...]]]:
-        return _reopened, (self.location, self.shard_ids)
+        return _reopened, (self.place.location, self.shard_ids)
 
     @staticmethod
     def open(path: Path | str) -> KVStore:
@@ -86,34 +86,23 @@ class KVStore:
             StoreFormatError: it is malformed, or of a newer format.
             StoreError: the bucket cannot be read.
         """
-        bucket = Bucket(str(path)) if is_url(path) else None
-        paths = StorePaths(Path(path)) if bucket is None else bucket.paths
-        try:
-            text = _document(bucket, paths.manifest)
-        except (FileNotFoundError, NotADirectoryError):
-            raise StoreNotFound(
-                f"no store at {path}: {paths.manifest.name} is missing; `kvdistill "
-                f"{'extract` creates one' if bucket is None else 'push` copies one there'}"
-            ) from None
-        where = str(paths.manifest) if bucket is None else bucket.shown(paths.manifest)
-        return KVStore(paths, StoreManifest.from_json(text, where), bucket)
+        place = open_place(path)
+        plan = place.paths.manifest
+        if (text := place.read(plan)) is None:
+            raise StoreNotFound(f"no store at {path}: {plan.name} is missing; {place.made_by}")
+        return KVStore(place, StoreManifest.from_json(text, place.shown(plan)))
 
     @property
     def where(self) -> str:
         """The store's path or URL, for messages."""
-        return str(self.paths.root) if self.bucket is None else self.bucket.url
-
-    @property
-    def location(self) -> Path | str:
-        """What ``open`` takes in any process of this machine."""
-        return self.paths.root.absolute() if self.bucket is None else self.bucket.url
+        return self.place.shown(self.paths.root)
 
     def only(self, shard_ids: Iterable[str]) -> KVStore:
         """The same store with these shards of the plan alone, in corpus order."""
         wanted = set(shard_ids)
         kept = tuple(plan for plan in self.manifest.shards if plan.shard_id in wanted)
         manifest = self.manifest.model_copy(update={"shards": kept})
-        return KVStore(self.paths, manifest, self.bucket)
+        return KVStore(self.place, manifest)
 
     @property
     def shard_ids(self) -> tuple[str, ...]:
@@ -135,12 +124,11 @@ class KVStore:
 
     def teachers(self) -> list[str]:
         """Names of all teachers that have a manifest, sorted."""
-        return sorted(filter(self.has_teacher, self.folders(self.paths.teachers)))
+        return sorted(filter(self.has_teacher, self.place.folders(self.paths.teachers)))
 
     def has_teacher(self, name: str) -> bool:
         """Whether a teacher has a manifest."""
-        path = self.paths.teacher_manifest(name)
-        return path.is_file() if self.bucket is None else self.bucket.read(path) is not None
+        return self.place.has(self.paths.teacher_manifest(name))
 
     def teacher(self, name: str) -> TeacherManifest:
         """One teacher's manifest.
@@ -151,12 +139,12 @@ class KVStore:
         """
         if name not in self._teachers:
             path = self.paths.teacher_manifest(name)
-            if not self.has_teacher(name):
+            text = self.place.read(path) if self.has_teacher(name) else None
+            if text is None:
                 raise ShardNotFound(
                     f"{self.where} has no teacher {name!r}; it has {self.teachers()}"
                 )
-            text = _document(self.bucket, path)
-            where = self._shown(path)
+            where = self.place.shown(path)
             manifest = TeacherManifest.from_json(text, where)
             if manifest.name != name:
                 raise StoreFormatError(f"{where}: of teacher {manifest.name!r}, expected {name!r}")
@@ -170,29 +158,16 @@ class KVStore:
             ShardCorrupt: their file is missing, or not the manifest's.
         """
         if teacher not in self._transforms:
-            path = self.paths.transform(teacher)
-            self._transforms[teacher] = load_transforms(path, self.teacher(teacher), self.bucket)
+            self._transforms[teacher] = load_transforms(self.place, self.teacher(teacher))
         return self._transforms[teacher]
 
     def committed(self, teacher: str) -> frozenset[str]:
-        """Shards of the plan that this teacher has committed. Lists one folder, reads no file; in a
-        bucket, where a folder may be half uploaded, commits that are not known yet.
-        """
-        found = self.folders(self.paths.shards(teacher)) & self._plans.keys()
-        return frozenset(found if self.bucket is None else self.bucket.commits(teacher, found))
+        """Shards of the plan that this teacher has committed; see ``Place.committed``."""
+        return self.place.committed(teacher, self._plans.keys())
 
     def is_committed(self, teacher: str, shard_id: str) -> bool:
         """Whether one shard is committed; cheaper than ``committed``."""
-        if self.bucket is not None:
-            return bool(self.bucket.commits(teacher, [self.plan(shard_id).shard_id]))
-        return self.paths.shard(teacher, self.plan(shard_id).shard_id).is_dir()
-
-    def _shown(self, path: Path) -> str:
-        return str(path) if self.bucket is None else self.bucket.shown(path)
-
-    def folders(self, path: Path) -> set[str]:
-        """Names of the folders in one of the store's."""
-        return folder_names(path) if self.bucket is None else self.bucket.folders(path)
+        return self.place.commit(teacher, self.plan(shard_id).shard_id) is not None
 
     def committed_in_order(self, teacher: str) -> list[str]:
         """Committed shards in the order of the plan.
@@ -228,13 +203,13 @@ class KVStore:
         path = self.paths.samples(shard_id)
         limit = 2**16 * plan.num_samples + 16 * plan.num_chars  # JSON escapes, ids, tags
         text = read_regular(path, limit) if path.is_file() else b""
-        if self.bucket is not None and sha256(text).hexdigest() != plan.sha256:
-            text = self.bucket.read(path) or b""
-            if sha256(text).hexdigest() == plan.sha256:
-                replace_file(path, text)
+        if sha256(text).hexdigest() != plan.sha256 and self.place.refresh(path):
+            text = read_regular(path, limit)
         if sha256(text).hexdigest() != plan.sha256:
             state = "does not match the plan's checksum" if text else "missing or empty"
-            raise ShardCorrupt(f"{self._shown(path)}: {state}; restore it from a copy of the store")
+            raise ShardCorrupt(
+                f"{self.place.shown(path)}: {state}; restore it from a copy of the store"
+            )
         return text
 
     def commit(self, teacher: str, shard_id: str) -> Commit:
@@ -243,21 +218,12 @@ class KVStore:
         Raises:
             ShardNotFound: it is not committed.
             StoreFormatError: it is malformed or newer.
-            ShardCorrupt: it belongs to another shard or another extraction.
+            ShardCorrupt: it belongs to another shard or another extraction, or is missing in a
+                folder of files.
         """
         manifest, plan = self.teacher(teacher), self.plan(shard_id)
-        path = self.paths.shard(manifest.name, shard_id) / COMMIT
-        try:
-            text = self.commit_text(manifest.name, shard_id)
-        except FileNotFoundError:
-            if self.bucket is None and path.parent.is_dir():
-                raise ShardCorrupt(f"{path}: missing; {REMEDY}") from None
-            raise ShardNotFound(
-                f"{self.where}: teacher {manifest.name!r} has not committed shard "
-                f"{shard_id}; run `kvdistill extract`"
-            ) from None
-        where = self._shown(path)
-        commit = Commit.from_json(text, where)
+        where = self.place.shown(self.paths.shard(teacher, shard_id) / COMMIT)
+        commit = Commit.from_json(self._commit_text(teacher, shard_id), where)
         found = (commit.teacher, commit.shard_id, commit.num_samples, commit.extraction_fingerprint)
         expected = (manifest.name, shard_id, plan.num_samples, manifest.extraction_fingerprint)
         if found != expected:
@@ -267,11 +233,27 @@ class KVStore:
             )
         return commit
 
-    def commit_text(self, teacher: str, shard_id: str) -> bytes:
-        """``COMMIT.json`` as it is stored; FileNotFoundError if there is none."""
-        if self.bucket is not None and (found := self.bucket.commits(teacher, [shard_id])):
-            return found[shard_id]
-        return _document(self.bucket, self.paths.shard(teacher, shard_id) / COMMIT)
+    def _commit_text(self, teacher: str, shard_id: str) -> bytes:
+        if (text := self.place.commit(teacher, shard_id)) is not None:
+            return text
+        if shard_id in self.committed(teacher):  # a folder that has lost its commit
+            path = self.paths.shard(teacher, shard_id) / COMMIT
+            raise ShardCorrupt(f"{path}: missing; {REMEDY}")
+        raise ShardNotFound(
+            f"{self.where}: teacher {teacher!r} has not committed shard "
+            f"{shard_id}; run `kvdistill extract`"
+        )
+
+    def origin(self, teacher: str) -> str:
+        """A digest of the committed shards and their commits, for what is derived from them.
+
+        Raises:
+            ShardNotFound, ShardCorrupt: as ``commit``.
+        """
+        digest = xxhash.xxh3_64()
+        for shard_id in self.committed_in_order(teacher):
+            digest.update(shard_id.encode() + self._commit_text(teacher, shard_id))
+        return digest.hexdigest()
 
     def read_shard(
         self,
@@ -395,8 +377,8 @@ class KVStore:
             merged = merged_statistics(shard_ids, lambda i: self.shard_statistics(teacher, i))
             return {name: part.to_array() for name, part in merged.items()}
 
-        origin = origin_of(shard_ids, lambda i: self.commit_text(teacher, i))
-        arrays = derived_arrays(self.paths.statistics(teacher), origin, derive, self.bucket)
+        path = self.paths.statistics(teacher)
+        arrays = derived_arrays(self.place, path, self.origin(teacher), derive)
         return {name: ChannelStatistics.from_array(array) for name, array in arrays.items()}
 
     def shard_statistics(self, teacher: str, shard_id: str) -> dict[str, ChannelStatistics]:
@@ -411,8 +393,7 @@ class KVStore:
             if shard_id is None:
                 self._teachers.pop(teacher, None)
                 self._transforms.pop(teacher, None)
-        if self.bucket is not None:
-            self.bucket.forget()
+        self.place.forget(teacher, shard_id)
 
     def _opened(self, teacher: str, shard_id: str) -> OpenedShard:
         key = (teacher, shard_id)
@@ -423,28 +404,15 @@ class KVStore:
         commit = self.commit(teacher, shard_id)
         # A proxy: in a cycle with its store, a shard would keep its lock until a collection.
         transforms = partial(KVStore.transforms, proxy(self), teacher)
-        if self.bucket is None:
-            folder = self.paths.shard(teacher, shard_id)
+        folder, release = self.place.open_shard(teacher, shard_id)
+        try:
             opened = open_shard(folder, self.teacher(teacher), commit, transforms)
-        else:
-            folder, lock = self.bucket.resident(teacher, shard_id)
-            try:
-                opened = open_shard(folder, self.teacher(teacher), commit, transforms)
-            except BaseException:
-                os.close(lock)
-                raise
-            finalize(opened, os.close, lock)
+        except BaseException:
+            release()
+            raise
+        finalize(opened, release)
         with self._lock:
             self._open[key] = opened
             while len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         return opened
-
-
-def _document(bucket: Bucket | None, path: Path) -> bytes:
-    """A JSON document of a store; FileNotFoundError if there is none."""
-    if bucket is None:
-        return read_regular(path, MAX_DOCUMENT_BYTES)
-    if (found := bucket.read(path)) is None:
-        raise FileNotFoundError(path)
-    return found

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
@@ -19,19 +20,16 @@ import numpy as np
 
 from kvdistill import __version__
 from kvdistill.corpus.samples import Shard, corpus_fingerprint
-from kvdistill.errors import GeometryError, NonFiniteError, StoreError, StoreMismatch, StoreNotFound
-from kvdistill.store.bucket import Bucket, is_url
+from kvdistill.errors import GeometryError, NonFiniteError, StoreMismatch, StoreNotFound
+from kvdistill.store.bucket import open_place
 from kvdistill.store.channel_statistics import ChannelStatistics
-from kvdistill.store.commit import folder_records, publish_file, publish_folder, staging_folder
+from kvdistill.store.commit import folder_records, staging_folder
 from kvdistill.store.format import (
-    COMMIT,
-    TEACHER,
     TEXTS,
     TOKEN_COLUMNS,
     UNPREDICTED,
     ArraySpec,
     Counts,
-    StorePaths,
     shard_arrays,
 )
 from kvdistill.store.identity import differences, refusal
@@ -52,11 +50,7 @@ def create(path: Path | str, shards: Sequence[Shard]) -> KVStore:
         StoreError: the path holds something else, or cannot be written.
     """
     plan = _plan(shards)
-    try:
-        store = KVStore.open(path)
-    except StoreNotFound:
-        texts = ((shard.shard_id, shard.to_jsonl().encode()) for shard in shards)
-        store = publish_plan(path, plan, texts)
+    store = planned(path, plan, ((x.shard_id, x.to_jsonl().encode()) for x in shards))
     found = store.manifest
     if found.corpus_fingerprint != plan.corpus_fingerprint:
         raise StoreMismatch(
@@ -90,30 +84,11 @@ def _plan(shards: Sequence[Shard]) -> StoreManifest:
     )
 
 
-def publish_plan(
-    path: Path | str, plan: StoreManifest, texts: Iterable[tuple[str, bytes]]
-) -> KVStore:
-    """Publish a store without teachers: its plan, and the samples of every shard.
-
-    Raises:
-        StoreError: the path holds something else, or cannot be written.
-    """
-    if is_url(path):
-        bucket = Bucket(str(path), new=True)
-        files = {bucket.paths.samples(shard_id): text for shard_id, text in texts}
-        bucket.publish(files, bucket.paths.manifest, plan.to_json().encode())
+def planned(path: Path | str, plan: StoreManifest, texts: Iterable[tuple[str, bytes]]) -> KVStore:
+    """The store at a path, of whatever plan; if there is none, a new one without teachers."""
+    with suppress(StoreNotFound):
         return KVStore.open(path)
-    root = Path(path)
-    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        raise StoreError(f"{root} exists and is not a kvdistill store; choose another path")
-    with staging_folder(root.absolute().parent, f".{root.name}") as folder:
-        staged = StorePaths(folder)
-        staged.corpus.mkdir()
-        staged.teachers.mkdir()
-        for shard_id, text in texts:
-            staged.samples(shard_id).write_bytes(text)
-        staged.manifest.write_text(plan.to_json(), encoding="utf-8")
-        publish_folder(folder, root)
+    open_place(path, new=True).publish_plan(plan, texts)
     return KVStore.open(path)
 
 
@@ -123,18 +98,9 @@ def add_teacher(store: KVStore, manifest: TeacherManifest) -> TeacherManifest:
     Raises:
         StoreMismatch: a teacher of this name was extracted differently; names both sides.
     """
-    paths = store.paths
-    if store.has_teacher(manifest.name):
-        pass
-    elif store.bucket is not None:
-        store.bucket.create(paths.teacher_manifest(manifest.name), manifest.to_json().encode())
-    else:
-        paths.teachers.mkdir(exist_ok=True)
-        with staging_folder(paths.root / "tmp", manifest.name) as folder:
-            (folder / TEACHER).write_text(manifest.to_json(), encoding="utf-8")
-            # A file and not a folder is published: array tasks may already have created the
-            # teacher's folder for their heartbeats.
-            publish_file(folder / TEACHER, paths.teacher_manifest(manifest.name))
+    if not store.has_teacher(manifest.name):
+        path = store.paths.teacher_manifest(manifest.name)
+        store.place.create(path, manifest.to_json().encode())
     stored = store.teacher(manifest.name)
     if different := differences(store, manifest.name, manifest.model_dump(mode="json")):
         raise StoreMismatch(refusal(store, manifest.name, different))
@@ -196,19 +162,7 @@ def publish_shard(
             seconds=seconds,
             attempt={"host": socket.gethostname(), "pid": os.getpid(), **(attempt or {})},
         )
-        return publish_files(store, folder, commit)
-
-
-def publish_files(store: KVStore, folder: Path, commit: Commit) -> bool:
-    """Commit the files in a folder, which becomes the shard; False if there is one.
-
-    Raises:
-        StoreError: they cannot be written or uploaded; nothing was published.
-    """
-    if store.bucket is not None:
-        return store.bucket.upload(folder, commit)
-    (folder / COMMIT).write_text(commit.to_json(), encoding="utf-8")
-    return publish_folder(folder, store.paths.shard(commit.teacher, commit.shard_id))
+        return store.place.publish_shard(folder, commit)
 
 
 def _raw_bytes(manifest: TeacherManifest, counts: Counts) -> int:

@@ -96,7 +96,7 @@ def test_a_shard_without_its_commit_is_one_line(store: KVStore) -> None:
     path = store.paths.shard("tiny", "00001") / "COMMIT.json"
     path.unlink()
     for derive in (lambda: store.statistics("tiny"), lambda: made(store)):
-        with pytest.raises(ShardCorrupt, match=f"^{path}: No such file"):
+        with pytest.raises(ShardCorrupt, match=f"^{path}: missing; run"):
             derive()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,8 @@ def make_bases(teacher: TeacherManifest) -> dict[str, Basis]:
 def registered(store: KVStore, teacher: TeacherManifest) -> TeacherManifest:
     """Add a teacher to a store, after its bases if it has any."""
     if teacher.codec.transforms:
-        path = store.paths.transform(teacher.name)
-        checksum = published_bases(path, "made", lambda: make_bases(teacher))
+        bases = partial(make_bases, teacher)
+        checksum = published_bases(store.place, teacher.name, "made", bases)
         teacher = teacher.model_copy(update={"transform": checksum})
     return add_teacher(store, teacher)
 

@@ -18,6 +18,7 @@ from kvdistill.errors import ShardCorrupt, StoreMismatch
 from kvdistill.store.codecs.klt import Basis, Transform, fit_basis, layer_blocks, token_bytes
 from kvdistill.store.derived import published_bases
 from kvdistill.store.maintenance import convert_store, copy_store, merge_stores, verify_store
+from kvdistill.store.place import Place
 from kvdistill.store.reader import KVStore
 from kvdistill.store.writer import create
 from kvdistill.types import KINDS, CodecSpec, LayerGroup
@@ -166,7 +167,7 @@ def test_stores_that_were_fitted_apart_are_not_merged(tmp_path: Path, build: Any
     other = create(tmp_path / "other", make_corpus(2))
     teacher = build.teacher(codec=SPEC)
     bases = {name: _halved(basis) for name, basis in make_bases(teacher).items()}
-    published_bases(other.paths.transform("tiny"), "made", lambda: bases)
+    published_bases(other.place, "tiny", "made", lambda: bases)
     registered(other, teacher)
     shutil.rmtree(store.paths.shards("tiny") / "00001")
     with pytest.raises(StoreMismatch, match="codec klt: fitted apart"):
@@ -180,10 +181,10 @@ def _halved(basis: Basis) -> Basis:
 def test_the_first_bases_win_but_for_those_of_another_extraction(tmp_path: Path, build: Any):
     bases = make_bases(build.teacher(codec=SPEC))
     others = {name: _halved(basis) for name, basis in bases.items()}
-    path = tmp_path / "store" / "teachers" / "tiny" / "transform.safetensors"
-    first = published_bases(path, "a", lambda: bases)
-    assert published_bases(path, "a", lambda: others) == first
-    assert published_bases(path, "b", lambda: others) != first
+    place = Place(tmp_path / "store")
+    first = published_bases(place, "tiny", "a", lambda: bases)
+    assert published_bases(place, "tiny", "a", lambda: others) == first
+    assert published_bases(place, "tiny", "b", lambda: others) != first
 
 
 def test_settings_of_klt_are_refused_elsewhere_and_left_out_of_other_codecs():
