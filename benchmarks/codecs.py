@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM
 from kvdistill.attention.attention_rule import probabilities
 from kvdistill.attention.kv_capture import KVCapture
 from kvdistill.config.load import parse_experiment
-from kvdistill.corpus.readers import read_jsonl
+from kvdistill.corpus.readers import read_files
 from kvdistill.corpus.samples import Sample
 from kvdistill.extract.encode import TeacherPilot, bases_of, read_pilot
 from kvdistill.extract.teacher import Teacher, load_teacher
@@ -210,10 +210,10 @@ def main() -> None:
     head = None
     if teacher.manifest.kind == "decoder":
         head = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    corpus = list(itertools.islice(read_jsonl(arguments.corpus), 4000))
+    corpus = list(itertools.islice(read_files(arguments.corpus), 4000))
     domains = {"own": corpus[: arguments.samples]}
     for name, _, path in (each.partition("=") for each in arguments.domain):
-        domains[name] = list(itertools.islice(read_jsonl(Path(path)), arguments.samples))
+        domains[name] = list(itertools.islice(read_files(Path(path)), arguments.samples))
     texts = {name: [run_clean(teacher, head, s) for s in some] for name, some in domains.items()}
     pilot = read_pilot(teacher, corpus[arguments.samples :], 4096)
     specs = [] if arguments.only_klt else [CodecSpec(key=k, value=v) for k, v in PAIRS]

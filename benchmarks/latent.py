@@ -26,7 +26,7 @@ from scipy import stats
 
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import parse_experiment
-from kvdistill.corpus.readers import read_jsonl
+from kvdistill.corpus.readers import read_files
 from kvdistill.corpus.recipes import arithmetic_samples
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.evaluate.held_out import generate_and_grade, latent_exact_match
@@ -170,7 +170,7 @@ def run_arm(folder: Path, size: Size, arm: str, seed: int) -> None:
         return
     experiment = student_experiment(folder, size, arm, seed)
     report = train(experiment)
-    samples = read_jsonl(folder / "held-out.jsonl")
+    samples = read_files(folder / "held-out.jsonl")
     student = report.folder / "student"
     found = answer(student, samples, has_latents=experiment.latent is not None)
     record = {"arm": arm, "seed": seed, "size": asdict(size), **found}

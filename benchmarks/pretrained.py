@@ -31,7 +31,7 @@ from typing import Any, Final
 import yaml
 from quality import STUDENT
 
-from kvdistill.corpus.readers import read_jsonl
+from kvdistill.corpus.readers import read_files
 from kvdistill.distill.student.build import train_tokenizer
 
 DATA: Final = Path(__file__).parents[1] / "examples/data"
@@ -205,7 +205,7 @@ def scratch_studies(folder: Path) -> dict[str, Path]:
     """From random weights, and per seed from a student that has been warmed up."""
     tokenizer = folder / "tokenizer"
     if not tokenizer.exists():
-        texts = [sample.text for sample in read_jsonl(folder / "train.jsonl")]
+        texts = [sample.text for sample in read_files(folder / "train.jsonl")]
         train_tokenizer(texts, 2048).save_pretrained(str(tokenizer))
     student = {"tokenizer": str(tokenizer), "architecture": STUDENT}
     shared = scratch_experiment(folder, student, SCRATCH_STEPS)

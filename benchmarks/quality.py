@@ -26,7 +26,7 @@ from typing import Any, Final
 
 import yaml
 
-from kvdistill.corpus.readers import read_jsonl
+from kvdistill.corpus.readers import read_files
 from kvdistill.distill.student.build import train_tokenizer
 
 DATA: Final = Path(__file__).parents[1] / "examples/data"
@@ -289,7 +289,7 @@ def prepare(folder: Path) -> None:
     for name, lines in splits.items():
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if not (folder / "tokenizer").exists():
-        texts = [sample.text for sample in read_jsonl(folder / "train.jsonl")]
+        texts = [sample.text for sample in read_files(folder / "train.jsonl")]
         train_tokenizer(texts, VOCABULARY).save_pretrained(str(folder / "tokenizer"))
 
 

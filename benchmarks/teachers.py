@@ -34,7 +34,7 @@ from typing import Any, Final
 import numpy as np
 import yaml
 
-from kvdistill.corpus.readers import read_jsonl
+from kvdistill.corpus.readers import read_files
 from kvdistill.distill.student.build import train_tokenizer
 from kvdistill.studies.statistics import crossed_test
 
@@ -93,7 +93,7 @@ FEW_ARMS: Final = ("text", "smollm2", "chinese", "routed", "routed-balanced", "c
 
 def texts(domain: str, source: Path | None) -> list[str]:
     """All texts of a domain, without duplicates, in a fixed random order."""
-    found = _functions() if source is None else (sample.text for sample in read_jsonl(source))
+    found = _functions() if source is None else (sample.text for sample in read_files(source))
     longest = MAX_CHARACTERS[domain]
     kept = sorted({text for text in found if MIN_CHARACTERS <= len(text) <= longest})
     random.Random(0).shuffle(kept)
@@ -144,7 +144,7 @@ def tokenizer(folder: Path, name: str, files: Sequence[Path], vocabulary: int) -
     """Train a BPE tokenizer on some files, once."""
     path = folder / "tokenizers" / name
     if not path.exists():
-        found = [sample.text for file in files for sample in read_jsonl(file)]
+        found = [sample.text for file in files for sample in read_files(file)]
         train_tokenizer(found, vocabulary).save_pretrained(str(path))
     return str(path)
 

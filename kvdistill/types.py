@@ -31,7 +31,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 StoreURL = Annotated[str, Field(pattern=r"^[a-z0-9]+://[^\s?#]+$")]
 """A store in a bucket: ``s3://BUCKET/PREFIX``, ``gs://``, ``az://`` or ``file://``."""
 
-CorpusFormat = Literal["auto", "text", "segments", "gsm8k"]
+CorpusFormat = Literal["auto", "text", "segments", "chat", "gsm8k"]
 """Row format of a corpus file."""
 
 LongText = Literal["error", "truncate", "window", "skip"]

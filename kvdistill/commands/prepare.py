@@ -17,7 +17,7 @@ from kvdistill.config.corpus import CorpusColumns, CorpusSource
 from kvdistill.config.experiment import PRETRAINED, Experiment
 from kvdistill.config.load import dump_experiment, load_experiment
 from kvdistill.corpus import recipes
-from kvdistill.corpus.readers import read_dataset, read_jsonl
+from kvdistill.corpus.readers import read_dataset, read_files
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import ConfigError, CorpusError
 from kvdistill.pipelines.fetch import fetch
@@ -127,7 +127,7 @@ def gsm8k_command(
 ) -> None:
     """Export GSM8K to OUTPUT as JSONL of prompt, rationale and answer."""
     if source is not None:
-        samples = read_jsonl(source, "gsm8k", max_samples)
+        samples = read_files(source, "gsm8k", max_samples)
     else:
         gsm8k = {"dataset": "openai/gsm8k", "subset": "main", "format": "gsm8k"}
         samples = read_dataset(CorpusSource(**gsm8k, split=split, max_samples=max_samples))
@@ -185,13 +185,13 @@ def arithmetic_command(
 def tokenizer_command(
     *, corpus: Path, output: Path, vocab_size: int, characters: bool, ignore: tuple[str, ...]
 ) -> None:
-    """Train a byte-level BPE tokenizer on CORPUS (JSONL) and save it to the folder OUTPUT."""
+    """Train a byte-level BPE tokenizer on CORPUS (a file) and save it to the folder OUTPUT."""
     from kvdistill.distill.student.build import character_tokenizer, train_tokenizer
 
     if output.exists():
         raise CorpusError(f"{output} already exists; choose another name, or remove it first")
     columns = CorpusColumns(ignore=ignore)
-    texts = (sample.text for sample in read_jsonl(corpus, columns=columns))
+    texts = (sample.text for sample in read_files(corpus, columns=columns))
     trained = character_tokenizer(texts) if characters else train_tokenizer(texts, vocab_size)
     trained.save_pretrained(str(output))
     click.echo(f"wrote a tokenizer of {len(trained)} tokens to {output}")

@@ -97,7 +97,7 @@ def evaluate_command(
     diagnose: bool,
     ignore: tuple[str, ...],
 ) -> None:
-    """Perplexity, bits per character and exact match of STUDENT (a folder) on CORPUS (JSONL)."""
+    """Perplexity, bits per character and exact match of STUDENT (a folder) on CORPUS (a file)."""
     if (corpus is None) == (harness is None):
         raise click.UsageError("give either a CORPUS or --harness with tasks")
     if corpus is None:

@@ -18,20 +18,32 @@ class CorpusColumns(Section):
     """Of a plain text."""
     prompt: tuple[str, ...] = ("prompt", "question", "instruction")
     """Of a prompt."""
+    context: tuple[str, ...] = ("input", "context")
+    """Of more text of the prompt, appended to it after a newline; the prompt itself where there is
+    no other."""
     rationale: tuple[str, ...] = ("rationale",)
     """Of a rationale."""
     answer: tuple[str, ...] = ("answer", "completion", "response", "output")
     """Of an answer."""
+    messages: tuple[str, ...] = ("messages", "conversations", "conversation")
+    """Of a chat: a list of turns with `role` and `content`, or `from` and `value`."""
     ignore: tuple[str, ...] = ()
     """Columns not to read. Text in a column that is neither read nor listed here is an error."""
 
+    @property
+    def all_texts(self) -> tuple[str, ...]:
+        """Every column that text may be read from."""
+        return sum(
+            (getattr(self, name) for name in type(self).model_fields if name != "ignore"), ()
+        )
+
 
 class CorpusSource(Section):
-    """One JSONL file or one Hugging Face dataset."""
+    """Files of one form, or one Hugging Face dataset."""
 
     path: Path | None = None
-    """JSONL file in UTF-8 with `text`, with `prompt`/`rationale`/`answer`, or with GSM8K's
-    `question`/`answer`."""
+    """File of rows in UTF-8, or a glob of several: JSONL, JSON, CSV, parquet or plain text, also
+    with gzip or zstd."""
     dataset: str | None = None
     """Hugging Face dataset name, instead of `path` (extra `datasets`)."""
     subset: str | None = None
@@ -61,7 +73,7 @@ class CorpusConfig(CorpusSource):
     shard_chars: Positive = 100_000
     """Characters per shard, at most; a shard is the unit of extraction and of reading."""
     eval_path: Path | None = None
-    """JSONL file of held-out samples, never extracted and never trained on."""
+    """File of held-out samples, never extracted and never trained on."""
     eval_samples: NonNegative = 0
     """Without `eval_path`: hold out this many samples from the end of the corpus, or of each
     part."""

@@ -274,7 +274,8 @@ class LossConfig(Section):
     cross_entropy: NonNegativeFloat = 1.0
     """Next-token cross-entropy on the text."""
     cross_entropy_prompt: bool = True
-    """Include prompt tokens in the cross-entropy; without them only the response is learned."""
+    """Include prompt tokens in the cross-entropy; without them only the response is learned, as it
+    always is of a conversation (`corpus.columns.messages`)."""
     inject: NonNegativeFloat = 0.0
     """Cross-entropy of what follows when the student runs on the fused KV of its teachers."""
     inject_style: Literal["residual", "replace"] = "residual"

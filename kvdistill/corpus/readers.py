@@ -5,41 +5,42 @@ A row is read whole or refused: text that no segment takes is an error unless it
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 from kvdistill.config.corpus import CorpusColumns, CorpusConfig, CorpusSource
+from kvdistill.corpus.files import ONE_OBJECT, corpus_files, require_unicode, rows_of_file
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import CorpusError, MissingExtra
-from kvdistill.text import brief, parse_json, shorten
+from kvdistill.text import brief, shorten
 from kvdistill.types import CorpusFormat, SegmentName
 
 log = logging.getLogger(__name__)
 
 GSM8K_ANSWER: Final = "\n#### "
 
-ONE_OBJECT: Final = 'expected one JSON object per line, such as {"text": "…"}'
-
-FOREIGN: Final = {
-    b"\xff\xfe": "UTF-16; convert it with `iconv -f utf-16 -t utf-8`",
-    b"\xfe\xff": "UTF-16; convert it with `iconv -f utf-16 -t utf-8`",
-    b"{\0": "UTF-16; convert it with `iconv -f utf-16le -t utf-8`",
-    b"\0{": "UTF-16; convert it with `iconv -f utf-16be -t utf-8`",
-    b"\x1f\x8b": "compressed; decompress it with `gunzip`",
-    b"\x28\xb5\x2f\xfd": "compressed; decompress it with `unzstd`",
-    b"\xfd7zXZ": "compressed; decompress it with `unxz`",
-    b"BZh": "compressed; decompress it with `bunzip2`",
-    b"PK\x03\x04": "compressed; unpack it with `unzip`",
-    b"PAR1": "parquet; give its folder as corpus.dataset, or convert it",
-    b"version https://git-lfs": "a Git LFS pointer; fetch the file with `git lfs pull`",
-}
-"""First bytes of files that are no JSONL, what these are, and the remedy."""
-
 LABELS: Final = ("sample_id", "id", "task", "teacher")
+ROLES: Final = {
+    "system": "system", "developer": "system", "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant",
+}  # fmt: skip
+"""Roles of a conversation, also as other corpora call them."""
+TURN_ROLE: Final = ("role", "from")
+TURN_TEXT: Final = ("content", "value")
+TURN_THOUGHT: Final = ("reasoning_content", "reasoning", "thinking")
+EXPECTED_COLUMNS: Final[dict[CorpusFormat, str]] = {
+    "auto": "'text', 'messages', or 'prompt' with 'rationale' and 'answer'",
+    "text": "'text'",
+    "chat": "'messages'",
+    "segments": "'prompt' with 'rationale' and 'answer'",
+    "gsm8k": "GSM8K's 'question' and 'answer'",
+}
+
 Segments = tuple[tuple[SegmentName, str], ...]
 NO_COLUMNS: Final = CorpusColumns()
 
@@ -66,7 +67,7 @@ def load_corpus(config: CorpusConfig) -> Splits:
         if source.path is None:
             samples = read_dataset(source)
         else:
-            samples = read_jsonl(source.path, source.format, source.max_samples, source.columns)
+            samples = read_files(source.path, source.format, source.max_samples, source.columns)
         if name:
             samples = [
                 replace(s, sample_id=f"{name}/{s.sample_id}", task=s.task or name) for s in samples
@@ -81,7 +82,7 @@ def load_corpus(config: CorpusConfig) -> Splits:
         splits.train.extend(samples[:num_train])
         splits.evaluation.extend(samples[num_train:])
     if config.eval_path is not None:
-        held_out = read_jsonl(config.eval_path, config.format, columns=config.columns)
+        held_out = read_files(config.eval_path, config.format, columns=config.columns)
         splits.evaluation.extend(held_out)
     texts = [sample.text for sample in splits.evaluation]
     trained = set(texts).intersection(sample.text for sample in splits.train)
@@ -94,63 +95,30 @@ def load_corpus(config: CorpusConfig) -> Splits:
     return splits
 
 
-def read_jsonl(
+def read_files(
     path: Path,
     form: CorpusFormat = "auto",
     limit: int | None = None,
     columns: CorpusColumns = NO_COLUMNS,
 ) -> list[Sample]:
-    """Read a JSONL file of ``text``, ``prompt``/``rationale``/``answer`` or GSM8K rows.
+    """Read one corpus file, or those that match a glob, in the order of their names.
+
+    With a glob, sample ids are prefixed with the file's name, and ``limit`` counts over all files.
 
     Raises:
-        CorpusError: the file is missing, empty or not JSONL in UTF-8, a row has no known format or
-            text that no segment takes, or a sample id is duplicated. The message names file and
-            line.
+        CorpusError: a file is missing, empty or damaged, a row has no known format or text that no
+            segment takes, or a sample id is duplicated. The message names file and line.
+        MissingExtra: parquet or zstd without pyarrow.
     """
-    try:
-        if path.is_file():
-            with path.open("rb") as file:
-                start = file.read(32)
-            if found := next(
-                (FOREIGN[magic] for magic in FOREIGN if start.startswith(magic)), None
-            ):
-                raise CorpusError(f"{path}: expected JSONL in UTF-8, got {found}")
-            # A byte that is no UTF-8 becomes a surrogate, so that its line can be named.
-            with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-                return _samples(islice(_json_rows(lines, path), limit), form, str(path), columns)
-        is_there = path.exists()
-    except OSError as error:
-        raise CorpusError(f"{path}: {error.strerror or error}; check its permissions") from error
-    if is_there:
-        raise CorpusError(f"{path} is a folder, a pipe or a device; expected a JSONL file")
-    raise CorpusError(f"corpus file not found: {path}; check the path")
-
-
-def _json_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            try:
-                _require_unicode(line)
-                row = parse_json(line)
-            except UnicodeError as error:
-                raise CorpusError(f"{where}: {error}") from None
-            except ValueError as error:
-                raise CorpusError(f"{where}: {error}; {ONE_OBJECT}") from None
-            yield where, row
-
-
-def _require_unicode(text: str) -> None:
-    """Raise UnicodeError for a byte that was no UTF-8, or half a surrogate pair in an escape."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code, before = ord(text[error.start]), text[max(0, error.start - 20) : error.start]
-        what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x} alone"
-        raise UnicodeError(
-            f"not UTF-8: {what} after {before!r}; replace it, or convert the file, such as with "
-            "`iconv -f latin1 -t utf-8`"
-        ) from None
+    texts = {*columns.all_texts, *LABELS}
+    samples: list[Sample] = []
+    for name, file in corpus_files(path).items():
+        left = None if limit is None else limit - len(samples)
+        if left == 0:
+            break
+        found = _samples(islice(rows_of_file(file, texts), left), form, str(file), columns)
+        samples += [replace(s, sample_id=f"{name}/{s.sample_id}") for s in found] if name else found
+    return samples
 
 
 def read_dataset(source: CorpusSource) -> list[Sample]:
@@ -158,7 +126,7 @@ def read_dataset(source: CorpusSource) -> list[Sample]:
 
     Raises:
         MissingExtra: ``datasets`` is not installed.
-        CorpusError: the dataset cannot be loaded, or as for ``read_jsonl``.
+        CorpusError: the dataset cannot be loaded, or as for ``read_files``.
     """
     try:
         import datasets
@@ -189,12 +157,17 @@ def _samples(
             if not isinstance(row, dict):
                 raise ValueError(f"got {type(row).__name__}; {ONE_OBJECT}")
             used, segments = _segments(row, form, columns)
-            name = _first(row, LABELS[:2])
+            named = {name: value for name, value in row.items() if name not in columns.ignore}
+            name = _first(named, LABELS[:2])
             sample_id = f"{len(samples):08d}" if name is None else str(row[name])
-            task, teacher = (None if row.get(x) is None else str(row[x]) for x in LABELS[2:])
-            sample = Sample(sample_id, segments, task, teacher)
+            task, teacher = (None if named.get(x) is None else str(named[x]) for x in LABELS[2:])
+            is_chat = isinstance(row[used[0]], (list, tuple))
+            sample = Sample(sample_id, segments, task, teacher, is_chat)
             if sample_id in samples:
-                raise ValueError(f"sample_id {brief(sample_id)} occurs twice")
+                raise ValueError(
+                    f"{name} {brief(sample_id)} occurs twice; rename one, or number the rows "
+                    f"instead with corpus.columns.ignore: [{name}]"
+                )
             if used == ["question", "answer"]:
                 splits_answers.add(len(segments) > len(used))
             if len(splits_answers) > 1:
@@ -202,7 +175,7 @@ def _samples(
                     "rows of question and answer, of which some are GSM8K's and some are not (no "
                     "'####'); complete them, or set corpus.format: segments to split none"
                 )
-            _require_unicode(sample.to_json())
+            require_unicode(sample.to_json())
         except (ValueError, RecursionError) as error:
             cause = "nested too deeply" if isinstance(error, RecursionError) else error
             raise CorpusError(f"{where}: {cause}") from None
@@ -234,29 +207,122 @@ def _segments(
     names = ("prompt", "answer") if form == "gsm8k" else names
     if form in ("auto", "text") and isinstance(row.get(_first(readable, columns.text) or ""), str):
         names = ("text",)
+    elif form in ("auto", "chat") and (messages := _first(readable, columns.messages)):
+        _require_all_read(readable, [messages])
+        return [messages], conversation(row[messages], columns.ignore)
     found = {name: column for name in names if (column := _first(readable, getattr(columns, name)))}
-    if names[0] not in found or (form == "text" and names[0] == "prompt"):
-        raise ValueError(
-            "expected 'text', or 'prompt' with 'rationale' and 'answer', or GSM8K's 'question' and "
-            f"'answer', got the keys {shorten(', '.join(map(repr, row)), 120)} (corpus.format: "
-            f"{form}); corpus.columns names others"
-        )
+    context = _first(readable, columns.context) if names[0] == "prompt" else None
+    if context is not None and not (isinstance(row[context], str) and row[context].strip()):
+        context = None
+    elif context is not None and "prompt" not in found:
+        found, context = {"prompt": context, **found}, None
+    if names[0] not in found or form == "chat" or (form == "text" and names[0] == "prompt"):
+        raise ValueError(_unknown(readable, form))
     texts = {name: row[column] for name, column in found.items()}
     for name, text in texts.items():
         if not isinstance(text, str):
             raise ValueError(f"{found[name]} must be text, got {type(text).__name__}")
     used = list(found.values())
-    read = {*used, *(name for name in LABELS if not isinstance(row.get(name), (dict, list)))}
-    if others := [name for name in readable if name not in read and _has_text(row[name])]:
+    if context is not None:
+        used.insert(1, context)
+        texts["prompt"] = f"{texts['prompt']}\n{row[context]}"
+    _require_all_read(readable, used)
+    marked = used == ["question", "answer"] and GSM8K_ANSWER in texts["answer"]
+    if form == "gsm8k" or (form == "auto" and marked):
+        return used, gsm8k_segments(texts["prompt"], texts.get("answer", ""))
+    return used, _joined(found, texts)
+
+
+def _require_all_read(readable: Mapping[str, Any], used: Sequence[str]) -> None:
+    """Raise ValueError where a column that is neither ``used`` nor a label has text."""
+    read = {*used, *(x for x in LABELS if not isinstance(readable.get(x), (dict, list)))}
+    if others := [name for name in readable if name not in read and _has_text(readable[name])]:
         raise ValueError(
             f"the text in {shorten(', '.join(map(repr, others)), 150)} is not read (only "
             f"{', '.join(used)}); list it in corpus.columns.ignore (--ignore), or the columns to "
             "read in corpus.columns"
         )
-    marked = used == ["question", "answer"] and GSM8K_ANSWER in texts["answer"]
-    if form == "gsm8k" or (form == "auto" and marked):
-        return used, gsm8k_segments(texts["prompt"], texts.get("answer", ""))
-    return used, _joined(found, texts)
+
+
+def _unknown(row: Mapping[str, Any], form: CorpusFormat) -> str:
+    """A row of unknown form: its keys, and the map of columns by which its texts can be read."""
+    texts = [x for x, value in row.items() if isinstance(value, str) and x not in LABELS]
+    lists = [x for x, value in row.items() if isinstance(value, list)]
+    chats = [x for x in lists if any(isinstance(turn, dict) for turn in row[x])]
+    if chats:
+        guess = {"messages": chats[:1], "ignore": chats[1:] + texts}
+    elif len(texts) > 1:
+        guess = {"prompt": texts[:1], "answer": texts[-1:], "ignore": texts[1:-1]}
+    else:
+        guess = {"text": texts}
+    parts = (f"{name}: {json.dumps(given)}" for name, given in guess.items() if given)
+    written = shorten(", ".join(parts), 160)
+    return (
+        f"expected {EXPECTED_COLUMNS[form]}, got the keys "
+        f"{shorten(', '.join(map(repr, row)), 120)}; "
+        + (f"if that fits, write corpus.columns: {{{written}}}" if texts or chats else "give texts")
+    )
+
+
+def conversation(turns: Any, ignore: Collection[str] = ()) -> Segments:
+    """Segments of a chat: system and user are prompts, the assistant rationale and answer.
+
+    A first prompt that another one follows is the system message. ``role``/``content`` or
+    ``from``/``value``; the assistant's ``reasoning_content`` is its rationale.
+
+    Raises:
+        ValueError: not a list of such turns, another role, or text that is not read.
+    """
+    if not isinstance(turns, (list, tuple)) or not turns:
+        raise ValueError(f"a conversation must be a list of turns, got {brief(turns)}")
+    segments: list[tuple[SegmentName, str]] = []
+    before = None
+    for number, turn in enumerate(turns):
+        role, texts = _turn(turn, ignore, f"turn {number}")
+        if role == "system" and number:
+            raise ValueError(f"turn {number} is a system message; only the first turn can be one")
+        if role == before == "user":
+            texts = [("prompt", f"{segments.pop()[1]}\n{texts[0][1]}")]
+        for name, text in texts:
+            is_apart = not segments or text.startswith("\n")
+            segments.append((name, text if is_apart else "\n" + text))
+        before = role
+    return tuple(segments)
+
+
+def _turn(
+    turn: Any, ignore: Collection[str], where: str
+) -> tuple[str, list[tuple[SegmentName, str]]]:
+    """Role and texts of one message."""
+    if not isinstance(turn, dict):
+        raise ValueError(f"{where} must be an object of role and content, got {brief(turn)}")
+    readable = {name: value for name, value in turn.items() if name not in ignore}
+    keys = [_first(readable, names) for names in (TURN_ROLE, TURN_TEXT, TURN_THOUGHT)]
+    given = None if keys[0] is None else turn[keys[0]]
+    role = ROLES.get(given) if isinstance(given, str) else None
+    if role is None:
+        raise ValueError(
+            f"{where} has the role {brief(given)}; expected system, user or assistant; rename it, "
+            "or remove such conversations"
+        )
+    _require_all_read(readable, [key for key in keys if key is not None])
+    thought, text = (_text_of(turn[key] if key else "", where) for key in (keys[2], keys[1]))
+    if role == "assistant":
+        return role, [("rationale", thought), ("answer", text)] if thought else [("answer", text)]
+    if thought:
+        raise ValueError(f"{where}: {keys[2]} of {role} is not read; remove it")
+    return role, [("prompt", text)]
+
+
+def _text_of(content: Any, where: str) -> str:
+    """The text of a message: a string, or a list of parts that are all text."""
+    if isinstance(content, (list, tuple)) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
+        return "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise ValueError(f"{where}: content must be text, got {brief(content)}")
+    return content
 
 
 def _joined(columns: Mapping[SegmentName, str], texts: Mapping[SegmentName, str]) -> Segments:

@@ -27,6 +27,8 @@ class Sample:
     task: str | None = None
     teacher: str | None = None
     """The one teacher that teaches this text; all that cover it if None."""
+    chat: bool = False
+    """A conversation: segments repeat, and cross-entropy counts the assistant's turns alone."""
 
     @property
     def text(self) -> str:
@@ -42,6 +44,29 @@ class Sample:
         return list(zip(starts, ends, ids, strict=True))
 
     @property
+    def question(self) -> str:
+        """The text up to the end of the last prompt: what an answer is generated from."""
+        ends = [end for _, end, name in self.spans if name == SEGMENT_IDS["prompt"]]
+        return self.text[: max(ends, default=0)]
+
+    @property
+    def turns(self) -> list[tuple[str, list[int]]]:
+        """Role and segment indices of a conversation's turns.
+
+        The first of two prompts is the system's.
+        """
+        found: list[tuple[str, list[int]]] = []
+        for number, (name, _) in enumerate(self.segments):
+            role = "user" if name == "prompt" else "assistant"
+            if role == "user" and found and found[-1][0] == "user":
+                found[-1] = ("system", found[-1][1])
+            if role == "assistant" and found and found[-1][0] == "assistant":
+                found[-1][1].append(number)
+            else:
+                found.append((role, [number]))
+        return found
+
+    @property
     def labels(self) -> dict[str, str]:
         """The labels that are given, by name."""
         found = {"task": self.task, "teacher": self.teacher}
@@ -50,7 +75,7 @@ class Sample:
     def to_json(self) -> str:
         """One JSON line, without the newline; ``from_json`` reads it back."""
         body: dict[str, Any] = {"sample_id": self.sample_id, "segments": self.segments}
-        body |= self.labels
+        body |= self.labels | ({"chat": True} if self.chat else {})
         return json.dumps(body, ensure_ascii=False)
 
     @staticmethod
@@ -58,7 +83,8 @@ class Sample:
         """Parse a line written by ``to_json``."""
         body = json.loads(line)
         segments = tuple((name, text) for name, text in body["segments"])
-        return Sample(body["sample_id"], segments, body.get("task"), body.get("teacher"))
+        labels = body.get("task"), body.get("teacher"), body.get("chat", False)
+        return Sample(body["sample_id"], segments, *labels)
 
 
 @dataclass(frozen=True)

@@ -147,4 +147,4 @@ def _with_rationale(sample: Sample, text: str) -> Sample:
     parts["rationale"] = text
     order: tuple[SegmentName, ...] = ("prompt", "rationale", "answer")
     segments = tuple((name, parts[name]) for name in order if name in parts)
-    return Sample(sample.sample_id, segments, sample.task)
+    return Sample(sample.sample_id, segments, sample.task, chat=sample.chat)

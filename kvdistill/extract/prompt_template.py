@@ -7,9 +7,10 @@ track of which characters come from where, so templates differ freely and still 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import date
+from functools import cache
 from string import Formatter
 from types import SimpleNamespace
 from typing import Any, Final
@@ -20,7 +21,11 @@ from kvdistill.text import shorten
 
 PLACEHOLDERS: Final = ("text", "prompt", "rationale", "answer")
 STRIPS: Final = ("", "strip", "lstrip", "rstrip")
-_USER, _ASSISTANT = "KVDISTILL-USER-TURN", "KVDISTILL-ASSISTANT-TURN"
+Pieces = tuple["str | Placeholder", ...]
+Turns = tuple[tuple[str, tuple[int, ...]], ...]
+"""Role and segments of every turn of a conversation."""
+_ROLES: Final = ("user", "assistant")
+_SIDES: Final = {"": "", "l": "lstrip", "r": "rstrip", "lr": "strip"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Placeholder:
     """A segment to fill in, with or without the white space around it."""
 
     name: str
+    """Of the segment; its number in a conversation."""
     strip: str = ""
 
     def span(self, spans: dict[str, tuple[int, int]], text: str) -> tuple[int, int]:
@@ -54,31 +60,35 @@ class RenderedPrompt:
 class PromptTemplate:
     """A parsed template: literals, and placeholders between them."""
 
-    pieces: tuple[str | Placeholder, ...]
+    pieces: Pieces
     source: str | None = None
     """The template as the manifest records it; None for the plain text."""
     date: str | None = None
     """ISO date that a chat template prints as today's; None where it prints none."""
+    of_turns: Callable[[Turns], Pieces] | None = field(default=None, compare=False)
+    """The pieces of a conversation with these turns; None where the template takes no turns."""
 
     def render(self, sample: Sample) -> RenderedPrompt:
         """The string that a teacher reads, and which parts of it are which part of the sample.
 
         Raises:
-            TeacherError: the template names segments, but the sample is plain text.
+            TeacherError: the template names segments, but the sample is plain text, or has several
+                turns.
         """
         parts: list[str] = []
         ranges: list[tuple[int, int, int]] = []
         length = 0
         spans = _named_spans(sample)
-        for piece in self.pieces:
+        pieces = self.pieces
+        if self.of_turns is not None and sample.chat:
+            turns = ((role, tuple(numbers)) for role, numbers in sample.turns)
+            pieces = self.of_turns(tuple(turns))
+        for piece in pieces:
             if isinstance(piece, str):
                 part = piece
             else:
-                if piece.name in PLACEHOLDERS[1:] and "text" in dict(sample.segments):
-                    raise TeacherError(
-                        f"sample {sample.sample_id!r} is plain text, but the prompt template "
-                        f"contains {{{piece.name}}}; use a template with {{text}}"
-                    )
+                if piece.name in PLACEHOLDERS[1:]:
+                    _require_one_turn(sample, piece.name)
                 start, end = piece.span(spans, sample.text)
                 part = sample.text[start:end]
                 _append(ranges, (length, length + len(part), start))
@@ -159,26 +169,56 @@ def chat_template(
         raise TeacherError(
             f"{_owner(tokenizer)} has no chat template; set `template` instead of `chat`"
         )
-    turns = [{"role": "system", "content": system}] if system is not None else []
-    turns += [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}]
-    rendered, prints_date = _render_on(day, tokenizer, turns)
-    before, user_mark, rest = rendered.partition(_USER)
-    between, assistant_mark, after = rest.partition(_ASSISTANT)
-    if not user_mark or not assistant_mark or _USER in rest or _ASSISTANT in after:
-        raise TeacherError(
-            f"the chat template of {_owner(tokenizer)} does not render each turn exactly "
-            "once; set `template` instead of `chat`"
-        )
-    if system is not None and system.strip() not in before + between + after:
-        raise TeacherError(
-            f"the chat template of {_owner(tokenizer)} does not render the system turn; remove "
-            "`system`, or set `template` instead of `chat`"
-        )
+    (before, between, after), prints_date = _around_turns(tokenizer, _ROLES, system, day)
     turn = (Placeholder("rationale", "lstrip"), Placeholder("answer", "rstrip"))
     pieces = (before, Placeholder("prompt", "strip"), between, *turn, after)
     source = f"{before}{{prompt:strip}}{between}{{rationale:lstrip}}{{answer:rstrip}}{after}"
     printed = (day or date.today()).isoformat() if prints_date else None
-    return PromptTemplate(tuple(piece for piece in pieces if piece), source, printed)
+
+    @cache
+    def of_turns(turns: Turns) -> Pieces:
+        roles = tuple(role for role, _ in turns)
+        own = None if roles[0] == "system" else system
+        literals, _ = _around_turns(tokenizer, roles, own, day)
+        pieces: list[str | Placeholder] = [literals[0]]
+        for (_, numbers), literal in zip(turns, literals[1:], strict=True):
+            for number in numbers:
+                side = "l" * (number == numbers[0]) + "r" * (number == numbers[-1])
+                pieces.append(Placeholder(str(number), _SIDES[side]))
+            pieces.append(literal)
+        return tuple(piece for piece in pieces if piece)
+
+    return PromptTemplate(tuple(piece for piece in pieces if piece), source, printed, of_turns)
+
+
+def _around_turns(
+    tokenizer: Any, roles: Sequence[str], system: str | None, day: date | None
+) -> tuple[list[str], bool]:
+    """What a chat template prints before, between and after turns, and whether it prints a date.
+
+    Raises:
+        TeacherError: it fails, or drops or changes a turn.
+    """
+    turns = [{"role": "system", "content": system}] if system is not None else []
+    marks = [f"KVDISTILL-TURN-{number}-{role}" for number, role in enumerate(roles)]
+    turns += [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    rest, prints_date = _render_on(day, tokenizer, turns)
+    literals = []
+    for mark in marks:
+        literal, found, rest = rest.partition(mark)
+        literals.append(literal)
+        if not found or mark in rest:
+            raise TeacherError(
+                f"the chat template of {_owner(tokenizer)} does not render each turn exactly "
+                "once; set `template` instead of `chat`"
+            )
+    literals.append(rest)
+    if system is not None and system.strip() not in "".join(literals):
+        raise TeacherError(
+            f"the chat template of {_owner(tokenizer)} does not render the system turn; remove "
+            "`system`, or set `template` instead of `chat`"
+        )
+    return literals, prints_date
 
 
 def _owner(tokenizer: Any) -> str:
@@ -214,11 +254,23 @@ def _render_on(
 
 def _named_spans(sample: Sample) -> dict[str, tuple[int, int]]:
     spans: dict[str, tuple[int, int]] = {"text": (0, len(sample.text))}
-    for (name, _), (start, end, _) in zip(sample.segments, sample.spans, strict=True):
-        spans[name] = (start, end)
-    spans["source"] = spans.get("prompt", spans["text"])
+    for number, (start, end, _) in enumerate(sample.spans):
+        spans[sample.segments[number][0]] = spans[str(number)] = (start, end)
+    spans["source"] = (0, spans["prompt"][1]) if "prompt" in spans else spans["text"]
     spans["target"] = (spans["prompt"][1] if "prompt" in spans else 0, len(sample.text))
     return spans
+
+
+def _require_one_turn(sample: Sample, wanted: str) -> None:
+    """Raise TeacherError where a template's placeholder is none, or several, of the segments."""
+    names = [name for name, _ in sample.segments]
+    if "text" in names or len(names) > len(set(names)):
+        what = "plain text" if "text" in names else "a conversation of several turns"
+        remedy = "" if "text" in names else " or `chat: true`"
+        raise TeacherError(
+            f"sample {sample.sample_id!r} is {what}, but the prompt template contains "
+            f"{{{wanted}}}; use a template with {{text}}{remedy}"
+        )
 
 
 def _append(ranges: list[tuple[int, int, int]], new: tuple[int, int, int]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kvdistill.config.corpus import CorpusColumns
 from kvdistill.config.training import StudentConfig
-from kvdistill.corpus.readers import read_jsonl
+from kvdistill.corpus.readers import read_files
 from kvdistill.distill.evaluate.answers import is_gradable
 from kvdistill.distill.evaluate.held_out import HeldOut, score_held_out, score_latent
 from kvdistill.distill.student.build import build_student, load_student_tokenizer, require_positions
@@ -39,7 +39,7 @@ def evaluate_folder(
         StudentError: the folder is missing, or is not a causal LM with a fast tokenizer.
         CorpusError: the corpus is missing, malformed, or has no sample to answer.
     """
-    samples = read_jsonl(corpus, limit=max_samples, columns=CorpusColumns(ignore=ignore))
+    samples = read_files(corpus, limit=max_samples, columns=CorpusColumns(ignore=ignore))
     if generate and not any(is_gradable(sample) for sample in samples):
         raise CorpusError(
             f"{corpus}: --generate needs samples with a prompt and an answer, but none has both; "

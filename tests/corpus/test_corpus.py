@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvdistill.commands.prepare import _write_jsonl
-from kvdistill.corpus.readers import read_jsonl
+from kvdistill.corpus.readers import read_files
 from kvdistill.corpus.samples import Sample, corpus_fingerprint, cut_into_shards
 from kvdistill.errors import CorpusError
 
@@ -23,7 +23,7 @@ def write(folder: Path, *rows: object) -> Path:
 
 def test_gsm8k_rows_become_three_segments(tmp_path: Path) -> None:
     row = {"question": "How many?", "answer": "Two.\nThree.\n#### 5"}
-    (sample,) = read_jsonl(write(tmp_path, row))
+    (sample,) = read_files(write(tmp_path, row))
     assert sample.segments == (
         ("prompt", "How many?"),
         ("rationale", "\nTwo.\nThree."),
@@ -41,7 +41,7 @@ def test_text_and_segment_rows_and_tasks(tmp_path: Path) -> None:
         {"prompt": "only a prompt"},
         {"text": ""},
     )
-    plain, segmented, prompt, empty = read_jsonl(path)
+    plain, segmented, prompt, empty = read_files(path)
     assert (plain.text, plain.task, plain.sample_id) == ("plain", "prose", "00000000")
     assert (segmented.text, segmented.sample_id) == ("p\nr\na", "b")
     assert prompt.segments == (("prompt", "only a prompt"),)
@@ -64,13 +64,13 @@ def test_bad_corpora_are_refused_by_name(tmp_path: Path, content: str, words: st
     path = tmp_path / "corpus.jsonl"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(CorpusError, match=words) as caught:
-        read_jsonl(path)
+        read_files(path)
     assert "corpus.jsonl" in str(caught.value)
 
 
 def test_a_missing_corpus_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="not found"):
-        read_jsonl(tmp_path / "none.jsonl")
+        read_files(tmp_path / "none.jsonl")
 
 
 TEXTS = st.lists(st.text(max_size=30), min_size=1, max_size=30)
@@ -100,5 +100,5 @@ def test_samples_round_trip_and_fingerprints_tell_corpora_apart(texts: list[str]
 def test_written_corpora_keep_every_label(tmp_path: Path) -> None:
     samples = [Sample("a", (("text", "x"),), "math", "smollm2"), Sample("b", (("text", "y"),))]
     _write_jsonl(samples, tmp_path / "out.jsonl")
-    assert read_jsonl(tmp_path / "out.jsonl") == samples
+    assert read_files(tmp_path / "out.jsonl") == samples
     assert [Sample.from_json(sample.to_json()) for sample in samples] == samples

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from kvdistill.cli import cli
-from kvdistill.corpus.readers import read_jsonl
+from kvdistill.corpus.readers import read_files
 from kvdistill.corpus.recipes import arithmetic_samples, with_rationale
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import CorpusError
@@ -103,12 +103,12 @@ def test_the_commands_write_what_the_corpus_reads(tmp_path: Path) -> None:
     ):
         done = CliRunner().invoke(cli, ["data", *command])
         assert done.exit_code == 0, done.output
-    assert read_jsonl(chains) == arithmetic_samples(5, steps=2, drop_last=True)
-    assert rationale(read_jsonl(solved)[0]) == "\n1+1=2 2+1=3"
+    assert read_files(chains) == arithmetic_samples(5, steps=2, drop_last=True)
+    assert rationale(read_files(solved)[0]) == "\n1+1=2 2+1=3"
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "characters")
-    text = read_jsonl(chains)[0].text
+    text = read_files(chains)[0].text
     encoded = tokenizer(text, return_offsets_mapping=True)
     assert encoded["offset_mapping"] == [(i, i + 1) for i in range(len(text))]
     assert tokenizer.decode(encoded["input_ids"]) == text

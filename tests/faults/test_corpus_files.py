@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from kvdistill.config.corpus import CorpusColumns, CorpusConfig
-from kvdistill.corpus.readers import load_corpus, read_jsonl
+from kvdistill.corpus.readers import load_corpus, read_files
 from kvdistill.corpus.samples import Sample, corpus_fingerprint
 from kvdistill.errors import CorpusError
 from kvdistill.types import CorpusFormat
@@ -25,7 +26,7 @@ DEEP = b'{"text": "a", "x": ' + b"[" * 99_999 + b"]" * 99_999 + b"}\n"
 def read(folder: Path, content: bytes, *arguments: Any) -> list[Sample]:
     path = folder / "corpus.jsonl"
     path.write_bytes(content)
-    return read_jsonl(path, *arguments)
+    return read_files(path, *arguments)
 
 
 def rows(*given: dict[str, Any]) -> bytes:
@@ -60,9 +61,20 @@ GOOD = b'{"text": "a"}\n'
         ('{"text":"a b"}\n'.encode("utf-16"), ["UTF-16", "iconv"]),
         ('{"text":"a b"}\n'.encode("utf-16-le"), ["UTF-16", "iconv"]),
         ('{"text":"a b"}\n'.encode("utf-16-be"), ["UTF-16", "iconv"]),
-        (b"\x1f\x8b\x08\x00abc", ["gunzip"]),
-        (b"\x28\xb5\x2f\xfdabc", ["unzstd"]),
-        (b"PAR1\x15\x04\x15", ["parquet", "corpus.dataset"]),
+        (b"\x1f\x8b\x08\x00abc", ["damaged", "get the file again"]),
+        (gzip.compress(GOOD * 99)[:-9], ["damaged", "get the file again"]),
+        (gzip.compress("{}".encode("utf-16")), ["UTF-16", "iconv"]),
+        (b"\x28\xb5\x2f\xfdabc", ["damaged", "get the file again"]),
+        (b"PAR1\x15\x04\x15", ["parquet", "write it anew"]),
+        (b"BZh91AY", ["bunzip2"]),
+        (rows({"messages": []}), ["line 1", "list of turns"]),
+        (rows({"messages": "hi"}), ["line 1", "list of turns"]),
+        (rows({"messages": ["hi"]}), ["line 1", "turn 0", "role"]),
+        (rows({"messages": [{"role": "tool", "content": "4"}]}), ["turn 0", "'tool'", "assistant"]),
+        (rows({"messages": [{"role": "user", "content": 4}]}), ["turn 0", "text"]),
+        (rows({"messages": [{"role": "user", "content": "a", "note": "b"}]}), ["'note'", "ignore"]),
+        (rows({"body": "a", "url": "b"}), ['{prompt: ["body"], answer: ["url"]}', "'body', 'url'"]),
+        (rows({"chat": [{"role": "x"}], "url": "b"}), ['{messages: ["chat"], ignore: ["url"]}']),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ["git lfs pull"]),
         (b"Just some text.\n", ["line 1", "not JSON", '{"text"']),
         (b'[{"text": "a"}]\n', ["line 1", "list", '{"text"']),
@@ -97,7 +109,7 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
         tmp_path / ("x" * 300): "name too long",
     }.items():
         with pytest.raises(CorpusError) as caught:
-            read_jsonl(path)
+            read_files(path)
         assert words in str(caught.value)
         assert str(path) in str(caught.value)
 
@@ -119,6 +131,9 @@ def test_an_id_that_is_null_is_the_position(tmp_path: Path) -> None:
         ({"prompt": "Two and two is ", "completion": "four."}, "Two and two is four."),
         ({"prompt": "Two?", "response": "Four."}, "Two?\nFour."),
         ({"instruction": "Add.", "input": "", "output": "4"}, "Add.\n4"),
+        ({"instruction": "Add.", "input": "2 2", "output": "4"}, "Add.\n2 2\n4"),
+        ({"input": "2 2", "output": "4"}, "2 2\n4"),
+        ({"context": "2 2", "question": "Sum?", "answer": "4"}, "Sum?\n2 2\n4"),
         ({"question": "Two?", "answer": "Four."}, "Two?\nFour."),
         ({"question": "Two?", "answer": "#### 4"}, "Two?\n#### 4"),
         ({"prompt": "p", "answer": None, "response": "r"}, "p\nr"),
@@ -138,7 +153,6 @@ def test_pairs_are_read_whole(tmp_path: Path, row: dict[str, Any], text: str) ->
         ({"text": "one", "prompt": "what", "answer": "four"}, "'prompt', 'answer'"),
         ({"prompt": "what", "chosen": "four", "rejected": "five"}, "'chosen', 'rejected'"),
         ({"prompt": "p", "answer": "a", "response": "r"}, "'response'"),
-        ({"instruction": "Add.", "input": "2 2", "output": "4"}, "'input'"),
         ({"text": "a", "messages": [{"role": "user", "content": "b"}]}, "'messages'"),
         ({"text": "a", "meta": {"url": ["http://x"]}}, "'meta'"),
     ],
@@ -203,7 +217,7 @@ FINGERPRINTS = {
 
 @pytest.mark.parametrize("name", FINGERPRINTS)
 def test_existing_corpora_are_read_as_ever(name: str) -> None:
-    samples = read_jsonl(ROOT / f"examples/data/{name}.jsonl")
+    samples = read_files(ROOT / f"examples/data/{name}.jsonl")
     assert corpus_fingerprint(samples) == FINGERPRINTS[name]
 
 
@@ -298,7 +312,7 @@ def fuzz(folder: Path, count: int) -> tuple[int, int]:
         path.write_bytes(content := mutated(rng))
         form: CorpusFormat = rng.choice(["auto"] * 6 + ["text", "segments", "gsm8k"])
         try:
-            samples = read_jsonl(path, form)
+            samples = read_files(path, form)
         except CorpusError as error:
             messages.append(str(error))
             continue

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from kvdistill.cli import cli
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import load_experiment
-from kvdistill.corpus.readers import load_corpus, read_jsonl
+from kvdistill.corpus.readers import load_corpus, read_files
 from kvdistill.distill.data.stream import Rank
 from kvdistill.distill.student.latent.latent_distiller import LatentDistiller
 from kvdistill.distill.student.latent.model import LatentStudent
@@ -329,4 +329,4 @@ def test_identity_needs_equal_shapes(thinking: Path, tmp_path: Path) -> None:
 
 
 def test_the_corpus_of_this_test_has_rationales() -> None:
-    assert all(dict(sample.segments)["rationale"] for sample in read_jsonl(CORPUS, limit=16))
+    assert all(dict(sample.segments)["rationale"] for sample in read_files(CORPUS, limit=16))

@@ -12,7 +12,7 @@ import pytest
 
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import parse_experiment
-from kvdistill.corpus.readers import read_jsonl
+from kvdistill.corpus.readers import read_files
 from kvdistill.distill.student.build import train_tokenizer
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.run_folder import RunFolder
@@ -50,7 +50,7 @@ def body(folder: Path, models: Path, output: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, real_models: Path) -> Path:
     folder = tmp_path_factory.mktemp("real")
-    texts = (sample.text for sample in read_jsonl(CORPUS))
+    texts = (sample.text for sample in read_files(CORPUS))
     train_tokenizer(texts, 1024).save_pretrained(str(folder / "tokenizer"))
     extract(parse_experiment(body(folder, real_models, folder)))
     return folder

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import parse_experiment
-from kvdistill.corpus.readers import read_jsonl
+from kvdistill.corpus.readers import read_files
 from kvdistill.distill.student.build import train_tokenizer
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.run_folder import RunFolder
@@ -83,7 +83,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, real_models: Path) -> Path:
     shallow.save_pretrained(folder / "teacher")
     AutoTokenizer.from_pretrained(source).save_pretrained(folder / "teacher")
     write_corpus(folder / "corpus.jsonl")
-    texts = (sample.text for sample in read_jsonl(folder / "corpus.jsonl"))
+    texts = (sample.text for sample in read_files(folder / "corpus.jsonl"))
     train_tokenizer(texts, 400).save_pretrained(str(folder / "tokenizer"))
     whole = experiment(folder, "extract")
     extract(whole, ["smollm2"])

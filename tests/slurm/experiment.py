@@ -15,7 +15,7 @@ import yaml
 
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import load_experiment
-from kvdistill.corpus.readers import read_jsonl
+from kvdistill.corpus.readers import read_files
 from kvdistill.errors import Interrupted
 from kvdistill.pipelines.extract import ExtractionWork, extraction_work
 
@@ -41,7 +41,7 @@ def write_models(folder: Path) -> None:
 
     from kvdistill.distill.student.build import train_tokenizer
 
-    texts = [sample.text for sample in read_jsonl(CORPUS, limit=40)]
+    texts = [sample.text for sample in read_files(CORPUS, limit=40)]
     torch.manual_seed(0)
     llama = LlamaConfig(
         vocab_size=500, hidden_size=32, intermediate_size=48, num_hidden_layers=3,

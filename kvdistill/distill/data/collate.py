@@ -93,8 +93,10 @@ class Collate:
             batch["text_mask"],
         )
         prompt = spans.segment == SEGMENT_IDS["prompt"]
-        if not self.losses.cross_entropy_prompt:
-            batch["labels"] = batch["labels"].masked_fill(prompt, IGNORED_LABEL)
+        unlearned = prompt & torch.tensor(
+            [[sample.chat or not self.losses.cross_entropy_prompt] for sample in samples]
+        )
+        batch["labels"] = batch["labels"].masked_fill(unlearned, IGNORED_LABEL)
         batch |= injection(spans, batch["labels"], self.losses)
         batch["query_mask"] = torch.where(prompt.any(1, keepdim=True), prompt, spans.mask)
         batch |= self.labels(samples)
@@ -185,13 +187,20 @@ def tokenize(tokenizer: Any, samples: Sequence[Sample], max_length: int) -> list
 def require_text(tokenizer: Any, samples: Sequence[Sample], max_length: int) -> None:
     """Raise CorpusError where no text has a token to predict: nothing to learn or to score."""
     for start in range(0, len(samples), 64):  # the first few decide, unless all are empty
-        tokens = tokenize(tokenizer, samples[start : start + 64], max_length)
-        if any((each.segment[1:] >= 0).any() for each in tokens):
+        some = samples[start : start + 64]
+        pairs = zip(some, tokenize(tokenizer, some, max_length), strict=True)
+        if any(scored_tokens(*pair)[1:].any() for pair in pairs):
             return
     raise CorpusError(
         f"none of the {len(samples)} texts from {samples[0].sample_id!r} on has a token to predict "
         f"within {max_length} tokens; raise the maximum length, or give other texts"
     )
+
+
+def scored_tokens(sample: Sample, tokens: StudentTokens) -> NDArray[np.int64]:
+    """1 for tokens of text whose likelihood counts, ``[T]``: of a conversation the assistant's."""
+    is_prompt = sample.chat & (tokens.segment == SEGMENT_IDS["prompt"])
+    return np.asarray((tokens.segment >= 0) & ~is_prompt, np.int64)
 
 
 def _student_tokens(

@@ -78,7 +78,8 @@ class ExactMatch:
 def is_gradable(sample: Sample) -> bool:
     """Whether a sample has a prompt to generate from and an answer to compare with."""
     parts = dict(sample.segments)
-    return bool(parts.get("prompt", "").strip() and parts.get("answer", "").strip())
+    is_last = bool(sample.segments) and sample.segments[-1][0] == "answer"
+    return is_last and bool(parts.get("prompt", "").strip() and parts["answer"].strip())
 
 
 def target(sample: Sample) -> Target:

@@ -187,7 +187,7 @@ def _truncated_prompts(
     student: Any, tokenizer: Any, samples: Sequence[Sample], max_new_tokens: int
 ) -> list[list[int]]:
     """Token ids of every prompt, left-truncated after BOS to the model's positions."""
-    prompts = prompt_ids(tokenizer, [dict(sample.segments)["prompt"] for sample in samples])
+    prompts = prompt_ids(tokenizer, [sample.question for sample in samples])
     budget = prompt_budget(student, max_new_tokens)
     if budget is None:
         return prompts

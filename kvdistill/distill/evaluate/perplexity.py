@@ -13,13 +13,22 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvdistill.attention.language_head import DeferredLogits, LanguageHead
 from kvdistill.corpus.samples import Sample
-from kvdistill.distill.data.collate import StudentTokens, require_text, student_batch, tokenize
+from kvdistill.distill.data.collate import (
+    StudentTokens,
+    padded,
+    require_text,
+    scored_tokens,
+    student_batch,
+    tokenize,
+)
 from kvdistill.distill.evaluate.over_ranks import over_ranks
 from kvdistill.distill.losses.pointwise import IGNORED_LABEL, negative_log_likelihood
 
@@ -28,7 +37,7 @@ CALIBRATION_BINS: Final = 15
 
 @dataclass(frozen=True)
 class TextScore:
-    """Likelihood of one text; special tokens (BOS, EOS) are not counted."""
+    """Likelihood of one text, of a conversation the assistant's turns; without BOS and EOS."""
 
     sample_id: str
     nll: float
@@ -102,9 +111,12 @@ def score_texts(
     pad_id = tokenizer.pad_token_id or 0
 
     def score(chosen: list[int]) -> tuple[list[TextScore], Tensor]:
-        tokens = tokenize(tokenizer, [samples[i] for i in chosen], max_length)
+        texts = [samples[i] for i in chosen]
+        tokens = tokenize(tokenizer, texts, max_length)
         batch = student_batch(tokens, pad_id)
-        labels = batch["labels"].masked_fill(~batch["text_mask"], IGNORED_LABEL)[:, 1:].to(device)
+        counted = [scored_tokens(*pair) for pair in zip(texts, tokens, strict=True)]
+        mask = padded(counted, 0, batch["labels"].shape[1]).bool()
+        labels = batch["labels"].masked_fill(~mask, IGNORED_LABEL)[:, 1:].to(device)
         wanted = F.pad(labels, (0, 1), value=IGNORED_LABEL)
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
         _, logits = head.run(**inputs, use_cache=False)
@@ -120,8 +132,8 @@ def score_texts(
             nll_BT = measured(logits.flatten(0, 1), wanted.flatten()).view_as(wanted)
         nll = nll_BT.sum(1, dtype=torch.float64).tolist()
         counts = (labels != IGNORED_LABEL).sum(1).tolist()
-        rows = zip(chosen, nll, counts, tokens, strict=True)
-        scores = [TextScore(samples[i].sample_id, x, n, _num_chars(t)) for i, x, n, t in rows]
+        rows = zip(texts, nll, counts, map(_num_chars, tokens, counted), strict=True)
+        scores = [TextScore(sample.sample_id, *figures) for sample, *figures in rows]
         return scores, calibration.sums.cpu()
 
     # Texts of similar length share a batch, to save padding; totals do not depend on the order.
@@ -171,8 +183,8 @@ class Calibration:
         ]
 
 
-def _num_chars(tokens: StudentTokens) -> int:
-    text = tokens.segment[1:] >= 0
-    if not text.any():
-        return 0
-    return int(tokens.char_end[1:][text].max() - tokens.char_start[1:][text].min())
+def _num_chars(tokens: StudentTokens, counted: NDArray[np.int64]) -> int:
+    """Characters that the counted tokens span, run by run."""
+    edges = np.flatnonzero(np.diff(counted[1:], prepend=0, append=0)) + 1
+    runs = zip(edges[::2], edges[1::2], strict=True)
+    return sum(int(tokens.char_end[a:b].max() - tokens.char_start[a:b].min()) for a, b in runs)

@@ -150,10 +150,12 @@ def question_and_answer(sample: Sample) -> tuple[str, str]:
         CorpusError: the sample has no prompt or no answer.
     """
     parts = dict(sample.segments)
-    if not parts.get("prompt") or not parts.get("answer"):
+    is_one_turn = len(parts) == len(sample.segments)
+    if not (parts.get("prompt") and parts.get("answer") and is_one_turn):
+        found = [name for name, _ in sample.segments][:9]
         raise CorpusError(
-            f"sample {sample.sample_id!r}: expected a prompt and an answer for a latent student, "
-            f"got the segments {sorted(parts)}; use rows of prompt/rationale/answer"
+            f"sample {sample.sample_id!r}: expected a prompt and an answer, once, of a latent "
+            f"student, got the segments {found}; use rows of prompt/rationale/answer"
         )
     return parts["prompt"], parts["answer"]
 

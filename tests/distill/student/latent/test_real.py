@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvdistill.config.distill import LatentConfig
-from kvdistill.corpus.readers import read_jsonl
+from kvdistill.corpus.readers import read_files
 from kvdistill.distill.student.latent.model import LatentStudent, answer, left_padded
 from tests.distill.student.latent.thinkers import like
 from tests.slurm.experiment import CORPUS
@@ -25,7 +25,7 @@ def test_real_models_think_alike_in_a_batch_and_alone(name: str, real_models: Pa
     config = LatentConfig(num_latents=4, iterations=4, projector_width=64)
     jacobi = LatentStudent(backbone, config).eval()
     sequential = like(jacobi, method="codi")
-    questions = [dict(sample.segments)["prompt"] for sample in read_jsonl(CORPUS, limit=2)]
+    questions = [dict(sample.segments)["prompt"] for sample in read_files(CORPUS, limit=2)]
     with torch.inference_mode():
         together = jacobi(*left_padded(tokenizer, questions)).answer_logits
         other = sequential(*left_padded(tokenizer, questions)).answer_logits
