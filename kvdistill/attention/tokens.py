@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -48,3 +49,8 @@ def padding_id(tokenizer: Any, num_embeddings: int) -> int:
 def num_token_ids(tokenizer: Any) -> int:
     """One more than the largest token id; more than ``len(tokenizer)`` where ids have gaps."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 over a fast tokenizer's whole definition: vocabulary, merges, rules."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()

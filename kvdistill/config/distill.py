@@ -32,10 +32,12 @@ from kvdistill.types import (
 )
 
 TEACHER_LOSSES: Final = (
-    "key", "value", "cosine", "attention_kl", "relation", "inject", "round_trip", "codi"
+    "key", "value", "cosine", "attention_kl", "relation", "inject", "round_trip", "codi", "logits"
 )  # fmt: skip
 """Losses that read the store."""
-ANNEALED_LOSSES: Final = ("key", "value", "cosine", "attention_kl", "relation", "codi")
+ANNEALED_LOSSES: Final = (
+    "key", "value", "cosine", "attention_kl", "relation", "codi", "logits"
+)  # fmt: skip
 """Losses that compare the student with a teacher."""
 TEXT_LOSSES: Final = ("cross_entropy", "rationale", "router_aux")
 """Losses on the text alone."""
@@ -257,8 +259,8 @@ class LossConfig(Section):
     """Error of values; 0.3 by default for a pretrained student."""
     anneal_by: Annotated[float, Field(gt=0, le=1)] | None = None
     """Fraction of training over which the losses that compare the student with a teacher (`key`,
-    `value`, `cosine`, `attention_kl`, `relation`, `codi`) are annealed linearly to zero; constant
-    weights if not given."""
+    `value`, `cosine`, `attention_kl`, `relation`, `codi`, `logits`) are annealed linearly to zero;
+    constant weights if not given."""
     distance: Distance = "mse"
     """Pointwise error between keys or values of student and target."""
     layer_std: bool = False
@@ -276,6 +278,11 @@ class LossConfig(Section):
     cross_entropy_prompt: bool = True
     """Include prompt tokens in the cross-entropy; without them only the response is learned, as it
     always is of a conversation (`corpus.columns.messages`)."""
+    logits: NonNegativeFloat = 0.0
+    """KL divergence from the teachers' stored predictions of the next token to the student's
+    (needs `extraction.logits`)."""
+    logits_temperature: PositiveFloat = 1.0
+    """Temperature of `logits`; at any but 1 over the stored tokens alone."""
     inject: NonNegativeFloat = 0.0
     """Cross-entropy of what follows when the student runs on the fused KV of its teachers."""
     inject_style: Literal["residual", "replace"] = "residual"
@@ -307,7 +314,7 @@ class LossConfig(Section):
     @property
     def of_kv(self) -> list[str]:
         """Enabled losses that compare keys and values."""
-        return [name for name in self.of_teachers if name != "codi"]
+        return [name for name in self.of_teachers if name not in ("codi", "logits")]
 
     @property
     def uses_teachers(self) -> bool:

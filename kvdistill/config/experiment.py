@@ -128,6 +128,13 @@ def _check_losses(experiment: Experiment) -> None:
             f"losses.{losses.of_teachers[0]} needs at least one teacher; add one under `teachers`, "
             "or set losses.key and losses.value to 0"
         )
+    if losses.logits and not experiment.extraction.logits:
+        raise ValueError(
+            "losses.logits reads predictions that extraction must store; set extraction.logits to "
+            "a number of tokens, such as 32, and extract under new teacher names"
+        )
+    if losses.logits and experiment.placebo.method == "noise":
+        raise ValueError("placebo.method noise replaces no predictions; use shuffled")
     if not (losses.uses_teachers or losses.cross_entropy or losses.rationale):
         raise ValueError("every loss has weight 0; enable at least one under `losses`")
 
@@ -237,7 +244,7 @@ def _check_latent(experiment: Experiment) -> None:
             if getattr(losses, name):
                 raise ValueError(f"losses.{name} needs a student with a `latent` section")
         return
-    refused = [name for name in ("inject", "attention_kl", "relation") if getattr(losses, name)]
+    refused = [n for n in ("inject", "attention_kl", "relation", "logits") if getattr(losses, n)]
     if refused:
         raise ValueError(f"losses.{refused[0]} is undefined on latent positions; set it to 0")
     if experiment.fusion.learns:

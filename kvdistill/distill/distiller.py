@@ -31,7 +31,7 @@ from kvdistill.config.distill import AlignmentConfig, FusionConfig, LossConfig, 
 from kvdistill.distill.align.band import band_of
 from kvdistill.distill.data.collate import Batch
 from kvdistill.distill.fuse.fusion_weights import FusionWeights
-from kvdistill.distill.fuse.weights import ServedWeights, entropy, fuse
+from kvdistill.distill.fuse.weights import ServedWeights, contested_entropy, fuse
 from kvdistill.distill.kv_losses import (
     fused_errors,
     kv_figures,
@@ -40,6 +40,7 @@ from kvdistill.distill.kv_losses import (
 )
 from kvdistill.distill.losses.attention_maps import AttentionMaps
 from kvdistill.distill.losses.load_balancing import LoadBalancing
+from kvdistill.distill.losses.logits import LogitLoss
 from kvdistill.distill.losses.pointwise import (
     IGNORED_LABEL,
     cross_entropy,
@@ -78,8 +79,7 @@ class StudentOutput:
     query_BLQTD: Tensor | None  # where a loss compares attention
     key_BLHTD: Tensor
     value_BLHTD: Tensor
-    hidden: Tensor | None
-    """Last hidden state ``[B, T, E]``, where a router needs it."""
+    hidden: Tensor | None  # last state [B, T, E], where a router needs it
     router_aux: Tensor | None = field(default=None, kw_only=True)
     """Load-balancing loss of this pass, where it has a weight."""
 
@@ -135,6 +135,7 @@ class Distiller(nn.Module):
         self.weigh = FusionWeights(
             fusion, teachers, geometry.hidden_size, geometry.num_layers, tasks or {}
         )
+        self.logit_loss = LogitLoss(self.weigh.names, losses.logits_temperature)
         self.space = nn.ModuleDict()
         if projection.mode == "shared_space":
             shape = HeadShape(projection.space_heads, projection.space_dim)
@@ -210,10 +211,13 @@ class Distiller(nn.Module):
 
         ``num_labels``, ``num_injected``    predicted tokens: all, and those after injected KV
         ``num_served``, ``num_contested``   see ``FusionWeights.count``
+        ``num_predictions``                 tokens that a teacher's stored logits predict
         """
         counts = {"num_labels": num_predicted(batch["labels"])}
         if self.teachers:
             counts |= self.weigh.count(batch)
+            if self.losses.logits:
+                counts |= self.logit_loss.count(batch, self.weigh.serving(batch))
         if self.losses.inject:
             counts["num_injected"] = num_predicted(self._injection(batch)[1])
         return counts
@@ -267,7 +271,11 @@ class Distiller(nn.Module):
         weights = self.losses.weights()
         parts = {name: total / num_served for name, total in sums.items() if weights[name]}
         if self.losses.entropy:
-            parts["entropy"] = self._entropy(mixture, counts)
+            total = contested_entropy(mixture, self.fusion.entropy)
+            parts["entropy"] = total / counts["num_contested"].clamp_min(1)
+        if self.losses.logits:
+            total = self.logit_loss(output.logits, batch, kv_alpha, mixture.serves_NBLT)
+            parts["logits"] = total / counts["num_predictions"].clamp_min(1)
         if self.losses.inject:
             parts["inject"] = self._inject(batch, projected, mixture, counts)
         if not figures:
@@ -281,13 +289,6 @@ class Distiller(nn.Module):
         errors = [parts[kind] for kind in kinds if kind in parts]
         shown = kv_figures(compared, alpha, errors, counts["num_served"], self.losses)
         return parts, shown | self.weigh.balance.figures()
-
-    def _entropy(self, mixture: ServedWeights, counts: Counts) -> Tensor:
-        """Mean entropy of the router where it has a choice, before dropout takes it away."""
-        sign = 1.0 if self.fusion.entropy == "specialized" else -1.0
-        contested_BLT = (mixture.serves_NBLT.sum(0) > 1).float()
-        total = sum_served(entropy(mixture.alpha(dropout=False)), contested_BLT)
-        return sign * total / counts["num_contested"].clamp_min(1)
 
     def head(self, name: str, kind: Kind) -> TeacherHead:
         """The maps of one teacher and kind."""

@@ -26,6 +26,7 @@ from kvdistill.attention.geometry import HeadShape
 from kvdistill.config.distill import FusionConfig, ProjectionConfig
 from kvdistill.distill.align.band import Band
 from kvdistill.distill.align.layers import LayerMap, by_group
+from kvdistill.distill.align.vocabulary import Vocabulary
 from kvdistill.distill.fuse.by_confidence import Likelihood, likelihood_of
 from kvdistill.distill.losses.regression import Regression
 from kvdistill.distill.project.projections import StudentToTeacher, make_projection
@@ -85,6 +86,8 @@ class TeacherSpace:
     """In the teacher's own hidden space, for fusion by similarity."""
     likelihood: Likelihood | None = None
     """For fusion by confidence, of a teacher that predicts text."""
+    vocabulary: Vocabulary | None = None
+    """For ``losses.logits``, of a teacher that predicts text."""
 
     @property
     def needed(self) -> tuple[int, ...]:

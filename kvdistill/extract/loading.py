@@ -6,7 +6,6 @@ independent of where it was loaded from.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import sys
 from collections.abc import Collection, Iterator, Mapping
@@ -303,8 +302,3 @@ def _plain_tensors(named: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
             yield from _plain_tensors({f"{name}.{part}": getattr(tensor, part) for part in parts})
         elif isinstance(tensor, Tensor):
             yield name, tensor
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 over a fast tokenizer's whole definition: vocabulary, merges, rules."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()

@@ -28,7 +28,7 @@ from kvdistill.attention.fitting import Verified, fit_adapter
 from kvdistill.attention.geometry import VerifiedLayer, position_limit, quantisation
 from kvdistill.attention.hooks import OnLayer, Site, capture
 from kvdistill.attention.language_head import OutputHead
-from kvdistill.attention.tokens import padding_id
+from kvdistill.attention.tokens import padding_id, tokenizer_fingerprint
 from kvdistill.attention.verification import CACHE, forward_through_cache
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.extraction import ExtractionConfig, GenerateConfig, TeacherConfig
@@ -40,7 +40,6 @@ from kvdistill.extract.loading import (
     load_teacher_tokenizer,
     state_fingerprint,
     text_model_of,
-    tokenizer_fingerprint,
     weights_fingerprint,
 )
 from kvdistill.extract.predictions import output_head

@@ -80,7 +80,8 @@ class Collate:
         ``teachers``    per teacher ``key`` and ``value`` parts ``[B, L, H, T_t, D]`` as stored,
                         by group, the band ``start``, ``weight``, ``covered`` of the alignment,
                         and ``summary [B, E]`` where it is kept; ``nats`` per character
-                        (``by_confidence.py``) for fusion by confidence
+                        (``by_confidence.py``) for fusion by confidence; ``predictions``
+                        (``vocabulary.py``) for ``losses.logits``
         """
         samples = [item.sample for item in items]
         tokens = tokenize(self.tokenizer, samples, self.max_length)
@@ -158,6 +159,8 @@ class Collate:
             batch["summary"] = summaries(rows)
         if space.likelihood is not None:
             batch["nats"] = space.likelihood(rows, student)
+        if space.vocabulary is not None:
+            batch["predictions"] = space.vocabulary.predictions(rows, student, teacher)
         return batch
 
 

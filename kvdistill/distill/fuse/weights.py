@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -117,6 +117,16 @@ def entropy(alpha_NBLT: Tensor) -> Tensor:
     present = alpha > 0
     log = torch.where(present, alpha, 1.0).log()
     return -(alpha * log).sum(0)
+
+
+def contested_entropy(weights: ServedWeights, wanted: Literal["specialized", "diverse"]) -> Tensor:
+    """Sum of the entropy where two teachers serve, before dropout takes the choice away.
+
+    Negative for ``diverse``.
+    """
+    contested_BLT = weights.serves_NBLT.sum(0) > 1
+    total = torch.where(contested_BLT, entropy(weights.alpha(dropout=False)), 0.0).sum()
+    return total if wanted == "specialized" else -total
 
 
 def drop_teachers(serves_NBLT: Tensor, kept_NB: Tensor) -> Tensor:

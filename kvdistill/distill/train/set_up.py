@@ -18,10 +18,12 @@ import torch
 
 from kvdistill.attention.geometry import position_limit
 from kvdistill.attention.kv_capture import KVCapture, verify_student
+from kvdistill.attention.tokens import tokenizer_fingerprint
 from kvdistill.config.distill import FusionConfig
 from kvdistill.config.experiment import Experiment
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.align.layers import LayerMap, layer_map
+from kvdistill.distill.align.vocabulary import vocabulary_between
 from kvdistill.distill.data.collate import Collate, require_text
 from kvdistill.distill.data.placebo import with_placebo
 from kvdistill.distill.data.stream import KVStream, Rank, Source, StoreSource, open_stream
@@ -118,6 +120,8 @@ def assemble(
     }
     fusion = experiment.fusion, experiment.extraction.prototypes
     teachers = [teacher_space(store, name, maps[name], *fusion) for name in maps]
+    if experiment.losses.logits:
+        teachers = _with_vocabularies(teachers, experiment, store, tokenizer)
     collate = replace(collate, teachers=teachers)
     layers = {space.name: space.needed for space in teachers}
     source = with_placebo(source_of(store, layers), store, layers, experiment.placebo)
@@ -129,6 +133,37 @@ def assemble(
             explained = fit_projections(distiller, pilot, experiment.fitted)
     stream = open_stream(source, collate, samples, training, seed=experiment.seed, rank=rank)
     return Assembled(distiller, stream, tokenizer, explained)
+
+
+def _with_vocabularies(
+    teachers: list[TeacherSpace], experiment: Experiment, store: KVStore, tokenizer: Any
+) -> list[TeacherSpace]:
+    """The teachers; with their vocabularies where they predicted text.
+
+    Raises:
+        ConfigError: none did, one read another text, or its tokenizer is not the one it had.
+    """
+    found = []
+    for space in teachers:
+        manifest, config = store.teacher(space.name), experiment.teachers[space.name]
+        if manifest.own_text:
+            raise ConfigError(
+                f"losses.logits: teacher {space.name!r} generated its own rationales, which share "
+                "no characters with the corpus; remove it, or set losses.logits to 0"
+            )
+        vocabulary = None
+        if manifest.num_logits:
+            own = load_student_tokenizer(config.tokenizer or config.model, config.trust_remote_code)
+            if tokenizer_fingerprint(own) != manifest.tokenizer_fingerprint:
+                raise ConfigError(
+                    f"losses.logits: the tokenizer of teacher {space.name!r} is not the one that "
+                    "it was extracted with; restore it"
+                )
+            vocabulary = vocabulary_between(own, tokenizer)
+        found.append(replace(space, vocabulary=vocabulary))
+    if not any(space.vocabulary for space in found):
+        raise ConfigError("losses.logits: no teacher predicts text; add a decoder, or set it to 0")
+    return found
 
 
 def _check_lengths(
