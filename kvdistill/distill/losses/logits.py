@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kvdistill.attention.language_head import DeferredLogits
 from kvdistill.distill.fuse.weights import renormalise
+from kvdistill.distill.losses.pointwise import IGNORED_LABEL
 
 IMPOSSIBLE: Final = -1e4
 """In place of the log of zero, whose gradient is not finite."""
@@ -68,7 +69,8 @@ class LogitLoss:
         """Where each teacher's prediction of a token counts, ``[N, B, T]`` bool."""
         absent = torch.zeros_like(serves_NBLT[0, :, 0])
         found = [self._of(batch, name).get("mask", absent) for name in self.names]
-        where_NBT = torch.stack(found) & serves_NBLT.any(2)
+        learned_BT = batch["labels"] != IGNORED_LABEL
+        where_NBT = torch.stack(found) & serves_NBLT.any(2) & learned_BT
         return F.pad(where_NBT[..., 1:], (1, 0))  # nothing predicts the first token
 
     def count(self, batch: Mapping[str, Any], serves_NBLT: Tensor) -> dict[str, Tensor]:

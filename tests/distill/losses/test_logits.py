@@ -84,12 +84,14 @@ def test_teachers_are_weighted_where_they_predict() -> None:
     serves = torch.ones(3, 1, 2, 4, dtype=torch.bool)
     alpha = torch.tensor([0.6, 0.2, 0.2]).view(3, 1, 1, 1).expand(3, 1, 2, 4)
     loss = LogitLoss(["a", "b", "encoder"], 1.0)
-    batch = {"teachers": teachers | {"encoder": {}}}
+    batch = {"teachers": teachers | {"encoder": {}}, "labels": torch.zeros(1, 4).long()}
     # The first token has no prediction; b's of it counts nowhere. Both predicted the third.
     wanted = each["a"][0] + 0.75 * each["a"][1] + 0.25 * each["b"][1]
     got = loss(logits, batch, alpha, serves)
     torch.testing.assert_close(got, wanted)
     assert loss.count(batch, serves) == {"num_predictions": torch.tensor(2)}
+    prompt = torch.tensor([[0, -100, 0, 0]])
+    assert int(loss.count(batch | {"labels": prompt}, serves)["num_predictions"]) == 1
     unserved = serves.clone()
     unserved[0, :, :, 1] = False
     assert int(loss.count(batch, unserved)["num_predictions"]) == 1
@@ -115,7 +117,7 @@ def test_what_counts_nowhere_may_be_anything() -> None:
         "mask": torch.zeros(1, 3, dtype=torch.bool),
     }
     serves = torch.ones(1, 1, 1, 3, dtype=torch.bool)
-    batch = {"teachers": {"a": {"predictions": stored}}}
+    batch = {"teachers": {"a": {"predictions": stored}}, "labels": torch.zeros(1, 3).long()}
     total = LogitLoss(["a"], 1.0)(logits, batch, serves.float(), serves)
     total.backward()
     assert total == 0
