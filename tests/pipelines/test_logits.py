@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvdistill.corpus.readers import read_jsonl
+from kvdistill.corpus.readers import read_files
 from kvdistill.distill.student.build import train_tokenizer
 from kvdistill.errors import ConfigError
 from kvdistill.pipelines.extract import extract
@@ -33,7 +33,7 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(1)
     config = LlamaConfig.from_pretrained(folder / "models/llama", vocab_size=600)
     LlamaForCausalLM(config).save_pretrained(folder / "models/other")
-    texts = [sample.text for sample in read_jsonl(CORPUS, limit=20)]
+    texts = [sample.text for sample in read_files(CORPUS, limit=20)]
     train_tokenizer(texts, 600).save_pretrained(str(folder / "models/other"))
     path = write_experiment(folder, folder / "models")
     models = {n: {"model": str(folder / "models" / n)} for n in ("llama", "other", "bert")}
