@@ -184,13 +184,15 @@ def verify_command(
         for path in moved:
             click.echo(f"moved to {path}")
         for line in compared:
+            predicted = line["prediction_error"]
             click.echo(
                 f"{line['teacher']}: {line['samples']} samples read again, relative error of keys "
                 f"{line['key_error']:.1e}, of values {line['value_error']:.1e}"
+                + (f", of predictions {predicted:.1e}" if predicted is not None else "")
             )
     differing = [line["teacher"] for line in compared if not line["agrees"]]
     if differing:
-        raise StoreMismatch(f"{store}: keys and values differ from those of teachers {differing}")
+        raise StoreMismatch(f"{store}: what is stored differs from teachers {differing}")
     if findings:
         remedy = "extract again" if moved else "run with --repair, then extract again"
         raise ShardCorrupt(f"{store}: {len(findings)} findings; {remedy}")

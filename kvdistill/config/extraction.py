@@ -82,10 +82,6 @@ class TeacherConfig(Section):
     codec: CodecSpec | None = None
     """Codecs of keys and values; `extraction.codec` if not given."""
 
-    def reads(self, task: str | None) -> bool:
-        """Whether this teacher reads texts of a part of the corpus."""
-        return self.parts is None or task in self.parts
-
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
         if self.chat and self.template is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -34,6 +34,10 @@ class Sample:
     def text(self) -> str:
         """The concatenation of all segments."""
         return "".join(text for _, text in self.segments)
+
+    def is_of(self, parts: Collection[str] | None) -> bool:
+        """Whether the text is of one of these parts of the corpus; None are all."""
+        return parts is None or self.task in parts
 
     @property
     def spans(self) -> list[tuple[int, int, int]]:

@@ -336,7 +336,7 @@ def read_pilot(teacher: Teacher, samples: Iterable[Sample], batch_tokens: int) -
     Its own rationales are not generated for this.
     """
     pilot, budget = TeacherPilot(teacher.manifest.kept_heads), teacher.manifest.codec.pilot_tokens
-    read = [sample for sample in samples if teacher.reads(sample)]
+    read = [sample for sample in samples if sample.is_of(teacher.manifest.parts)]
     step = max(1, len(read) // max(1, budget // 16))
     limit = min(teacher.max_length or budget, budget)
     tokenised: list[TokenisedSample] = []

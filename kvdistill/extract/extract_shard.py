@@ -10,7 +10,7 @@ over a sample's text, and its first token; router prototypes are made of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -69,19 +69,19 @@ def extract_samples(
         NonFiniteError: NaN or infinity; names layer, head and sample.
     """
     started = time.monotonic()
-    read_idx = [i for i, sample in enumerate(samples) if teacher.reads(sample)]
+    read_idx = [i for i, sample in enumerate(samples) if sample.is_of(teacher.manifest.parts)]
     own_texts = None
     if teacher.generate is not None:
         chosen = [samples[i] for i in read_idx]
         written = generate_rationales(teacher, chosen, teacher.generate, batch_tokens)
         own = dict(zip(read_idx, written, strict=True))
         samples = own_texts = [own.get(i, sample) for i, sample in enumerate(samples)]
-    tokenised, too_long = _tokenise(teacher, samples, read_idx)
+    tokenised, too_long, windows = _tokenise(teacher, samples, read_idx)
     table = token_table(samples, tokenised)
     packer = ShardPacker(teacher.manifest, teacher.layers, table, teacher.transforms)
     place: Callable[[], None] | None = None
     for sample_idx in teacher.batches([sample.num_tokens for sample in tokenised], batch_tokens):
-        for place_next in _passes(teacher, tokenised, sample_idx, packer):
+        for place_next in _passes(teacher, tokenised, sample_idx, packer, windows):
             if place is not None:  # the pass before, while the device computes this one
                 place()
             place = place_next
@@ -118,8 +118,11 @@ def token_table(samples: Sequence[Sample], tokenised: Sequence[TokenisedSample])
 
 def _tokenise(
     teacher: Teacher, samples: Sequence[Sample], read_idx: Sequence[int]
-) -> tuple[list[TokenisedSample], tuple[str, ...]]:
-    """Tokens of all samples, as they are to be read, and the ids of those that were too long."""
+) -> tuple[list[TokenisedSample], tuple[str, ...], dict[int, Windows]]:
+    """Tokens of all samples, as they are to be read, the ids of those that were too long, and the
+    windows of those that are read in such, by position.
+    """
+    windows = dict[int, Windows]()
     tokenised = [TokenisedSample.empty()] * len(samples)
     for i, found in zip(read_idx, teacher.tokenise([samples[i] for i in read_idx]), strict=True):
         tokenised[i] = found
@@ -133,8 +136,7 @@ def _tokenise(
             f"shard); set teachers.{name}.long_text to truncate, window or skip"
         )
     if teacher.long_text == "window":
-        for i in too_long:
-            teacher.windows(tokenised[i])  # refuses what cannot be read so, before anything is
+        windows = {i: teacher.windows(tokenised[i]) for i in too_long}
     elif teacher.long_text == "skip":
         for i in too_long:
             tokenised[i] = TokenisedSample.empty()
@@ -142,7 +144,7 @@ def _tokenise(
         shorter = teacher.tokenise([samples[i] for i in too_long], teacher.max_length)
         for i, sample in zip(too_long, shorter, strict=True):
             tokenised[i] = sample
-    return tokenised, ids
+    return tokenised, ids, windows
 
 
 def _passes(
@@ -150,6 +152,7 @@ def _passes(
     tokenised: Sequence[TokenisedSample],
     sample_idx: Sequence[int],
     packer: ShardPacker,
+    windows: Mapping[int, Windows],
 ) -> Iterator[Callable[[], None]]:
     """One forward pass, or several of parts of a batch that does not fit into memory.
 
@@ -157,7 +160,7 @@ def _passes(
     """
     try:
         batch = collate_teacher_batch(tokenised, sample_idx, teacher.pad_id, teacher.device)
-        place = _launch(teacher, batch, packer, teacher.windows(tokenised[sample_idx[0]]))
+        place = _launch(teacher, batch, packer, windows.get(sample_idx[0]))
     except torch.OutOfMemoryError:
         if len(sample_idx) == 1:
             raise
@@ -168,7 +171,7 @@ def _passes(
     torch.cuda.empty_cache()
     middle = len(sample_idx) // 2
     for half in (sample_idx[:middle], sample_idx[middle:]):
-        yield from _passes(teacher, tokenised, half, packer)
+        yield from _passes(teacher, tokenised, half, packer, windows)
 
 
 def _launch(

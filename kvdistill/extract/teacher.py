@@ -110,22 +110,17 @@ class Teacher:
         """Token id of padding, which is masked."""
         return padding_id(self.tokenizer, self.num_embeddings)
 
-    def reads(self, sample: Sample) -> bool:
-        """Whether a text is of a part of the corpus that this teacher reads."""
-        return self.manifest.parts is None or sample.task in self.manifest.parts
-
     def is_too_long(self, sample: TokenisedSample) -> bool:
         """Whether a text exceeds the teacher's positions."""
         return self.max_length is not None and sample.max_tokens > self.max_length
 
-    def windows(self, sample: TokenisedSample) -> Windows | None:
-        """The windows of a text that is too long; None for others.
+    def windows(self, sample: TokenisedSample) -> Windows:
+        """The windows of a text that is too long.
 
         Raises:
             TeacherError: the teacher cannot be read in windows, or they leave no room.
         """
-        if self.max_length is None or not self.is_too_long(sample):
-            return None
+        assert self.max_length is not None
         if sample.source_ids is not None or self.rule.alone:
             name = self.manifest.name
             raise TeacherError(

@@ -29,6 +29,7 @@ from kvdistill.pipelines.extract_tasks import clear_debris, other_extraction, pr
 from kvdistill.slurm.heartbeat import job_element
 from kvdistill.store.commit import discard
 from kvdistill.store.derived import load_transforms, published_bases
+from kvdistill.store.identity import as_stored
 from kvdistill.store.prototypes import teacher_prototypes
 from kvdistill.store.reader import KVStore
 from kvdistill.store.writer import add_teacher, publish_shard
@@ -171,7 +172,8 @@ def open_teacher(store: KVStore, experiment: Experiment, name: str) -> Teacher:
     if (other := other_extraction(store, experiment, name, model=False)) is not None:
         raise StoreMismatch(other)  # before hours of loading
     day = _recorded_date(store, name)
-    teacher = _with_transforms(store, experiment, load_teacher(name, experiment, day))
+    known = as_stored(experiment, store.teacher(name)) if store.has_teacher(name) else experiment
+    teacher = _with_transforms(store, experiment, load_teacher(name, known, day))
     try:
         add_teacher(store, teacher.manifest)
     except StoreMismatch:

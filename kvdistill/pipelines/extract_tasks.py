@@ -34,7 +34,13 @@ from kvdistill.slurm.worker import work
 from kvdistill.store.bucket import local_folder
 from kvdistill.store.commit import sweep
 from kvdistill.store.format import StorePaths
-from kvdistill.store.identity import differences, recorded_settings, refusal, teacher_files
+from kvdistill.store.identity import (
+    as_stored,
+    differences,
+    recorded_settings,
+    refusal,
+    teacher_files,
+)
 from kvdistill.store.reader import KVStore
 from kvdistill.store.writer import create
 from kvdistill.text import shorten
@@ -73,8 +79,8 @@ def live_shards(
     for shard_id, samples in shards:
         if not wanted:
             break
-        tasks = [sample.task for sample in samples]
-        found = {name: sum(map(experiment.teachers[name].reads, tasks)) for name in wanted}
+        parts = {name: experiment.teachers[name].parts for name in wanted}
+        found = {name: sum(x.is_of(part) for x in samples) for name, part in parts.items()}
         if any(found.values()):
             first.append(shard_id)
         wanted = {name: num - found[name] for name, num in wanted.items() if num > found[name]}
@@ -116,7 +122,8 @@ def other_extraction(
     """
     if not store.has_teacher(name):
         return None
-    date, settings = experiment.teachers[name].template_date, recorded_settings(experiment, name)
+    settings = recorded_settings(as_stored(experiment, store.teacher(name)), name)
+    date = experiment.teachers[name].template_date
     requested = {
         "settings": settings,
         **{key: settings[key] for key in ("dtype", "codec")},

@@ -152,7 +152,7 @@ def _estimate_teacher(
     num_sized: int,
 ) -> TeacherEstimate:
     """The estimate from a pilot of the samples that this teacher reads."""
-    read = [sample for sample in samples if teacher.reads(sample)]
+    read = [sample for sample in samples if sample.is_of(teacher.manifest.parts)]
     pilot = _spread(read, num_samples)
     encoded = teacher.tokenise(pilot)
     lengths = np.array([sample.max_tokens for sample in encoded])

@@ -26,12 +26,12 @@ TOLERANCE: Final = {"float32": 0.01, "float16": 0.03, "bfloat16": 0.05}
 """Largest relative error by the teacher's dtype: another batch size rounds differently, and may
 change a value's code."""
 MOVED: Final = 0.05
-"""Largest share of slots that may hold another token: rounding decides between equal ranks."""
+"""Largest share of slots or top tokens that may be others: rounding decides between equal ranks."""
 
 
 @dataclass(frozen=True)
 class Reextraction:
-    """Stored against re-extracted keys and values, over some samples of one teacher."""
+    """Stored against re-extracted keys, values and predictions, over some samples of a teacher."""
 
     teacher: str
     samples: int
@@ -41,13 +41,17 @@ class Reextraction:
     value_error: float
     tolerance: float
     moved: float = 0.0
-    """Share of an evicted teacher's slots that now hold another token, the worst sample. The errors
-    exclude them."""
+    """Share of an evicted teacher's slots that now hold another token, or of the most likely tokens
+    that now are others, the worst sample. The errors of keys and values exclude such slots."""
+    prediction_error: float | None = None
+    """Relative error of ``nll``, ``entropy`` and the probabilities of the most likely tokens and of
+    the rest, the worst sample and array; None where none is stored."""
 
     @property
     def agrees(self) -> bool:
-        """Whether the errors are within ``tolerance``, and at most ``MOVED`` slots changed."""
-        return max(self.key_error, self.value_error) <= self.tolerance and self.moved <= MOVED
+        """Whether the errors are within ``tolerance``, and at most ``MOVED`` are others."""
+        worst = max(self.key_error, self.value_error, self.prediction_error or 0.0)
+        return worst <= self.tolerance and self.moved <= MOVED
 
 
 def reextract(store: KVStore, experiment: Experiment, name: str, count: int) -> Reextraction:
@@ -62,7 +66,7 @@ def reextract(store: KVStore, experiment: Experiment, name: str, count: int) -> 
     chosen = _spread_samples(store, name, count)
     teacher = open_teacher(store, experiment, name)
     errors: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
-    moved, num_tokens = 0.0, 0
+    moved, num_tokens, predicted = 0.0, 0, list[float]()
     for shard_id, sample_idx, sample in chosen:
         budget = experiment.extraction.batch_tokens
         fresh = extract_samples(teacher, [sample], batch_tokens=budget).shard
@@ -77,14 +81,15 @@ def reextract(store: KVStore, experiment: Experiment, name: str, count: int) -> 
         num_tokens += stored_ids.size
         same = _same_slots(store, teacher.manifest, shard_id, sample_idx, fresh)
         layers = [layer_HT for group in same for layer_HT in group if layer_HT.size]
-        moved = max([moved, *(1 - float(layer_HT.mean()) for layer_HT in layers)])
+        others, found = _other_predictions(store, name, shard_id, table.span(sample_idx), fresh)
+        moved = max([moved, others, *(1 - float(layer_HT.mean()) for layer_HT in layers)])
+        predicted += found
         for kind in KINDS:
             error = _relative_error(store, teacher.manifest, sample, kind, fresh=fresh, same=same)
             errors[kind] = max(errors[kind], error)
     tolerance = TOLERANCE[teacher.manifest.dtype]
-    return Reextraction(
-        name, len(chosen), num_tokens, errors["key"], errors["value"], tolerance, moved
-    )
+    worst = (errors["key"], errors["value"], tolerance, moved, max(predicted, default=None))
+    return Reextraction(name, len(chosen), num_tokens, *worst)
 
 
 def _spread_samples(store: KVStore, name: str, count: int) -> list[tuple[str, int, Sample]]:
@@ -115,6 +120,27 @@ def _same_slots(
     span = shard.tokens.span(sample_idx)
     names = [f"{group_prefix(manifest, i)}kept" for i in range(len(manifest.groups))]
     return [shard.arrays[name][:, :, span] == fresh.arrays[name] for name in names]
+
+
+def _other_predictions(
+    store: KVStore, name: str, shard_id: str, span: slice, fresh: EncodedShard
+) -> tuple[float, list[float]]:
+    """The share of top tokens that are others, and the ``prediction_error`` of every array."""
+    others, errors = 0.0, []
+    for array in ("top_ids", "nll", "entropy", "top_logprobs", "rest_logprob"):
+        new = fresh.arrays.get(array, np.empty(0))[1:]  # nothing predicts a first token
+        if not new.size:
+            continue
+        old = store.token_array(name, shard_id, array)[span][1:]
+        if array == "top_ids":
+            others = 1 - float((new[:, :, None] == old[:, None]).any(2).mean())
+            continue
+        new, old = (x.astype(np.float64) for x in (new, old))
+        if "logprob" in array:
+            new, old = np.exp(new), np.exp(old)
+        size = float(np.linalg.norm(new))
+        errors.append(float(np.linalg.norm(new - old)) / size if size else 0.0)
+    return others, errors
 
 
 def _relative_error(

@@ -99,8 +99,6 @@ class Bucket(Place):
     of one line where access is refused or the network fails.
     """
 
-    made_by = "`kvdistill push` copies one there"
-
     def __init__(self, url: str, *, new: bool = False) -> None:
         super().__init__(local_folder(url))
         self.location = self.url = url.rstrip("/")

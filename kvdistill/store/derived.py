@@ -2,6 +2,7 @@
 
     teachers/<name>/statistics.safetensors    channel statistics, summed over shards
     teachers/<name>/prototypes.safetensors    what routers compare a sample with
+    teachers/<name>/statistics.<digest>.…     of some shards of the plan alone: their ids' digest
     teachers/<name>/transform.safetensors     bases by stem, block and name: key.0.mean …
 
 **Derived arrays** are kept, checked, made again at need. Each states in its metadata what it was
@@ -55,8 +56,8 @@ def derived_arrays(place: Place, path: Path, origin: str, derive: Callable[[], A
 
 
 def is_sound(path: Path) -> bool:
-    """Whether a derived file is absent or whole; what it was derived from does not matter."""
-    return not path.exists() or _sound_arrays(path)[0] is not None
+    """Whether a derived file is whole; what it was derived from does not matter."""
+    return _sound_arrays(path)[0] is not None
 
 
 def _sound_arrays(path: Path) -> tuple[str | None, Arrays]:

@@ -85,13 +85,13 @@ class StorePaths:
         """Provenance and geometry of one teacher."""
         return self.teacher(teacher) / TEACHER
 
-    def statistics(self, teacher: str) -> Path:
-        """Channel statistics of a teacher's committed shards; see ``derived.py``."""
-        return self.teacher(teacher) / "statistics.safetensors"
+    def statistics(self, teacher: str, part: str = "") -> Path:
+        """Channel statistics of a teacher's committed shards, or those of a part of the plan."""
+        return self.teacher(teacher) / f"statistics{part}.safetensors"
 
-    def prototypes(self, teacher: str) -> Path:
-        """Prototype vectors of one teacher, for routers."""
-        return self.teacher(teacher) / "prototypes.safetensors"
+    def prototypes(self, teacher: str, part: str = "") -> Path:
+        """Prototype vectors of one teacher, for routers, likewise."""
+        return self.teacher(teacher) / f"prototypes{part}.safetensors"
 
     def transform(self, teacher: str) -> Path:
         """Bases of codec klt; see ``derived.py``."""

@@ -36,6 +36,13 @@ _OF_EXTRACTION: Final = (
     "long_text", "window_overlap", "max_length", "importance", "hidden_at_cue",
     "summaries", "confidence", "logits",
 )  # fmt: skip
+_AT_LEAST: Final = {
+    "importance": "has_importance", "hidden_at_cue": "has_hidden_at_cue",
+    "summaries": "has_summaries", "confidence": "has_confidence", "logits": "num_logits",
+}  # fmt: skip
+"""Settings of which a store may have more than is asked, and the manifest's fields of what it has:
+arrays beside keys and values, which nothing reads but what asks for them. Other layers, heads,
+tokens or numbers would change what trains, so all other settings must be equal."""
 _INFORMATIONAL: Final = {
     *("name", "format_version", "versions", "adapter_error", "model_files", "model", "revision"),
     *("settings", "extraction_fingerprint"),
@@ -53,6 +60,14 @@ _INDEX: Final = "model.safetensors.index.json"
 _SETTLED_SECONDS: Final = 3.0
 _REL_TOL, _ABS_TOL = 1e-5, 2e-7
 """Of measured numbers (rotary frequencies and scalings), which differ by rounding between nodes."""
+
+
+def as_stored(experiment: Experiment, stored: TeacherManifest) -> Experiment:
+    """The experiment, asking for all that the store has of ``_AT_LEAST``, so that it goes on."""
+    asked = experiment.extraction
+    has = {key: getattr(stored, field) for key, field in _AT_LEAST.items()}
+    more = {key: value for key, value in has.items() if value > getattr(asked, key)}
+    return experiment.model_copy(update={"extraction": asked.model_copy(update=more)})
 
 
 def recorded_settings(experiment: Experiment, name: str) -> dict[str, Any]:

@@ -106,8 +106,10 @@ def _teacher_findings(
             yield Finding(teacher, shard_id, f"cannot be read: {shorten(repr(error))}")
 
 
-def _derived_files(store: KVStore, teacher: str) -> tuple[Path, Path]:
-    return store.paths.statistics(teacher), store.paths.prototypes(teacher)
+def _derived_files(store: KVStore, teacher: str) -> list[Path]:
+    """Of the whole plan and of parts of it; of a bucket, what is cached."""
+    paths = store.paths.statistics(teacher, "*"), store.paths.prototypes(teacher, "*")
+    return [found for path in paths for found in sorted(path.parent.glob(path.name))]
 
 
 def _shard_problems(store: KVStore, teacher: str, shard_id: str, folder: Path) -> Iterator[str]:
@@ -243,10 +245,8 @@ def _copy_derived(source: KVStore, target: KVStore, teacher: str) -> None:
     if not source.committed(teacher) or source.committed(teacher) != target.committed(teacher):
         return
     source.statistics(teacher)
-    pairs = zip(_derived_files(source, teacher), _derived_files(target, teacher), strict=True)
-    for there, here in pairs:
-        if there.is_file():
-            target.place.keep(here, there.read_bytes())
+    for there in _derived_files(source, teacher):
+        target.place.keep(target.paths.teacher(teacher) / there.name, there.read_bytes())
 
 
 def _copy_bases(source: KVStore, target: KVStore, teacher: str) -> None:

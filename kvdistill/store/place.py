@@ -30,8 +30,6 @@ class Place:
     any process of this machine. What cannot be read or written is a ``StoreError`` of one line.
     """
 
-    made_by = "`kvdistill extract` creates one"
-
     def __init__(self, root: Path) -> None:
         self.paths = StorePaths(root)
         self.location: Path | str = root.absolute()

@@ -92,7 +92,7 @@ def teacher_prototypes(
     """
     return derived_arrays(
         store.place,
-        store.paths.prototypes(teacher),
+        store.paths.prototypes(teacher, store.part),
         f"{store.origin(teacher)} {num_centres}",
         lambda: dict(prototypes(*hidden_summaries(store, teacher), num_centres)),
     )

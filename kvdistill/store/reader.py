@@ -62,8 +62,9 @@ class KVStore:
     folder in the cache, which holds what has been read.
     """
 
-    def __init__(self, place: Place, manifest: StoreManifest) -> None:
+    def __init__(self, place: Place, manifest: StoreManifest, part: str = "") -> None:
         self.place = place
+        self.part = part
         self.paths = place.paths
         self.manifest = manifest
         self._plans = {plan.shard_id: plan for plan in manifest.shards}
@@ -89,7 +90,10 @@ class KVStore:
         place = open_place(path)
         plan = place.paths.manifest
         if (text := place.read(plan)) is None:
-            raise StoreNotFound(f"no store at {path}: {plan.name} is missing; {place.made_by}")
+            raise StoreNotFound(
+                f"no store at {path}: {plan.name} is missing; `kvdistill extract` creates one, "
+                "`push` copies one there"
+            )
         return KVStore(place, StoreManifest.from_json(text, place.shown(plan)))
 
     @property
@@ -98,11 +102,15 @@ class KVStore:
         return self.place.shown(self.paths.root)
 
     def only(self, shard_ids: Iterable[str]) -> KVStore:
-        """The same store with these shards of the plan alone, in corpus order."""
+        """The same store with these shards of the plan alone, in corpus order.
+
+        What is derived from a part has files of its own: whole and part would replace each other's.
+        """
         wanted = set(shard_ids)
         kept = tuple(plan for plan in self.manifest.shards if plan.shard_id in wanted)
-        manifest = self.manifest.model_copy(update={"shards": kept})
-        return KVStore(self.place, manifest)
+        names = "\n".join(plan.shard_id for plan in kept).encode()
+        part = self.part if kept == self.manifest.shards else f".{xxhash.xxh3_64_hexdigest(names)}"
+        return KVStore(self.place, self.manifest.model_copy(update={"shards": kept}), part)
 
     @property
     def shard_ids(self) -> tuple[str, ...]:
@@ -377,7 +385,7 @@ class KVStore:
             merged = merged_statistics(shard_ids, lambda i: self.shard_statistics(teacher, i))
             return {name: part.to_array() for name, part in merged.items()}
 
-        path = self.paths.statistics(teacher)
+        path = self.paths.statistics(teacher, self.part)
         arrays = derived_arrays(self.place, path, self.origin(teacher), derive)
         return {name: ChannelStatistics.from_array(array) for name, array in arrays.items()}
 

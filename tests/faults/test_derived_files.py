@@ -72,6 +72,26 @@ def test_a_file_of_something_else_is_replaced(store: KVStore, name: str, content
         assert_same(numbers(store), wanted)
 
 
+def test_a_part_and_the_whole_keep_their_own(
+    store: KVStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run on some of the shards does not make the others derive everything again."""
+    part = store.only(["00001"])
+    wanted = [numbers(each) for each in (store, part)]
+    assert wanted[0]["statistics/key"][0].max() != wanted[1]["statistics/key"][0].max()
+    monkeypatch.setattr(KVStore, "_opened", lambda *_: pytest.fail("a shard was read again"))
+    again = KVStore.open(store.paths.root)
+    for each, numbers_of_it in zip((again, again.only(["00001"])), wanted, strict=True):
+        assert_same(numbers(each), numbers_of_it)
+    monkeypatch.undo()
+    for path in store.paths.teacher("tiny").glob("statistics.*.safetensors"):
+        path.write_bytes(b"damaged")
+    (finding,) = verify_store(store)
+    assert finding.shard_id.startswith("statistics.")
+    assert repair_store(store, [finding])
+    assert verify_store(store) == []
+
+
 def test_repair_moves_a_damaged_file_aside(store: KVStore) -> None:
     numbers(store)
     path = store.paths.statistics("tiny")

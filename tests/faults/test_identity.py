@@ -101,7 +101,8 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "generate": ({"generate": {}}, {}, "generate: stored None"),
     "kernel": ({"attn_implementation": "eager"}, {}, "attn_implementation: stored 'sdpa'"),
     "codec": ({}, {"codec": {"key": "bf16"}}, "codec: stored .*'int8'.*requested .*'bf16'"),
-    "importance": ({}, {"importance": False}, "importance: stored True, requested False"),
+    "logits": ({}, {"logits": 3}, "logits: stored 0, requested 3"),
+    "confidence": ({}, {"confidence": True}, "confidence: stored False, requested True"),
     "cue": ({}, {"hidden_at_cue": True}, "hidden_at_cue: stored False, requested True"),
     "summaries": ({}, {"summaries": True}, "summaries: stored False, requested True"),
 }
@@ -120,6 +121,38 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_another_setting_is_refused_by_its_name_and_both_values(finished: Path, kind: str) -> None:
     teacher, settings, match = OTHERS[kind]
     refused(two_shards(finished, teacher, **settings), match)
+
+
+@pytest.mark.parametrize("is_older", [False, True])
+def test_a_store_that_has_more_than_is_asked_goes_on(tmp_path: Path, is_older: bool) -> None:
+    save_teacher(tmp_path / "t", tie_word_embeddings=True)
+    more = {"confidence": True, "logits": 3, "summaries": True, "hidden_at_cue": True}
+    asked = two_shards(tmp_path, importance=False)
+    assert extract(two_shards(tmp_path, **more)).complete
+    if is_older:
+        older(asked)
+    lose_a_shard(asked)
+    assert extract(asked).complete
+    check_training(asked)
+    assert is_complete(asked)
+    store = KVStore.open(asked.store)
+    assert verify_store(store) == []
+    assert store.token_array("t", store.shard_ids[-1], "top_ids").shape[1] == 3
+    assert reextract(store, asked, "t", 2).agrees
+    assert extract(two_shards(tmp_path, logits=2)).complete
+    refused(
+        two_shards(tmp_path, logits=4), "without names" if is_older else "logits: stored 3, req"
+    )
+
+
+def test_what_has_more_is_not_merged_with_what_has_less(tmp_path: Path) -> None:
+    for name, more in (("more", {"confidence": True}), ("less", {})):
+        (tmp_path / name).mkdir()
+        save_teacher(tmp_path / name / "t", tie_word_embeddings=True)
+        extract(two_shards(tmp_path / name, **more))
+    stores = [KVStore.open(tmp_path / name / "store") for name in ("more", "less")]
+    with pytest.raises(StoreMismatch, match="confidence: stored True, requested False"):
+        merge_stores(stores[0], [stores[1]])
 
 
 @pytest.mark.parametrize("kind", ["dtype", "codec", "summaries", "bos"])

@@ -24,6 +24,7 @@ def test_the_same_teacher_says_the_same(tmp_path: Path) -> None:
     found = reextract(KVStore.open(experiment.store), experiment, "t", 2)
     assert (found.teacher, found.samples) == ("t", 2)
     assert found.tokens > 2
+    assert found.prediction_error is None
     assert max(found.key_error, found.value_error) < 1e-3
     assert found.agrees
 
@@ -44,6 +45,34 @@ def test_changed_codes_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found = reextract(KVStore.open(experiment.store), experiment, "t", 1)
     assert found.key_error < 1e-3
     assert found.value_error > 0.1
+    assert not found.agrees
+
+
+@pytest.mark.parametrize("name", ["nll", "entropy", "top_logprobs", "rest_logprob", "top_ids"])
+def test_changed_predictions_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    save_teacher(tmp_path / "t", tie_word_embeddings=True)
+    experiment = make(tmp_path, {}, confidence=True, logits=2)
+    extract(experiment)
+    store = KVStore.open(experiment.store)
+    same = reextract(store, experiment, "t", 2)
+    assert same.agrees
+    assert same.prediction_error is not None
+    assert same.prediction_error < 1e-2
+    assert same.moved == 0
+    original = KVStore.token_array
+
+    def forged(self: KVStore, teacher: str, shard_id: str, array: str) -> Any:
+        stored = original(self, teacher, shard_id, array)
+        forge = {"top_ids": lambda x: (x + 1) % 7}.get(name, lambda x: x - np.float16(0.5))
+        return forge(stored) if array == name else stored
+
+    monkeypatch.setattr(KVStore, "token_array", forged)
+    found = reextract(store, experiment, "t", 2)
+    assert max(found.key_error, found.value_error) < 1e-3
+    assert (found.moved > 0.05) == (name == "top_ids")
+    assert (found.prediction_error > found.tolerance) == (name != "top_ids")
     assert not found.agrees
 
 
