@@ -8,8 +8,11 @@ Exit codes: 0 done, 1 user error, 2 wrong usage, 3 incomplete store, 75 interrup
 
 from __future__ import annotations
 
+import functools
 import importlib
+import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -52,6 +55,20 @@ COMMANDS: Final = {
     "report": ("report", "Compare finished runs on one HTML page."),
 }
 
+QUIET: Final = {
+    "transformers.modeling_utils": " LOAD REPORT",
+    "transformers.modeling_layers": "Caching is incompatible with gradient checkpointing",
+    "transformers.utils.generic": "`use_cache=True` is incompatible with gradient checkpointing",
+    "transformers.tokenization_utils_base": "Token indices sequence length is longer|"
+    "Please note that with a fast tokenizer",
+    "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
+    "transformers.generation.configuration_utils": "following generation flags are not valid",
+}
+"""By logger, messages (patterns) on what kvdistill checks or sets itself; nobody can act on them.
+
+Weights that are missing or left over, for one, are an error of kvdistill's where they matter.
+"""
+
 
 class _LazyGroup(click.Group):
     """A click group that imports a command when it is called."""
@@ -83,10 +100,22 @@ def cli(ctx: click.Context, debug: bool) -> None:
     ctx.ensure_object(dict)["debug"] = debug
 
 
+def _is_other(pattern: str, record: logging.LogRecord) -> bool:
+    return re.search(pattern, record.getMessage()) is None
+
+
+def quieten() -> None:
+    """Filter the messages of ``QUIET``; all others pass."""
+    for name, pattern in QUIET.items():
+        logging.getLogger(name).addFilter(functools.partial(_is_other, pattern))
+
+
 def main() -> None:
     """Entry point of the console script."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.default_int_handler)  # also while a command is imported
+    if "--debug" not in sys.argv:
+        quieten()
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:

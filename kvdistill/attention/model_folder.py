@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,3 +91,17 @@ def _is_part(key: str, model: Any) -> bool:
     while (child := dict(module.named_children()).get(names[0])) is not None:
         module, names = child, names[1:]
     return module is not model and (isinstance(module, nn.ModuleList) or len(names) == 1)
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep transformers' bar over the weights from overwriting bars that are already shown."""
+    from transformers.utils import logging
+
+    is_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if is_enabled:
+            logging.enable_progress_bar()

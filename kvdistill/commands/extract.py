@@ -213,16 +213,19 @@ def extraction_progress(quiet: bool = False) -> Iterator[Callable[[Any], None]]:
     tokens: dict[str, int] = {}
     began: dict[str, float] = {}
 
-    def rate(news: Any) -> float:
-        seconds = time.monotonic() - began.setdefault(news.teacher, time.monotonic())
-        tokens[news.teacher] = tokens.get(news.teacher, 0) + news.tokens
-        return tokens[news.teacher] / max(seconds, 1e-9)
+    def rate(news: Any) -> str:
+        now, name = time.monotonic(), news.teacher
+        if name not in began:  # the first batch began before anything was reported
+            began[name], tokens[name] = now, 0
+            return ""
+        tokens[name] += news.tokens
+        return f"{tokens[name] / max(now - began[name], 1e-9):,.0f} tokens/s"
 
     def print_line(news: Any) -> None:
         speed = rate(news)
         if news.committed:
             done = f"{news.teacher} {news.shards_done}/{news.shards_total} shard {news.shard_id}"
-            click.echo(f"{done} committed, {speed:,.0f} tokens/s", err=True)
+            click.echo(f"{done} committed{speed and ', '}{speed}", err=True)
 
     if quiet:
         yield lambda news: None
@@ -234,7 +237,7 @@ def extraction_progress(quiet: bool = False) -> Iterator[Callable[[Any], None]]:
 
 
 @contextmanager
-def _bars(rate: Callable[[Any], float]) -> Iterator[Callable[[Any], None]]:
+def _bars(rate: Callable[[Any], str]) -> Iterator[Callable[[Any], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
@@ -243,7 +246,7 @@ def _bars(rate: Callable[[Any], float]) -> Iterator[Callable[[Any], None]]:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("shards  {task.fields[rate]:>9,.0f} tokens/s"),
+        TextColumn("shards  {task.fields[rate]:>18}"),
         TimeRemainingColumn(),
     )
     with Bars(*columns, console=Console(stderr=True)) as bars:
@@ -251,7 +254,7 @@ def _bars(rate: Callable[[Any], float]) -> Iterator[Callable[[Any], None]]:
 
         def move_bar(news: Any) -> None:
             if news.teacher not in rows:
-                rows[news.teacher] = bars.add_task(news.teacher, total=news.shards_total, rate=0.0)
+                rows[news.teacher] = bars.add_task(news.teacher, total=news.shards_total, rate="")
             bars.update(rows[news.teacher], completed=news.shards_done, rate=rate(news))
 
         yield move_bar

@@ -19,6 +19,7 @@ from kvdistill.commands.options import (
 )
 from kvdistill.config.load import load_experiment
 from kvdistill.pipelines.run import run
+from kvdistill.pipelines.run_folder import RunFolder, learned
 from kvdistill.pipelines.train import TrainingReport, train
 
 
@@ -141,8 +142,6 @@ def evaluate_command(
 def _print_training(report: TrainingReport) -> None:
     state = "was already finished" if report.already_finished else "finished"
     click.echo(f"training {state}: {report.folder}")
-    for name in ("eval_perplexity", "eval_bits_per_character", "eval_exact_match"):
-        if name in report.metrics:
-            label = name.removeprefix("eval_").replace("_", " ")
-            click.echo(f"  held-out {label}: {report.metrics[name]:.4g}")
+    for name, figure in learned(RunFolder(report.folder)).items():
+        click.echo(f"  held-out {name}: {figure}")
     click.echo(f"next: kvdistill report {report.folder}; the student is in {report.folder}/student")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +16,11 @@ import xxhash
 from torch import Tensor
 
 from kvdistill.attention.geometry import quantisation, text_model
-from kvdistill.attention.model_folder import loading_fault, weights_fault
+from kvdistill.attention.model_folder import (
+    loading_fault,
+    weights_fault,
+    without_progress_bars,
+)
 from kvdistill.attention.tokens import report_whole_offsets
 from kvdistill.attention.verification import TOLERANCE, probe_ids, run_probe
 from kvdistill.config.extraction import TeacherConfig
@@ -67,7 +70,7 @@ def load_teacher_model(
         device_map = {"": device} if quantised and config.device_map is None else config.device_map
         if device_map is not None:
             options["device_map"] = device_map
-        with _without_progress_bars():
+        with without_progress_bars():
             model, info = kind.from_pretrained(
                 config.model,
                 revision=config.revision,
@@ -239,20 +242,6 @@ def _cannot_load(
     )
     fault = loading_fault(source, error, remedy=remedy if quantised else "")
     return TeacherError(f"teacher {name!r}: cannot load {source!r}: {fault}")
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Keep transformers' bar over the weights from overwriting bars that are already shown."""
-    from transformers.utils import logging
-
-    is_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if is_enabled:
-            logging.enable_progress_bar()
 
 
 def weights_fingerprint(

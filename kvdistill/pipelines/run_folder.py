@@ -15,11 +15,13 @@ RUN/diagnostics.json      layer maps, an alignment, per-layer errors, for the re
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -169,6 +171,42 @@ def refuse_other_config(folder: RunFolder, experiment: Experiment) -> None:
             f"{folder.path} holds a run with {key}={stored.get(key)!r}, this config has "
             f"{expected.get(key)!r}{more}; choose another name (--set name=…) or remove the folder"
         )
+
+
+def learned(folder: RunFolder) -> dict[str, str]:
+    """A finished run's held-out figures, each with what it is to be compared with, if known.
+
+    That is its first evaluation, and a finished run beside it that learned the same text in the
+    same order from the same start without teachers.
+    """
+    record, found, rows = folder.read_record(), dict[str, str](), list[dict[str, Any]]()
+    alone = _text_alone(folder, record)
+    with suppress(OSError, ValueError):  # a log that cannot be read is no comparison
+        rows = [json.loads(line) for line in folder.log.read_text(encoding="utf-8").splitlines()]
+    for name, value in record["metrics"].items():
+        if name not in ("eval_perplexity", "eval_bits_per_character", "eval_exact_match"):
+            continue
+        before = (row for row in rows if name in row and row["step"] < record["steps"])
+        notes = [f"{row[name]:.4g} after {row['step']} steps" for row in islice(before, 1)]
+        if alone is not None and name in alone["metrics"]:
+            notes.append(f"{alone['metrics'][name]:.4g} without teachers in {alone['name']}")
+        shown = name.removeprefix("eval_").replace("_", " ")
+        found[shown] = f"{value:.4g}" + (f" ({'; '.join(notes)})" if notes else "")
+    return found
+
+
+def _text_alone(folder: RunFolder, record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of a comparable run without teachers in the same parent folder."""
+    if not parse_experiment(folder.read_config()).losses.uses_teachers:
+        return None
+    for path in sorted(folder.path.parent.glob("*/run.json")):
+        other = RunFolder(path.parent)
+        with suppress(KVDistillError, OSError):  # a folder that cannot be read is no comparison
+            found = other.read_record()
+            equal = found.get("finished") and found.get("controls") == record["controls"]
+            if equal and not parse_experiment(other.read_config()).losses.uses_teachers:
+                return found
+    return None
 
 
 _HOW_TO_LOAD: Final = """\

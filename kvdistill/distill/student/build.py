@@ -23,7 +23,11 @@ from kvdistill.attention.geometry import (
     text_model,
 )
 from kvdistill.attention.kv_capture import KVCapture
-from kvdistill.attention.model_folder import loading_fault, weights_fault
+from kvdistill.attention.model_folder import (
+    loading_fault,
+    weights_fault,
+    without_progress_bars,
+)
 from kvdistill.attention.tokens import num_token_ids, report_whole_offsets, with_ends
 from kvdistill.config.training import StudentConfig
 from kvdistill.distill.student.lora import adapt
@@ -78,9 +82,10 @@ def load_causal_lm(source: str | Path, **options: Any) -> Any:
     """Load a model; raises StudentError unless the weights are those that its config describes."""
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(
-        source, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+    with without_progress_bars():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     if fault := weights_fault(model, info):
         raise StudentError(f"{source}: {fault}")
     return model
