@@ -8,6 +8,7 @@
              tokens per second, share of the device's peak (MFU), where the rest goes
 ``train``    stage 2 of a 0.5B student with two and with three teachers, from a store of random
              codes, against the same student on cross-entropy alone
+``fused``    the kernel that compares a student with stored codes against eager: time and memory
 
 A part that fails is reported and does not end the others; the exit code is 1 then. Models have
 random weights at real sizes. Needs torch, transformers, accelerate, safetensors, zarr, zarrs and
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
 import statistics
 import sys
@@ -28,6 +30,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -366,6 +369,38 @@ def train(kit: Kit) -> None:
     bench.run("cross-entropy alone", [], losses={"key": 0, "value": 0})
 
 
+def fused(kit: Kit) -> None:
+    """Error and gradients of one teacher and kind, fused and eager, by codec."""
+    from benchmarks.device_checks import Inapplicable
+    from benchmarks.device_fused import CODECS, FusedCase, peak_bytes, require_kernel
+    from benchmarks.device_models import SHAPES, TINY
+
+    try:
+        require_kernel(kit.device)
+    except Inapplicable as reason:
+        kit.report("fused", "kernel", result=f"not applicable: {reason}")
+        return
+    name, shapes, on_gpu = "Qwen2.5-7B", TINY if kit.tiny else SHAPES, kit.device.type == "cuda"
+    for how in CODECS:
+        with _guarded(kit, "fused", f"{name}, {' '.join(how)}"):
+            pair = shapes["Qwen2.5-0.5B"], shapes[name]
+            case = FusedCase(kit.device, pair, (2, 24) if kit.tiny else (8, 1024), *how)
+            found: dict[str, float | str] = {"difference": case.difference()}
+            seconds, size = dict[str, float](), dict[str, int]()
+            for way in ("eager", "fused"):
+                work = partial(case.step, fused=way == "fused")
+                seconds[way] = _median_seconds(kit, work, 9 if on_gpu else 1)
+                found[f"{way}_ms"] = 1e3 * seconds[way]
+                if on_gpu:
+                    size[way] = peak_bytes(work)
+                    found[f"{way}_mib"] = size[way] / 2**20
+            found["times_faster"] = seconds["eager"] / seconds["fused"]
+            found |= (
+                {"of_memory": size["fused"] / size["eager"]} if on_gpu else {"by": "interpreter"}
+            )
+            kit.report("fused", f"{name}, {' '.join(how)}", **found)
+
+
 class _Training:
     """Runs of one student from one store."""
 
@@ -481,12 +516,14 @@ def _timed(iterator: Any, seconds: list[float]) -> Iterator[Any]:
         yield item
 
 
-PARTS = {"machine": machine, "checks": checks, "extract": extract, "train": train}
+PARTS = {"machine": machine, "checks": checks, "extract": extract, "train": train, "fused": fused}
 
 
 def main() -> int:
     options = _arguments()
     device = torch.device(options.device)
+    if device.type == "cpu":  # before Triton is imported, which compiles for GPUs alone
+        os.environ["TRITON_INTERPRET"] = "1"
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     began = time.monotonic()

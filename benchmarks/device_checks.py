@@ -260,6 +260,31 @@ def _step(distiller: Any, batch: Mapping[str, Any], device: torch.device) -> dic
     return parts | {f"gradient of {name}": torch.cat(xs) for name, xs in groups.items()}
 
 
+def fused(setting: Setting) -> Figures:
+    """Losses and gradients of the fused kernel against eager ones on the CPU, float32."""
+    from benchmarks.device_fused import require_kernel
+    from kvdistill.distill.targets import TeacherHead
+
+    require_kernel(setting.device)
+    found, run = Figures(), _assembled(setting, "fused")
+    batch = next(iter(run.stream))
+    expected, got = (
+        _step(_with_kernel(copy.deepcopy(run.distiller), TeacherHead, used), batch, device)
+        for used, device in ((False, torch.device("cpu")), (True, setting.device))
+    )
+    for name, value in expected.items():
+        bound = 1e-3 if name.startswith("gradient") else 1e-4
+        found[name] = require(name, relative(got[name], value), bound)
+    return found
+
+
+def _with_kernel(distiller: Any, kind: type, used: bool) -> Any:
+    heads = [module for module in distiller.modules() if isinstance(module, kind)]
+    for head in heads:
+        head.is_fused = used
+    return distiller
+
+
 def transfer(setting: Setting) -> Figures:
     """A batch in page-locked memory arrives whole and, on a GPU, as one copy."""
     from kvdistill.distill.train.devices import OpaqueMapping, StagedBatch, Staging, to_device
@@ -376,6 +401,7 @@ CHECKS: Final[dict[str, Callable[[Setting], Figures]]] = {
     "capture": captured,
     "extraction": extraction,
     **{f"losses, {mode}": partial(losses, mode=mode) for mode in MODES},
+    "fused": fused,
     "transfer": transfer,
     **{f"training, {name}": partial(training, name=name) for name in VARIANTS},
     "out of memory": out_of_memory,

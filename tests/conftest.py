@@ -18,6 +18,7 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
+import torch
 
 from kvdistill.corpus.samples import Shard
 from kvdistill.store.manifest import TeacherManifest
@@ -37,6 +38,9 @@ from tests.store.made import (
 ROOT = Path(__file__).parents[1]
 MEMORY_DISK = Path("/dev/shm")
 SCRATCH_BYTES = 4 << 30
+
+if not torch.cuda.is_available():  # read when Triton is first imported, which torch does too
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -71,6 +71,10 @@ def show_command(config: Path, overrides: tuple[str, ...]) -> None:
     click.echo(dump_experiment(experiment), nl=False)
     if experiment.training.precision == "auto":
         click.echo("# training.precision auto: bfloat16 on a GPU that computes in it, else float32")
+    if experiment.losses.of_kv and experiment.training.fused_kernels:
+        why = experiment.unfused
+        how = "on a GPU with Triton" if why is None else f"without effect, since {why}"
+        click.echo(f"# training.fused_kernels: {how}")
     if experiment.fitted is not None:
         click.echo(
             f"# fitted before step 1 on {experiment.projection.pilot_batches} batches of 8 texts: "

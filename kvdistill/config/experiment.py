@@ -97,6 +97,19 @@ class Experiment(Section):
         # PCA fits projectors to the student's space, which regression needs for `inject` alone.
         return None if init == "pca" and regresses and not self.losses.inject else init
 
+    @property
+    def unfused(self) -> str | None:
+        """The setting for which `training.fused_kernels` has no effect; None where it has one."""
+        if not self.training.fused_kernels:
+            return "training.fused_kernels is false"
+        if self.projection.mode != "student_to_teacher":
+            return f"projection.mode is {self.projection.mode}"
+        if self.latent is not None:
+            return "latents learn from evicted tokens"
+        names = ("inject", "cosine", "relation")
+        found = [f"losses.{name} needs all layers" for name in names if getattr(self.losses, name)]
+        return found[0] if found else None
+
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         _check_losses(self)

@@ -105,6 +105,9 @@ class TrainingConfig(Section):
     compile: bool = False
     """`torch.compile` the student's feed-forward blocks and norms. Attention is left out: keys and
     values are read inside it."""
+    fused_kernels: bool = True
+    """On a GPU with Triton, compare the student with stored codes in one kernel per layer instead
+    of decoding, aligning and standardising them first. `false`: never."""
     eval_steps: Positive | None = None
     """Steps between evaluations; there is always one at the end."""
     exact_match_samples: NonNegative = 0

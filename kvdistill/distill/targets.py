@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from kvdistill.distill.align.band import Band
 from kvdistill.distill.align.layers import LayerMap, by_group
 from kvdistill.distill.align.vocabulary import Vocabulary
 from kvdistill.distill.fuse.by_confidence import Likelihood, likelihood_of
+from kvdistill.distill.losses.fused_residual import FusedResidual
 from kvdistill.distill.losses.regression import Regression
 from kvdistill.distill.project.projections import StudentToTeacher, make_projection
 from kvdistill.errors import ConfigError
@@ -252,7 +254,7 @@ class TeacherHead(nn.Module):
         projects: bool,
     ) -> None:
         super().__init__()
-        self.kind, self.groups = kind, space.groups
+        self.kind, self.groups, self.is_fused = kind, space.groups, False
         self.codecs = [codec_of(space.codec, kind, g.transforms, g.prefix) for g in space.groups]
         raw = projection.mode == "identity"
         self.standardise = nn.ModuleList(
@@ -305,6 +307,7 @@ class TeacherHead(nn.Module):
             Regression(
                 maps.weight_LIO, maps.bias_LO, group.student_layers, target, alpha_BLT, teacher,
                 tuple(maps.hidden.values()),
+                target.fused() if self.is_fused and isinstance(target, LayerTargets) else None,
             )
             for maps, group, target in zip(regress, self.groups, targets, strict=True)
         ]  # fmt: skip
@@ -335,12 +338,25 @@ class LayerTargets:
 
     def __init__(self, head: TeacherHead, group_idx: int, parts: Parts, band: Band) -> None:
         group = head.groups[group_idx]
-        own = parts[group.prefix]
-        self._decode_row = by_layer(head.codecs[group_idx], own, head.kind)
+        self._codec, self._kind, self._band = head.codecs[group_idx], head.kind, band
+        self._parts, self._num_heads = parts[group.prefix], group.shapes[head.kind].num_heads
         self._standardise: Any = head.standardise[group_idx]
         self._mapping, self._stored = group.layer_map, group.layer_map.needed
-        self._product = BandProduct(band, group.shapes[head.kind].num_heads, own[""].shape[3])
         self._placed: dict[int, Tensor] = {}
+
+    @cached_property
+    def _decode_row(self) -> Callable[[int], Tensor]:
+        return by_layer(self._codec, self._parts, self._kind)
+
+    @cached_property
+    def _product(self) -> BandProduct:
+        return BandProduct(self._band, self._num_heads, self._parts[""].shape[3])
+
+    def fused(self) -> FusedResidual:
+        """What compares with these targets without making them, on a GPU."""
+        statistics = self._standardise.mean_LHD, self._standardise.scale_LHD
+        place: dict[str, Any] = {"band": self._band, "layers": self._mapping}
+        return FusedResidual(self._codec, self._parts, self._kind, **place, statistics=statistics)
 
     @torch.no_grad()
     def __call__(self, row: int) -> Tensor:

@@ -216,8 +216,13 @@ def build_trainer(
     if splits.evaluation:
         require_text(run.tokenizer, splits.evaluation, experiment.training.max_length)
     human_log = HumanLog(folder.human_log, experiment.name)
-    if run.explained and arguments.process_index == 0:
-        folder.write_record(folder.read_record() | {"explained_at_start": run.explained})
+    if arguments.process_index == 0:
+        if experiment.losses.of_kv:
+            how = "by the fused kernel" if run.unfused is None else f"unfused: {run.unfused}"
+            human_log.write(f"keys and values are compared {how}")
+            folder.write_record(folder.read_record() | {"compared": how})
+        if run.explained:
+            folder.write_record(folder.read_record() | {"explained_at_start": run.explained})
         for line in explained_lines(run.explained):
             human_log.write(line)
     initial_student = weights_hash(run.distiller.student)

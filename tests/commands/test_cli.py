@@ -81,6 +81,9 @@ def test_init_writes_a_config_that_show_accepts(tmp_path: Path, kvdistill: Comma
     shown = kvdistill("config", "show", "new.yaml", "--set", "seed=7", cwd=tmp_path)
     assert shown.returncode == 0
     assert "seed: 7" in shown.stdout
+    assert "# training.fused_kernels: on a GPU with Triton\n" in shown.stdout
+    shown = kvdistill("config", "show", "new.yaml", "--set", "losses.cosine=1", cwd=tmp_path)
+    assert "without effect, since losses.cosine needs all layers\n" in shown.stdout
     again = kvdistill("init", "new.yaml", cwd=tmp_path)
     assert again.returncode == 1
     assert "already exists" in again.stderr

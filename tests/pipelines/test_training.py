@@ -13,7 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from kvdistill.corpus.readers import load_corpus
+from kvdistill.distill.targets import LayerTargets
 from kvdistill.distill.train import devices as devices_module
+from kvdistill.distill.train import set_up as set_up_module
 from kvdistill.distill.train import trainer as trainer_module
 from kvdistill.distill.train.guards import StepGuard, StepReport
 from kvdistill.distill.train.trainer import KVDistillTrainer
@@ -197,6 +199,59 @@ def test_a_compiled_student_trains_the_same(extracted: Path, tmp_path: Path) -> 
     for ours, theirs in zip(losses(plain.folder), losses(compiled.folder), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-3)
+
+
+def test_a_run_by_the_fused_kernel_has_the_same_losses(
+    extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    changes = {"training__max_steps": 3, "training__log_steps": 1}
+    plain = train(variant(extracted, tmp_path / "plain", **changes))
+    record = RunFolder(plain.folder).read_record()
+    assert record["compared"] == "unfused: it needs a GPU"
+    monkeypatch.setattr(set_up_module, "kernel_fault", lambda device: None)
+    placed: list[int] = []
+    place = LayerTargets.__call__
+
+    def counted(targets: Any, row: int) -> Any:
+        placed.append(row)
+        return place(targets, row)
+
+    monkeypatch.setattr(LayerTargets, "__call__", counted)
+    fused = trainer_of(variant(extracted, tmp_path / "fused", **changes))
+    fused.train()
+    assert len(placed) == 2 * 2 * 2  # layers, kinds, teachers: of the step with diagnostics alone
+    record = RunFolder(tmp_path / "fused/tiny").read_record()
+    assert record["compared"] == "by the fused kernel"
+    pairs = zip(losses(tmp_path / "fused/tiny"), losses(plain.folder), strict=True)
+    for ours, theirs in pairs:
+        for name in ("loss", "grad_norm", "loss_key", "loss_value"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({}, None),
+        ({"training__fused_kernels": False}, "training.fused_kernels is false"),
+        ({"projection__mode": "joint"}, "projection.mode is joint"),
+        ({"losses__inject": 1}, "losses.inject needs all layers"),
+        ({"losses__cosine": 1}, "losses.cosine needs all layers"),
+        ({"losses__relation": 1}, "losses.relation needs all layers"),
+    ],
+)
+def test_what_the_kernel_does_not_serve_is_named(
+    extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, why: str | None
+) -> None:
+    monkeypatch.setattr(set_up_module, "kernel_fault", lambda device: None)
+    experiment = variant(extracted, tmp_path, **change)
+    trainer = trainer_of(experiment)
+    assert experiment.unfused == why
+    heads = trainer.model.heads_of("key")
+    assert {head.is_fused for head in heads} == {why is None}
+    if experiment.training.fused_kernels:
+        assert (why is None) == (not trainer.model.needs_all_layers)
+    trainer.close()
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from kvdistill.config.distill import BalanceConfig
+from kvdistill.distill.losses.fused_residual import Residual
 from kvdistill.types import KINDS, Kind
 
 FLOOR: Final = 0.05
@@ -48,15 +49,16 @@ class Balancing:
     sums: Tensor
     """``[2, N, L]``: numerators and denominators of a teacher's figure."""
 
-    def measure(
-        self, layer: int, teacher: int, alpha_N: Tensor, residual_NO: Tensor, target_BHTD: Tensor
-    ) -> None:
+    @property
+    def measures(self) -> bool:
+        """Whether squares of residuals and targets are needed."""
+        return self.method == "explained"
+
+    def measure(self, layer: int, teacher: int, alpha_N: Tensor, found: Residual) -> None:
         """Add one teacher's tokens in one layer; N tokens, ``alpha`` their weights."""
-        if self.method == "explained":
-            energy_N = target_BHTD.square().sum(dim=(1, 3)).flatten().to(alpha_N.dtype)
-            error_N = torch.linalg.vector_norm(residual_NO, dim=1).square()
-            self.sums[0, teacher, layer] += torch.dot(alpha_N, error_N)
-            self.sums[1, teacher, layer] += torch.dot(alpha_N, energy_N)
+        if found.squared_N is not None and found.energy_N is not None and self.measures:
+            self.sums[0, teacher, layer] += torch.dot(alpha_N, found.squared_N)
+            self.sums[1, teacher, layer] += torch.dot(alpha_N, found.energy_N)
         elif self.method == "gradnorm":
             self.sums[1, teacher, layer] += alpha_N.square().sum()
 

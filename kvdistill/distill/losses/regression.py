@@ -7,7 +7,8 @@
 Written as a prediction, a difference, a norm and their backward passes, this moves several float32
 copies of every teacher's KV through memory. Here each layer's residual is computed, measured and
 turned into gradients while it is in the cache, then discarded. Nothing of the teachers' size is
-kept for the backward pass, which only scales the gradients. The sum over tokens is taken inside,
+kept for the backward pass, which only scales the gradients. On a GPU, ``fused_residual`` compares
+with stored codes instead of targets. The sum over tokens is taken inside,
 because the gradient of ``W`` needs every token's weight.
 """
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kvdistill.distill.fuse.balance import Balancing
+from kvdistill.distill.losses.fused_residual import FusedResidual, Residual
 from kvdistill.types import Distance
 
 
@@ -42,6 +44,8 @@ class Regression:
     """Whose it is, for a balance; of one teacher's regressions one at most serves a layer."""
     hidden: tuple[Tensor, ...] = ()
     """``U [L, I, M]``, ``c [L, M]`` and ``V [L, M, O]``, where there is a hidden layer."""
+    fused: FusedResidual | None = None
+    """Compares with the same targets without making them."""
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
@@ -149,20 +153,18 @@ class _Term:
         weight_grad, bias_grad, alpha_grad, *hidden_grads = self.gradients
         row, alpha_row = self.rows[layer], layer if alpha_grad.shape[1] > 1 else 0
         x_NI = student_BTI.flatten(0, 1).to(self._weight_LIO.dtype)
-        inner_NM, target_BHTD = self._inner(row, x_NI), self._of.target(row)
-        residual = self._residual(row, x_NI, inner_NM, target_BHTD)
-        share = 1 / (residual.shape[1] * num_layers)
-        alpha = self._of.alpha_BLT[:, alpha_row].reshape(-1, 1).to(residual.dtype)
-        error_N = share * _token_error(residual, self._distance)
+        inner_NM = self._inner(row, x_NI)
+        share = 1 / (bias_grad.shape[1] * num_layers)
+        alpha_N = self._of.alpha_BLT[:, alpha_row].reshape(-1).to(self._exact)
+        measures = grad_NI is not None and balancing is not None and balancing.measures
+        found = self._compare(row, self._predict(row, x_NI, inner_NM), alpha_N, measures)
+        error_N = share * found.error_N
         if grad_NI is not None:
             if balancing is not None:
-                balancing.measure(layer, self.teacher, alpha[:, 0], residual, target_BHTD)
+                balancing.measure(layer, self.teacher, alpha_N, found)
             alpha_grad[:, alpha_row] += error_N.view(student_BTI.shape[:2])
-            if self._distance == "mse":
-                slope, scale = residual.mul_(alpha), 2 * share
-            else:
-                slope, scale = residual.clamp_(-1, 1).mul_(alpha), share
-            bias_grad[row] = scale * slope.sum(0)
+            slope, scale = found.slope_NO, share * (2 if self._distance == "mse" else 1)
+            bias_grad[row] = scale * slope.sum(0, dtype=self._exact)
             _add_product(weight_grad[row], x_NI.T, slope, scale)
             _add_product(grad_NI, slope, self._weight_LIO[row].T, scale)
             if inner_NM is not None:
@@ -172,7 +174,7 @@ class _Term:
                 hidden_grads[1][row] = scale * back_NM.sum(0)
                 _add_product(hidden_grads[2][row], inner_NM.T, slope, scale)
                 _add_product(grad_NI, back_NM, up[row].T, scale)
-        return torch.dot(error_N, alpha.squeeze(1))
+        return torch.dot(error_N, alpha_N)
 
     def _inner(self, row: int, x_NI: Tensor) -> Tensor | None:
         """``relu(x U + c)`` of one layer, ``[N, M]``; None without a hidden layer."""
@@ -181,25 +183,33 @@ class _Term:
         up, bias, _ = self._hidden
         return torch.addmm(bias[row], x_NI, up[row]).relu_()
 
-    def _residual(
-        self, row: int, x_NI: Tensor, inner_NM: Tensor | None, target_BHTD: Tensor
-    ) -> Tensor:
-        """``x W + b + inner V − y`` of one layer, ``[N, O]`` in at least float32."""
-        samples, heads, tokens, dim = target_BHTD.shape
-        residual = torch.addmm(self._bias_LO[row], x_NI, self._weight_LIO[row]).to(self._exact)
+    def _predict(self, row: int, x_NI: Tensor, inner_NM: Tensor | None) -> Tensor:
+        """``x W + b + inner V`` of one layer, ``[N, O]``; a sum of products in float32 or more."""
+        predicted = torch.addmm(self._bias_LO[row], x_NI, self._weight_LIO[row])
         if inner_NM is not None:
-            _add_product(residual, inner_NM, self._hidden[2][row], 1.0)
+            predicted = predicted.to(self._exact)
+            _add_product(predicted, inner_NM, self._hidden[2][row], 1.0)
+        return predicted
+
+    def _compare(self, row: int, predicted_NO: Tensor, alpha_N: Tensor, measures: bool) -> Residual:
+        """The prediction, which is overwritten, against the target of one layer."""
+        if self._of.fused is not None:
+            return self._of.fused(row, predicted_NO, alpha_N, self._distance, measures)
+        target_BHTD = self._of.target(row)
+        samples, heads, tokens, dim = target_BHTD.shape
+        residual = predicted_NO.to(self._exact)
         residual.view(samples, tokens, heads, dim).sub_(target_BHTD.transpose(1, 2))
-        return residual
-
-
-def _token_error(residual_NO: Tensor, distance: Distance) -> Tensor:
-    """Per token, the sum over channels."""
-    if distance == "mse":
-        norm: Tensor = torch.linalg.vector_norm(residual_NO, dim=1)
-        return norm.square()
-    size = residual_NO.abs()
-    return torch.where(size < 1, 0.5 * size.square(), size - 0.5).sum(1)
+        squared_N = energy_N = None
+        if measures or self._distance == "mse":
+            norm: Tensor = torch.linalg.vector_norm(residual, dim=1)
+            error_N = squared_N = norm.square()
+        if measures:
+            energy_N = target_BHTD.square().sum(dim=(1, 3)).flatten().to(alpha_N.dtype)
+        if self._distance == "smooth_l1":
+            size = residual.abs()
+            error_N = torch.where(size < 1, 0.5 * size.square(), size - 0.5).sum(1)
+            residual.clamp_(-1, 1)
+        return Residual(residual.mul_(alpha_N[:, None]), error_N, squared_N, energy_N)
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, factor: float) -> None:

@@ -29,6 +29,7 @@ from kvdistill.distill.data.placebo import with_placebo
 from kvdistill.distill.data.stream import KVStream, Rank, Source, StoreSource, open_stream
 from kvdistill.distill.distiller import Distiller
 from kvdistill.distill.evaluate.held_out import prompt_budget
+from kvdistill.distill.losses.fused_residual import kernel_fault
 from kvdistill.distill.student.build import (
     build_student,
     load_student_tokenizer,
@@ -37,7 +38,12 @@ from kvdistill.distill.student.build import (
 from kvdistill.distill.student.latent.latent_distiller import LatentDistiller, nearest_layers
 from kvdistill.distill.student.latent.model import LatentStudent, question_room
 from kvdistill.distill.student.latent.questions import LatentCollate
-from kvdistill.distill.targets import TeacherSpace, check_alignment, teacher_space
+from kvdistill.distill.targets import (
+    TeacherHead,
+    TeacherSpace,
+    check_alignment,
+    teacher_space,
+)
 from kvdistill.distill.train.callbacks import RunTensorBoard, RunWandb
 from kvdistill.distill.train.devices import OneDeviceArguments, chosen_precision
 from kvdistill.distill.train.pilot import (
@@ -63,6 +69,8 @@ class Assembled:
     tokenizer: Any
     explained: Explained
     """What the fitted maps explain before step 1; empty where none were fitted."""
+    unfused: str | None
+    """Why keys and values are compared without the fused kernel; None where it is used."""
 
 
 def assemble(
@@ -132,7 +140,16 @@ def assemble(
             pilot = pilot_of(source, collate, experiment)
             explained = fit_projections(distiller, pilot, experiment.fitted)
     stream = open_stream(source, collate, samples, training, seed=experiment.seed, rank=rank)
-    return Assembled(distiller, stream, tokenizer, explained)
+    return Assembled(distiller, stream, tokenizer, explained, _fuse(experiment, distiller, device))
+
+
+def _fuse(experiment: Experiment, distiller: Distiller, device: torch.device | str) -> str | None:
+    """Let the heads compare in the fused kernel, or return why they do not."""
+    fault = experiment.unfused or kernel_fault(torch.device(device))
+    for module in distiller.modules():
+        if isinstance(module, TeacherHead):
+            module.is_fused = fault is None
+    return fault
 
 
 def _with_vocabularies(

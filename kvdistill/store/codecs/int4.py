@@ -99,11 +99,14 @@ class Asymmetric:
             decoded: Array = codes * per_token(to_float32(scale), num_tokens, block_idx)
             decoded += per_token(to_float32(zero), num_tokens, block_idx)
             return decoded
-        if self.half_values:
-            step, start = to_float32(scale), to_float32(zero)
-        else:
-            step, start = _step_and_start(scale, zero)
+        step, start = self.step_and_start(parts)
         return hadamard(codes * step + start)
+
+    def step_and_start(self, parts: Mapping[str, Array]) -> tuple[Array, Array]:
+        """Of values, whose rotation is ``codes · step + start``: float32 ``[..., T, 1]`` each."""
+        if self.half_values:
+            return to_float32(parts["scale"]), to_float32(parts["zero"])
+        return _step_and_start(parts["scale"], parts["zero"])
 
     def _encode_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rotated = hadamard(x)
