@@ -255,7 +255,7 @@ class Distiller(nn.Module):
         """Losses against teachers by name, and what ``figures`` of ``forward`` requests."""
         mixture = self.weigh(batch, output.hidden)
         alpha = mixture.alpha()
-        targets = self.targets(batch["teachers"]) if figures or self.needs_all_layers else {}
+        targets = self.targets(batch["teachers"]) if self.needs_all_layers else {}
         # A router that learns from the task must not be drawn to what is easy to imitate.
         kv_alpha = alpha.detach() if self.losses.inject else alpha
         projected = self.projected(targets) if self.projects else {}
@@ -281,11 +281,8 @@ class Distiller(nn.Module):
         if not figures:
             return parts, {}
         kinds = [kind for kind in KINDS if kind in parts] or list(KINDS)
-        compared = [
-            (target, weight_BLT)
-            for kind in kinds
-            for _, weight_BLT, target in self.compared(kind, targets, alpha, fused.get(kind))
-        ]
+        rows: Mapping[Kind, Any] = targets or {k: self.layers(k, batch["teachers"]) for k in kinds}
+        compared = (x for k in kinds for x in self.compared(k, rows, alpha, fused.get(k)))
         errors = [parts[kind] for kind in kinds if kind in parts]
         shown = kv_figures(compared, alpha, errors, counts["num_served"], self.losses)
         return parts, shown | self.weigh.balance.figures()
@@ -392,8 +389,8 @@ class Distiller(nn.Module):
         return sums
 
     def compared(
-        self, kind: Kind, targets: Targets, alpha: Tensor, fused: Tensor | None = None
-    ) -> list[tuple[list[int], Tensor, Tensor]]:
+        self, kind: Kind, targets: Mapping[Kind, Any], alpha: Tensor, fused: Tensor | None = None
+    ) -> list[tuple[list[int], Tensor, Any]]:
         """What is compared for one kind: student layers, weight ``[B, L, T]``, target."""
         if not self.regresses:
             target = fuse(alpha, self.projected(targets)[kind]) if fused is None else fused

@@ -7,7 +7,7 @@ over the student's layers, a float32 scalar, as in ``losses.regression_error``.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ def round_trip_errors(
 
 
 def kv_figures(
-    compared: Sequence[tuple[Tensor, Tensor]],
+    compared: Iterable[tuple[object, Tensor, Tensor | Iterable[Tensor]]],
     alpha_NBLT: Tensor,
     errors: Sequence[Tensor],
     num_served: Tensor,
@@ -106,15 +106,16 @@ def kv_figures(
     """Mean fusion weights, and what shows whether the target moves, where a teacher serves.
 
     Args:
-        compared: targets with the weights of their errors, as for ``target_variance``.
+        compared: layers, weights of their errors, and targets as for ``target_variance``.
         alpha_NBLT: the fusion weights.
         errors: losses of keys and of values, this batch's shares of a step.
         num_served: of the whole step.
         losses: the error's distance.
     """
-    found = {"alpha": mean_weights(alpha_NBLT), "target_variance": target_variance(compared)}
+    variance = target_variance((target, weight_BLT) for _, weight_BLT, target in compared)
+    found = {"alpha": mean_weights(alpha_NBLT), "target_variance": variance}
     if errors and losses.distance == "mse" and not losses.layer_std:
         share = (alpha_NBLT.sum(0) > 0).sum() / num_served.clamp_min(1)
         error = torch.stack(list(errors)).mean().detach() / share
-        found["explained_variance"] = explained_variance(error, found["target_variance"])
+        found["explained_variance"] = explained_variance(error, variance)
     return found

@@ -13,7 +13,7 @@ everything that a teacher has in a batch; one layer's copies fit the processor's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -376,9 +376,13 @@ class LayerTargets:
         """Student layers."""
         return len(self._mapping.lower)
 
+    def __iter__(self) -> Iterator[Tensor]:
+        """The targets of all student layers, one after the other."""
+        return map(self, range(len(self)))
+
     def stacked(self) -> Tensor:
         """All student layers, ``[B, L, H_t, T_s, D_t]``."""
-        return torch.stack([self(row) for row in range(len(self))], dim=1)
+        return torch.stack([*self], dim=1)
 
     def _place(self, layer: int) -> Tensor:
         """A stored layer, decoded and standardised, on the student's tokens."""

@@ -35,21 +35,27 @@ COLLAPSED: Final = {
 
 
 @torch.no_grad()
-def target_variance(compared: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+def target_variance(compared: Iterable[tuple[Tensor | Iterable[Tensor], Tensor]]) -> Tensor:
     """Weighted variance of each channel over tokens, the mean over channels: a float32 scalar.
 
-    ``compared`` are targets ``[B, L, H, T, D]`` with the weights ``[B, L, T]`` of their errors. A
-    layer counts by its weight, as in the loss, so that ``1 − error / variance`` is meaningful.
+    ``compared`` are targets ``[B, L, H, T, D]``, whole or layer by layer, with the weights
+    ``[B, L, T]`` of their errors. A layer counts by its weight, as in the loss, so that
+    ``1 − error / variance`` is meaningful.
     """
     total, total_weight = [], []
-    for target_BLHTD, weight_BLT in compared:
-        weight = weight_BLT.float()[:, :, None, :, None]
-        target = torch.where(weight > 0, target_BLHTD.float(), 0.0)
-        count = weight.sum(dim=(0, 3), keepdim=True)
-        mean = (weight * target).sum(dim=(0, 3), keepdim=True) / torch.where(count > 0, count, 1.0)
-        square = weight * (target - mean).square()
-        total.append(square.mean(dim=(2, 4)).sum())
-        total_weight.append(count.sum())
+    for target, weight_BLT in compared:
+        layers = target.unbind(1) if isinstance(target, Tensor) else target
+        square, counts = [], []
+        for target_BHTD, weight_BT in zip(layers, weight_BLT.unbind(1), strict=True):
+            weight = weight_BT.float()[:, None, :, None]
+            masked = torch.where(weight > 0, target_BHTD.float(), 0.0)
+            count = weight.sum(dim=(0, 2), keepdim=True)
+            mean = (weight * masked).sum(dim=(0, 2), keepdim=True)
+            mean /= torch.where(count > 0, count, 1.0)
+            square.append((weight * (masked - mean).square()).mean(dim=(1, 3)))
+            counts.append(count.flatten())
+        total.append(torch.stack(square, dim=1).sum())
+        total_weight.append(torch.stack(counts, dim=1).sum())
     return torch.stack(total).sum() / torch.stack(total_weight).sum().clamp_min(1e-12)
 
 
