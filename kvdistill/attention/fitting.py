@@ -123,6 +123,27 @@ def fitting_step(model: Any, step: str) -> Iterator[None]:
         ) from error
 
 
+def located_sites(model: Any, stream: Stream | None) -> list[Site]:
+    """Layers that the likeliest adapter finds in a model, which may be on the meta device.
+
+    Nothing is run, so that the adapter is not verified. Empty for a model of unknown type with
+    other modules: its cache may yet be read.
+
+    Raises:
+        AdapterError: as ``find_sites``, or the stream does not fit.
+    """
+    closest = None
+    for adapter in adapters_for(model, stream):
+        try:
+            with fitting_step(model, f"locating the modules of adapter {adapter.name!r}"):
+                return find_sites(model, adapter)[0]
+        except AdapterError as error:
+            closest = closest or error
+    if closest is not None and (known_adapters(model) or model.config.is_encoder_decoder):
+        raise closest
+    return []
+
+
 def first_fitting(model: Any, adapters: Sequence[Adapter]) -> Verified:
     """Verify adapters on a model in turn and return the first that fits.
 

@@ -46,10 +46,17 @@ def train_command(config: Path, overrides: tuple[str, ...], as_json: bool) -> No
 def run_command(*, config: Path, overrides: tuple[str, ...], execution: Execution) -> None:
     """Extract with every teacher, then train: `extract` and `train` in one.
 
-    Both stages skip what is done, so the same command resumes what was interrupted. With --slurm,
+    Begins with what it is about to do, and ends with what was learned. Both stages skip what is
+    done, so the same command resumes what was interrupted. With --slurm,
     arrays extract, and a job trains once they have ended.
     """
     experiment = load_experiment(config, overrides)
+    if execution.on_this_machine:
+        # Not above: it imports torch, which a submission does without.
+        from kvdistill.pipelines.outlook import outlook
+
+        for line in outlook(experiment):
+            click.echo(line)
     if not execution.in_this_process:
         distribute(experiment, config, (), execution, train=True)
         if not execution.on_this_machine:

@@ -108,6 +108,23 @@ def load_teacher_config(config: TeacherConfig) -> Any:
     )
 
 
+def outlined_teacher(name: str, config: TeacherConfig) -> Any:
+    """The text model of a teacher without its weights, on the meta device.
+
+    Raises:
+        TeacherError: not found, gated, or of a type that cannot be built.
+    """
+    try:
+        architecture = load_teacher_config(config)
+        with torch.device("meta"):
+            model = _auto_class(config, architecture, predicts=False).from_config(
+                architecture, trust_remote_code=config.trust_remote_code
+            )
+    except Exception as error:  # remote code raises anything
+        raise _cannot_load(name, config.model, error) from error
+    return text_model(model)
+
+
 def _auto_class(config: TeacherConfig, architecture: Any, *, predicts: bool) -> Any:
     """Where transformers finds the model; with its head, a multimodal one is listed elsewhere.
 

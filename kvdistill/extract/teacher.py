@@ -233,7 +233,7 @@ def load_teacher(name: str, experiment: Experiment, day: date | None = None) -> 
     predicts = extraction.stores_predictions
     whole, missing = load_teacher_model(name, config, torch.device(device), predicts=predicts)
     model = text_model_of(name, whole)
-    prompt_tokenizer = _prompt_tokenizer(name, config, model.config.model_type, day)
+    prompt_tokenizer = prompt_tokenizer_of(name, config, model.config.model_type, day)
     verified = fit_adapter(name, model, config.stream)
     chosen = _chosen_layers(name, config, verified.layers)
     layers = tuple(layer for layer in verified.layers if layer.layer_idx in chosen)
@@ -279,15 +279,16 @@ def facts_without_weights(name: str, config: TeacherConfig, day: str | None) -> 
     """Fields of a teacher's manifest that need its config and tokenizer alone."""
     architecture = load_teacher_config(config).get_text_config()
     printed = None if day is None else date.fromisoformat(day)
-    prompts = _prompt_tokenizer(name, config, architecture.model_type, printed)
+    prompts = prompt_tokenizer_of(name, config, architecture.model_type, printed)
     facts = _facts(architecture, prompts)
     facts["architecture"].pop("quantization_config", None)  # loading completes it
     return {"model": config.model, **facts}
 
 
-def _prompt_tokenizer(
-    name: str, config: TeacherConfig, model_type: str, day: date | None
+def prompt_tokenizer_of(
+    name: str, config: TeacherConfig, model_type: str, day: date | None = None
 ) -> PromptTokenizer:
+    """A teacher's tokenizer with its prompt template; raises TeacherError if one is unusable."""
     tokenizer = load_teacher_tokenizer(name, config)
     template = (
         chat_template(tokenizer, config.system, config.template_date or day)

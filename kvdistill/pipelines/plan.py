@@ -112,7 +112,7 @@ def estimate_extraction(
         CorpusError, ConfigError: as ``prepare_store``.
         TeacherError: a teacher cannot be loaded or verified, or cannot read a sample.
     """
-    shards = _shards_to_extract(experiment)
+    shards = shards_to_extract(experiment, texts_to_extract(experiment))
     samples = [sample for shard in shards for sample in shard.samples]
     student = _student_layers(experiment)
     counts = {"num_samples": num_samples, "num_sized": num_sized}
@@ -121,20 +121,22 @@ def estimate_extraction(
         _estimate_teacher(experiment, load_teacher(name, experiment), samples, student, **counts)
         for name in experiment.teachers
     ]
-    folder = local_folder(experiment.store).absolute()
-    while not folder.exists():
-        folder = folder.parent
     return ExtractionEstimate(
         samples=len(samples),
         characters=_num_characters(samples),
         shards=len(shards),
         teachers=tuple(teachers),
-        free_gigabytes=shutil.disk_usage(folder).free / 1e9,
+        free_gigabytes=shutil.disk_usage(existing(local_folder(experiment.store))).free / 1e9,
     )
 
 
-def _shards_to_extract(experiment: Experiment) -> list[Shard]:
-    samples = texts_to_extract(experiment)
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def shards_to_extract(experiment: Experiment, samples: Sequence[Sample]) -> list[Shard]:
+    """The shards that stage 1 reads of these texts."""
     shards = list(cut_into_shards(samples, experiment.corpus.shard_chars))
     if experiment.kv_source == "store":
         return shards
@@ -153,14 +155,14 @@ def _estimate_teacher(
 ) -> TeacherEstimate:
     """The estimate from a pilot of the samples that this teacher reads."""
     read = [sample for sample in samples if sample.is_of(teacher.manifest.parts)]
-    pilot = _spread(read, num_samples)
+    pilot = spread(read, num_samples)
     encoded = teacher.tokenise(pilot)
     lengths = np.array([sample.max_tokens for sample in encoded])
     share = float(lengths.sum()) / max(_num_characters(pilot), 1)
     tokens = round(_num_characters(read) * share)
     limit = teacher.max_length or math.inf
     sized = [s for s, length in zip(pilot, lengths, strict=True) if 0 < length <= limit]
-    bytes_per_token, rate, nats = _sizes(experiment, teacher, _spread(sized, num_sized))
+    bytes_per_token, rate, nats = _sizes(experiment, teacher, spread(sized, num_sized))
     rationale = np.array([int((s.segment == SEGMENT_IDS["rationale"]).sum()) for s in encoded])
     budgeted = np.where(rationale > 0, rationale, lengths)
     mapped = None if student is None else _map_of(experiment, teacher, student[1])
@@ -285,7 +287,7 @@ def _length_quantiles(lengths: NDArray[np.int64]) -> dict[float, int]:
     return {q: round(float(np.quantile(lengths, q))) for q in QUANTILES} if lengths.size else {}
 
 
-def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
+def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
     """At most ``count`` samples, evenly spaced: corpus files are often sorted."""
     step = max(1, math.ceil(len(samples) / max(count, 1)))
     return list(samples[::step])

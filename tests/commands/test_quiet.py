@@ -15,8 +15,10 @@ import yaml
 
 from kvdistill.cli import QUIET, quieten
 from kvdistill.commands import extract as extracting
+from kvdistill.pipelines.outlook import outlook
 from kvdistill.pipelines.run_folder import RunFolder, learned
 from kvdistill.pipelines.train import train
+from kvdistill.store.reader import KVStore
 from tests.pipelines.tiny import variant
 from tests.slurm.experiment import write_experiment, write_models
 
@@ -58,7 +60,7 @@ def test_a_run_into_a_log_has_a_line_per_shard_and_no_report_of_weights(
     path = write_experiment(tmp_path, tmp_path / "models")
     body = yaml.safe_load(path.read_text())
     body["student"] = {"model": str(tmp_path / "models/llama")}
-    path.write_text(yaml.safe_dump(body))
+    path.write_text(yaml.safe_dump(body, sort_keys=False))
     done = subprocess.run(
         [programs / "kvdistill", "run", path], capture_output=True, text=True, check=False
     )
@@ -68,7 +70,30 @@ def test_a_run_into_a_log_has_a_line_per_shard_and_no_report_of_weights(
     others = [line for line in done.stderr.splitlines() if " shard " not in line]
     assert not [x for x in others if re.search(r"REPORT|MISSING|Loading|transformers\]|\r", x)]
     assert len(others) <= 1, others  # the bar of training, once
-    assert "held-out bits per character" in done.stdout
+    assert "  held-out bits per character: " in done.stdout
+    check_outlook(done.stdout.splitlines(), KVStore.open(tmp_path / "store"))
+
+
+def check_outlook(lines: list[str], store: KVStore) -> None:
+    """What was announced is what the store then holds."""
+    assert re.fullmatch(r"corpus: 44 samples, [\d,]+ characters, \d+ shards", lines[0])
+    assert lines[1].startswith("teacher llama: 3 layers × 2 KV heads of 16, about ")
+    assert lines[2].startswith("teacher bert: 2 layers × 3 KV heads of 8, about ")
+    for name, line in zip(("llama", "bert"), lines[1:3], strict=True):
+        arrays = [store.read_shard(name, shard_id).arrays for shard_id in store.shard_ids]
+        tokens = sum(len(store.token_table(name, i).segment) for i in store.shard_ids)
+        kept = [x.nbytes for found in arrays for key, x in found.items() if "importance" not in key]
+        assert f"about {tokens:,} tokens, " in line
+        size, unit = re.search(r"tokens, ([\d.,]+) (k|M)B as int8$", line).groups()
+        assert float(size) * {"k": 1e3, "M": 1e6}[unit] == pytest.approx(sum(kept), rel=0.1)
+    assert lines[3].startswith("student: llama, from ")
+    assert re.match("time: very roughly .* to extract and .* to train", lines[6])
+
+
+def test_the_outlook_needs_no_teacher_that_is_done(extracted: Path, tmp_path: Path) -> None:
+    lines = list(outlook(variant(extracted, tmp_path)))  # one of the models has been removed
+    assert [line.split(": ")[1][:3] for line in lines if line.startswith("teacher ")] == ["all"] * 2
+    assert re.match("time: very roughly [^a]* to train", lines[-1])
 
 
 def test_the_rate_counts_from_the_first_report(

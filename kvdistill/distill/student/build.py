@@ -138,19 +138,29 @@ def check_student(config: StudentConfig, tokenizer: Any, max_length: int = 1) ->
     """Check without loading weights that a student can be built and its KV captured.
 
     Raises:
-        StudentError: as ``build_student``, fewer positions than ``max_length``, or no adapter
-            locates its keys and values.
+        StudentError: as ``outlined_student``, or no adapter locates its keys and values.
+    """
+    return KVCapture(outlined_student(config, tokenizer, max_length)).geometry
+
+
+def outlined_student(
+    config: StudentConfig, tokenizer: Any, max_length: int = 1, device: str = "meta"
+) -> Any:
+    """The student without its weights: on the meta device none at all, on others random ones.
+
+    Raises:
+        StudentError: as ``build_student``, or fewer positions than ``max_length``.
     """
     from transformers import AutoModelForCausalLM
 
     what = f"build the student {config.model or 'of student.architecture'}"
-    with one_line_errors(what, config.model), torch.device("meta"):
+    with one_line_errors(what, config.model), torch.device(device):
         student = AutoModelForCausalLM.from_config(
             _architecture(config, tokenizer), trust_remote_code=config.trust_remote_code
         )
     _require_embeddings(student, tokenizer)
     require_positions(student, max_length, "training.max_length")
-    return KVCapture(student).geometry
+    return student
 
 
 def load_student_tokenizer(name: str, trust_remote_code: bool = False) -> Any:

@@ -1,0 +1,196 @@
+"""What a run is about to do, before any weights are loaded: models, tokens, disk space and time.
+
+Models are built on the meta device, a few texts are tokenised, and time follows from arithmetic:
+two operations per parameter and token of a forward pass, six of a training step, at the speed of a
+matrix product. ``plan.py`` measures all of it on a pilot instead.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final
+
+import torch
+
+from kvdistill.attention.fitting import located_sites
+from kvdistill.attention.geometry import Heads
+from kvdistill.attention.kv_capture import KVCapture
+from kvdistill.config.experiment import Experiment
+from kvdistill.corpus.samples import Sample
+from kvdistill.distill.student.build import load_student_tokenizer, outlined_student
+from kvdistill.errors import AdapterError, StoreNotFound, TeacherError
+from kvdistill.extract.loading import outlined_teacher
+from kvdistill.extract.teacher import prompt_tokenizer_of
+from kvdistill.extract.tokenise import PromptTokenizer
+from kvdistill.pipelines.extract_tasks import texts_to_extract
+from kvdistill.pipelines.plan import existing, shards_to_extract, spread
+from kvdistill.pipelines.run_folder import RunFolder
+from kvdistill.store.bucket import local_folder
+from kvdistill.store.codecs import CODECS
+from kvdistill.store.reader import KVStore
+from kvdistill.text import format_bytes, format_duration, shorten
+from kvdistill.types import CodecSpec, Kind
+
+PILOT: Final = 64
+"""Texts that are tokenised."""
+REACHED: Final = 0.5
+"""Share of a matrix product's speed that a model's passes reach, roughly."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model by its config and tokenizer."""
+
+    model_type: str
+    heads: tuple[Heads, ...]
+    """Of every layer whose keys and values are read; empty where only its cache may have them."""
+    num_parameters: int
+    """But for the embeddings."""
+    prompts: PromptTokenizer
+
+    @property
+    def shape(self) -> str:
+        """Layers and heads: ``30 layers × 3 KV heads of 64``."""
+        counts = Counter((head.num_key_value, head.head_dim) for head in self.heads)
+        parts = (f"{n} layers × {heads} KV heads of {dim}" for (heads, dim), n in counts.items())
+        return " + ".join(parts) or "layers read from its cache"
+
+    def num_tokens(self, samples: Sequence[Sample]) -> int:
+        """Tokens of texts, extrapolated by characters."""
+        pilot = spread(samples, PILOT)
+        read = sum(tokens.num_tokens for tokens in self.prompts.tokenise(pilot))
+        whole, part = (sum(len(s.text) for s in some) for some in (samples, pilot))
+        return round(read * whole / max(part, 1))
+
+
+def teacher_outline(name: str, experiment: Experiment) -> Outline:
+    """A teacher without its weights.
+
+    Raises:
+        TeacherError: model or tokenizer cannot be loaded, or no adapter has its modules.
+    """
+    config = experiment.teachers[name]
+    model = outlined_teacher(name, config)
+    try:
+        sites = located_sites(model, config.stream)
+    except AdapterError as error:
+        raise TeacherError(f"teacher {name!r}: {error}") from None
+    heads = [s.heads for s in sites if config.layers is None or s.layer_idx in config.layers]
+    if config.heads is not None:
+        heads = [head._replace(num_key_value=len(config.heads)) for head in heads]
+    kind = model.config.model_type
+    return Outline(kind, tuple(heads), _size(model), prompt_tokenizer_of(name, config, kind))
+
+
+def student_outline(experiment: Experiment) -> Outline:
+    """The student without its weights; raises StudentError as ``check_student``."""
+    config, max_length = experiment.student, experiment.training.max_length
+    source = config.tokenizer or str(config.model)
+    tokenizer = load_student_tokenizer(source, config.trust_remote_code)
+    student = outlined_student(config, tokenizer, max_length)
+    heads = tuple(site.heads for site in KVCapture(student).sites)
+    kind = student.config.model_type
+    return Outline(kind, heads, _size(student), PromptTokenizer(tokenizer))
+
+
+def _size(model: Any) -> int:
+    embeddings = model.get_input_embeddings()
+    left_out = set() if embeddings is None else {*embeddings.parameters()}
+    return sum(int(x.numel()) for x in model.parameters() if x not in left_out)
+
+
+@cache
+def _bytes_per_token(heads: Heads, codec: CodecSpec, length: int = 256) -> float:
+    """What one token of one layer takes in a codec, before compression."""
+    kinds: tuple[tuple[Kind, int], ...] = (
+        ("key", heads.head_dim),
+        ("value", heads.value_head_dim),
+    )
+    total = 0.0
+    for kind, dim in kinds:
+        name, numbers = getattr(codec, kind), heads.num_key_value * dim
+        if name == "klt":
+            total += numbers * getattr(codec, f"{kind}_bits") / 8
+            continue
+        parts = CODECS[name].encode(torch.ones(heads.num_key_value, length, dim), kind)
+        total += sum(part.nbytes for part in parts.values()) / length
+    return total
+
+
+def outlook(experiment: Experiment) -> Iterator[str]:
+    """Lines on what ``run`` will do: corpus, teachers, student, disk and time.
+
+    Raises:
+        CorpusError, ConfigError: as ``prepare_store``.
+        StudentError: as ``check_student``.
+    """
+    samples = texts_to_extract(experiment)
+    shards = shards_to_extract(experiment, samples)
+    characters = sum(len(sample.text) for sample in samples)
+    yield f"corpus: {len(samples):,} samples, {characters:,} characters, {len(shards):,} shards"
+    to_read = [sample for shard in shards for sample in shard.samples]
+    needed, work = 0.0, 0.0
+    for name, config in experiment.teachers.items():
+        left = _num_missing(experiment, name, len(shards))
+        if not left:  # the model may have been deleted
+            yield f"teacher {name}: all {len(shards)} shards are there"
+            continue
+        try:
+            outline, codec = teacher_outline(name, experiment), experiment.codec(name)
+        except TeacherError as error:  # perhaps of the meta device alone; extraction decides
+            yield f"teacher {name}: unknown ({shorten(str(error), 200)})"
+            continue
+        tokens = outline.num_tokens([s for s in to_read if s.is_of(config.parts)])
+        size = tokens * sum(_bytes_per_token(heads, codec) for heads in outline.heads)
+        needed += size * left / len(shards)
+        work += 2 * outline.num_parameters * tokens * left / len(shards)
+        yield (
+            f"teacher {name}: {outline.shape}, about {tokens:,} tokens, {format_bytes(size)} as "
+            f"{'/'.join(dict.fromkeys((codec.key, codec.value)))}"
+            + (f"; {left} of {len(shards)} shards left" if left < len(shards) else "")
+        )
+    student, training = student_outline(experiment), experiment.training
+    start = f"from {experiment.student.model or 'scratch'}"
+    size = student.num_parameters
+    shown = f"{size / 1e6:,.1f} M" if size >= 1e5 else f"{size:,}"
+    yield f"student: {student.model_type}, {start}, {student.shape}, {shown} parameters"
+    batch = training.batch_size * training.gradient_accumulation_steps
+    steps = training.max_steps or math.ceil(training.epochs * math.ceil(len(samples) / batch))
+    yield f"training: {steps:,} steps of {batch} samples, up to {training.max_length} tokens each"
+    free = shutil.disk_usage(existing(local_folder(experiment.store))).free
+    fits = "" if needed < free else "; does not fit: choose a smaller codec or fewer layers"
+    yield f"disk: {format_bytes(needed)} needed, {format_bytes(free)} free{fits}"
+    length = min(student.num_tokens(samples) / len(samples), training.max_length)
+    finished = RunFolder(experiment.output_dir / experiment.name).read_record().get("finished")
+    trained = 0.0 if finished else 6 * student.num_parameters * length * steps * batch
+    speed = REACHED * _operations_per_second(training.device)
+    parts = [f"{format_duration(work / speed)} to extract"] if work else []
+    parts += [] if finished else [f"{format_duration(trained / speed)} to train"]
+    yield f"time: very roughly {' and '.join(parts)}" if parts else "nothing is left to do"
+
+
+def _num_missing(experiment: Experiment, teacher: str, num_shards: int) -> int:
+    try:
+        store = KVStore.open(experiment.store)
+    except StoreNotFound:
+        return num_shards
+    return num_shards - len(store.committed(teacher)) if store.has_teacher(teacher) else num_shards
+
+
+def _operations_per_second(device: str) -> float:
+    """Speed of a matrix product on the accelerator, or on the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if device != "cpu" else None
+    size, kind = (1024, torch.float32) if accelerator is None else (8192, torch.bfloat16)
+    x = torch.ones(size, size, dtype=kind, device=accelerator or "cpu")
+    seconds = []
+    for _ in range(4):  # the first one loads kernels
+        began = time.perf_counter()
+        float((x @ x)[0, 0])  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return float(2 * size**3 / min(seconds))
