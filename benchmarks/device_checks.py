@@ -70,7 +70,9 @@ class Setting:
                 "learning_rate": 1e-2, "schedule": "constant",
                 "device": "cpu" if self.device.type == "cpu" else "auto",
             },
-            "extraction": {"device": str(self.device), "batch_tokens": 256},
+            "extraction": {
+                "device": "cpu" if self.device.type == "cpu" else "auto", "batch_tokens": 256,
+            },
             "corpus": {"path": str(self.folder / "corpus.jsonl"), "shard_chars": 2000},
             "student": {
                 "tokenizer": str(self.folder / "tokenizer"),
@@ -312,6 +314,7 @@ def transfer(setting: Setting) -> Figures:
 
 
 VARIANTS: Final[dict[str, tuple[dict[str, Any], float]]] = {
+    "precision auto": ({"precision": "auto"}, 5e-2),
     "bfloat16": ({"precision": "bfloat16"}, 5e-2),
     "float16": ({"precision": "float16"}, 0.9),
     "checkpointed": ({"gradient_checkpointing": True}, 1e-4),
@@ -333,6 +336,23 @@ def training(setting: Setting, name: str) -> Figures:
     found = torch.tensor(_losses_of(setting, name, {"precision": "float32", **changes}))
     assert found[-1] < found[0]
     return {name: require(name, relative(found - plain[0], plain - plain[0]), bound)}
+
+
+def verified(setting: Setting) -> Figures:
+    """A student that is verified on the device leaves the device's random state as it was."""
+    from kvdistill.attention.kv_capture import verify_student
+
+    student, drawn = _assembled(setting, "verified").distiller.student.to(setting.device), []
+
+    def draw(*_: object) -> None:
+        torch.rand(8, device=setting.device)
+
+    student.get_input_embeddings().register_forward_hook(draw)
+    for verify in (lambda _: None, verify_student):
+        torch.manual_seed(0)
+        verify(student)
+        drawn.append(torch.rand(8, device=setting.device))
+    return {"draws": require("draws", relative(*drawn), 0)}
 
 
 def _losses_of(setting: Setting, name: str, training: dict[str, Any]) -> list[float]:
@@ -401,6 +421,7 @@ CHECKS: Final[dict[str, Callable[[Setting], Figures]]] = {
     "capture": captured,
     "extraction": extraction,
     **{f"losses, {mode}": partial(losses, mode=mode) for mode in MODES},
+    "verified": verified,
     "fused": fused,
     "transfer": transfer,
     **{f"training, {name}": partial(training, name=name) for name in VARIANTS},
