@@ -140,10 +140,10 @@ def _fitted(x_LHTD: Tensor) -> Any:
 
 
 def captured(setting: Setting) -> Figures:
-    """Keys and values of a teacher: float32 against the CPU's, and bfloat16 against float32."""
+    """Keys and values of a teacher: float32 against the CPU's, others against float32."""
     cpu = _read(Setting(torch.device("cpu"), setting.folder), "float32")
     found = Figures()
-    for dtype, bound in (("float32", 1e-4), ("bfloat16", 2e-2)):
+    for dtype, bound in (("float32", 1e-4), ("bfloat16", 2e-2), ("auto", 2e-2)):
         read = _read(setting, dtype)
         for kind, x in read.items():
             found[f"{dtype} {kind}"] = require(f"{dtype} {kind}", relative(x, cpu[kind]), bound)

@@ -69,6 +69,9 @@ def show_command(config: Path, overrides: tuple[str, ...]) -> None:
     """Check CONFIG and print it with every default, and what is fitted before step 1."""
     experiment = load_experiment(config, overrides)
     click.echo(dump_experiment(experiment), nl=False)
+    if autos := [name for name, teacher in experiment.teachers.items() if teacher.dtype == "auto"]:
+        how = "as stored; else bfloat16 on a GPU that computes in it, else float32"
+        click.echo(f"# dtype auto of {', '.join(autos)}: {how}")
     if experiment.training.precision == "auto":
         click.echo("# training.precision auto: bfloat16 on a GPU that computes in it, else float32")
     if experiment.losses.of_kv and experiment.training.fused_kernels:

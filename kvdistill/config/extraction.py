@@ -73,8 +73,9 @@ class TeacherConfig(Section):
     """Key/value heads to store of every layer; all of them if not given."""
     eviction: StoredEviction | None = None
     """Store a subset of the tokens. All of them if not given; evict while streaming instead."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the teacher's forward pass."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the teacher's forward pass. `auto`: that of the store where it has the teacher;
+    else bfloat16 on a GPU that computes in it, and float32 elsewhere."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     """Attention kernel of the forward pass; models without `sdpa` fall back to `eager`."""
     device_map: Literal["auto"] | None = None

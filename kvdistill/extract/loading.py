@@ -95,6 +95,12 @@ def load_teacher_model(
     return model if device_map is not None else model.to(device), missing
 
 
+def native_dtype(device: torch.device) -> str:
+    """What ``dtype: auto`` is on a device: bfloat16 where a GPU computes in it, else float32."""
+    is_native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if is_native else "float32"
+
+
 def load_teacher_config(config: TeacherConfig) -> Any:
     """The config of a teacher's model, without its weights."""
     from transformers import AutoConfig

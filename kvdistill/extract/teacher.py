@@ -38,6 +38,7 @@ from kvdistill.extract.loading import (
     load_teacher_config,
     load_teacher_model,
     load_teacher_tokenizer,
+    native_dtype,
     state_fingerprint,
     text_model_of,
     weights_fingerprint,
@@ -226,12 +227,14 @@ def load_teacher(name: str, experiment: Experiment, day: date | None = None) -> 
         TeacherError: no such model, weights that are missing or not safe to read, a tokenizer
             without offsets, layers that do not exist, or an architecture that does not verify.
     """
-    config, extraction = experiment.teachers[name], experiment.extraction
-    device = extraction.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    predicts = extraction.stores_predictions
-    whole, missing = load_teacher_model(name, config, torch.device(device), predicts=predicts)
+    extraction = experiment.extraction
+    named = extraction.device
+    if named == "auto":
+        named = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(named)
+    experiment = identity.in_dtype(experiment, name, native_dtype(device))
+    config, predicts = experiment.teachers[name], extraction.stores_predictions
+    whole, missing = load_teacher_model(name, config, device, predicts=predicts)
     model = text_model_of(name, whole)
     prompt_tokenizer = prompt_tokenizer_of(name, config, model.config.model_type, day)
     verified = fit_adapter(name, model, config.stream)

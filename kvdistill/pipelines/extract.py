@@ -171,15 +171,16 @@ def open_teacher(store: KVStore, experiment: Experiment, name: str) -> Teacher:
     """
     if (other := other_extraction(store, experiment, name, model=False)) is not None:
         raise StoreMismatch(other)  # before hours of loading
-    day = _recorded_date(store, name)
-    known = as_stored(experiment, store.teacher(name)) if store.has_teacher(name) else experiment
+    day, is_known = _recorded_date(store, name), store.has_teacher(name)
+    known = as_stored(experiment, store.teacher(name)) if is_known else experiment
     teacher = _with_transforms(store, experiment, load_teacher(name, known, day))
     try:
         add_teacher(store, teacher.manifest)
     except StoreMismatch:
-        if _recorded_date(store, name) == day:
+        in_its_own = experiment.teachers[name].dtype == "auto" and not is_known
+        if _recorded_date(store, name) == day and not in_its_own:
             raise
-        # Another process has registered the teacher meanwhile, on another day.
+        # Another process has registered the teacher meanwhile, on another day or device.
         return open_teacher(store, experiment, name)
     return teacher
 

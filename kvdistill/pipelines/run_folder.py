@@ -161,6 +161,9 @@ def refuse_other_config(folder: RunFolder, experiment: Experiment) -> None:
     expected = flatten(experiment.model_dump(mode="json"))
     if experiment.training.precision == "auto":  # the run keeps to what it began with
         expected["training.precision"] = stored["training.precision"]
+    for name, teacher in experiment.teachers.items():
+        if teacher.dtype == "auto" and name in earlier.teachers:  # what the store has
+            expected[f"teachers.{name}.dtype"] = stored[f"teachers.{name}.dtype"]
     # Slurm's resources change no number, and may change between two attempts.
     keys = {key for key in stored | expected if not key.startswith("slurm.")}
     different = sorted(key for key in keys if stored.get(key) != expected.get(key))

@@ -63,11 +63,24 @@ _REL_TOL, _ABS_TOL = 1e-5, 2e-7
 
 
 def as_stored(experiment: Experiment, stored: TeacherManifest) -> Experiment:
-    """The experiment, asking for all that the store has of ``_AT_LEAST``, so that it goes on."""
+    """The experiment, asking for all that the store has of ``_AT_LEAST``, so that it goes on.
+
+    Of the teacher whose ``dtype`` is ``auto``, in the dtype that the store has it in.
+    """
     asked = experiment.extraction
     has = {key: getattr(stored, field) for key, field in _AT_LEAST.items()}
     more = {key: value for key, value in has.items() if value > getattr(asked, key)}
-    return experiment.model_copy(update={"extraction": asked.model_copy(update=more)})
+    found = experiment.model_copy(update={"extraction": asked.model_copy(update=more)})
+    return in_dtype(found, stored.name, stored.dtype)
+
+
+def in_dtype(experiment: Experiment, name: str, dtype: str) -> Experiment:
+    """The experiment, with a teacher's ``dtype: auto`` replaced."""
+    teacher = experiment.teachers.get(name)
+    if teacher is None or teacher.dtype != "auto":
+        return experiment
+    teachers = {**experiment.teachers, name: teacher.model_copy(update={"dtype": dtype})}
+    return experiment.model_copy(update={"teachers": teachers})
 
 
 def recorded_settings(experiment: Experiment, name: str) -> dict[str, Any]:
@@ -93,6 +106,8 @@ def extraction_fingerprint(settings: Fields) -> str:
 
 
 def _default(key: str) -> Any:
+    if key == "dtype":  # what is recorded is never `auto`, and fingerprints must not change
+        return "float32"
     fields = ExtractionConfig.model_fields if key in _OF_EXTRACTION else TeacherConfig.model_fields
     return fields[key].get_default(call_default_factory=True)
 

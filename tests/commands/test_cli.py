@@ -82,6 +82,7 @@ def test_init_writes_a_config_that_show_accepts(tmp_path: Path, kvdistill: Comma
     assert shown.returncode == 0
     assert "seed: 7" in shown.stdout
     assert "# training.fused_kernels: on a GPU with Triton\n" in shown.stdout
+    assert "# dtype auto of minilm: as stored; else bfloat16 on a GPU" in shown.stdout
     shown = kvdistill("config", "show", "new.yaml", "--set", "losses.cosine=1", cwd=tmp_path)
     assert "without effect, since losses.cosine needs all layers\n" in shown.stdout
     again = kvdistill("init", "new.yaml", cwd=tmp_path)

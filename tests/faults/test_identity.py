@@ -18,6 +18,7 @@ from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import dump_experiment
 from kvdistill.corpus.readers import load_corpus
 from kvdistill.errors import StoreMismatch, TeacherError
+from kvdistill.extract.loading import native_dtype
 from kvdistill.pipelines import extract as extraction
 from kvdistill.pipelines.cluster import overview
 from kvdistill.pipelines.extract import extract, extraction_work
@@ -439,3 +440,53 @@ def counting(reads: list[Path]) -> Callable[[Path], Any]:
 
     file_record = identity.file_record
     return record
+
+
+def test_dtype_auto_is_recorded_as_what_computes_and_goes_on_as_stored(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "t")
+    found = {}
+    for dtype in ("auto", "float32", "bfloat16"):
+        experiment = two_shards(tmp_path, {"dtype": dtype})
+        experiment = experiment.model_copy(update={"store": tmp_path / dtype})
+        assert extract(experiment).complete
+        found[dtype] = KVStore.open(experiment.store).teacher("t")
+    assert found["auto"].dtype == found["auto"].settings["dtype"] == "float32"
+    assert found["auto"].extraction_fingerprint == found["float32"].extraction_fingerprint
+    known = "733abec7d74f"  # of earlier versions, whose default was float32
+    assert found["auto"].extraction_fingerprint.startswith(known)
+    auto = two_shards(tmp_path).model_copy(update={"store": tmp_path / "bfloat16"})
+    assert auto.teachers["t"].dtype == "auto"
+    lose_a_shard(auto)
+    assert extract(auto).complete
+    check_training(auto)
+    with pytest.raises(StoreMismatch, match="dtype: stored 'bfloat16', requested 'float32'"):
+        extract(two_shards(tmp_path, {"dtype": "float32"}).model_copy(update={"store": auto.store}))
+
+
+def test_dtype_auto_on_two_kinds_of_nodes_is_that_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_teacher(tmp_path / "t")
+    experiment, load = two_shards(tmp_path), extraction.load_teacher
+    loads: list[str] = []
+
+    def overtaken(name: str, known: Experiment, day: Any) -> Any:
+        loads.append(known.teachers[name].dtype)
+        if len(loads) == 1:  # another node registers the teacher while this one loads it
+            first = two_shards(tmp_path, {"dtype": "bfloat16"})
+            extraction.open_teacher(KVStore.open(first.store), first, name)
+        return load(name, known, day)
+
+    monkeypatch.setattr(extraction, "load_teacher", overtaken)
+    assert extract(experiment).complete
+    assert loads == ["auto", "bfloat16", "bfloat16"]
+    assert KVStore.open(experiment.store).teacher("t").dtype == "bfloat16"
+
+
+def test_dtype_auto_is_bfloat16_where_a_gpu_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for supported, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda *, including_emulation, s=supported: s
+        )
+        assert native_dtype(torch.device("cuda", 0)) == dtype
+        assert native_dtype(torch.device("cpu")) == "float32"

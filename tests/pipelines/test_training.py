@@ -296,6 +296,14 @@ def test_a_resumed_run_keeps_the_precision_that_it_began_with(
     assert trainer.experiment.training.precision == "bfloat16"
 
 
+def test_a_run_of_before_dtype_auto_goes_on(extracted: Path, tmp_path: Path) -> None:
+    folder = begin(variant(extracted, tmp_path))
+    folder.config.write_text(folder.config.read_text().replace("dtype: auto", "dtype: float32"))
+    begin(variant(extracted, tmp_path))
+    with pytest.raises(ConfigError, match=r"llama\.dtype='float32', this config has 'bfloat16'"):
+        begin(variant(extracted, tmp_path, teachers__llama__dtype="bfloat16"))
+
+
 def test_every_line_of_the_log_is_a_number(extracted: Path, tmp_path: Path) -> None:
     report = train(variant(extracted, tmp_path, training__log_steps=1, training__eval_steps=3))
     for line in RunFolder(report.folder).log.read_text().splitlines():
