@@ -314,7 +314,7 @@ def transfer(setting: Setting) -> Figures:
 
 
 VARIANTS: Final[dict[str, tuple[dict[str, Any], float]]] = {
-    "precision auto": ({"precision": "auto"}, 5e-2),
+    "auto": ({"precision": "auto"}, 5e-2),
     "bfloat16": ({"precision": "bfloat16"}, 5e-2),
     "float16": ({"precision": "float16"}, 0.9),
     "checkpointed": ({"gradient_checkpointing": True}, 1e-4),
