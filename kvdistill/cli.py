@@ -31,6 +31,7 @@ COMMANDS: Final = {
     "config": ("prepare", "Show an experiment with its defaults, or the JSON schema."),
     "data": ("prepare", "Make corpora and tokenizers."),
     "fetch": ("prepare", "Download every model and data set of an experiment."),
+    "doctor": ("prepare", "Check this machine, and what an experiment needs of it."),
     "plan": ("prepare", "Estimate disk space, time and lengths of an extraction."),
     "extract": ("extract", "Stage 1: read the corpus once with every teacher, into a store."),
     "status": ("cluster", "Show what of a store is done and what is missing."),

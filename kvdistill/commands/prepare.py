@@ -227,6 +227,31 @@ def fetch_command(*, config: Path, overrides: tuple[str, ...]) -> None:
     click.echo(f"all {len(fetched)} are on this machine; next: kvdistill plan {config}")
 
 
+@click.command("doctor")
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@overrides_option
+@json_option
+@click.pass_context
+def doctor_command(
+    ctx: click.Context, *, config: Path | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Check this machine, and the models, losses and folders of CONFIG; exit code 1 if any fails.
+
+    Models are loaded without their weights. A hub that cannot be reached is no failure.
+    """
+    from kvdistill.pipelines.doctor import examine
+
+    checks = []
+    for check in examine(config, overrides):
+        checks.append(check)
+        if not as_json:
+            mark = click.style("✓", fg="green") if check.is_fine else click.style("✗", fg="red")
+            click.echo(f"{mark} {check.name}: {check.text}")
+    if as_json:
+        click.echo(json.dumps([asdict(check) for check in checks], ensure_ascii=False))
+    ctx.exit(0 if all(check.is_fine for check in checks) else 1)
+
+
 @click.command("plan")
 @config_argument
 @overrides_option

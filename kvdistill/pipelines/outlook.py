@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
@@ -48,8 +48,8 @@ class Outline:
     """A model by its config and tokenizer."""
 
     model_type: str
-    heads: tuple[Heads, ...]
-    """Of every layer whose keys and values are read; empty where only its cache may have them."""
+    heads: Mapping[int, Heads]
+    """By layer, of all whose keys and values are read; none where only its cache may have them."""
     num_parameters: int
     """But for the embeddings."""
     prompts: PromptTokenizer
@@ -57,7 +57,7 @@ class Outline:
     @property
     def shape(self) -> str:
         """Layers and heads: ``30 layers × 3 KV heads of 64``."""
-        counts = Counter((head.num_key_value, head.head_dim) for head in self.heads)
+        counts = Counter((head.num_key_value, head.head_dim) for head in self.heads.values())
         parts = (f"{n} layers × {heads} KV heads of {dim}" for (heads, dim), n in counts.items())
         return " + ".join(parts) or "layers read from its cache"
 
@@ -81,11 +81,13 @@ def teacher_outline(name: str, experiment: Experiment) -> Outline:
         sites = located_sites(model, config.stream)
     except AdapterError as error:
         raise TeacherError(f"teacher {name!r}: {error}") from None
-    heads = [s.heads for s in sites if config.layers is None or s.layer_idx in config.layers]
+    kept = (s for s in sites if config.layers is None or s.layer_idx in config.layers)
+    heads = {site.layer_idx: site.heads for site in kept}
     if config.heads is not None:
-        heads = [head._replace(num_key_value=len(config.heads)) for head in heads]
+        num = len(config.heads)
+        heads = {i: head._replace(num_key_value=num) for i, head in heads.items()}
     kind = model.config.model_type
-    return Outline(kind, tuple(heads), _size(model), prompt_tokenizer_of(name, config, kind))
+    return Outline(kind, heads, _size(model), prompt_tokenizer_of(name, config, kind))
 
 
 def student_outline(experiment: Experiment) -> Outline:
@@ -94,7 +96,7 @@ def student_outline(experiment: Experiment) -> Outline:
     source = config.tokenizer or str(config.model)
     tokenizer = load_student_tokenizer(source, config.trust_remote_code)
     student = outlined_student(config, tokenizer, max_length)
-    heads = tuple(site.heads for site in KVCapture(student).sites)
+    heads = {site.layer_idx: site.heads for site in KVCapture(student).sites}
     kind = student.config.model_type
     return Outline(kind, heads, _size(student), PromptTokenizer(tokenizer))
 
@@ -147,7 +149,7 @@ def outlook(experiment: Experiment) -> Iterator[str]:
             yield f"teacher {name}: unknown ({shorten(str(error), 200)})"
             continue
         tokens = outline.num_tokens([s for s in to_read if s.is_of(config.parts)])
-        size = tokens * sum(_bytes_per_token(heads, codec) for heads in outline.heads)
+        size = tokens * sum(_bytes_per_token(heads, codec) for heads in outline.heads.values())
         needed += size * left / len(shards)
         work += 2 * outline.num_parameters * tokens * left / len(shards)
         yield (
@@ -169,7 +171,7 @@ def outlook(experiment: Experiment) -> Iterator[str]:
     length = min(student.num_tokens(samples) / len(samples), training.max_length)
     finished = RunFolder(experiment.output_dir / experiment.name).read_record().get("finished")
     trained = 0.0 if finished else 6 * student.num_parameters * length * steps * batch
-    speed = REACHED * _operations_per_second(training.device)
+    speed = REACHED * operations_per_second(training.device)
     parts = [f"{format_duration(work / speed)} to extract"] if work else []
     parts += [] if finished else [f"{format_duration(trained / speed)} to train"]
     yield f"time: very roughly {' and '.join(parts)}" if parts else "nothing is left to do"
@@ -183,7 +185,7 @@ def _num_missing(experiment: Experiment, teacher: str, num_shards: int) -> int:
     return num_shards - len(store.committed(teacher)) if store.has_teacher(teacher) else num_shards
 
 
-def _operations_per_second(device: str) -> float:
+def operations_per_second(device: str) -> float:
     """Speed of a matrix product on the accelerator, or on the CPU."""
     accelerator = torch.accelerator.current_accelerator() if device != "cpu" else None
     size, kind = (1024, torch.float32) if accelerator is None else (8192, torch.bfloat16)
