@@ -1,0 +1,204 @@
+"""What should a byte of the store hold: keys and values, at which rate, or predictions?
+
+SmolLM2 teaches the student of ``quality.py`` from stores of 50 to 3,000 bytes a token: keys and
+values of the four layers that the student reads in fp16, int8, int4 and ``klt`` at four rates; its
+8, 32 or 128 most likely tokens; and both. Every arm takes equal steps. Weights and rates are
+searched on validation texts under one seed with the same number of runs for each kind of target
+(``search``), and scored on test texts unseen by the search (``final``).
+
+    make models
+    python benchmarks/frontier.py frontier-output            # everything; prints a table
+    python benchmarks/frontier.py frontier-output --only summary
+
+Bytes are those of the arrays on disk, scales and checksums included, over the store's tokens. The
+table has the mean log-perplexity of the test texts in nats per token, its difference from text
+alone at its best rate, and that difference's p-value over seeds and texts. Every run is a folder;
+finished runs are not repeated, and the same command resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import quality
+from benchmarks.quality import arm, text_alone
+from kvdistill.store.reader import KVStore
+from kvdistill.studies.statistics import crossed_test
+
+LAYERS: Final = (2, 11, 20, 29)
+"""Teacher layers that the student's four layers learn from."""
+RATES: Final = {
+    "klt-4": (4.0, 4.4),
+    "klt-2": (1.7, 2.5),
+    "klt-1": (0.8, 1.3),
+    "klt-quarter": (0.2, 0.3),
+}
+"""Bits per element of keys and of values."""
+CODECS: Final[dict[str, dict[str, Any]]] = {
+    **{codec: {"key": codec, "value": codec} for codec in ("fp16", "int8", "int4")},
+    **{
+        name: {"key": "klt", "value": "klt", "key_bits": key, "value_bits": value}
+        for name, (key, value) in RATES.items()
+    },
+}
+NUM_LOGITS: Final = (8, 32, 128)
+KV_WEIGHTS: Final = (2, 5, 10, 20)
+LOGIT_WEIGHTS: Final = (0.5, 1, 2, 4)
+TEXT_RATES: Final = (1e-3, 2e-3, 4e-3, 6e-3)
+TUNED: Final = {"text": 2e-3, "kv": 5, "logits": 1}
+"""The rate of text alone and the weights that the search selected."""
+BOTH: Final = 32
+"""Predictions in the arm that has keys and values as well, at the rate ``klt-1``."""
+
+
+def teacher(codec: str) -> dict[str, Any]:
+    """SmolLM2 with the four layers in a codec."""
+    return {"model": "models/smollm2", "layers": list(LAYERS), "codec": CODECS[codec]}
+
+
+def logits_alone(weight: float) -> dict[str, Any]:
+    """An arm that learns from predictions."""
+    return arm("smollm2", weight=0, losses__logits=weight)
+
+
+def write_study(folder: Path, name: str, evaluation: str, arms: dict[str, Any], **own: Any) -> Path:
+    """Write a study over one store; returns its path."""
+    body = quality.experiment(folder, "search" if evaluation == "validation" else "final")
+    store = own.pop("store")
+    teachers = own.pop("teachers")
+    body |= {"store": str(folder / store), "extraction": {"importance": False, **own}}
+    body["alignment"] = {
+        "layers": "explicit",
+        "explicit_layers": {known: list(LAYERS) for known in teachers},
+    }
+    seeds = [0] if evaluation == "validation" else [0, 1, 2]
+    study = {
+        "name": name,
+        "experiment": body | {"teachers": teachers},
+        "seeds": seeds,
+        "arms": arms,
+        "may_differ": ["training.learning_rate"],
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def studies(folder: Path) -> dict[str, list[Path]]:
+    """Study files of the two stages."""
+    kv_store = {"store": "kv", "teachers": {name: teacher(name) for name in CODECS}}
+    predicted = {
+        k: {"store": f"logits-{k}", "teachers": {"smollm2": teacher("klt-1")}, "logits": k}
+        for k in NUM_LOGITS
+    }
+    rates = {f"text-{rate:g}": text_alone(rate) for rate in TEXT_RATES}
+    search = {f"int8-{weight}": arm("int8", weight=weight) for weight in KV_WEIGHTS}
+    by_logits = {f"logits-{weight:g}": logits_alone(weight) for weight in LOGIT_WEIGHTS}
+    final = {"text": text_alone(TUNED["text"]), "text-as-taught": text_alone()}
+    final |= {name: arm(name, weight=TUNED["kv"]) for name in CODECS}
+    shuffled = {"placebo": True, "placebo__method": "shuffled"}
+    final["int8-shuffled"] = arm("int8", weight=TUNED["kv"], **shuffled)
+    found = {
+        "search": [
+            write_study(folder, "search-kv", "validation", rates | search, **kv_store),
+            write_study(folder, "search-logits", "validation", by_logits, **predicted[BOTH]),
+        ],
+        "final": [write_study(folder, "final-kv", "test", final, **kv_store)],
+    }
+    for k in NUM_LOGITS:
+        arms = {f"logits-{k}": logits_alone(TUNED["logits"])}
+        if k == BOTH:
+            arms["both"] = arm("smollm2", weight=TUNED["kv"], losses__logits=TUNED["logits"])
+            arms["logits-shuffled"] = arm(
+                "smollm2", weight=0, losses__logits=TUNED["logits"], **shuffled
+            )
+        found["final"].append(write_study(folder, f"final-{k}", "test", arms, **predicted[k]))
+    return found
+
+
+def bytes_per_token(store: Path, name: str, *, predictions: bool) -> float:
+    """Bytes on disk per token of a teacher's keys and values, or of its predictions."""
+    opened = KVStore.open(store)
+    wanted = ("top_", "rest_") if predictions else ("key", "value")
+    size = sum(
+        file.stat().st_size
+        for shard_id in opened.shard_ids
+        for array in opened.paths.shard(name, shard_id).rglob("*")
+        if array.is_dir() and array.name.startswith(wanted) and "statistics" not in array.name
+        for file in array.rglob("*")
+        if file.is_file()
+    )
+    tokens = sum(opened.token_table(name, i).num_tokens for i in opened.shard_ids)
+    return size / tokens
+
+
+def held_bytes(folder: Path, name: str) -> float:
+    """Bytes per token of what an arm reads; 0 for text alone."""
+    if name.startswith("text"):
+        return 0.0
+    if name == "both":
+        store = folder / f"logits-{BOTH}"
+        return sum(bytes_per_token(store, "smollm2", predictions=x) for x in (False, True))
+    known, _, k = name.partition("-")
+    if known == "logits":
+        store = folder / f"logits-{BOTH if k == 'shuffled' else k}"
+        return bytes_per_token(store, "smollm2", predictions=True)
+    return bytes_per_token(folder / "kv", name.removesuffix("-shuffled"), predictions=False)
+
+
+def losses(run: Path) -> NDArray[np.float64]:
+    """Negative log-likelihood and tokens of every test text, ``[N, 2]``."""
+    lines = (run / "eval_samples.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = sorted(map(json.loads, lines), key=lambda row: str(row["sample_id"]))
+    return np.array([(row["nll"], row["num_tokens"]) for row in rows])
+
+
+def summary(folder: Path) -> None:
+    """Print the table of the final runs."""
+    runs: dict[str, dict[int, NDArray[np.float64]]] = {}
+    for scored in sorted(folder.glob("final-*/*/eval_samples.jsonl")):
+        name, _, seed = scored.parent.name.rpartition("-s")
+        runs.setdefault(name, {})[int(seed)] = losses(scored.parent)
+    base = runs.get("text", {})
+    print(
+        "| arm | bytes a token | nats a token | against text | p | seeds |\n|---|---|---|---|---|---|"
+    )
+    for held, name in sorted((held_bytes(folder, name), name) for name in runs):
+        found = runs[name]
+        nats = np.mean([rows[:, 0].sum() / rows[:, 1].sum() for rows in found.values()])
+        line = f"| {name} | {held:,.0f} | {nats:.4f} | "
+        if name == "text" or len(shared := sorted(found.keys() & base.keys())) < 2:
+            print(line + f"| | {len(found)} |")
+            continue
+        test = crossed_test(
+            np.stack([found[i][:, 0] - base[i][:, 0] for i in shared]), base[shared[0]][:, 1]
+        )
+        print(line + f"{test.estimate:+.4f} | {test.p:.4f} | {len(shared)} |")
+
+
+def main() -> None:
+    """Search, final runs, table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("folder", type=Path, help="output folder")
+    parser.add_argument("--only", choices=("search", "final", "summary"))
+    parser.add_argument("--workers", type=int, default=1, help="parallel runs")
+    asked = parser.parse_args()
+    quality.prepare(asked.folder)
+    for name, paths in studies(asked.folder).items():
+        for path in paths if asked.only in (None, name) else ():
+            quality.ablate(path, asked.workers)
+    summary(asked.folder)
+
+
+if __name__ == "__main__":
+    main()
