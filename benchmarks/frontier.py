@@ -170,9 +170,8 @@ def summary(folder: Path) -> None:
         name, _, seed = scored.parent.name.rpartition("-s")
         runs.setdefault(name, {})[int(seed)] = losses(scored.parent)
     base = runs.get("text", {})
-    print(
-        "| arm | bytes a token | nats a token | against text | p | seeds |\n|---|---|---|---|---|---|"
-    )
+    print("| arm | bytes a token | nats a token | against text | p | seeds |")
+    print("|---|---|---|---|---|---|")
     for held, name in sorted((held_bytes(folder, name), name) for name in runs):
         found = runs[name]
         nats = np.mean([rows[:, 0].sum() / rows[:, 1].sum() for rows in found.values()])
