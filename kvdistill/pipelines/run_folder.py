@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import shutil
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -116,15 +117,22 @@ def writing(folder: RunFolder) -> Iterator[None]:
         yield
     except Exception as error:
         reason = str(error).split("\n")[0]
-        # safetensors and torch have errors of their own.
-        signs = ("os error", "PytorchStreamWriter", "inline_container")
-        failed = getattr(error, "errno", 0) in UNWRITABLE or any(sign in reason for sign in signs)
-        if isinstance(error, KVDistillError) or not failed:
+        # safetensors gives no number, and torch whatever its writer or the C++ library says.
+        failed = getattr(error, "errno", 0) in UNWRITABLE or "os error" in reason
+        if isinstance(error, KVDistillError) or not (failed or _of_torch_save(error)):
             raise
         raise RunFolderError(
             f"{folder.path}: cannot be written ({reason}); committed checkpoints are unchanged: "
             "free space or fix permissions, then run the same command again to resume"
         ) from error
+
+
+def _of_torch_save(error: Exception) -> bool:
+    """Whether ``torch.save`` raised it while it wrote."""
+    calls = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, RuntimeError) and any(
+        call.name == "save" and call.filename.endswith("torch/serialization.py") for call in calls
+    )
 
 
 def begin(experiment: Experiment) -> RunFolder:

@@ -97,6 +97,23 @@ def test_a_disk_that_is_full_is_one_line(extracted: Path, tmp_path: Path, most: 
     assert train(experiment).metrics
 
 
+def test_a_write_that_fails_as_a_file_is_closed_is_one_line(
+    extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last bytes are written by the C++ library's stream, which has its own words for it."""
+    experiment = variant(extracted, tmp_path, **SETTINGS)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.serialization._open_zipfile_writer_file, "__exit__", fail)
+        with pytest.raises(RunFolderError, match=r"cannot be written \(basic_ios") as caught:
+            train(experiment)
+    assert str(tmp_path) in str(caught.value)
+    assert train(experiment).metrics
+
+
 def test_files_of_a_run_are_whole_or_absent(
     extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
