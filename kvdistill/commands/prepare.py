@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import yaml
 
 import kvdistill.config
 from kvdistill.commands.options import config_argument, ignore_option, json_option, overrides_option
@@ -31,30 +32,101 @@ if TYPE_CHECKING:
 @click.command("init")
 @click.argument("path", type=click.Path(path_type=Path), default=Path("experiment.yaml"))
 @click.option(
+    "--teacher", "teachers", multiple=True, metavar="MODEL", help="A hub id or folder; repeatable."
+)
+@click.option(
     "--student",
     metavar="MODEL",
     help="A pretrained student, hub id or folder; from scratch if not given.",
 )
-def init_command(path: Path, student: str | None) -> None:
-    """Write a commented experiment file to PATH (default: experiment.yaml)."""
+@click.option("--corpus", type=click.Path(path_type=Path), help="A file, or a glob of several.")
+@click.option(
+    "--from", "start", type=click.Choice(["texts", "chat"]), default="texts", show_default=True,
+    help="What the corpus consists of; read off --corpus if that is given.",
+)  # fmt: skip
+@click.option("--latent", is_flag=True, help="A student that reasons in latent positions.")
+@click.option("--slurm", is_flag=True, help="With a profile for a cluster.")
+def init_command(
+    *,
+    path: Path,
+    teachers: tuple[str, ...],
+    student: str | None,
+    corpus: Path | None,
+    start: str,
+    latent: bool,
+    slurm: bool,
+) -> None:
+    """Write a commented experiment file to PATH (default: experiment.yaml) that runs as it is."""
     if path.exists():
         raise ConfigError(f"{path} already exists; choose another name, or remove it first")
+    samples = [] if corpus is None else read_files(corpus, limit=1000)
+    blocks = _blocks("experiment")
+    is_chat = start == "chat" or any(sample.chat for sample in samples)
+    models = teachers or tuple(
+        teacher["model"] for teacher in yaml.safe_load(blocks["teachers"])["teachers"].values()
+    )
+    if latent:
+        student = student or models[0]
+        if is_chat or {*teachers} - {student}:
+            raise ConfigError(
+                "init --latent: teacher and student are one model and the corpus has rationales; "
+                "give one of --teacher and --student, and no chat"
+            )
+        teachers = (student,)
+    if teachers or is_chat:
+        blocks["teachers"] = _teachers_block(teachers or models, is_chat)
+    if student is not None:
+        _pretrain(blocks, student)
+    elif not Path("tokenizer").exists():
+        own = f"tokenizer: {json.dumps(models[0])}   "  # so that the file runs as it is
+        blocks["student"] = re.sub("tokenizer: tokenizer +", lambda _: own, blocks["student"])
+    for name, is_wanted in (("chat", is_chat), ("latent", latent), ("slurm", slurm)):
+        blocks |= _blocks(f"start_{name}") if is_wanted else {}
+    if corpus is not None:
+        held_out = 100 if len(samples) == 1000 else max(1, len(samples) // 10)
+        given = f"  path: {json.dumps(str(corpus))}"
+        found = re.sub(r"(?m)^  path: \S+", lambda _: given, blocks["corpus"])
+        blocks["corpus"] = found.replace("eval_samples: 100 ", f"eval_samples: {held_out} ")
     path.parent.mkdir(parents=True, exist_ok=True)
-    template = Path(kvdistill.config.__file__).with_name("experiment.yaml")
-    text = template.read_text(encoding="utf-8")
-    path.write_text(text if student is None else _pretrained(text, student), encoding="utf-8")
-    click.echo(f"wrote {path}\nnext: edit it, then `kvdistill run {path}`")
+    path.write_text("\n\n".join(blocks.values()) + "\n", encoding="utf-8")
+    click.echo(f"wrote {path}\nnext: kvdistill doctor {path}, then kvdistill run {path}")
 
 
-def _pretrained(template: str, student: str) -> str:
-    """The template for a pretrained student: its section, and the defaults that differ."""
-    section = f"student:\n  model: {json.dumps(student)}   # pretrained, with its own tokenizer\n\n"
-    text = re.sub(r"(?ms)^student:.*?\n\n", lambda _: section, template)
-    for defaults in PRETRAINED.values():
+def _blocks(name: str) -> dict[str, str]:
+    """The sections of a template of this package, by key, with their comments."""
+    template = Path(kvdistill.config.__file__).with_name(f"{name}.yaml")
+    blocks = template.read_text(encoding="utf-8").strip().split("\n\n")
+    keys = (re.search(r"(?m)^(?!# [A-Z])(?:# )?(\w+):", block) for block in blocks)
+    return {key[1]: block for key, block in zip(keys, blocks, strict=True) if key is not None}
+
+
+def _teachers_block(models: Sequence[str], is_chat: bool) -> str:
+    """Teachers under names of their own; what a local folder requires is read off its files."""
+    lines, names = ["teachers:                       # each is extracted once"], set[str]()
+    for model in models:
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).strip("-._") or "teacher"
+        name = name if name not in names else f"{name}-{len(names) + 1}"
+        names.add(name)
+        lines += [f"  {name}:", f"    model: {json.dumps(model)}"]
+        files = [Path(model) / file for file in ("config.json", "tokenizer_config.json")]
+        described = "".join(x.read_text(encoding="utf-8") for x in files if x.is_file())
+        if '"is_encoder_decoder": true' in described:
+            lines.append("    stream: encoder             # or decoder, cross")
+        has_template = (
+            "chat_template" in described or (Path(model) / "chat_template.jinja").exists()
+        )
+        if is_chat and (has_template or re.search("(?i)instruct|chat|-it$", model)):
+            lines.append("    chat: true                  # its tokenizer's chat template")
+    return "\n".join(lines)
+
+
+def _pretrain(blocks: dict[str, str], student: str) -> None:
+    """Give a template a pretrained student, and the defaults that differ for it."""
+    blocks["student"] = f"student:\n  model: {json.dumps(student)}   # with its own tokenizer"
+    for section, defaults in PRETRAINED.items():
         for key, value in defaults.items():
             written = f"{value:.1e}" if value < 0.01 else f"{value}"
-            text = re.sub(rf"(?m)^(  {key}): \S+", rf"\1: {written}", text)
-    return text
+            blocks[section] = re.sub(rf"(?m)^(  {key}): \S+", rf"\1: {written}", blocks[section])
 
 
 @click.group("config")

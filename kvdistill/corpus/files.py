@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TextIO, cast
+from typing import Any, Final, TextIO
 
 from kvdistill.errors import CorpusError, MissingExtra
 from kvdistill.text import brief, parse_json, shorten
@@ -124,18 +124,16 @@ def _text(path: Path, start: bytes, newline: str | None) -> Iterator[TextIO]:
     A byte that is not UTF-8 becomes a lone surrogate, so that its row can be named.
     """
     with path.open("rb") as file:
-        raw: Any = file
+        buffered: Any = file
         if start.startswith(GZIP):
-            raw = gzip.GzipFile(fileobj=file)
+            buffered = io.BufferedReader(gzip.GzipFile(fileobj=file))
         elif start == ZSTD:
-            raw = _pyarrow("pyarrow", path).CompressedInputStream(file, "zstd")
-        buffered = io.BufferedReader(raw) if raw is not file else file
+            stream = _pyarrow("pyarrow", path).CompressedInputStream(file, "zstd")
+            buffered = io.BufferedReader(stream)
         head = buffered.peek(32)
         if found := next((FOREIGN[magic] for magic in FOREIGN if head.startswith(magic)), None):
             raise CorpusError(f"{path}: expected UTF-8, got {found}")
-        with io.TextIOWrapper(
-            cast("BinaryIO", buffered), "utf-8-sig", "surrogateescape", newline
-        ) as text:
+        with io.TextIOWrapper(buffered, "utf-8-sig", "surrogateescape", newline) as text:
             yield text
 
 

@@ -33,14 +33,6 @@ ROLES: Final = {
 TURN_ROLE: Final = ("role", "from")
 TURN_TEXT: Final = ("content", "value")
 TURN_THOUGHT: Final = ("reasoning_content", "reasoning", "thinking")
-EXPECTED_COLUMNS: Final[dict[CorpusFormat, str]] = {
-    "auto": "'text', 'messages', or 'prompt' with 'rationale' and 'answer'",
-    "text": "'text'",
-    "chat": "'messages'",
-    "segments": "'prompt' with 'rationale' and 'answer'",
-    "gsm8k": "GSM8K's 'question' and 'answer'",
-}
-
 Segments = tuple[tuple[SegmentName, str], ...]
 NO_COLUMNS: Final = CorpusColumns()
 
@@ -258,8 +250,8 @@ def _unknown(row: Mapping[str, Any], form: CorpusFormat) -> str:
     parts = (f"{name}: {json.dumps(given)}" for name, given in guess.items() if given)
     written = shorten(", ".join(parts), 160)
     return (
-        f"expected {EXPECTED_COLUMNS[form]}, got the keys "
-        f"{shorten(', '.join(map(repr, row)), 120)}; "
+        "expected 'text', 'messages', or 'prompt' with 'rationale' and 'answer', got the keys "
+        f"{shorten(', '.join(map(repr, row)), 120)} (corpus.format: {form}); "
         + (f"if that fits, write corpus.columns: {{{written}}}" if texts or chats else "give texts")
     )
 

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from packaging.specifiers import SpecifierSet
 
 from kvdistill.attention.kv_capture import KVCapture
 from kvdistill.config.experiment import Experiment
+from kvdistill.config.extraction import TeacherConfig
 from kvdistill.config.load import load_experiment
 from kvdistill.corpus.readers import load_corpus
 from kvdistill.distill.align.layers import layer_map
@@ -31,7 +32,12 @@ from kvdistill.distill.losses.load_balancing import LoadBalancing
 from kvdistill.distill.student.build import load_student_tokenizer, outlined_student
 from kvdistill.distill.student.latent.model import LatentStudent
 from kvdistill.errors import ConfigError, KVDistillError, SlurmError, StoreNotFound, TeacherError
-from kvdistill.pipelines.outlook import operations_per_second, student_outline, teacher_outline
+from kvdistill.pipelines.outlook import (
+    Outline,
+    operations_per_second,
+    student_outline,
+    teacher_outline,
+)
 from kvdistill.pipelines.plan import existing
 from kvdistill.slurm import client
 from kvdistill.store.bucket import is_url
@@ -66,10 +72,12 @@ def examine(config: Path | None = None, overrides: Sequence[str] = ()) -> Iterat
             "store": partial(_store, experiment),
             "runs": partial(_disk, experiment.output_dir),
         }
+        outline = cache(partial(teacher_outline, experiment))
         looks["corpus"] = partial(_corpus, experiment)
-        for name in experiment.teachers:
-            looks[f"teacher {name}"] = partial(_teacher, name, experiment)
-        looks |= {"student": partial(_student, experiment), "losses": partial(_losses, experiment)}
+        for name, teacher in experiment.teachers.items():
+            looks[f"teacher {name}"] = partial(_teacher, outline, name, teacher)
+        looks["student"] = partial(_student, experiment)
+        looks["losses"] = partial(_losses, outline, experiment)
     checks: dict[str, Check] = {}
     for name, look in looks.items():
         models = [x for key, x in checks.items() if key == "student" or key.startswith("teacher ")]
@@ -195,21 +203,20 @@ def _corpus(experiment: Experiment) -> str:
     return f"{len(splits.train):,} samples to train on, {len(splits.evaluation):,} held out"
 
 
-def _teacher(name: str, experiment: Experiment) -> str:
-    outline, config = teacher_outline(name, experiment), experiment.teachers[name]
-    folder = Path(config.model)
+def _teacher(outline: Callable[[str], Outline], name: str, config: TeacherConfig) -> str:
+    found, folder = outline(name), Path(config.model)
     reads_folder = config.weights == "trained" and not config.gguf_file and folder.is_dir()
     if reads_folder and not any(folder.glob("*.safetensors")):
         raise TeacherError(f"teacher {name!r}: {folder} has no *.safetensors; save its weights")
-    return f"{outline.model_type}, {outline.shape}; verified when it is loaded"
+    return f"{found.model_type}, {found.shape}; verified when it is loaded"
 
 
 def _student(experiment: Experiment) -> str:
-    outline = student_outline(experiment)
-    return f"{outline.model_type}, {outline.shape}, {outline.num_parameters:,} parameters"
+    found = student_outline(experiment)
+    return f"{found.model_type}, {found.shape}, {found.num_parameters:,} parameters"
 
 
-def _losses(experiment: Experiment) -> str:
+def _losses(outline: Callable[[str], Outline], experiment: Experiment) -> str:
     """Losses and layer maps that this student and these teachers can have."""
     config, losses, latent = experiment.student, experiment.losses, experiment.latent
     tokenizer = load_student_tokenizer(
@@ -227,9 +234,8 @@ def _losses(experiment: Experiment) -> str:
         AttentionMaps(student, experiment.alignment)
     alignment, num_layers = experiment.alignment, KVCapture(student).geometry.num_layers
     for name in experiment.teachers if alignment.layers != "cka" else ():
-        layers = tuple(teacher_outline(name, experiment).heads)
         explicit = (alignment.explicit_layers or {}).get(name)
-        if layers:
+        if layers := tuple(outline(name).heads):
             layer_map(alignment.layers, num_layers, layers, explicit=explicit)
     used = (name for name, weight in losses.weights().items() if weight)
     return f"{', '.join(used)}: usable with this student"

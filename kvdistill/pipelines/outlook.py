@@ -69,7 +69,7 @@ class Outline:
         return round(read * whole / max(part, 1))
 
 
-def teacher_outline(name: str, experiment: Experiment) -> Outline:
+def teacher_outline(experiment: Experiment, name: str) -> Outline:
     """A teacher without its weights.
 
     Raises:
@@ -110,12 +110,9 @@ def _size(model: Any) -> int:
 @cache
 def _bytes_per_token(heads: Heads, codec: CodecSpec, length: int = 256) -> float:
     """What one token of one layer takes in a codec, before compression."""
-    kinds: tuple[tuple[Kind, int], ...] = (
-        ("key", heads.head_dim),
-        ("value", heads.value_head_dim),
-    )
+    dims: dict[Kind, int] = {"key": heads.head_dim, "value": heads.value_head_dim}
     total = 0.0
-    for kind, dim in kinds:
+    for kind, dim in dims.items():
         name, numbers = getattr(codec, kind), heads.num_key_value * dim
         if name == "klt":
             total += numbers * getattr(codec, f"{kind}_bits") / 8
@@ -144,7 +141,7 @@ def outlook(experiment: Experiment) -> Iterator[str]:
             yield f"teacher {name}: all {len(shards)} shards are there"
             continue
         try:
-            outline, codec = teacher_outline(name, experiment), experiment.codec(name)
+            outline, codec = teacher_outline(experiment, name), experiment.codec(name)
         except TeacherError as error:  # perhaps of the meta device alone; extraction decides
             yield f"teacher {name}: unknown ({shorten(str(error), 200)})"
             continue
