@@ -29,7 +29,7 @@ from tests.pipelines.tiny import variant
 PHASES = {
     "before the step loop": (stage_2, "build_trainer"),
     "in the last evaluation": (KVDistillTrainer, "_score"),
-    "while the student is saved": (KVDistillTrainer, "save_student"),
+    "while the student is saved": (KVDistillTrainer, "save_whole"),
     "while the outcome is written": (stage_2, "_write_outcome"),
 }
 DEFAULT = ("before the step loop", "in the last evaluation")
