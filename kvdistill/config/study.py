@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, model_validator
 from kvdistill.config.base import Section, current_name, current_names
 from kvdistill.types import Name
 
-AblationPreset = Literal["eight-arms", "E1-E5", "leave-one-out"]
+AblationPreset = Literal["baselines", "eight-arms", "E1-E5", "leave-one-out"]
 
 Settings = Annotated[dict[str, Any], AfterValidator(current_names)]
 """Nested sections or dotted names; former names are replaced."""

@@ -238,6 +238,32 @@ def extra_teachers(config: AblationConfig, body: Body) -> dict[str, Any]:
     return twins | dict(config.teachers)
 
 
+def baselines(body: Body) -> Arms:
+    """The experiment, and what one would do instead with the same store.
+
+    Raises:
+        ConfigError: the store holds no predictions to learn from.
+    """
+    if not (body.get("extraction") or {}).get("logits"):
+        raise ConfigError(
+            "preset baselines has an arm that learns from the teachers' predictions, and the "
+            "experiment stores none; set extraction.logits, such as to 32"
+        )
+    weight = (body.get("losses") or {}).get("logits") or 1.0
+    no_kv = {**NO_TEACHER_LOSSES, "projection": {}}
+    return {
+        "cross-entropy": _arm("no teacher", {**no_kv, "fusion": {}, "placebo": {}}, ()),
+        "logits": _arm("predictions alone", {**no_kv, "losses.logits": weight}),
+        "kv": _arm("keys and values alone", {"losses.logits": 0.0}),
+        "kv-and-logits": _arm("keys and values, and predictions", {"losses.logits": weight}),
+        "logits-shuffled": _arm(
+            "predictions for another text of similar length",
+            {**no_kv, "losses.logits": weight, "placebo.method": "shuffled"},
+            placebo=True,
+        ),
+    }
+
+
 def eight_arms(body: Body) -> Arms:
     """Cross-entropy, each teacher alone, three ways to fuse all of them, and three placebos."""
     names = _teacher_names(body)
@@ -348,6 +374,7 @@ def _teacher_names(body: Body) -> tuple[str, ...]:
 
 
 PRESETS: Final[dict[AblationPreset, Callable[[Body], Arms]]] = {
+    "baselines": baselines,
     "eight-arms": eight_arms,
     "E1-E5": e1_to_e5,
     "leave-one-out": leave_one_out,

@@ -107,6 +107,24 @@ def test_leave_one_out_renormalises_given_weights(study: Any) -> None:
     assert left.fusion.weights == {"bert": 0.25}
 
 
+def test_baselines_need_predictions(study: Any) -> None:
+    with pytest.raises(ConfigError, match=r"stores none; set extraction.logits"):
+        load_study(study(preset="baselines"))
+    changes = {"extraction": {"logits": 4}, "losses": {"relation": 0.5, "logits": 2}}
+    design = checked(study(changes=changes, preset="baselines"))
+    weights = {
+        name: {k: v for k, v in design.of_arm(name)[0].experiment.losses.weights().items() if v}
+        for name in design.arms
+    }
+    kv = {"key": 3.0, "value": 3.0, "relation": 0.5}
+    text, logits = {"cross_entropy": 1.0}, {"cross_entropy": 1.0, "logits": 2.0}
+    assert weights == {
+        "cross-entropy": text, "logits": logits, "kv": kv | text, "kv-and-logits": kv | logits,
+        "logits-shuffled": logits,
+    }  # fmt: skip
+    assert [name for name, arm in design.arms.items() if arm.placebo] == ["logits-shuffled"]
+
+
 def test_e1_to_e5_needs_a_latent_student(study: Any) -> None:
     with pytest.raises(ConfigError, match="latent"):
         load_study(study(preset="E1-E5"))
