@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -64,8 +65,11 @@ def extract_command(
     # Not above: it imports torch, which a submission does without.
     from kvdistill.pipelines.extract import extract
 
-    with extraction_progress(quiet=as_json) as progress:
+    is_first = os.environ.get("RANK", "0") == "0"  # of processes that read a teacher together
+    with extraction_progress(quiet=as_json or not is_first) as progress:
         report = extract(experiment, teachers or None, progress=progress)
+    if not is_first:
+        return
     if as_json:
         body = asdict(report) | {"store": str(report.store), "complete": report.complete}
         click.echo(json.dumps(body))

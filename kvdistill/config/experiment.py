@@ -223,6 +223,12 @@ def _check_projection(experiment: Experiment) -> None:
 def _check_evictions(experiment: Experiment) -> None:
     extraction = experiment.extraction
     for name, teacher in experiment.teachers.items():
+        is_live = experiment.kv_source == "live"
+        if teacher.tp_plan is not None and (is_live or experiment.codec(name).transforms):
+            raise ValueError(
+                f"teachers.{name}.tp_plan: several processes read this teacher, but "
+                f"{'kv_source live' if is_live else 'codec klt'} needs one; use device_map: auto"
+            )
         if experiment.long_text(name) == "window" and (extraction.importance or teacher.eviction):
             raise ValueError(
                 f"teachers.{name}.long_text window: no token of a window attends beyond it, so "

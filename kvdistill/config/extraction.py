@@ -79,7 +79,10 @@ class TeacherConfig(Section):
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     """Attention kernel of the forward pass; models without `sdpa` fall back to `eager`."""
     device_map: Literal["auto"] | None = None
-    """`auto`: shard a model that does not fit on one GPU over all visible GPUs."""
+    """`auto`: shard a model that does not fit on one GPU over all visible GPUs, by layers."""
+    tp_plan: Literal["auto"] | None = None
+    """`auto`: shard it over the GPUs of the processes that torchrun starts, within layers; all of
+    them compute at once (tensor parallelism)."""
     codec: CodecSpec | None = None
     """Codecs of keys and values; `extraction.codec` if not given."""
 
@@ -94,6 +97,9 @@ class TeacherConfig(Section):
             raise ValueError("stream `decoder` takes neither `template` nor `chat`")
         if self.weights == "random" and (self.gguf_file is not None or self.device_map is not None):
             raise ValueError("`weights: random` takes neither `gguf_file` nor `device_map`")
+        taken = [x for x in ("device_map", "gguf_file", "generate") if getattr(self, x) is not None]
+        if self.tp_plan is not None and (taken or self.weights == "random"):
+            raise ValueError(f"`tp_plan` does not go with `{[*taken, 'weights: random'][0]}`")
         if self.generate is not None and self.stream is not None:
             raise ValueError("`generate` is for decoder-only models; it does not go with `stream`")
         return self

@@ -162,7 +162,7 @@ def _passes(
         batch = collate_teacher_batch(tokenised, sample_idx, teacher.pad_id, teacher.device)
         place = _launch(teacher, batch, packer, windows.get(sample_idx[0]))
     except torch.OutOfMemoryError:
-        if len(sample_idx) == 1:
+        if len(sample_idx) == 1 or teacher.is_sharded:  # other processes wait for this batch
             raise
     else:
         yield place

@@ -7,6 +7,7 @@ independent of where it was loaded from.
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from kvdistill.attention.geometry import quantisation, text_model
 from kvdistill.attention.model_folder import (
@@ -70,6 +72,8 @@ def load_teacher_model(
         device_map = {"": device} if quantised and config.device_map is None else config.device_map
         if device_map is not None:
             options["device_map"] = device_map
+        if config.tp_plan is not None:
+            options["distributed_config"] = _sharding(name, kind, architecture)
         with without_progress_bars():
             model, info = kind.from_pretrained(
                 config.model,
@@ -81,7 +85,7 @@ def load_teacher_model(
             )
         if quantised is not None:
             run_probe(text_model(model))
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, TeacherError):
         raise
     except Exception as error:  # quantisers and remote code raise anything
         raise _cannot_load(name, config.model, error, quantised) from error
@@ -92,7 +96,37 @@ def load_teacher_model(
     model = model.eval().requires_grad_(False)
     _read_decoder_start(model, config)
     missing = set(info["missing_keys"])
-    return model if device_map is not None else model.to(device), missing
+    is_placed = device_map is not None or config.tp_plan is not None
+    return model if is_placed else model.to(device), missing
+
+
+def _sharding(name: str, kind: Any, architecture: Any) -> Any:
+    """How transformers shards a model over processes: its own plan, all heads in every process.
+
+    Weights of attention are sharded like others, and their outputs gathered: keys and values are
+    captured whole, and verified as those of any model.
+
+    Raises:
+        TeacherError: there are no processes, or there is no such plan.
+    """
+    from transformers.distributed import DistributedConfig
+
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise TeacherError(
+            f"teacher {name!r} has a tp_plan, which needs several processes: `torchrun "
+            f"--nproc_per_node=GPUS -m kvdistill.cli extract CONFIG --teacher {name}`"
+        )
+    with torch.device("meta"):
+        plan = kind.from_config(architecture)._tp_plan or {}
+    gathered = {"colwise": "colwise_gather_output", "rowwise": "rowwise_split_input"}
+    rules = {x: gathered.get(rule, rule) for x, rule in plan.items() if "attn" in x}
+    known = {*gathered.values(), "replicated_with_grad_allreduce"}
+    if not rules or not {*rules.values()} <= known or quantisation(architecture):
+        raise TeacherError(
+            f"teacher {name!r}: transformers has no tensor-parallel plan for this model that keeps "
+            "its heads whole; use device_map: auto instead of tp_plan"
+        )
+    return DistributedConfig(tp_plan=rules)
 
 
 def native_dtype(device: torch.device) -> str:
@@ -309,7 +343,9 @@ def state_fingerprint(model: Any, predicting: Any = None, generating: Any = None
 def _plain_tensors(named: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Tensors in order of their names; one that is made of others (torchao) gives these."""
     for name, tensor in sorted(named.items()):
-        if hasattr(tensor, "__tensor_flatten__"):
+        if isinstance(tensor, DTensor):  # sharded over processes
+            yield name, tensor.full_tensor()
+        elif hasattr(tensor, "__tensor_flatten__"):
             parts, _ = tensor.__tensor_flatten__()
             yield from _plain_tensors({f"{name}.{part}": getattr(tensor, part) for part in parts})
         elif isinstance(tensor, Tensor):

@@ -87,6 +87,8 @@ class Teacher:
     causal_lm: Any = None
     """The model with its head, where it generates its own rationales."""
     generate: GenerateConfig | None = None
+    is_sharded: bool = False
+    """Whether several processes read together, each with a part of the weights."""
     transforms: Transforms = field(default_factory=dict)
     """Fitted codecs of a teacher that is stored in ``klt``."""
 
@@ -266,6 +268,7 @@ def load_teacher(name: str, experiment: Experiment, day: date | None = None) -> 
         head,
         whole if generates else None,
         config.generate,
+        config.tp_plan is not None,
     )
 
 

@@ -19,6 +19,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from kvdistill.config.experiment import Experiment
 from kvdistill.config.load import load_experiment
 from kvdistill.errors import ConfigError, Interrupted, StoreMismatch
@@ -127,6 +129,8 @@ def _extract_teacher(
         clear_debris(store, experiment, name)
         return report
     teacher = open_teacher(store, experiment, name)  # which compares what is loaded
+    if teacher.is_sharded:
+        (pending,) = _of_first([pending])
     started = time.monotonic()
     writing: deque[tuple[str, ExtractedShard, Future[bool]]] = deque()
 
@@ -157,9 +161,17 @@ def _extract_teacher(
                 finish_oldest()
         while writing:
             finish_oldest()
+    if teacher.is_sharded:
+        _of_first([None])  # its shards are written
     report.seconds = time.monotonic() - started
     clear_debris(store, experiment, name)
     return report
+
+
+def _of_first(found: list[Any]) -> list[Any]:
+    """What the first of the processes that read a teacher together has found; all wait for it."""
+    torch.distributed.broadcast_object_list(found)
+    return found
 
 
 def open_teacher(store: KVStore, experiment: Experiment, name: str) -> Teacher:
@@ -247,6 +259,8 @@ def publish(
 ) -> bool:
     """Publish a shard; the last one of a teacher also gives its prototypes.
 
+    Of the processes that read a teacher together, the first publishes.
+
     Returns:
         False if another process published the shard first.
 
@@ -254,6 +268,8 @@ def publish(
         StoreError: the shard could not be written; nothing was published.
     """
     name = teacher.manifest.name
+    if teacher.is_sharded and torch.distributed.get_rank() > 0:
+        return True  # by the first
     published = publish_shard(
         store,
         name,
@@ -277,6 +293,11 @@ class ExtractionWork:
     """The workload: one teacher reading shards. ``prepare`` loads the teacher."""
 
     def __init__(self, experiment: Experiment, teacher: str) -> None:
+        if experiment.teachers[teacher].tp_plan is not None:
+            raise ConfigError(
+                f"teachers.{teacher}.tp_plan: its processes read every shard together; use "
+                "`torchrun … extract` without --workers, --task and Slurm arrays"
+            )
         self._experiment = experiment
         self._name = teacher
         # Opened, not created: compute nodes may reach neither the corpus nor the hub.

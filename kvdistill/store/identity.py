@@ -31,7 +31,7 @@ Fields = Mapping[str, Any]  # JSON values by name: settings, or fields of a mani
 NAMES: Final = ("model", "revision", "gguf_file", "tokenizer")
 """Settings that say where something is found; recorded, but never compared."""
 
-_NO_SETTINGS: Final = {"trust_remote_code", "device_map", "template_date"}
+_NO_SETTINGS: Final = {"trust_remote_code", "device_map", "tp_plan", "template_date"}
 _OF_EXTRACTION: Final = (
     "long_text", "window_overlap", "max_length", "importance", "hidden_at_cue",
     "summaries", "confidence", "logits",
