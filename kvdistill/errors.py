@@ -7,6 +7,9 @@ expected, what was found, where, and the remedy.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
 
 class KVDistillError(Exception):
     """Base class of all errors below."""
@@ -24,6 +27,9 @@ class ControlError(KVDistillError, ValueError):
 
 class CorpusError(KVDistillError, ValueError):
     """A corpus is missing, empty, malformed, or not the one that a store was made from."""
+
+    columns: Mapping[str, Sequence[str]] = MappingProxyType({})
+    """Settings of ``corpus.columns`` that would read the row, where they can be guessed."""
 
 
 class TeacherError(KVDistillError, ValueError):

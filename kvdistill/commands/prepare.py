@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +59,7 @@ def init_command(
     """Write a commented experiment file to PATH (default: experiment.yaml) that runs as it is."""
     if path.exists():
         raise ConfigError(f"{path} already exists; choose another name, or remove it first")
-    samples = [] if corpus is None else read_files(corpus, limit=1000)
+    samples, columns = ([], {}) if corpus is None else _readable(corpus)
     blocks = _blocks("experiment")
     is_chat = start == "chat" or any(sample.chat for sample in samples)
     models = teachers or tuple(
@@ -83,13 +83,35 @@ def init_command(
     for name, is_wanted in (("chat", is_chat), ("latent", latent), ("slurm", slurm)):
         blocks |= _blocks(f"start_{name}") if is_wanted else {}
     if corpus is not None:
-        held_out = 100 if len(samples) == 1000 else max(1, len(samples) // 10)
-        given = f"  path: {json.dumps(str(corpus))}"
-        found = re.sub(r"(?m)^  path: \S+", lambda _: given, blocks["corpus"])
-        blocks["corpus"] = found.replace("eval_samples: 100 ", f"eval_samples: {held_out} ")
+        blocks["corpus"] = _corpus_block(blocks["corpus"], corpus, len(samples), columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join(blocks.values()) + "\n", encoding="utf-8")
+    if columns:
+        click.echo(f"guessed corpus.columns: {json.dumps(columns)}; correct them in {path}")
     click.echo(f"wrote {path}\nnext: kvdistill doctor {path}, then kvdistill run {path}")
+
+
+def _corpus_block(
+    template: str, corpus: Path, num_samples: int, columns: Mapping[str, list[str]]
+) -> str:
+    held_out = 100 if num_samples == 1000 else max(1, num_samples // 10)
+    lines = [f"  columns: {json.dumps(columns)}   # guessed"] if columns else []
+    lines.append(f"  path: {json.dumps(str(corpus))}")
+    block = re.sub(r"(?m)^  path: \S+", lambda _: "\n".join(lines), template)
+    return block.replace("eval_samples: 100 ", f"eval_samples: {held_out} ")
+
+
+def _readable(corpus: Path) -> tuple[list[Sample], dict[str, list[str]]]:
+    """The first samples of a corpus, and the columns by which its rows can be read."""
+    columns: dict[str, list[str]] = {}
+    while True:
+        try:
+            return read_files(corpus, limit=1000, columns=CorpusColumns(**columns)), columns
+        except CorpusError as error:
+            known = {name: columns.get(name, []) for name in error.columns}
+            if all({*given} <= {*known[name]} for name, given in error.columns.items()):
+                raise
+            columns |= {name: [*known[name], *given] for name, given in error.columns.items()}
 
 
 def _blocks(name: str) -> dict[str, str]:

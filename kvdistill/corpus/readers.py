@@ -170,7 +170,9 @@ def _samples(
             require_unicode(sample.to_json())
         except (ValueError, RecursionError) as error:
             cause = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise CorpusError(f"{where}: {cause}") from None
+            refused = CorpusError(f"{where}: {cause}")
+            refused.columns = getattr(error, "columns", refused.columns)
+            raise refused from None
         samples[sample_id] = sample
     if not samples:
         raise CorpusError(f"{source}: the corpus is empty; expected at least one sample")
@@ -209,7 +211,7 @@ def _segments(
     elif context is not None and "prompt" not in found:
         found, context = {"prompt": context, **found}, None
     if names[0] not in found or form == "chat" or (form == "text" and names[0] == "prompt"):
-        raise ValueError(_unknown(readable, form))
+        raise _unknown(readable, form)
     texts = {name: row[column] for name, column in found.items()}
     for name, text in texts.items():
         if not isinstance(text, str):
@@ -229,14 +231,23 @@ def _require_all_read(readable: Mapping[str, Any], used: Sequence[str]) -> None:
     """Raise ValueError where a column that is neither ``used`` nor a label has text."""
     read = {*used, *(x for x in LABELS if not isinstance(readable.get(x), (dict, list)))}
     if others := [name for name in readable if name not in read and _has_text(readable[name])]:
-        raise ValueError(
+        raise _Unread(
+            {"ignore": others},
             f"the text in {shorten(', '.join(map(repr, others)), 150)} is not read (only "
             f"{', '.join(used)}); list it in corpus.columns.ignore (--ignore), or the columns to "
-            "read in corpus.columns"
+            "read in corpus.columns",
         )
 
 
-def _unknown(row: Mapping[str, Any], form: CorpusFormat) -> str:
+class _Unread(ValueError):
+    """Columns that are not read, and the settings by which they would be."""
+
+    def __init__(self, columns: Mapping[str, Sequence[str]], message: str) -> None:
+        super().__init__(message)
+        self.columns = columns
+
+
+def _unknown(row: Mapping[str, Any], form: CorpusFormat) -> _Unread:
     """A row of unknown form: its keys, and the map of columns by which its texts can be read."""
     texts = [x for x, value in row.items() if isinstance(value, str) and x not in LABELS]
     lists = [x for x, value in row.items() if isinstance(value, list)]
@@ -249,10 +260,13 @@ def _unknown(row: Mapping[str, Any], form: CorpusFormat) -> str:
         guess = {"text": texts}
     parts = (f"{name}: {json.dumps(given)}" for name, given in guess.items() if given)
     written = shorten(", ".join(parts), 160)
-    return (
+    return _Unread(
+        {name: given for name, given in guess.items() if given},
         "expected 'text', 'messages', or 'prompt' with 'rationale' and 'answer', got the keys "
         f"{shorten(', '.join(map(repr, row)), 120)} (corpus.format: {form}); "
-        + (f"if that fits, write corpus.columns: {{{written}}}" if texts or chats else "give texts")
+        + (
+            f"if that fits, write corpus.columns: {{{written}}}" if texts or chats else "give texts"
+        ),
     )
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 
 from kvdistill.attention.kv_capture import KVCapture
 from kvdistill.config.experiment import Experiment
@@ -68,11 +67,9 @@ def examine(config: Path | None = None, overrides: Sequence[str] = ()) -> Iterat
         yield Check("config", False, shorten(str(error), 500))
     looks |= {"slurm": partial(_slurm, experiment), "hub": _hub}
     if experiment is not None:
-        looks |= {
-            "store": partial(_store, experiment),
-            "runs": partial(_disk, experiment.output_dir),
-        }
         outline = cache(partial(teacher_outline, experiment))
+        looks["store"] = partial(_store, experiment)
+        looks["runs"] = partial(_disk, experiment.output_dir)
         looks["corpus"] = partial(_corpus, experiment)
         for name, teacher in experiment.teachers.items():
             looks[f"teacher {name}"] = partial(_teacher, outline, name, teacher)
@@ -98,28 +95,22 @@ def _checked(name: str, look: Callable[[], str]) -> Check:
 
 
 def _packages() -> str:
-    """Python, and every package that kvdistill requires, in the range that it requires."""
-    try:
-        about = importlib.metadata.metadata("kvdistill")
-    except importlib.metadata.PackageNotFoundError:
-        raise ConfigError("kvdistill is not installed; pip install kvdistill") from None
-    python = platform.python_version()
-    if not SpecifierSet(about["Requires-Python"]).contains(python):
-        raise ConfigError(f"Python {python}; expected {about['Requires-Python']}: install another")
-    wanted = map(Requirement, about.get_all("Requires-Dist") or ())
-    needed = [x for x in wanted if x.marker is None or x.marker.evaluate({"extra": ""})]
+    """Every package that kvdistill requires, in the range that it requires."""
+    found = importlib.metadata.distributions()
+    versions = {x.name.lower().replace("_", "-"): x.version for x in found}
+    if "kvdistill" not in versions:
+        raise ConfigError("kvdistill is not installed; pip install kvdistill")
+    required = map(Requirement, importlib.metadata.requires("kvdistill") or ())
+    needed = [x for x in required if x.marker is None or x.marker.evaluate({"extra": ""})]
     for package in needed:
-        try:
-            found = importlib.metadata.version(package.name)
-        except importlib.metadata.PackageNotFoundError:
-            found = ""
-        if not found or not package.specifier.contains(found, prereleases=True):
+        version = versions.get(package.name.lower())
+        if version is None or not package.specifier.contains(version, prereleases=True):
             raise ConfigError(
-                f"{package.name} {found or 'is not installed'}, expected "
+                f"{package.name} {version or 'is not installed'}, expected "
                 f"{package.specifier or 'any version'}; pip install '{package}'"
             )
-    versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
-    return f"Python {python}, {', '.join(versions)}; all {len(needed)} are in the ranges required"
+    shown = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers"))
+    return f"Python {platform.python_version()}, {shown}; all {len(needed)} are in range"
 
 
 def _device() -> str:

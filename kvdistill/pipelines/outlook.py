@@ -97,8 +97,7 @@ def student_outline(experiment: Experiment) -> Outline:
     tokenizer = load_student_tokenizer(source, config.trust_remote_code)
     student = outlined_student(config, tokenizer, max_length)
     heads = {site.layer_idx: site.heads for site in KVCapture(student).sites}
-    kind = student.config.model_type
-    return Outline(kind, heads, _size(student), PromptTokenizer(tokenizer))
+    return Outline(student.config.model_type, heads, _size(student), PromptTokenizer(tokenizer))
 
 
 def _size(model: Any) -> int:
@@ -156,9 +155,8 @@ def outlook(experiment: Experiment) -> Iterator[str]:
         )
     student, training = student_outline(experiment), experiment.training
     start = f"from {experiment.student.model or 'scratch'}"
-    size = student.num_parameters
-    shown = f"{size / 1e6:,.1f} M" if size >= 1e5 else f"{size:,}"
-    yield f"student: {student.model_type}, {start}, {student.shape}, {shown} parameters"
+    size = f"{student.num_parameters:,} parameters"
+    yield f"student: {student.model_type}, {start}, {student.shape}, {size}"
     batch = training.batch_size * training.gradient_accumulation_steps
     steps = training.max_steps or math.ceil(training.epochs * math.ceil(len(samples) / batch))
     yield f"training: {steps:,} steps of {batch} samples, up to {training.max_length} tokens each"

@@ -11,7 +11,9 @@ import yaml
 from click.testing import CliRunner, Result
 
 from kvdistill.cli import cli
+from kvdistill.config.corpus import CorpusConfig
 from kvdistill.config.load import load_experiment
+from kvdistill.corpus.readers import load_corpus
 from kvdistill.pipelines.run_folder import RunFolder
 from tests.slurm.experiment import CORPUS, write_models
 
@@ -81,9 +83,15 @@ def test_a_corpus_decides_what_is_held_out_and_whether_it_is_a_chat(folder: Path
     body = init("--corpus", "a-*.jsonl")
     assert body["corpus"] == {"path": "a-*.jsonl", "eval_samples": 3}
     assert body["teachers"]["SmolLM2-135M-Instruct"]["chat"] is True
-    (folder / "b.jsonl").write_text('{"body": "x"}\n')
-    done = CliRunner().invoke(cli, ["init", "new.yaml", "--corpus", "b.jsonl"])
-    assert "write corpus.columns" in str(done.exception)
+    rows = [{"problem": "a", "solution": "b"}, {"problem": "c", "solution": "d", "url": "e"}]
+    (folder / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    body = init("--corpus", "b.jsonl")
+    columns = {"prompt": ["problem"], "answer": ["solution"], "ignore": ["url"]}
+    assert body["corpus"] == {"path": "b.jsonl", "columns": columns, "eval_samples": 1}
+    assert len(load_corpus(CorpusConfig(**body["corpus"])).train) == 1
+    (folder / "c.jsonl").write_text('{"body": 3}\n')
+    done = CliRunner().invoke(cli, ["init", "new.yaml", "--corpus", "c.jsonl"])
+    assert "got the keys 'body'" in str(done.exception)
     assert not (folder / "new.yaml").exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,9 +122,9 @@ def test_a_teacher_without_weights_is_red(folder: Path, tmp_path: Path) -> None:
 
 
 def test_packages_out_of_range_name_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = doctor.importlib.metadata.version
-    old = {"transformers": "4.40.0"}
-    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda x: old.get(x) or real(x))
+    real = doctor.importlib.metadata.distributions
+    old = SimpleNamespace(name="Transformers", version="4.40.0")
+    monkeypatch.setattr(doctor.importlib.metadata, "distributions", lambda: [*real(), old])
     (packages, *_) = doctor.examine()
     assert not packages.is_fine
     assert packages.text.startswith("transformers 4.40.0, expected ")
