@@ -178,8 +178,11 @@ def test_keys_and_values_are_as_without(
     }  # fmt: skip
     ours, theirs = plain.teacher("t"), store.teacher("t")
     assert ours.weights_fingerprint == theirs.weights_fingerprint
-    with pytest.raises(StoreMismatch, match="confidence: stored True, requested False; logits: "):
-        extract(make(tmp_path, settings, ROWS))
+    assert extract(make(tmp_path, settings, ROWS)).teachers[0].shards == 0  # what it asks is there
+    (tmp_path / "store").rename(tmp_path / "more")
+    (tmp_path / "plain").rename(tmp_path / "store")
+    with pytest.raises(StoreMismatch, match="confidence: stored False, requested True; logits: "):
+        extract(make(tmp_path, settings, ROWS, confidence=True, logits=2))
 
 
 def test_the_head_belongs_to_what_was_extracted(tmp_path: Path) -> None:

@@ -85,6 +85,19 @@ def test_a_step_may_be_cut_anywhere(extracted: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(sum(shares), wanted / total["num_predictions"])
 
 
+def test_a_store_of_more_predictions_serves_fewer(extracted: Path, tmp_path: Path) -> None:
+    found = []
+    for k in (8, 2):
+        run = assembled(with_teachers(extracted, tmp_path, "llama", extraction__logits=k))
+        found.append(next(iter(run.stream))["teachers"]["llama"]["predictions"])
+    more, fewer = found
+    assert torch.equal(fewer["ids"], more["ids"][..., :2])
+    assert torch.equal(fewer["logprob"], more["logprob"][..., :2])
+    mask = more["mask"]
+    others = torch.logaddexp(more["rest"], more["logprob"][..., 2:].logsumexp(-1))
+    torch.testing.assert_close(fewer["rest"][mask], others[mask])
+
+
 def test_a_student_learns_what_its_teacher_predicted(extracted: Path, tmp_path: Path) -> None:
     experiment = with_teachers(
         extracted, tmp_path, "llama", losses__cross_entropy=0, training__max_steps=30,

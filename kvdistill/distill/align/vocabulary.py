@@ -33,6 +33,8 @@ class Vocabulary:
     """Long; -1 for a token that the student does not have."""
     is_shared: bool
     """Whether both have one vocabulary."""
+    num_logits: int | None = None
+    """Most likely tokens that are read; all that are stored if not given."""
 
     def predictions(
         self, rows: Sequence[tuple[EncodedShard, int]], student: Spans, teacher: Spans
@@ -59,10 +61,12 @@ class Vocabulary:
         whole = torch.logaddexp(logprob.logsumexp(-1), rest)
         logprob, rest = logprob - whole[..., None], rest - whole
         known = (ids >= 0) & mask[..., None]
+        if self.num_logits is not None:
+            known[..., self.num_logits :] = False
         unknown = torch.where(known, -torch.inf, logprob).logsumexp(-1)
         return {
-            "ids": torch.where(known, ids, -1),
-            "logprob": torch.where(known, logprob, 0.0),
+            "ids": torch.where(known, ids, -1)[..., : self.num_logits],
+            "logprob": torch.where(known, logprob, 0.0)[..., : self.num_logits],
             "rest": torch.logaddexp(rest, unknown),
             "mask": known.any(-1),
         }

@@ -176,7 +176,8 @@ def _with_vocabularies(
                     f"losses.logits: the tokenizer of teacher {space.name!r} is not the one that "
                     "it was extracted with; restore it"
                 )
-            vocabulary = vocabulary_between(own, tokenizer)
+            shared = vocabulary_between(own, tokenizer)
+            vocabulary = replace(shared, num_logits=experiment.extraction.logits)
         found.append(replace(space, vocabulary=vocabulary))
     if not any(space.vocabulary for space in found):
         raise ConfigError("losses.logits: no teacher predicts text; add a decoder, or set it to 0")
