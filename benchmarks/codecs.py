@@ -23,7 +23,7 @@ import argparse
 import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kvdistill.attention.attention_rule import probabilities
+from kvdistill.attention.adapters import QKV
 from kvdistill.attention.kv_capture import KVCapture
 from kvdistill.config.load import parse_experiment
 from kvdistill.corpus.readers import read_files
 from kvdistill.corpus.samples import Sample
-from kvdistill.extract.encode import TeacherPilot, bases_of, read_pilot
+from kvdistill.extract.encode import read_pilot
 from kvdistill.extract.teacher import Teacher, load_teacher
-from kvdistill.extract.tokenise import collate_teacher_batch
-from kvdistill.store.codecs import Codec, codec_of
-from kvdistill.store.codecs.klt import Transform
+from kvdistill.pipelines.store_options import CodecTrial, captured
+from kvdistill.store.codecs import codec_of
 from kvdistill.store.codecs.parts import part_name
-from kvdistill.store.derived import with_bases
 from kvdistill.store.format import Counts, shard_arrays
 from kvdistill.store.open_shard import BACKENDS
 from kvdistill.types import KINDS, CodecSpec, Kind
@@ -59,114 +57,66 @@ class Clean:
     """One text: its tokens, and what the unmodified model computes."""
 
     input_ids: Tensor
-    states: dict[int, tuple[Tensor, Tensor, Tensor]]
-    """Queries, keys and values ``[1, H, T, D]`` by layer, unrotated."""
-    log_probs: Tensor | None = None
+    states: dict[int, QKV]
+    log_probs: Tensor | None
 
 
 def run_clean(teacher: Teacher, head: Any, sample: Sample) -> Clean:
-    tokens = teacher.tokenise([sample], 512)
-    batch = collate_teacher_batch(tokens, [0], teacher.pad_id, teacher.device)
-    clean = Clean(batch.input_ids, {})
-
-    def keep(layer_idx: int, qkv: Any) -> None:
-        clean.states[layer_idx] = tuple(x.float() for x in qkv)
-
-    teacher.run(batch, keep)
-    if head is not None:
-        clean.log_probs = head(batch.input_ids).logits[0].log_softmax(-1)
-    return clean
+    (tokens,) = teacher.tokenise([sample], 512)
+    ids = torch.from_numpy(tokens.token_ids.astype(np.int64))[None]
+    log_probs = None if head is None else head(ids).logits[0].log_softmax(-1)
+    return Clean(ids, captured(teacher, tokens), log_probs)
 
 
-def stacked(clean: Clean, kind: Kind) -> Tensor:
+def stacked(states: Mapping[int, QKV], kind: Kind) -> Tensor:
     """Keys or values of all layers, ``[L, H, T, D]``."""
-    position = 1 if kind == "key" else 2
-    return torch.cat([qkv[position] for qkv in clean.states.values()])
+    return torch.cat([getattr(qkv, kind) for qkv in states.values()])
 
 
-class Rates:
-    """Codecs of one pair or rate, and what they do to texts."""
-
-    def __init__(self, teacher: Teacher, pilot: TeacherPilot, spec: CodecSpec) -> None:
-        self.teacher = replace(teacher, manifest=with_codec(teacher, spec))
-        transforms: Mapping[str, Transform] = {}
-        if spec.transforms:
-            transforms = with_bases(self.teacher.manifest, bases_of(self.teacher, pilot))
-        self.spec = spec
-        self.codecs: dict[Kind, Codec] = {k: codec_of(spec, k, transforms) for k in KINDS}
-        bases = [basis for codec in transforms.values() for _, basis in codec.blocks]
-        self.basis_bytes = sum(basis.basis.nbytes + 8 * len(basis.mean) for basis in bases)
-
-    def through(self, clean: Clean) -> dict[Kind, Tensor]:
-        """Decoded keys and values of a text."""
-        return {
-            kind: codec.decode(codec.encode(stacked(clean, kind), kind), kind)
-            for kind, codec in self.codecs.items()
-        }
-
-    def measure(self, texts: Sequence[Clean], head: Any) -> str:
-        """Errors and effects over some texts, as cells of a row."""
-        rules = {layer.layer_idx: layer for layer in self.teacher.layers}
-        layers = list(texts[0].states)
-        attention = torch.zeros(len(layers), 2, dtype=torch.float64)
-        tensor = {kind: np.zeros(2) for kind in KINDS}
-        kl, nll, count = 0.0, 0.0, 0
-        for clean in texts:
-            decoded = self.through(clean)
-            for kind in KINDS:
-                want = stacked(clean, kind)[:, :, 1:]
-                error = decoded[kind][:, :, 1:] - want
-                tensor[kind] += [float(error.square().sum()), float(want.square().sum())]
-            for row, layer_idx in enumerate(layers):
-                query, key, value = clean.states[layer_idx]
-                exact = attend(rules[layer_idx], query, key, value)
-                own = decoded["key"][row][None], decoded["value"][row][None]
-                error = attend(rules[layer_idx], query, *own) - exact
-                attention[row] += torch.stack([error.square().sum(), exact.square().sum()])
-            if head is not None and clean.log_probs is not None:
-                log_probs = rewritten(head, clean.input_ids, decoded)
-                kl += float((clean.log_probs.exp() * (clean.log_probs - log_probs)).sum())
-                target = clean.input_ids[0, 1:, None]
-                nll += float((clean.log_probs - log_probs)[:-1].gather(-1, target).sum())
-                count += clean.input_ids.shape[1]
-        errors = [f"{(error / norm) ** 0.5:.2%}" for error, norm in tensor.values()]
-        errors.append(f"{float((attention[:, 0] / attention[:, 1]).sqrt().mean()):.2%}")
-        effect = f"{kl / count:.1e} | {nll / count:+.4f}" if count else "– | –"
-        return f"{' | '.join(errors)} | {effect}"
-
-    def bits(self, texts: Sequence[Clean]) -> tuple[float, float]:
-        """Per element, in zarr and in safetensors."""
-        manifest = self.teacher.manifest
-        tokens = [clean.input_ids.shape[1] for clean in texts]
-        counts = Counts(len(texts), sum(tokens), sum(-(-n // 64) for n in tokens))
-        arrays, elements = {}, 0
-        for kind, codec in self.codecs.items():
-            encoded = [codec.encode(stacked(clean, kind), kind) for clean in texts]
-            elements += sum(stacked(clean, kind).numel() for clean in texts)
-            for part in codec.parts(kind):
-                pieces = [parts[part.suffix] for parts in encoded]
-                arrays[part_name(kind, part.suffix)] = torch.cat(pieces, dim=2).numpy()
-        specs = {n: spec for n, spec in shard_arrays(manifest, counts).items() if n in arrays}
-        sizes = []
-        for backend in BACKENDS.values():
-            with tempfile.TemporaryDirectory() as folder:
-                backend.write(Path(folder), arrays, specs, {})
-                files = (path for path in Path(folder).rglob("*") if path.is_file())
-                data = (path for path in files if path.name != "zarr.json")
-                sizes.append(8 * sum(path.stat().st_size for path in data) / elements)
-        return sizes[0], sizes[1]
+def measure(trial: CodecTrial, texts: Sequence[Clean], head: Any) -> str:
+    """Errors and effects over some texts, as cells of a row."""
+    tensor = {kind: np.zeros(2) for kind in KINDS}
+    kl, nll, count = 0.0, 0.0, 0
+    for clean in texts:
+        states = trial.add(clean.states)
+        decoded: dict[Kind, Tensor] = {kind: stacked(states, kind) for kind in KINDS}
+        for kind in KINDS:
+            want = stacked(clean.states, kind)[:, :, 1:]
+            error = decoded[kind][:, :, 1:] - want
+            tensor[kind] += [float(error.square().sum()), float(want.square().sum())]
+        if head is not None and clean.log_probs is not None:
+            log_probs = rewritten(head, clean.input_ids, decoded)
+            kl += float((clean.log_probs.exp() * (clean.log_probs - log_probs)).sum())
+            target = clean.input_ids[0, 1:, None]
+            nll += float((clean.log_probs - log_probs)[:-1].gather(-1, target).sum())
+            count += clean.input_ids.shape[1]
+    errors = [f"{(error / norm) ** 0.5:.2%}" for error, norm in tensor.values()]
+    errors.append(f"{trial.error(list(texts[0].states)):.2%}")
+    effect = f"{kl / count:.1e} | {nll / count:+.4f}" if count else "– | –"
+    return f"{' | '.join(errors)} | {effect}"
 
 
-def with_codec(teacher: Teacher, spec: CodecSpec) -> Any:
-    return teacher.manifest.model_copy(update={"codec": spec})
-
-
-def attend(rule: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The attention output of one layer, ``[1, HQ, T, D]``, from unrotated queries and keys."""
-    position_idx = torch.arange(query.shape[2])
-    rotated = [rule.rotated(x, position_idx, query.shape[2]) for x in (query, key)]
-    shares = probabilities(rule, *rotated, None)
-    return shares @ value.repeat_interleave(shares.shape[1] // value.shape[1], dim=1)
+def bits(trial: CodecTrial, texts: Sequence[Clean]) -> tuple[float, float]:
+    """Per element, in zarr and in safetensors."""
+    tokens = [clean.input_ids.shape[1] for clean in texts]
+    counts = Counts(len(texts), sum(tokens), sum(-(-n // 64) for n in tokens))
+    arrays, elements = {}, 0
+    for kind in KINDS:
+        codec = codec_of(trial.spec, kind, trial.transforms)
+        encoded = [codec.encode(stacked(clean.states, kind), kind) for clean in texts]
+        elements += sum(stacked(clean.states, kind).numel() for clean in texts)
+        for part in codec.parts(kind):
+            pieces = [parts[part.suffix] for parts in encoded]
+            arrays[part_name(kind, part.suffix)] = torch.cat(pieces, dim=2).numpy()
+    specs = {n: x for n, x in shard_arrays(trial.teacher.manifest, counts).items() if n in arrays}
+    sizes = []
+    for backend in BACKENDS.values():
+        with tempfile.TemporaryDirectory() as folder:
+            backend.write(Path(folder), arrays, specs, {})
+            files = (path for path in Path(folder).rglob("*") if path.is_file())
+            data = (path for path in files if path.name != "zarr.json")
+            sizes.append(8 * sum(path.stat().st_size for path in data) / elements)
+    return sizes[0], sizes[1]
 
 
 def rewritten(head: Any, input_ids: Tensor, decoded: Mapping[Kind, Tensor]) -> Tensor:
@@ -221,16 +171,16 @@ def main() -> None:
     print("| K / V | bits | bases, MB | text | K error | V error | attention | KL | ΔNLL |")
     print("|---|---|---|---|---|---|---|---|---|")
     for spec in specs:
-        rates = Rates(teacher, pilot, spec)
+        trial = CodecTrial(teacher, spec, pilot)
+        basis_bytes = sum(x.basis.nbytes + 8 * len(x.mean) for x in trial.bases.values())
         name = f"{spec.key} / {spec.value}"
         if spec.transforms:
             name = f"klt {spec.key_bits} / {spec.value_bits}"
-        zarr_bits, plain_bits = rates.bits(texts["own"])
-        head_of_row = (
-            f"| {name} | {zarr_bits:.2f} ({plain_bits:.2f}) | {rates.basis_bytes / 1e6:.1f}"
-        )
+        zarr_bits, plain_bits = bits(trial, texts["own"])
+        head_of_row = f"| {name} | {zarr_bits:.2f} ({plain_bits:.2f}) | {basis_bytes / 1e6:.1f}"
         for domain, cleans in texts.items():
-            print(f"{head_of_row} | {domain} | {rates.measure(cleans, head)} |", flush=True)
+            trial.squares.clear()
+            print(f"{head_of_row} | {domain} | {measure(trial, cleans, head)} |", flush=True)
 
 
 if __name__ == "__main__":

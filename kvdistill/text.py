@@ -23,6 +23,15 @@ def format_bytes(size_bytes: float) -> str:
     return f"{size_bytes:,.{digits}f} {_UNITS[unit]}"
 
 
+def parse_bytes(text: str) -> float:
+    """A size such as ``2TB``, ``500 GB`` or ``1.5TiB``, in bytes; ValueError if it is none."""
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kKMGTP]?)(i?)B\s*", text)
+    if found is None or not float(found[1]) > 0:
+        raise ValueError(f"{shorten(text, 50)!r} is no size; write it as 2TB, 500GB or 1.5TiB")
+    power = " KMGTP".index(found[2].upper() or " ")
+    return float(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
 def format_duration(seconds: float) -> str:
     """A duration in its natural unit: ``0.4 s``, ``97 s``, ``35 min``, ``15.3 h``."""
     if seconds < 119.5:

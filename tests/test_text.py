@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvdistill.text import format_bytes, format_duration
+from kvdistill.text import format_bytes, format_duration, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,14 @@ from kvdistill.text import format_bytes, format_duration
 )
 def test_sizes(size_bytes: float, shown: str) -> None:
     assert format_bytes(size_bytes) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [("2TB", 2e12), ("500 GB", 5e11), ("1.5TiB", 1.5 * 2**40), ("10kB", 1e4), (".5MiB", 2**19)],
+)
+def test_sizes_that_people_write(text: str, size_bytes: float) -> None:
+    assert parse_bytes(text) == size_bytes
 
 
 @pytest.mark.parametrize(

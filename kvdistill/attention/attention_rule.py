@@ -137,6 +137,22 @@ def with_sink(scores: Tensor, visible: Tensor, sinks_Q: Tensor | None) -> tuple[
     return torch.cat([scores, sink], -1), nn.functional.pad(visible, (0, 1), value=True)
 
 
+def attention_output(
+    rule: AttentionRule, query: Tensor, key: Tensor, value: Tensor, sinks_Q: Tensor | None
+) -> Tensor:
+    """Attention's output by KV head, ``[B, H, G, Tq, D]``, before the output projection.
+
+    Queries ``[B, H·G, Tq, D]``, keys and values ``[B, H, Tk, D]`` are from position 0, unrotated.
+    """
+    length = key.shape[2]
+    query, key = (
+        rule.rotated(x, torch.arange(x.shape[2], device=x.device), length) for x in (query, key)
+    )
+    shares = probabilities(rule, query, key, sinks_Q).unflatten(1, (key.shape[1], -1))  # type: ignore[no-untyped-call]
+    output: Tensor = shares @ value.float()[:, :, None]
+    return output
+
+
 def probabilities(
     rule: AttentionRule, query: Tensor, key: Tensor, sinks_Q: Tensor | None
 ) -> Tensor:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
@@ -23,10 +23,11 @@ from kvdistill.corpus.samples import Sample
 from kvdistill.errors import ConfigError, CorpusError
 from kvdistill.pipelines.fetch import fetch
 from kvdistill.store.commit import replace_file
-from kvdistill.text import format_bytes, format_duration
+from kvdistill.text import format_bytes, format_duration, parse_bytes
 
 if TYPE_CHECKING:
-    from kvdistill.pipelines.plan import TeacherEstimate
+    from kvdistill.pipelines.plan import ExtractionEstimate, TeacherEstimate
+    from kvdistill.pipelines.store_options import StoreOptions
 
 
 @click.command("init")
@@ -353,6 +354,7 @@ def doctor_command(
 @click.option("--parallel", default=1, show_default=True, help="Processes that run at once.")
 @click.option("--samples", default=256, show_default=True, help="Samples to tokenise.")
 @click.option("--sized", default=12, show_default=True, help="Samples to extract per codec.")
+@click.option("--disk", metavar="SIZE", help="2TB: what fits, and the error that it costs.")
 def plan_command(
     *,
     config: Path,
@@ -361,16 +363,23 @@ def plan_command(
     parallel: int,
     samples: int,
     sized: int,
+    disk: str | None,
 ) -> None:
     """Estimate disk space, time and lengths per teacher before anything is extracted."""
     from kvdistill.pipelines.plan import estimate_extraction
 
-    estimate = estimate_extraction(load_experiment(config, overrides), samples, sized)
+    try:
+        limit = None if disk is None else parse_bytes(disk) / 1e9
+    except ValueError as error:
+        raise ConfigError(f"--disk: {error}") from None
+    experiment = load_experiment(config, overrides)
+    estimate = estimate_extraction(experiment, samples, sized, options=limit is not None)
     tasks = max(1, min(parallel, estimate.shards))
     needed, free = estimate.needed_gigabytes, estimate.free_gigabytes
     if as_json:
         totals = {"needed_gigabytes": needed, "fits": estimate.fits, "array_size": tasks}
-        click.echo(json.dumps(asdict(estimate) | totals))
+        options = [asdict(row) for row in estimate.options()]
+        click.echo(json.dumps(asdict(estimate) | totals | {"options": options}))
         return
     click.echo(
         f"{estimate.samples:,} samples, {estimate.characters:,} characters, "
@@ -380,7 +389,50 @@ def plan_command(
         click.echo("\n" + "\n".join(_estimate_lines(teacher, tasks)))
     remedy = "" if estimate.fits else "; does not fit: choose a smaller codec or fewer layers"
     click.echo(f"\nneeded: {format_bytes(needed * 1e9)}, free: {format_bytes(free * 1e9)}{remedy}")
+    if limit is not None:
+        click.echo("\n".join(_disk_lines(estimate, limit)))
     click.echo(f"next: kvdistill extract {config}")
+
+
+def _disk_lines(estimate: ExtractionEstimate, limit: float) -> Iterator[str]:
+    """What fits on a disk of so many gigabytes, the best first, and how to ask for it."""
+    from kvdistill.pipelines.store_options import would_fit
+
+    options, size = estimate.options(), format_bytes(limit * 1e9)
+    if not options:
+        yield "\nnothing to try codecs on: no text of the pilot is short enough for the teachers"
+        return
+    fitting = [x for x in options if x.gigabytes <= limit]
+    yield f"\n{size} of disk: " + ("what fits, best first" if fitting else "nothing fits")
+    shown = fitting or sorted(options, key=lambda x: x.gigabytes)[:1]
+    yield f"  {'error':>6}  {'size':>8}  {'codec':<12} {'layers':<7} {'heads':<6} tokens"
+    for row in shown:
+        codec, layers, heads, tokens = row.kind
+        total = format_bytes(row.gigabytes * 1e9)
+        yield f"  {row.error:6.2%}  {total:>8}  {codec:<12} {layers:<7} {heads:<6} {tokens}"
+    if fitting:
+        yield f"for the first, set in the experiment file:\n{_settings_of(fitting[0], estimate)}"
+        return
+    layers_that_fit, codec, share = would_fit(options, limit)
+    for name, few in layers_that_fit.items():
+        yield f"  would fit: the same with teachers.{name}.layers {few}"
+    budget = int(share * min(x.tokens for x in estimate.teachers) / max(estimate.samples, 1))
+    if budget:
+        yield (
+            f"  would fit: codec {codec} with alignment.time latent, and an eviction of every "
+            f"teacher that keeps {budget} tokens of a text (teachers.NAME.eviction.budget)"
+        )
+    if not layers_that_fit and not budget:
+        yield "  nothing would; read a smaller corpus (corpus.max_samples)"
+
+
+def _settings_of(best: StoreOptions, estimate: ExtractionEstimate) -> str:
+    """YAML of the teachers' sections, and of a layer map that interpolates between layers."""
+    body: dict[str, Any] = {"teachers": {name: x.settings for name, x in best.teachers.items()}}
+    depths = {x.teacher: [round(d, 3) for d in x.mapped_depths or ()] for x in estimate.teachers}
+    if best.kind[1] == "mapped" and any(d % 1 for own in depths.values() for d in own):
+        body["alignment"] = {"layers": "explicit", "explicit_layers": depths}
+    return yaml.safe_dump(body, sort_keys=False, default_flow_style=None, width=10_000).rstrip()
 
 
 def _estimate_lines(teacher: TeacherEstimate, tasks: int) -> Iterator[str]:

@@ -27,8 +27,12 @@ from kvdistill.extract.encode import BatchPacker, ShardPacker, start_copy, text_
 from kvdistill.extract.generate import generate_rationales
 from kvdistill.extract.predictions import predictions
 from kvdistill.extract.teacher import Teacher
-from kvdistill.extract.tokenise import TeacherBatch, TokenisedSample, collate_teacher_batch
-from kvdistill.extract.windows import Windows
+from kvdistill.extract.tokenise import (
+    TeacherBatch,
+    TokenisedSample,
+    Windows,
+    collate_teacher_batch,
+)
 from kvdistill.store.channel_statistics import ChannelStatistics
 from kvdistill.store.shard import EncodedShard, TokenTable
 from kvdistill.types import SEGMENT_IDS, SEGMENT_SPECIAL

@@ -56,9 +56,9 @@ from kvdistill.extract.tokenise import (
     PromptTokenizer,
     TeacherBatch,
     TokenisedSample,
+    Windows,
     batch_by_tokens,
 )
-from kvdistill.extract.windows import Windows
 from kvdistill.store import identity
 from kvdistill.store.codecs import Transforms
 from kvdistill.store.manifest import TeacherManifest

@@ -28,22 +28,29 @@ from kvdistill.distill.student.build import check_student, load_student_tokenize
 from kvdistill.errors import StudentError
 from kvdistill.extract.encode import fit_bases
 from kvdistill.extract.extract_shard import ExtractedShard, extract_samples, token_table
-from kvdistill.extract.slots import num_slots
 from kvdistill.extract.teacher import Teacher, load_teacher
 from kvdistill.extract.tokenise import PromptTokenizer, TokenisedSample
 from kvdistill.pipelines.extract_tasks import live_shards, texts_to_extract
+from kvdistill.pipelines.store_options import (
+    DISK_MARGIN,
+    SINGLE,
+    StoreOption,
+    StoreOptions,
+    codec_name,
+    joint_options,
+    kept_tokens,
+    store_options,
+    try_codecs,
+)
 from kvdistill.store.bucket import local_folder
-from kvdistill.store.codecs import CODECS
 from kvdistill.store.confidence import mean_likelihoods
 from kvdistill.store.derived import with_bases
 from kvdistill.store.writer import add_teacher, create, publish_shard
-from kvdistill.types import SEGMENT_IDS, CodecSpec
+from kvdistill.types import SEGMENT_IDS
 
 BUDGETS: Final = (8, 16, 24, 32, 64, 128, 256)
 """Eviction budgets in tokens; 24 is KaVa's (arXiv 2510.02312)."""
 QUANTILES: Final = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
-DISK_MARGIN: Final = 1.1
-"""Factor for shards being written and for the pilot's error."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,8 @@ class TeacherEstimate:
     whole; None where the student cannot be built yet, or ``alignment.layers`` is ``cka``."""
     mapped_layers: tuple[int, ...]
     """Layers that training reads; empty where that is not known."""
+    options: tuple[StoreOption, ...] = ()
+    """Ways to store it, where they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +111,17 @@ class ExtractionEstimate:
         """Whether the store fits on its disk."""
         return self.needed_gigabytes <= self.free_gigabytes
 
+    def options(self) -> list[StoreOptions]:
+        """Ways to store all teachers, the smallest error first."""
+        return joint_options({plan.teacher: plan.options for plan in self.teachers})
+
 
 def estimate_extraction(
-    experiment: Experiment, num_samples: int = 256, num_sized: int = 12
+    experiment: Experiment, num_samples: int = 256, num_sized: int = 12, *, options: bool = False
 ) -> ExtractionEstimate:
     """Tokenise ``num_samples`` with every teacher, and extract ``num_sized`` per codec.
+
+    With ``options``, also measure what codecs make of attention on the latter.
 
     Raises:
         CorpusError, ConfigError: as ``prepare_store``.
@@ -118,7 +133,14 @@ def estimate_extraction(
     counts = {"num_samples": num_samples, "num_sized": num_sized}
     # One teacher in memory at a time.
     teachers = [
-        _estimate_teacher(experiment, load_teacher(name, experiment), samples, student, **counts)
+        _estimate_teacher(
+            experiment,
+            load_teacher(name, experiment),
+            samples,
+            student,
+            with_options=options,
+            **counts,
+        )
         for name in experiment.teachers
     ]
     return ExtractionEstimate(
@@ -152,6 +174,7 @@ def _estimate_teacher(
     *,
     num_samples: int,
     num_sized: int,
+    with_options: bool,
 ) -> TeacherEstimate:
     """The estimate from a pilot of the samples that this teacher reads."""
     read = [sample for sample in samples if sample.is_of(teacher.manifest.parts)]
@@ -162,16 +185,30 @@ def _estimate_teacher(
     tokens = round(_num_characters(read) * share)
     limit = teacher.max_length or math.inf
     sized = [s for s, length in zip(pilot, lengths, strict=True) if 0 < length <= limit]
-    bytes_per_token, rate, nats = _sizes(experiment, teacher, spread(sized, num_sized))
+    sized = spread(sized, num_sized)
+    bytes_per_token, rate, nats = _sizes(experiment, teacher, sized)
     rationale = np.array([int((s.segment == SEGMENT_IDS["rationale"]).sum()) for s in encoded])
     budgeted = np.where(rationale > 0, rationale, lengths)
     mapped = None if student is None else _map_of(experiment, teacher, student[1])
+    needed, options = () if mapped is None else mapped.needed, tuple[StoreOption, ...]()
+    if with_options and sized:
+        trials = try_codecs(teacher, sized, read, experiment.extraction.batch_tokens)
+        made = store_options(
+            experiment,
+            teacher,
+            trials,
+            encoded,
+            mapped=needed,
+            sizes=bytes_per_token,
+            tokens=tokens,
+        )
+        options = tuple(made)
     return TeacherEstimate(
         teacher=teacher.manifest.name,
         tokens=tokens,
         tokens_per_second=rate,
         hours=tokens / rate / 3600 if rate else 0.0,
-        codec=_codec_name(teacher.manifest.codec),
+        codec=codec_name(teacher.manifest.codec),
         gigabytes={name: size * tokens / 1e9 for name, size in bytes_per_token.items()},
         kept=_kept(teacher, encoded),
         lengths=_length_quantiles(lengths),
@@ -182,7 +219,8 @@ def _estimate_teacher(
         alignment=None if student is None else _alignment(student[0].tokenise(pilot), encoded),
         num_layers=len(teacher.manifest.layers),
         mapped_depths=None if mapped is None else mapped.depths,
-        mapped_layers=() if mapped is None else mapped.needed,
+        mapped_layers=needed,
+        options=options,
     )
 
 
@@ -203,25 +241,23 @@ def _sizes(
 ) -> tuple[dict[str, float], float, dict[str, float]]:
     """Bytes on disk per token by codec; of the configured one tokens per second, and confidence."""
     own = teacher.manifest.codec
-    others = (name for name in CODECS if name not in ("int4_v1", "klt"))
-    specs = [own, *(CodecSpec(key=name, value=name) for name in others)]
     found: dict[str, float] = {}
     rate, nats = 0.0, dict[str, float]()
-    for spec in specs:
-        if _codec_name(spec) in found or not samples:
+    for spec in (own, *SINGLE):
+        if codec_name(spec) in found or not samples:
             continue
         chosen = replace(teacher, manifest=teacher.manifest.model_copy(update={"codec": spec}))
         if spec.transforms:  # bytes of a token do not depend on the pilot
             bases = fit_bases(chosen, samples, experiment.extraction.batch_tokens)
             chosen = replace(chosen, transforms=with_bases(chosen.manifest, bases))
         size, extracted = _measure_size(experiment, chosen, samples)
-        found[_codec_name(spec)] = size / max(extracted.num_read, 1)
+        found[codec_name(spec)] = size / max(extracted.num_read, 1)
         if spec == own:
             rate, shard = extracted.num_read / extracted.seconds, extracted.shard
             if (nll := shard.arrays.get("nll")) is not None:
                 own_text = shard.texts is not None
                 nats = mean_likelihoods([(samples, shard.tokens, nll)], own_text=own_text)
-    return found or {_codec_name(own): 0.0}, rate, nats
+    return found or {codec_name(own): 0.0}, rate, nats
 
 
 def _measure_size(
@@ -274,13 +310,9 @@ def _spans(encoded: TokenisedSample) -> Spans:
 def _kept(teacher: Teacher, encoded: Sequence[TokenisedSample]) -> float:
     """Share of the pilot's keys and values, over the kept layers, that the config stores."""
     manifest = teacher.manifest
-    read = sum(sample.num_tokens for sample in encoded)
-    stored = read
-    if manifest.eviction is not None:
-        stored = sum(num_slots(sample.segment, manifest.eviction) for sample in encoded)
     heads = sum(layer.num_key_value_heads for layer in teacher.layers)
     stored_heads = sum(len(g.layers) * g.num_key_value_heads for g in manifest.groups)
-    return stored * stored_heads / max(read * heads, 1)
+    return kept_tokens(encoded, manifest.eviction) * stored_heads / max(heads, 1)
 
 
 def _length_quantiles(lengths: NDArray[np.int64]) -> dict[float, int]:
@@ -291,7 +323,3 @@ def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
     """At most ``count`` samples, evenly spaced: corpus files are often sorted."""
     step = max(1, math.ceil(len(samples) / max(count, 1)))
     return list(samples[::step])
-
-
-def _codec_name(spec: CodecSpec) -> str:
-    return spec.key if spec.key == spec.value else f"{spec.key}/{spec.value}"

@@ -17,8 +17,7 @@ from kvdistill.corpus.samples import Sample
 from kvdistill.errors import ConfigError, TeacherError
 from kvdistill.extract.extract_shard import extract_samples
 from kvdistill.extract.teacher import load_teacher
-from kvdistill.extract.tokenise import TokenisedSample
-from kvdistill.extract.windows import Windows
+from kvdistill.extract.tokenise import TokenisedSample, Windows
 from tests.attention.families import ENCODER_DECODERS
 from tests.extract.models import TEXTS, save_teacher
 from tests.pipelines.test_teachers import make

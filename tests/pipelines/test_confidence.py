@@ -99,7 +99,7 @@ def test_the_plan_shows_them_and_counts_what_predictions_take(
     assert difference == pytest.approx(with_it.tokens * (4 + 6 * 30 + 2), rel=0.05)
     rates = nats_per_character(KVStore.open(load_experiment(extracted).store), "llama")
     assert with_it.nats_per_character == pytest.approx(rates, rel=1e-3)
-    monkeypatch.setattr("kvdistill.pipelines.plan.estimate_extraction", lambda *_: estimate)
+    monkeypatch.setattr("kvdistill.pipelines.plan.estimate_extraction", lambda *_, **__: estimate)
     shown = CliRunner().invoke(plan_command, [str(extracted)]).output
     assert f"nats per character, of the pilot: all texts {rates['all texts']:.3f}, " in shown
     extract(whole)
