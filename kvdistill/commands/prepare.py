@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 import yaml
@@ -27,7 +27,6 @@ from kvdistill.text import format_bytes, format_duration, parse_bytes
 
 if TYPE_CHECKING:
     from kvdistill.pipelines.plan import ExtractionEstimate, TeacherEstimate
-    from kvdistill.pipelines.store_options import StoreOptions
 
 
 @click.command("init")
@@ -396,7 +395,7 @@ def plan_command(
 
 def _disk_lines(estimate: ExtractionEstimate, limit: float) -> Iterator[str]:
     """What fits on a disk of so many gigabytes, the best first, and how to ask for it."""
-    from kvdistill.pipelines.store_options import would_fit
+    from kvdistill.pipelines.store_options import settings_yaml, would_fit
 
     options, size = estimate.options(), format_bytes(limit * 1e9)
     if not options:
@@ -411,28 +410,11 @@ def _disk_lines(estimate: ExtractionEstimate, limit: float) -> Iterator[str]:
         total = format_bytes(row.gigabytes * 1e9)
         yield f"  {row.error:6.2%}  {total:>8}  {codec:<12} {layers:<7} {heads:<6} {tokens}"
     if fitting:
-        yield f"for the first, set in the experiment file:\n{_settings_of(fitting[0], estimate)}"
-        return
-    layers_that_fit, codec, share = would_fit(options, limit)
-    for name, few in layers_that_fit.items():
-        yield f"  would fit: the same with teachers.{name}.layers {few}"
-    budget = int(share * min(x.tokens for x in estimate.teachers) / max(estimate.samples, 1))
-    if budget:
-        yield (
-            f"  would fit: codec {codec} with alignment.time latent, and an eviction of every "
-            f"teacher that keeps {budget} tokens of a text (teachers.NAME.eviction.budget)"
-        )
-    if not layers_that_fit and not budget:
-        yield "  nothing would; read a smaller corpus (corpus.max_samples)"
-
-
-def _settings_of(best: StoreOptions, estimate: ExtractionEstimate) -> str:
-    """YAML of the teachers' sections, and of a layer map that interpolates between layers."""
-    body: dict[str, Any] = {"teachers": {name: x.settings for name, x in best.teachers.items()}}
-    depths = {x.teacher: [round(d, 3) for d in x.mapped_depths or ()] for x in estimate.teachers}
-    if best.kind[1] == "mapped" and any(d % 1 for own in depths.values() for d in own):
-        body["alignment"] = {"layers": "explicit", "explicit_layers": depths}
-    return yaml.safe_dump(body, sort_keys=False, default_flow_style=None, width=10_000).rstrip()
+        depths = {x.teacher: x.mapped_depths for x in estimate.teachers}
+        yield f"for the first, set in the experiment file:\n{settings_yaml(fitting[0], depths)}"
+    else:
+        length = min(x.tokens for x in estimate.teachers) / max(estimate.samples, 1)
+        yield from (f"  would fit: {option}" for option in would_fit(options, limit, length))
 
 
 def _estimate_lines(teacher: TeacherEstimate, tasks: int) -> Iterator[str]:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from kvdistill.attention.adapters import QKV
@@ -109,20 +110,32 @@ def joint_options(teachers: Mapping[str, Sequence[StoreOption]]) -> list[StoreOp
     return found
 
 
-def would_fit(
-    options: Sequence[StoreOptions], gigabytes: float
-) -> tuple[dict[str, list[int]], str, float]:
-    """Where no option fits: evenly spaced layers that would in the smallest, by teacher (empty if
-    not even one does), the smallest codec that goes with an eviction, and the share of tokens that
-    would fit in it.
+def would_fit(options: Sequence[StoreOptions], gigabytes: float, text_tokens: float) -> list[str]:
+    """Where no option fits, what would: evenly spaced layers in the smallest one, and a budget of
+    tokens, of ``text_tokens`` of a mean text, in the smallest codec that goes with an eviction.
     """
-    by_size = sorted(options, key=lambda x: x.gigabytes)
-    share, layers = by_size[0].share_within(gigabytes), {}
-    for name, own in by_size[0].teachers.items():
+    smallest, *_ = by_size = sorted(options, key=lambda x: x.gigabytes)
+    share, found = smallest.share_within(gigabytes), []
+    for name, own in smallest.teachers.items():
         places = np.linspace(0, len(own.layers) - 1, int(share * len(own.layers)))
-        layers[name] = [own.layers[round(place)] for place in places]
+        found.append(f"teachers.{name}.layers {[own.layers[round(place)] for place in places]}")
+    found = [f"the same with {' and '.join(found)}"] if not any("[]" in x for x in found) else []
     whole = next(x for x in by_size if not x.kind[0].startswith("klt"))
-    return layers if all(layers.values()) else {}, whole.kind[0], whole.share_within(gigabytes)
+    if budget := int(whole.share_within(gigabytes) * text_tokens):
+        found.append(
+            f"codec {whole.kind[0]} with alignment.time latent, and an eviction of every teacher "
+            f"that keeps {budget} tokens of a text (teachers.NAME.eviction.budget)"
+        )
+    return found or ["nothing; read a smaller corpus (corpus.max_samples)"]
+
+
+def settings_yaml(best: StoreOptions, depths: Mapping[str, Sequence[float] | None]) -> str:
+    """The teachers' sections, and a layer map of the student's ``depths`` if it interpolates."""
+    body: dict[str, Any] = {"teachers": {name: x.settings for name, x in best.teachers.items()}}
+    rounded = {name: [round(depth, 3) for depth in own or ()] for name, own in depths.items()}
+    if best.kind[1] == "mapped" and any(depth % 1 for own in rounded.values() for depth in own):
+        body["alignment"] = {"layers": "explicit", "explicit_layers": rounded}
+    return yaml.safe_dump(body, sort_keys=False, default_flow_style=None, width=10_000).rstrip()
 
 
 class CodecTrial:
