@@ -26,7 +26,7 @@ from kvdistill.store.commit import replace_file
 from kvdistill.text import format_bytes, format_duration, parse_bytes
 
 if TYPE_CHECKING:
-    from kvdistill.pipelines.plan import ExtractionEstimate, TeacherEstimate
+    from kvdistill.pipelines.plan import TeacherEstimate
 
 
 @click.command("init")
@@ -366,6 +366,7 @@ def plan_command(
 ) -> None:
     """Estimate disk space, time and lengths per teacher before anything is extracted."""
     from kvdistill.pipelines.plan import estimate_extraction
+    from kvdistill.pipelines.store_options import disk_lines
 
     try:
         limit = None if disk is None else parse_bytes(disk) / 1e9
@@ -389,32 +390,10 @@ def plan_command(
     remedy = "" if estimate.fits else "; does not fit: choose a smaller codec or fewer layers"
     click.echo(f"\nneeded: {format_bytes(needed * 1e9)}, free: {format_bytes(free * 1e9)}{remedy}")
     if limit is not None:
-        click.echo("\n".join(_disk_lines(estimate, limit)))
-    click.echo(f"next: kvdistill extract {config}")
-
-
-def _disk_lines(estimate: ExtractionEstimate, limit: float) -> Iterator[str]:
-    """What fits on a disk of so many gigabytes, the best first, and how to ask for it."""
-    from kvdistill.pipelines.store_options import settings_yaml, would_fit
-
-    options, size = estimate.options(), format_bytes(limit * 1e9)
-    if not options:
-        yield "\nnothing to try codecs on: no text of the pilot is short enough for the teachers"
-        return
-    fitting = [x for x in options if x.gigabytes <= limit]
-    yield f"\n{size} of disk: " + ("what fits, best first" if fitting else "nothing fits")
-    shown = fitting or sorted(options, key=lambda x: x.gigabytes)[:1]
-    yield f"  {'error':>6}  {'size':>8}  {'codec':<12} {'layers':<7} {'heads':<6} tokens"
-    for row in shown:
-        codec, layers, heads, tokens = row.kind
-        total = format_bytes(row.gigabytes * 1e9)
-        yield f"  {row.error:6.2%}  {total:>8}  {codec:<12} {layers:<7} {heads:<6} {tokens}"
-    if fitting:
         depths = {x.teacher: x.mapped_depths for x in estimate.teachers}
-        yield f"for the first, set in the experiment file:\n{settings_yaml(fitting[0], depths)}"
-    else:
         length = min(x.tokens for x in estimate.teachers) / max(estimate.samples, 1)
-        yield from (f"  would fit: {option}" for option in would_fit(options, limit, length))
+        click.echo("\n".join(disk_lines(estimate.options(), limit, depths, length)))
+    click.echo(f"next: kvdistill extract {config}")
 
 
 def _estimate_lines(teacher: TeacherEstimate, tasks: int) -> Iterator[str]:

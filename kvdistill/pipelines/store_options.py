@@ -33,6 +33,7 @@ from kvdistill.extract.tokenise import TokenisedSample, collate_teacher_batch
 from kvdistill.store.codecs import CODECS, codec_of
 from kvdistill.store.derived import with_bases
 from kvdistill.store.format import group_prefix
+from kvdistill.text import format_bytes
 from kvdistill.types import KINDS, CodecSpec, StoredEviction
 
 DISK_MARGIN: Final = 1.1
@@ -110,6 +111,33 @@ def joint_options(teachers: Mapping[str, Sequence[StoreOption]]) -> list[StoreOp
     return found
 
 
+def disk_lines(
+    options: Sequence[StoreOptions],
+    gigabytes: float,
+    depths: Mapping[str, Sequence[float] | None],
+    text_tokens: float,
+) -> Iterator[str]:
+    """What fits on a disk, the best first, and how to ask for it, as text.
+
+    ``depths`` are those that the student reads of every teacher, ``text_tokens`` a mean text has.
+    """
+    if not options:
+        yield "\nnothing to try codecs on: no text of the pilot is short enough for the teachers"
+        return
+    fitting = [x for x in options if x.gigabytes <= gigabytes]
+    what = "what fits, best first" if fitting else "nothing fits; the smallest is"
+    yield f"\n{format_bytes(gigabytes * 1e9)} of disk: {what}"
+    yield f"  {'error':>6}  {'size':>8}  {'codec':<12} {'layers':<7} {'heads':<6} tokens"
+    for row in fitting or sorted(options, key=lambda x: x.gigabytes)[:1]:
+        codec, layers, heads, tokens = row.kind
+        total = format_bytes(row.gigabytes * 1e9)
+        yield f"  {row.error:6.2%}  {total:>8}  {codec:<12} {layers:<7} {heads:<6} {tokens}"
+    if fitting:
+        yield f"for the first, set in the experiment file:\n{_settings_yaml(fitting[0], depths)}"
+    else:
+        yield from (f"  would fit: {x}" for x in would_fit(options, gigabytes, text_tokens))
+
+
 def would_fit(options: Sequence[StoreOptions], gigabytes: float, text_tokens: float) -> list[str]:
     """Where no option fits, what would: evenly spaced layers in the smallest one, and a budget of
     tokens, of ``text_tokens`` of a mean text, in the smallest codec that goes with an eviction.
@@ -129,7 +157,7 @@ def would_fit(options: Sequence[StoreOptions], gigabytes: float, text_tokens: fl
     return found or ["nothing; read a smaller corpus (corpus.max_samples)"]
 
 
-def settings_yaml(best: StoreOptions, depths: Mapping[str, Sequence[float] | None]) -> str:
+def _settings_yaml(best: StoreOptions, depths: Mapping[str, Sequence[float] | None]) -> str:
     """The teachers' sections, and a layer map of the student's ``depths`` if it interpolates."""
     body: dict[str, Any] = {"teachers": {name: x.settings for name, x in best.teachers.items()}}
     rounded = {name: [round(depth, 3) for depth in own or ()] for name, own in depths.items()}
