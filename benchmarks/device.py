@@ -363,6 +363,7 @@ def train(kit: Kit) -> None:
     bench = _Training(kit, work, shapes["Qwen2.5-0.5B"].architecture, chars)
     alone = bench.run("cross-entropy alone", [], losses={"key": 0, "value": 0})
     bench.run("two teachers", names[:2], alone)
+    bench.run("two teachers, unfused", names[:2], alone, training={"fused_kernels": False})
     bench.run("three teachers", names, alone)
     bench.run("two teachers, frozen", names[:2], alone, projection={"mode": "frozen"})
     bench.run("two teachers, joint", names[:2], alone, projection={"mode": "joint"})
@@ -495,7 +496,7 @@ class _Training:
                     "max_steps": 5 if tiny else 25, "learning_rate": 1e-4, "log_steps": 5,
                     "precision": "float32" if cpu else "bfloat16", "diagnostic_steps": 1000,
                     "prefetch_threads": 2 if tiny else 6, "prefetch_steps": 2 if tiny else 4,
-                    "device": "cpu" if cpu else "auto",
+                    "device": "cpu" if cpu else "auto", **sections.pop("training", {}),
                 },
                 **sections,
             }

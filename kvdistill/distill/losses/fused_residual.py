@@ -24,6 +24,7 @@ from kvdistill.store.codecs import Codec, Symmetric, by_layer
 from kvdistill.store.codecs.int4 import Asymmetric
 from kvdistill.store.codecs.klt import Transform
 from kvdistill.store.shard import BLOCK_TOKENS
+from kvdistill.text import shorten
 from kvdistill.types import Distance, Kind
 
 
@@ -33,8 +34,15 @@ def kernel_fault(device: torch.device) -> str | None:
         return "it needs a GPU"
     if find_spec("triton") is None:
         return "Triton is not installed"
-    is_old = torch.cuda.get_device_capability(device) < (8, 0)
-    return "it needs a GPU of compute capability 8.0 or more" if is_old else None
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or more"
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:  # without a C compiler, Triton cannot build its launcher
+        return f"Triton does not work here: {type(error).__name__}: {shorten(str(error), 200)}"
+    return None
 
 
 @dataclass(frozen=True, eq=False)

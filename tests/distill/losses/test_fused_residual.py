@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from kvdistill.config.distill import BalanceConfig, ProjectionConfig
 from kvdistill.distill.align.band import Band
 from kvdistill.distill.align.layers import LayerMap, layer_map
 from kvdistill.distill.fuse.balance import TeacherBalance
+from kvdistill.distill.losses.fused_residual import kernel_fault
 from kvdistill.distill.losses.regression import regression_error
 from kvdistill.distill.targets import GroupSpace, TargetStatistics, TeacherHead, TeacherSpace
 from kvdistill.store.codecs import CODECS
@@ -177,6 +179,23 @@ def test_under_autocast_the_slope_takes_the_predictions_memory():
     for mine, theirs in pairs:
         assert mine.dtype == theirs.dtype == torch.float32
         assert float((mine - theirs).detach().norm() / theirs.detach().norm()) < 1e-2
+
+
+def test_where_the_kernel_cannot_run_the_reason_is_named(monkeypatch):
+    from triton.runtime import driver
+
+    def no_compiler():
+        raise RuntimeError("Failed to find C compiler.")
+
+    gpu, works = torch.device("cuda", 0), SimpleNamespace(get_current_target=lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(driver, "_active", works)
+    assert kernel_fault(gpu) is None
+    assert kernel_fault(torch.device("cpu")) == "it needs a GPU"
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_target=no_compiler))
+    assert "RuntimeError: Failed to find C compiler" in kernel_fault(gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "compute capability 8.0" in kernel_fault(gpu)
 
 
 COMPILE = """
