@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,12 +82,21 @@ class AffineCodes:
             return AffineCodes(codes, parts["scale"])
         return AffineCodes(codes.view(torch.bfloat16) if codec.name == "bf16" else codes)
 
-    @property
-    def format(self) -> int:
-        """The kernel's name of how codes are packed: bytes that are no integers, or nibbles."""
-        if self.codes.dtype != torch.uint8:
-            return 0
-        return 1 if self.start is None else 2
+    def constants(self, kind: Kind, dim: int) -> dict[str, Any]:
+        """What the kernel is compiled for, by its own names; ``dim`` channels."""
+        is_packed = self.codes.dtype == torch.uint8  # nibbles, or floats of eight bits
+        per_block = self.step is not None and kind == "key"
+        width = 1 << (dim - 1).bit_length()
+        return {
+            "DIM": dim,
+            "FORMAT": (1 if self.start is None else 2) if is_packed else 0,
+            "HAS_STEP": self.step is not None,
+            "HAS_START": self.start is not None,
+            "BLOCK_TOKENS": BLOCK_TOKENS if per_block else 0,
+            "ROTATED": (dim & -dim).bit_length() - 1 if self.is_rotated else 0,
+            "BLOCK_T": max(16, 2048 // max(width, 32)),
+            "BLOCK_D": width,
+        }
 
 
 class FusedResidual:
@@ -123,8 +133,7 @@ class FusedResidual:
         """
         from kvdistill.distill.losses.residual_kernel import residual_kernel
 
-        layers = self._layers
-        fraction = layers.fraction[row]
+        layers, fraction = self._layers, self._layers.fraction[row]
         ends = [layers.lower[row], layers.upper[row]] if fraction else [layers.lower[row]]
         rows = [self._stored.index(layer) for layer in ends]
         means, inverses, affine = self._mean_LHD, self._inverse_LHD, self._affine
@@ -134,22 +143,16 @@ class FusedResidual:
         _, num_heads, dim = means.shape
         samples, num_tokens = self._first.shape
         codes, step, start = affine.codes, affine.step, affine.start
-        per_block = step is not None and self._kind == "key"
+        constants = affine.constants(self._kind, dim)
         figures = alpha_N.new_empty(3 if measures else 1, num_heads, len(alpha_N))
-        rotated = (dim & -dim).bit_length() - 1 if affine.is_rotated else 0
-        block_d = 1 << (dim - 1).bit_length()
-        block_t = max(16, 2048 // max(block_d, 32))
         if figures.numel():
-            residual_kernel[-(-num_tokens // block_t), num_heads, samples](
+            residual_kernel[-(-num_tokens // constants["BLOCK_T"]), num_heads, samples](
                 prediction_NO, prediction_NO, figures, alpha_N,
                 codes, codes if step is None else step, codes if start is None else start,
                 means, inverses, self._first, self._weight,
                 rows[0], rows[-1], fraction, codes.shape[1], num_tokens, codes.shape[3],
-                step.shape[3] if step is not None else 0, self._weight.shape[2],
-                HEADS=num_heads, DIM=dim, FORMAT=affine.format,
-                HAS_STEP=step is not None, HAS_START=start is not None,
-                BLOCK_TOKENS=BLOCK_TOKENS if per_block else 0, ROTATED=rotated,
-                SIDES=len(ends), SMOOTH_L1=distance == "smooth_l1", MEASURES=measures,
-                BLOCK_T=block_t, BLOCK_D=block_d,
+                0 if step is None else step.shape[3], self._weight.shape[2],
+                HEADS=num_heads, SIDES=len(ends), SMOOTH_L1=distance == "smooth_l1",
+                MEASURES=measures, **constants,
             )  # fmt: skip
         return Residual(prediction_NO, *figures.sum(1))
