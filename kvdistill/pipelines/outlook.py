@@ -155,8 +155,8 @@ def outlook(experiment: Experiment) -> Iterator[str]:
         )
     student, training = student_outline(experiment), experiment.training
     start = f"from {experiment.student.model or 'scratch'}"
-    size = f"{student.num_parameters:,} parameters"
-    yield f"student: {student.model_type}, {start}, {student.shape}, {size}"
+    weights = f"{student.num_parameters:,} parameters"
+    yield f"student: {student.model_type}, {start}, {student.shape}, {weights}"
     batch = training.batch_size * training.gradient_accumulation_steps
     steps = training.max_steps or math.ceil(training.epochs * math.ceil(len(samples) / batch))
     yield f"training: {steps:,} steps of {batch} samples, up to {training.max_length} tokens each"
