@@ -27,6 +27,7 @@ from kvdistill.config.load import load_experiment
 from kvdistill.corpus.readers import load_corpus
 from kvdistill.distill.align.layers import layer_map
 from kvdistill.distill.losses.attention_maps import AttentionMaps
+from kvdistill.distill.losses.fused_residual import kernel_fault
 from kvdistill.distill.losses.load_balancing import LoadBalancing
 from kvdistill.distill.student.build import load_student_tokenizer, outlined_student
 from kvdistill.distill.student.latent.model import LatentStudent
@@ -129,7 +130,9 @@ def _device() -> str:
         return f"no accelerator; {torch.get_num_threads()} threads on the CPU, {speed}"
     module = torch.get_device_module(accelerator)
     names = [module.get_device_name(i) for i in range(torch.accelerator.device_count())]
-    return f"{', '.join(names)}, {speed}"
+    fault = kernel_fault(torch.device(accelerator.type, 0))
+    kernel = "fused kernel" if fault is None else f"no fused kernel: {fault}"
+    return f"{', '.join(names)}, {speed}, {kernel}"
 
 
 def _slurm(experiment: Experiment | None) -> str:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from kvdistill.cli import cli
@@ -55,6 +56,25 @@ def test_a_machine_and_an_experiment_that_fit_are_green(folder: Path) -> None:
     assert (red.exit_code, red.stdout.count("✗ losses: "), red.stdout.count("✗")) == (1, 1, 1)
     alone = CliRunner().invoke(cli, ["doctor"])
     assert (alone.exit_code, alone.stdout.count("✓")) == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("fault", "shown"),
+    [(None, ", fused kernel"), ("Triton is not installed", "no fused kernel: Triton is not")],
+)
+def test_a_gpu_is_named_with_what_it_can_run(
+    monkeypatch: pytest.MonkeyPatch, fault: str | None, shown: str
+) -> None:
+    names = SimpleNamespace(get_device_name=lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: names)
+    monkeypatch.setattr(doctor, "operations_per_second", lambda device: 1e12)
+    monkeypatch.setattr(doctor, "kernel_fault", lambda device: fault)
+    (device,) = (check for check in doctor.examine() if check.name == "device")
+    assert device.is_fine
+    assert device.text.startswith("GPU 0, GPU 1, 1,000 GFLOP/s")
+    assert shown in device.text
 
 
 MLA = {
