@@ -473,7 +473,7 @@ def test_a_push_that_is_killed_again_and_again_ends_whole(
     kills = 0
     while (done := subprocess.Popen(command, stdout=subprocess.DEVNULL)).poll() is None:
         try:
-            assert done.wait(1.5 + 0.4 * kills) == 0
+            assert done.wait(0.3 + 0.15 * kills) == 0
             break
         except subprocess.TimeoutExpired:
             done.kill()
