@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvdistill.store.reader import KVStore
@@ -115,6 +116,16 @@ def test_a_pickled_handle_does_not_depend_on_the_folder(
     pickled = pickle.dumps(KVStore.open("store"))
     monkeypatch.chdir("/")
     assert pickle.loads(pickled).read_shard("tiny", "00000").tokens.num_tokens == 194
+
+
+def test_a_short_pread_is_no_damage(
+    tmp_path: Path, build: Any, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, made = build.store(tmp_path / "store", build.teacher(backend=backend))
+    whole = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, start: whole(file, min(size, 99), start))
+    found = store.read_shard("tiny", "00000", store.teacher("tiny").layers[-1:], [1])
+    np.testing.assert_array_equal(found.arrays["key"], made["00000"].shard.arrays["key"][-1:, 1:2])
 
 
 @pytest.mark.slow

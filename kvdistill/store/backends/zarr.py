@@ -204,7 +204,7 @@ class _ZarrArray:
     def _chunks(self, file: int) -> list[tuple[int, int]]:
         """First byte and length of every chunk by the file's index; (0, 0) if not in the file."""
         index_bytes, size = 16 * (self.num_bytes // self._chunk_bytes), os.fstat(file).st_size
-        index = os.pread(file, index_bytes, max(0, size - index_bytes - 4))
+        index = _read_at(file, index_bytes, max(0, size - index_bytes - 4))
         places = struct.iter_unpack("<QQ", index[: len(index) & ~15])
         return [(first, n) if n >= 4 and first + n <= size else (0, 0) for first, n in places]
 
@@ -231,7 +231,7 @@ class _ZarrArray:
             places = self._chunks(file.fileno())
             for number in sorted(touched - self._verified):
                 first, length = places[number]
-                content = os.pread(file.fileno(), length, first)
+                content = _read_at(file.fileno(), length, first)
                 if not content or _crc32c(content[:-4]) != int.from_bytes(content[-4:], "little"):
                     raise ValueError(f"the chunk at byte {first} does not match its checksum")
                 self._verified.add(number)
@@ -339,9 +339,17 @@ def _layout(
     return outer, inner, codecs
 
 
+def _read_at(file: int, size: int, start: int) -> bytes:
+    """As ``os.pread``, which may return less than there is; only the end of a file ends it."""
+    found = bytearray()
+    while piece := os.pread(file, size - len(found), start + len(found)):
+        found += piece
+    return bytes(found)
+
+
 def _inflated(file: int, start: int, end: int, limit: int) -> int:
     """A bound on what one zstd frame (RFC 8878) inflates to; above ``limit`` if it is not one."""
-    head = os.pread(file, 18, start)
+    head = _read_at(file, 18, start)
     if head[:4] != b"\x28\xb5\x2f\xfd" or len(head) < 18:
         return limit + 1
     flags = head[4]
@@ -351,7 +359,7 @@ def _inflated(file: int, start: int, end: int, limit: int) -> int:
     stated = int.from_bytes(head[at : at + size_bytes], "little")
     at, bound, is_last = start + at + size_bytes, 0, False
     while not is_last and at < end and bound <= limit:
-        block = int.from_bytes(os.pread(file, 3, at), "little")
+        block = int.from_bytes(_read_at(file, 3, at), "little")
         is_last, kind, size = bool(block & 1), block >> 1 & 3, block >> 3
         at += 3 + (1 if kind == 1 else size)  # 0 raw, 1 one byte repeated, 2 compressed
         bound += 1 << 17 if kind == 2 else size
