@@ -10,8 +10,8 @@ searched on validation texts under one seed with the same number of runs for eac
     python benchmarks/frontier.py frontier-output            # everything; prints a table
     python benchmarks/frontier.py frontier-output --only summary
 
-Bytes are those of the arrays on disk, scales and checksums included, over the store's tokens. The
-table has the mean log-perplexity of the test texts in nats per token, its difference from text
+Bytes of keys and values are those on disk, scales and checksums included, over the store's tokens;
+of k predictions, 6k + 2: one store of the most serves the runs with fewer. The table has the mean log-perplexity of the test texts in nats per token, its difference from text
 alone at its best rate, and that difference's p-value over seeds and texts. Every run is a folder;
 finished runs are not repeated, and the same command resumes.
 """
@@ -55,7 +55,7 @@ NUM_LOGITS: Final = (8, 32, 128)
 KV_WEIGHTS: Final = (2, 5, 10, 20)
 LOGIT_WEIGHTS: Final = (0.5, 1, 2, 4)
 TEXT_RATES: Final = (1e-3, 2e-3, 4e-3, 6e-3)
-TUNED: Final = {"text": 2e-3, "kv": 5, "logits": 1}
+TUNED: Final = {"text": 6e-3, "kv": 5, "logits": 1}
 """The rate of text alone and the weights that the search selected."""
 BOTH: Final = 32
 """Predictions in the arm that has keys and values as well, at the rate ``klt-1``."""
@@ -98,62 +98,60 @@ def studies(folder: Path) -> dict[str, list[Path]]:
     """Study files of the two stages."""
     kv_store = {"store": "kv", "teachers": {name: teacher(name) for name in CODECS}}
     predicted = {
-        k: {"store": f"logits-{k}", "teachers": {"smollm2": teacher("klt-1")}, "logits": k}
-        for k in NUM_LOGITS
+        k: {"store": "predictions", "teachers": {"smollm2": teacher("klt-1")}, "logits": k}
+        for k in sorted(NUM_LOGITS, reverse=True)  # the first one extracts
     }
     rates = {f"text-{rate:g}": text_alone(rate) for rate in TEXT_RATES}
     search = {f"int8-{weight}": arm("int8", weight=weight) for weight in KV_WEIGHTS}
     by_logits = {f"logits-{weight:g}": logits_alone(weight) for weight in LOGIT_WEIGHTS}
-    final = {"text": text_alone(TUNED["text"]), "text-as-taught": text_alone()}
+    final = {"text": text_alone(TUNED["text"]), "text-slower": text_alone(2e-3)}
     final |= {name: arm(name, weight=TUNED["kv"]) for name in CODECS}
     shuffled = {"placebo": True, "placebo__method": "shuffled"}
     final["int8-shuffled"] = arm("int8", weight=TUNED["kv"], **shuffled)
     found = {
         "search": [
             write_study(folder, "search-kv", "validation", rates | search, **kv_store),
-            write_study(folder, "search-logits", "validation", by_logits, **predicted[BOTH]),
+            write_study(folder, "search-logits", "validation", by_logits, **predicted[128]),
         ],
         "final": [write_study(folder, "final-kv", "test", final, **kv_store)],
     }
-    for k in NUM_LOGITS:
+    for k, store in predicted.items():
         arms = {f"logits-{k}": logits_alone(TUNED["logits"])}
         if k == BOTH:
             arms["both"] = arm("smollm2", weight=TUNED["kv"], losses__logits=TUNED["logits"])
             arms["logits-shuffled"] = arm(
                 "smollm2", weight=0, losses__logits=TUNED["logits"], **shuffled
             )
-        found["final"].append(write_study(folder, f"final-{k}", "test", arms, **predicted[k]))
+        found["final"].append(write_study(folder, f"final-{k}", "test", arms, **store))
     return found
 
 
-def bytes_per_token(store: Path, name: str, *, predictions: bool) -> float:
-    """Bytes on disk per token of a teacher's keys and values, or of its predictions."""
+def bytes_per_token(store: Path, name: str) -> float:
+    """Bytes on disk per token of a teacher's keys and values."""
     opened = KVStore.open(store)
-    wanted = ("top_", "rest_") if predictions else ("key", "value")
     size = sum(
         file.stat().st_size
         for shard_id in opened.shard_ids
-        for array in opened.paths.shard(name, shard_id).rglob("*")
-        if array.is_dir() and array.name.startswith(wanted) and "statistics" not in array.name
+        for array in opened.paths.shard(name, shard_id).iterdir()
+        if array.is_dir() and array.name.startswith(("key", "value"))
+        if "statistics" not in array.name
         for file in array.rglob("*")
         if file.is_file()
     )
-    tokens = sum(opened.token_table(name, i).num_tokens for i in opened.shard_ids)
-    return size / tokens
+    return size / sum(opened.token_table(name, i).num_tokens for i in opened.shard_ids)
 
 
 def held_bytes(folder: Path, name: str) -> float:
     """Bytes per token of what an arm reads; 0 for text alone."""
     if name.startswith("text"):
         return 0.0
-    if name == "both":
-        store = folder / f"logits-{BOTH}"
-        return sum(bytes_per_token(store, "smollm2", predictions=x) for x in (False, True))
     known, _, k = name.partition("-")
+    predictions = 6 * (int(k) if k.isdecimal() else BOTH) + 2
     if known == "logits":
-        store = folder / f"logits-{BOTH if k == 'shuffled' else k}"
-        return bytes_per_token(store, "smollm2", predictions=True)
-    return bytes_per_token(folder / "kv", name.removesuffix("-shuffled"), predictions=False)
+        return predictions
+    if name == "both":
+        return predictions + bytes_per_token(folder / "predictions", "smollm2")
+    return bytes_per_token(folder / "kv", name.removesuffix("-shuffled"))
 
 
 def losses(run: Path) -> NDArray[np.float64]:
