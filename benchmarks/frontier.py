@@ -11,9 +11,10 @@ searched on validation texts under one seed with the same number of runs for eac
     python benchmarks/frontier.py frontier-output --only summary
 
 Bytes of keys and values are those on disk, scales and checksums included, over the store's tokens;
-of k predictions, 6k + 2: one store of the most serves the runs with fewer. The table has the mean log-perplexity of the test texts in nats per token, its difference from text
-alone at its best rate, and that difference's p-value over seeds and texts. Every run is a folder;
-finished runs are not repeated, and the same command resumes.
+of k predictions, 6k + 2: one store of the most serves the runs with fewer. The table has the mean
+log-perplexity of the test texts in nats per token, its difference from text alone at its best rate,
+and that difference's p-value over seeds and texts. Every run is a folder; finished runs are not
+repeated, and the same command resumes.
 """
 
 from __future__ import annotations
