@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -130,17 +130,10 @@ def estimate_extraction(
     shards = shards_to_extract(experiment, texts_to_extract(experiment))
     samples = [sample for shard in shards for sample in shard.samples]
     student = _student_layers(experiment)
-    counts = {"num_samples": num_samples, "num_sized": num_sized}
+    counts: Any = {"num_samples": num_samples, "num_sized": num_sized, "with_options": options}
     # One teacher in memory at a time.
     teachers = [
-        _estimate_teacher(
-            experiment,
-            load_teacher(name, experiment),
-            samples,
-            student,
-            with_options=options,
-            **counts,
-        )
+        _estimate_teacher(experiment, load_teacher(name, experiment), samples, student, **counts)
         for name in experiment.teachers
     ]
     return ExtractionEstimate(

@@ -96,6 +96,12 @@ def test_the_rotation_is_its_own_inverse_and_keeps_lengths(dim):
     torch.testing.assert_close(hadamard(x).norm(dim=-1), x.norm(dim=-1))
 
 
+@pytest.mark.parametrize("shape", [(64,), (3, 0, 64), (2, 2500, 96), (5, 7)])
+def test_the_rotation_has_the_same_bits_in_numpy_and_torch(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    np.testing.assert_array_equal(hadamard(x.numpy()), hadamard(x).numpy(), strict=True)
+
+
 def test_the_rotation_is_a_hadamard_matrix():
     matrix = hadamard(torch.eye(64)) * 8
     torch.testing.assert_close(matrix, torch.from_numpy(hadamard_matrix(64)).float())
