@@ -172,12 +172,13 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for spec in specs:
         trial = CodecTrial(teacher, spec, pilot)
-        basis_bytes = sum(x.basis.nbytes + 8 * len(x.mean) for x in trial.bases.values())
         name = f"{spec.key} / {spec.value}"
         if spec.transforms:
             name = f"klt {spec.key_bits} / {spec.value_bits}"
         zarr_bits, plain_bits = bits(trial, texts["own"])
-        head_of_row = f"| {name} | {zarr_bits:.2f} ({plain_bits:.2f}) | {basis_bytes / 1e6:.1f}"
+        head_of_row = (
+            f"| {name} | {zarr_bits:.2f} ({plain_bits:.2f}) | {trial.basis_bytes / 1e6:.1f}"
+        )
         for domain, cleans in texts.items():
             trial.squares.clear()
             print(f"{head_of_row} | {domain} | {measure(trial, cleans, head)} |", flush=True)

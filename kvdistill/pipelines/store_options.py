@@ -179,6 +179,11 @@ class CodecTrial:
         self.squares: dict[int, Tensor] = {}
         """Of attention's error and output, by layer and stored KV head: float64 ``[2, H]``."""
 
+    @property
+    def basis_bytes(self) -> int:
+        """Of ``klt``'s bases, which are a file of the teacher."""
+        return sum(x.basis.nbytes + 8 * len(x.mean) for x in self.bases.values())
+
     def add(self, text: Mapping[int, QKV]) -> dict[int, QKV]:
         """Try it on a text, ``[1, H, T, D]`` by layer; returns it with keys and values decoded."""
         found, kept = dict(text), self.teacher.manifest.kept_heads
@@ -309,9 +314,9 @@ def store_options(
         size = shares["all"] * (raw[spec] + received)
         if spec in SINGLE:  # as measured: compressed
             size = sizes[codec_name(spec)] - tables
-        part = [width[i] * (len(only) if only else num_heads[i]) for i in chosen]
-        size *= sum(part) / sum(width[i] * num_heads[i] for i in width)
-        size *= shares[names[2]] / max(shares["all"], 1e-12)
+        stored = sum(width[i] * (len(only) if only else num_heads[i]) for i in chosen)
+        part = stored / sum(width[i] * num_heads[i] for i in width)
+        size *= part * shares[names[2]] / max(shares["all"], 1e-12)
         codec = {"key": spec.key, "value": spec.value} | spec.model_dump(exclude_defaults=True)
         settings: dict[str, Any] = {"codec": codec}
         settings |= {"layers": list(chosen)} if chosen != manifest.layers else {}
@@ -323,7 +328,7 @@ def store_options(
             (codec_name(spec) + rates, names[0], names[1], names[2]),
             settings,
             tuple(chosen),
-            tokens * (tables + size) / 1e9,
+            (tokens * (tables + size) + part * trial.basis_bytes) / 1e9,
             tokens * tables / 1e9,
             trial.error(chosen, only),
         )
