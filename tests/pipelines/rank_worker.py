@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from kvdistill.config.load import load_experiment
 from kvdistill.corpus.readers import load_corpus
+from kvdistill.distill.train import checkpoint as checkpoint_files
 from kvdistill.errors import NonFiniteError
 from kvdistill.pipelines.run_folder import begin
 from kvdistill.pipelines.train import build_trainer
@@ -82,6 +83,9 @@ def main(config: str, output: str, stop_step: str, flag: str = "") -> None:
             num_items_in_batch = {n: num_items_in_batch[n] * torch.nan for n in num_items_in_batch}
         return compute(model, inputs, num_items_in_batch=num_items_in_batch, **rest)
 
+    if rank == "1":  # safetensors promises no order
+        load = checkpoint_files.load
+        checkpoint_files.load = lambda data: dict(reversed(load(data).items()))
     trainer.compute_loss = recorded
     trainer.add_callback(StopAt(int(stop_step)))
     checkpoint = folder.checkpoint()

@@ -90,8 +90,8 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, strict=False)
-    with torch.no_grad():
-        set_model_state_dict(model, dict(state), options=options)
+    with torch.no_grad():  # ranks exchange weights one by one, so all in one order
+        set_model_state_dict(model, dict(sorted(state.items())), options=options)
 
 
 @contextmanager
