@@ -56,6 +56,7 @@ NUM_LOGITS: Final = (8, 32, 128)
 KV_WEIGHTS: Final = (2, 5, 10, 20)
 LOGIT_WEIGHTS: Final = (0.5, 1, 2, 4)
 TEXT_RATES: Final = (1e-3, 2e-3, 4e-3, 6e-3)
+OTHER_RATES: Final = (2e-3, 6e-3)
 TUNED: Final = {"text": 6e-3, "kv": 5, "logits": 1}
 """The rate of text alone and the weights that the search selected."""
 BOTH: Final = 32
@@ -67,9 +68,14 @@ def teacher(codec: str) -> dict[str, Any]:
     return {"model": "models/smollm2", "layers": list(LAYERS), "codec": CODECS[codec]}
 
 
-def logits_alone(weight: float) -> dict[str, Any]:
+def logits_alone(weight: float, **settings: Any) -> dict[str, Any]:
     """An arm that learns from predictions."""
-    return arm("smollm2", weight=0, losses__logits=weight)
+    return arm("smollm2", weight=0, losses__logits=weight, **settings)
+
+
+def at_rate(rate: float) -> dict[str, float]:
+    """Another learning rate than ``quality.py``'s."""
+    return {"training__learning_rate": rate}
 
 
 def write_study(folder: Path, name: str, evaluation: str, arms: dict[str, Any], **own: Any) -> Path:
@@ -104,7 +110,9 @@ def studies(folder: Path) -> dict[str, list[Path]]:
     }
     rates = {f"text-{rate:g}": text_alone(rate) for rate in TEXT_RATES}
     search = {f"int8-{weight}": arm("int8", weight=weight) for weight in KV_WEIGHTS}
+    search |= {f"int8-5-{rate:g}": arm("int8", weight=5, **at_rate(rate)) for rate in OTHER_RATES}
     by_logits = {f"logits-{weight:g}": logits_alone(weight) for weight in LOGIT_WEIGHTS}
+    by_logits |= {f"logits-1-{rate:g}": logits_alone(1, **at_rate(rate)) for rate in OTHER_RATES}
     final = {"text": text_alone(TUNED["text"]), "text-slower": text_alone(2e-3)}
     final |= {name: arm(name, weight=TUNED["kv"]) for name in CODECS}
     shuffled = {"placebo": True, "placebo__method": "shuffled"}
