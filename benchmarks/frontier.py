@@ -57,8 +57,8 @@ KV_WEIGHTS: Final = (2, 5, 10, 20)
 LOGIT_WEIGHTS: Final = (0.5, 1, 2, 4)
 TEXT_RATES: Final = (1e-3, 2e-3, 4e-3, 6e-3)
 OTHER_RATES: Final = (2e-3, 6e-3)
-TUNED: Final = {"text": 6e-3, "kv": 5, "logits": 1}
-"""The rate of text alone and the weights that the search selected."""
+TUNED: Final[dict[str, Any]] = {"text": 6e-3, "kv": (5, 6e-3), "logits": (1, 4e-3)}
+"""The rate of text alone, and weight and rate of the others, as the search selected them."""
 BOTH: Final = 32
 """Predictions in the arm that has keys and values as well, at the rate ``klt-1``."""
 
@@ -113,10 +113,11 @@ def studies(folder: Path) -> dict[str, list[Path]]:
     search |= {f"int8-5-{rate:g}": arm("int8", weight=5, **at_rate(rate)) for rate in OTHER_RATES}
     by_logits = {f"logits-{weight:g}": logits_alone(weight) for weight in LOGIT_WEIGHTS}
     by_logits |= {f"logits-1-{rate:g}": logits_alone(1, **at_rate(rate)) for rate in OTHER_RATES}
+    weight, rate = TUNED["kv"]
     final = {"text": text_alone(TUNED["text"]), "text-slower": text_alone(2e-3)}
-    final |= {name: arm(name, weight=TUNED["kv"]) for name in CODECS}
+    final |= {name: arm(name, weight=weight, **at_rate(rate)) for name in CODECS}
     shuffled = {"placebo": True, "placebo__method": "shuffled"}
-    final["int8-shuffled"] = arm("int8", weight=TUNED["kv"], **shuffled)
+    final["int8-shuffled"] = arm("int8", weight=weight, **at_rate(rate), **shuffled)
     found = {
         "search": [
             write_study(folder, "search-kv", "validation", rates | search, **kv_store),
@@ -124,13 +125,13 @@ def studies(folder: Path) -> dict[str, list[Path]]:
         ],
         "final": [write_study(folder, "final-kv", "test", final, **kv_store)],
     }
+    of_logits, logits_rate = TUNED["logits"]
+    alone = at_rate(logits_rate)
     for k, store in predicted.items():
-        arms = {f"logits-{k}": logits_alone(TUNED["logits"])}
+        arms = {f"logits-{k}": logits_alone(of_logits, **alone)}
         if k == BOTH:
-            arms["both"] = arm("smollm2", weight=TUNED["kv"], losses__logits=TUNED["logits"])
-            arms["logits-shuffled"] = arm(
-                "smollm2", weight=0, losses__logits=TUNED["logits"], **shuffled
-            )
+            arms["both"] = arm("smollm2", weight=weight, losses__logits=of_logits, **at_rate(rate))
+            arms["logits-shuffled"] = logits_alone(of_logits, **alone, **shuffled)
         found["final"].append(write_study(folder, f"final-{k}", "test", arms, **store))
     return found
 
