@@ -79,6 +79,11 @@ def freeze_heap() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Let the interpreter collect what was frozen, or Triton's binding reports it as leaked."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def frozen_heap() -> None:
     """``freeze_heap`` for what earlier modules have imported."""
