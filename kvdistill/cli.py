@@ -19,6 +19,7 @@ import traceback
 from typing import Final
 
 import click
+from click.shell_completion import CompletionItem
 
 from kvdistill import __version__
 from kvdistill.errors import KVDistillError
@@ -83,6 +84,12 @@ class _LazyGroup(click.Group):
         module = importlib.import_module(f"kvdistill.commands.{COMMANDS[cmd_name][0]}")
         command: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Names and summaries from the table, for which click would import every command."""
+        options = click.Command.shell_complete(self, ctx, incomplete)
+        names = [name for name in COMMANDS if name.startswith(incomplete)]
+        return [*(CompletionItem(name, help=COMMANDS[name][1]) for name in names), *options]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -21,7 +21,6 @@ from kvdistill.corpus import recipes
 from kvdistill.corpus.readers import read_dataset, read_files
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import ConfigError, CorpusError
-from kvdistill.pipelines.fetch import fetch
 from kvdistill.store.commit import replace_file
 from kvdistill.text import format_bytes, format_duration, parse_bytes
 
@@ -314,6 +313,8 @@ def _write_jsonl(samples: Sequence[Sample], output: Path) -> None:
 @overrides_option
 def fetch_command(*, config: Path, overrides: tuple[str, ...]) -> None:
     """Download every model and data set of CONFIG, for compute nodes without a network."""
+    from kvdistill.pipelines.fetch import fetch
+
     fetched = fetch(
         load_experiment(config, overrides),
         lambda need, state: click.echo(f"{need.kind} {need.source}: {state}", err=True),
