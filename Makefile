@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-real test-slow test-slurm test-slurm-slow test-gpu device check bench docs models clean
+.PHONY: demo test test-real test-slow test-slurm test-slurm-slow test-gpu device check bench docs dist models clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,9 @@ check: $(STAMP)  ## static checks of CI
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/check-jsonschema --builtin-schema vendor.readthedocs .readthedocs.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint Dockerfile; fi
 
 bench: models  ## all benchmarks; print ratios
 	$(BIN)/python benchmarks/store.py
@@ -59,6 +62,12 @@ bench: models  ## all benchmarks; print ratios
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict
+
+dist: $(STAMP)  ## wheel and sdist, checked, and the wheel installed
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m pytest -q -m dist tests/test_dist.py
 
 clean:
 	rm -rf demo-output site build dist
