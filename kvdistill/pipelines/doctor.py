@@ -156,7 +156,10 @@ def _slurm(experiment: Experiment | None) -> str:
 
 
 def _hub() -> str:
-    """The hub is not needed where models are in folders or in its cache."""
+    """The hub is not needed where models are in folders or in its cache.
+
+    One that does not answer is not asked again by this process: each model would wait for retries.
+    """
     from huggingface_hub import constants, get_session, get_token
 
     local = "models must be in folders or in the cache, which `kvdistill fetch` fills"
@@ -165,6 +168,7 @@ def _hub() -> str:
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
     except Exception as error:  # the client's errors have no common base
+        constants.HF_HUB_OFFLINE = True
         return f"not reachable ({type(error).__name__}); {local}"
     return "reachable" if get_token() else "reachable; gated models need `hf auth login`"
 

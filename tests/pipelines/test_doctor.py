@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -169,3 +171,29 @@ def test_slurm_is_needed_where_profiles_are_and_has_their_partitions(
     with pytest.raises(doctor.SlurmError, match="login node"):
         doctor._slurm(experiment)
     assert "only --slurm needs it" in doctor._slurm(None)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = []
+
+    class Silent(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            requests.append(self.path)
+            self.close_connection = True
+
+        do_GET = do_HEAD
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Silent) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        checks = found(folder, "teachers.llama.model=org/not-there")
+        server.shutdown()
+    assert "not reachable" in checks["hub"].text
+    assert not checks["teacher llama"].is_fine
+    assert len(requests) == 1
