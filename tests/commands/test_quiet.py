@@ -16,7 +16,7 @@ import yaml
 from kvdistill.cli import QUIET, quieten
 from kvdistill.commands import extract as extracting
 from kvdistill.pipelines.outlook import outlook
-from kvdistill.pipelines.run_folder import RunFolder, learned
+from kvdistill.pipelines.run_folder import RunFolder, begin, learned
 from kvdistill.pipelines.train import train
 from kvdistill.store.reader import KVStore
 from tests.pipelines.tiny import variant
@@ -125,3 +125,10 @@ def test_what_was_learned_is_compared_with_earlier_and_with_text_alone(
     assert found["bits per character"].endswith(f"{figure:.4g} without teachers in text)")
     assert " after 1 steps; " in found["bits per character"]
     assert "without" not in learned(RunFolder(alone.folder))["perplexity"]
+
+
+def test_a_rank_that_is_faster_than_the_one_that_writes_shows_no_figures(
+    extracted: Path, tmp_path: Path
+) -> None:
+    folder = begin(variant(extracted, tmp_path))
+    assert learned(folder) == {}
