@@ -78,12 +78,20 @@ def at_rate(rate: float) -> dict[str, float]:
     return {"training__learning_rate": rate}
 
 
-def write_study(folder: Path, name: str, evaluation: str, arms: dict[str, Any], **own: Any) -> Path:
+def write_study(
+    folder: Path,
+    name: str,
+    evaluation: str,
+    arms: dict[str, Any],
+    *,
+    store: str,
+    teachers: dict[str, Any],
+    logits: int = 0,
+) -> Path:
     """Write a study over one store; returns its path."""
     body = quality.experiment(folder, "search" if evaluation == "validation" else "final")
-    store = own.pop("store")
-    teachers = own.pop("teachers")
-    body |= {"store": str(folder / store), "extraction": {"importance": False, **own}}
+    extraction = {"importance": False, "logits": logits}
+    body |= {"store": str(folder / store), "extraction": extraction}
     body["alignment"] = {
         "layers": "explicit",
         "explicit_layers": {known: list(LAYERS) for known in teachers},

@@ -47,8 +47,8 @@ def run_command(*, config: Path, overrides: tuple[str, ...], execution: Executio
     """Extract with every teacher, then train: `extract` and `train` in one.
 
     Begins with what it is about to do, and ends with what was learned. Both stages skip what is
-    done, so the same command resumes what was interrupted. With --slurm,
-    arrays extract, and a job trains once they have ended.
+    done, so the same command resumes what was interrupted. With --slurm, arrays extract, and a job
+    trains once they have ended.
     """
     experiment = load_experiment(config, overrides)
     if execution.on_this_machine:

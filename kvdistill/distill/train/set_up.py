@@ -38,12 +38,7 @@ from kvdistill.distill.student.build import (
 from kvdistill.distill.student.latent.latent_distiller import LatentDistiller, nearest_layers
 from kvdistill.distill.student.latent.model import LatentStudent, question_room
 from kvdistill.distill.student.latent.questions import LatentCollate
-from kvdistill.distill.targets import (
-    TeacherHead,
-    TeacherSpace,
-    check_alignment,
-    teacher_space,
-)
+from kvdistill.distill.targets import TeacherHead, TeacherSpace, check_alignment, teacher_space
 from kvdistill.distill.train.callbacks import RunTensorBoard, RunWandb
 from kvdistill.distill.train.devices import OneDeviceArguments, chosen_precision
 from kvdistill.distill.train.pilot import (
