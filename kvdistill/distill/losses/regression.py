@@ -8,8 +8,8 @@ Written as a prediction, a difference, a norm and their backward passes, this mo
 copies of every teacher's KV through memory. Here each layer's residual is computed, measured and
 turned into gradients while it is in the cache, then discarded. Nothing of the teachers' size is
 kept for the backward pass, which only scales the gradients. On a GPU, ``fused_residual`` compares
-with stored codes instead of targets. The sum over tokens is taken inside,
-because the gradient of ``W`` needs every token's weight.
+with stored codes instead of targets. The sum over tokens is taken inside, because the gradient of
+``W`` needs every token's weight.
 """
 
 from __future__ import annotations
