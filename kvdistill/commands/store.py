@@ -268,7 +268,9 @@ def _copy_command(command: str, past: str, summary: str) -> click.Command:
 
 
 push_command = _copy_command(
-    "push", "pushed", "Copy a STORE to a bucket, such as s3://BUCKET/PREFIX; continues a copy."
+    "push",
+    "pushed",
+    "Copy a STORE to s3://BUCKET/PREFIX or hf://datasets/USER/NAME; continues a copy.",
 )
 pull_command = _copy_command(
     "pull", "pulled", "Copy a STORE in a bucket to the folder TARGET; continues a copy."

@@ -87,11 +87,6 @@ def local_folder(location: Path | str) -> Path:
     return cache_folder() / f"{name}-{xxhash.xxh3_64_hexdigest(url.encode())[:8]}"
 
 
-def open_place(location: Path | str, *, new: bool = False) -> Place:
-    """The place of a store, whether or not it is there; only a ``new`` one may be created."""
-    return Bucket(str(location), new=new) if is_url(location) else Place(Path(location))
-
-
 class Bucket(Place):
     """The objects of one store, by the paths that they would have in its folder in the cache.
 
@@ -104,7 +99,11 @@ class Bucket(Place):
         self.location = self.url = url.rstrip("/")
         self._commits: dict[tuple[str, str], bytes] = {}
         self._pid = os.getpid()
-        self._api, self._objects = _connect(self.url, mkdir=new)
+        self._api, self._objects = self._connect(new)
+
+    def _connect(self, new: bool) -> tuple[Any, Any]:
+        """The client, and what it takes as the place of all objects."""
+        return _client(self.url, mkdir=new)
 
     def shown(self, path: Path) -> str:
         """The URL of what has this path in the cache."""
@@ -256,7 +255,7 @@ class Bucket(Place):
         """
         origin = self.paths.shard(teacher, shard_id)
         content = self._commits_of(teacher, [shard_id])[shard_id]
-        commit, parts = Commit.from_json(content, self.shown(origin / COMMIT)), []
+        commit = Commit.from_json(content, self.shown(origin / COMMIT))
         listed = self._listed(origin)
         for name, record in commit.files.items():
             found = listed.get(origin / name, {"size": "no"})["size"]
@@ -265,10 +264,18 @@ class Bucket(Place):
                     f"{self.shown(origin / name)}: {found} bytes, expected the committed "
                     f"{record.size_bytes}; `kvdistill verify --repair` lets it be pushed again"
                 )
+        self._get_files(origin, {n: file.size_bytes for n, file in commit.files.items()}, folder)
+        _refuse_faults(folder, commit, self.shown(origin))
+        (folder / COMMIT).write_bytes(content)
+
+    def _get_files(self, origin: Path, sizes: Mapping[str, int], folder: Path) -> None:
+        """Copy files below ``origin`` to a folder."""
+        parts = []
+        for name, size in sizes.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).touch()
-            starts = range(0, record.size_bytes, _PART_BYTES)
-            parts += [(name, i, min(_PART_BYTES, record.size_bytes - i)) for i in starts]
+            starts = range(0, size, _PART_BYTES)
+            parts += [(name, start, min(_PART_BYTES, size - start)) for start in starts]
 
         def get(part: tuple[str, int, int]) -> None:
             name, start, length = part
@@ -279,8 +286,6 @@ class Bucket(Place):
                 os.pwrite(file.fileno(), read, start)
 
         self._each(get, parts)
-        _refuse_faults(folder, commit, self.shown(origin))
-        (folder / COMMIT).write_bytes(content)
 
     def open_shard(self, teacher: str, shard_id: str) -> tuple[Path, Callable[[], None]]:
         """In the cache: downloads what is missing, and evicts what exceeds the bound.
@@ -364,7 +369,7 @@ def _cause(error: Exception) -> str:
     return f"{text}; check URL, endpoint and network, then run it again to continue"
 
 
-def _connect(url: str, *, mkdir: bool) -> tuple[Any, Any]:
+def _client(url: str, *, mkdir: bool) -> tuple[Any, Any]:
     try:
         import obstore.store
     except ImportError as error:
@@ -379,7 +384,8 @@ def _connect(url: str, *, mkdir: bool) -> tuple[Any, Any]:
             raise StoreNotFound(f"no store at {url}: there is no such folder") from None
         text = shorten(str(error).partition("Debug source")[0], 200)
         raise StoreError(
-            f"{url}: {text}; expected s3://BUCKET/PREFIX, gs://…, az://… or file:///FOLDER"
+            f"{url}: {text}; expected s3://BUCKET/PREFIX, gs://…, az://…, file:///FOLDER or "
+            "hf://datasets/USER/NAME"
         ) from error
 
 

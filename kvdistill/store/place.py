@@ -1,7 +1,7 @@
 """Where a store is kept, behind one interface: ``Place`` is a folder, ``Bucket`` a bucket.
 
 All paths are those of ``StorePaths``: in the store's own folder, or in the cache of a bucket.
-``open_place`` (``bucket.py``) chooses once; nothing above asks which it is.
+``open_place`` chooses once; nothing above asks which it is.
 """
 
 from __future__ import annotations

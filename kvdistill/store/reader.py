@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import ShardCorrupt, ShardNotFound, StoreFormatError, StoreNotFound
-from kvdistill.store.bucket import open_place
 from kvdistill.store.channel_statistics import ChannelStatistics, merged_statistics
 from kvdistill.store.codecs import Transforms
 from kvdistill.store.commit import REMEDY, read_regular
 from kvdistill.store.derived import Arrays, derived_arrays, load_transforms
 from kvdistill.store.format import COMMIT
 from kvdistill.store.manifest import Commit, ShardPlan, StoreManifest, TeacherManifest
+from kvdistill.store.open_place import open_place
 from kvdistill.store.open_shard import OpenedShard, open_shard, read_samples
 from kvdistill.store.place import Place
 from kvdistill.store.shard import EncodedShard, TokenTable

@@ -21,7 +21,6 @@ import numpy as np
 from kvdistill import __version__
 from kvdistill.corpus.samples import Shard, corpus_fingerprint
 from kvdistill.errors import GeometryError, NonFiniteError, StoreMismatch, StoreNotFound
-from kvdistill.store.bucket import open_place
 from kvdistill.store.channel_statistics import ChannelStatistics
 from kvdistill.store.commit import folder_records, staging_folder
 from kvdistill.store.format import (
@@ -34,6 +33,7 @@ from kvdistill.store.format import (
 )
 from kvdistill.store.identity import differences, refusal
 from kvdistill.store.manifest import Commit, ShardPlan, StoreManifest, TeacherManifest
+from kvdistill.store.open_place import open_place
 from kvdistill.store.open_shard import BACKENDS
 from kvdistill.store.reader import KVStore
 from kvdistill.store.shard import EncodedShard, TokenTable, block_ptr

@@ -168,3 +168,25 @@ def make_store(
         one = made[shard.shard_id]
         assert publish_shard(store, teacher.name, shard.shard_id, one.shard, one.statistics)
     return store, made
+
+
+def bytes_of(root: Path) -> dict[str, bytes]:
+    """Every file of a store but what its machine alone needs."""
+    files = (path for path in sorted(root.rglob("*")) if path.is_file())
+    names = {path.relative_to(root).as_posix(): path for path in files}
+    return {name: path.read_bytes() for name, path in names.items() if "/tmp/" not in name}
+
+
+def assert_equal_stores(ours: KVStore, theirs: KVStore) -> None:
+    assert ours.teachers() == theirs.teachers()
+    for name in ours.teachers():
+        assert ours.committed(name) == theirs.committed(name)
+        for shard_id in ours.committed(name):
+            mine, other = ours.read_shard(name, shard_id), theirs.read_shard(name, shard_id)
+            assert mine.texts == other.texts
+            for key, array in mine.arrays.items():
+                np.testing.assert_array_equal(array, other.arrays[key])
+        for kind, found in ours.statistics(name).items():
+            np.testing.assert_array_equal(
+                found.to_array(), theirs.statistics(name)[kind].to_array()
+            )

@@ -30,30 +30,9 @@ from kvdistill.store.bucket import Bucket, cache_folder
 from kvdistill.store.maintenance import copy_store, remove_teacher, repair_store, verify_store
 from kvdistill.store.reader import KVStore
 from kvdistill.store.writer import add_teacher, create, publish_shard
+from tests.store.made import assert_equal_stores, bytes_of
 
 BACKENDS = ["safetensors", pytest.param("zarr", marks=pytest.mark.slow)]
-
-
-def bytes_of(root: Path) -> dict[str, bytes]:
-    """Every file of a store but what its machine alone needs."""
-    files = (path for path in sorted(root.rglob("*")) if path.is_file())
-    names = {path.relative_to(root).as_posix(): path for path in files}
-    return {name: path.read_bytes() for name, path in names.items() if "/tmp/" not in name}
-
-
-def assert_equal(ours: KVStore, theirs: KVStore) -> None:
-    assert ours.teachers() == theirs.teachers()
-    for name in ours.teachers():
-        assert ours.committed(name) == theirs.committed(name)
-        for shard_id in ours.committed(name):
-            mine, other = ours.read_shard(name, shard_id), theirs.read_shard(name, shard_id)
-            assert mine.texts == other.texts
-            for key, array in mine.arrays.items():
-                np.testing.assert_array_equal(array, other.arrays[key])
-        for kind, found in ours.statistics(name).items():
-            np.testing.assert_array_equal(
-                found.to_array(), theirs.statistics(name)[kind].to_array()
-            )
 
 
 @pytest.fixture
@@ -78,8 +57,8 @@ def test_a_copy_there_and_back_is_equal_byte_by_byte(
     store, _ = build.store(tmp_path / "store", teacher)
     there, copied = copy_store(store, bucket)
     assert copied == 2
-    assert_equal(there, store)
-    assert_equal(pickle.loads(pickle.dumps(there)), store)
+    assert_equal_stores(there, store)
+    assert_equal_stores(pickle.loads(pickle.dumps(there)), store)
     assert objects(bucket) == bytes_of(tmp_path / "store")
     back, copied = copy_store(KVStore.open(bucket), tmp_path / "back")
     assert copied == 2
@@ -93,7 +72,7 @@ def test_an_uploaded_folder_is_a_store(tmp_path: Path, build: Any, bucket: str) 
     there = Bucket(bucket)
     for name, content in bytes_of(tmp_path / "store").items():
         there.put(there.paths.root / name, content)
-    assert_equal(KVStore.open(bucket), store)
+    assert_equal_stores(KVStore.open(bucket), store)
 
 
 def test_readers_of_a_copy_need_no_shard_for_its_statistics(pushed: tuple[KVStore, str]) -> None:
@@ -126,7 +105,7 @@ def test_a_killed_upload_is_continued(
             left[0] = files + 6  # of one shard, and of what was whole already
     monkeypatch.setattr(obstore, "put", put)
     assert states == [0, 1]
-    assert_equal(KVStore.open(bucket), store)
+    assert_equal_stores(KVStore.open(bucket), store)
 
 
 def test_the_first_of_two_uploads_of_a_shard_wins(
@@ -154,7 +133,7 @@ def test_the_first_of_two_uploads_of_a_shard_wins(
     results.append(copy_store(store, bucket)[1])
     assert results == [1, 0]
     there = KVStore.open(bucket)
-    assert_equal(there, other)
+    assert_equal_stores(there, other)
     assert verify_store(there, ["tiny"]) == []
 
 
@@ -171,7 +150,7 @@ def test_files_that_a_slower_upload_overwrote_are_put_again(
 
     monkeypatch.setattr(Bucket, "create", clobbered)
     copy_store(store, bucket)
-    assert_equal(KVStore.open(bucket), store)
+    assert_equal_stores(KVStore.open(bucket), store)
 
 
 def test_another_corpus_or_extraction_is_refused(
@@ -204,7 +183,7 @@ def test_a_truncated_object_is_one_line_and_repaired_by_a_push(
         repair_store(there, findings)
         assert there.missing("tiny") == ["00001"]
         assert copy_store(store, url)[1] == 1
-        assert_equal(there, store)
+        assert_equal_stores(there, store)
         shutil.rmtree(cache_folder())
         shutil.rmtree(tmp_path / "back")
 
@@ -215,9 +194,9 @@ def test_a_damaged_copy_in_the_cache_is_dropped_by_verify(pushed: tuple[KVStore,
     (cached,) = cache_folder().glob("*/teachers/*/shards/*/shard.safetensors")
     cached.write_bytes(cached.read_bytes()[:-1] + b"?")
     with pytest.raises(ShardCorrupt, match="checksum"):
-        assert_equal(KVStore.open(url), store)
+        assert_equal_stores(KVStore.open(url), store)
     assert verify_store(KVStore.open(url), ["tiny"]) == []
-    assert_equal(KVStore.open(url), store)
+    assert_equal_stores(KVStore.open(url), store)
 
 
 @pytest.mark.parametrize("changes", [{"num_samples": 2}, {"files": 0}, {"teacher": "other"}])
@@ -243,7 +222,7 @@ def test_what_is_no_teacher_in_a_bucket_is_left_alone(pushed: tuple[KVStore, str
     bucket = Bucket(url)
     bucket.put(bucket.paths.teachers / "of a person" / "teacher.json", b"{}")
     bucket.put(bucket.paths.teachers / "empty" / "notes.txt", b"")
-    assert_equal(KVStore.open(url), store)
+    assert_equal_stores(KVStore.open(url), store)
 
 
 def test_a_missing_client_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,9 +389,9 @@ def test_a_bound_that_is_no_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_folder_serves_as_a_bucket(tmp_path: Path, build: Any, private_cache: Path) -> None:
     store, _ = build.store(tmp_path / "store", build.teacher())
     there, _ = copy_store(store, f"file://{tmp_path}/shared/store")
-    assert_equal(there, store)
+    assert_equal_stores(there, store)
     assert bytes_of(tmp_path / "shared/store") == bytes_of(tmp_path / "store")
-    assert_equal(KVStore.open(tmp_path / "shared/store"), store)
+    assert_equal_stores(KVStore.open(tmp_path / "shared/store"), store)
 
 
 READER = """
@@ -482,4 +461,4 @@ def test_a_push_that_is_killed_again_and_again_ends_whole(
     assert kills > 0
     there = KVStore.open(bucket)
     assert verify_store(there, ["tiny"]) == []
-    assert_equal(there, store)
+    assert_equal_stores(there, store)
