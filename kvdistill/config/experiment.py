@@ -263,9 +263,11 @@ def _check_latent(experiment: Experiment) -> None:
             if getattr(losses, name):
                 raise ValueError(f"losses.{name} needs a student with a `latent` section")
         return
-    refused = [n for n in ("inject", "attention_kl", "relation", "logits") if getattr(losses, n)]
+    undefined = ("inject", "attention_kl", "relation", "logits")
+    refused = [f"losses.{name}" for name in undefined if getattr(losses, name)]
+    refused += ["student.chat_template"] * (experiment.student.chat_template == "own")
     if refused:
-        raise ValueError(f"losses.{refused[0]} is undefined on latent positions; set it to 0")
+        raise ValueError(f"{refused[0]} is undefined on latent positions; leave it out")
     if experiment.fusion.learns:
         raise ValueError(
             f"fusion.method {experiment.fusion.method} is a router, which latent targets do not "

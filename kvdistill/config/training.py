@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -39,6 +40,11 @@ class StudentConfig(Section):
     """Instead of `model`: a transformers config to train from scratch; needs `model_type`."""
     tokenizer: str | None = None
     """Hub id or folder; the model's own if not given."""
+    chat_template: Literal["corpus", "own"] = "corpus"
+    """How prompts and answers are read: as the corpus has them, one after the other, or in the
+    tokenizer's own chat template. Plain texts are read as they are."""
+    template_date: date | None = None
+    """Date that the own chat template prints as today's; needed where it prints one."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
     lora: LoraConfig | None = None
@@ -54,6 +60,8 @@ class StudentConfig(Section):
             raise ValueError("a student from scratch needs `tokenizer`")
         if self.lora is not None and self.model is None:
             raise ValueError("`lora` adapts a pretrained student; give `model`")
+        if self.template_date is not None and self.chat_template == "corpus":
+            raise ValueError("`template_date` needs `chat_template: own`")
         return self
 
 

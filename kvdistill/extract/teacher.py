@@ -28,6 +28,13 @@ from kvdistill.attention.fitting import Verified, fit_adapter
 from kvdistill.attention.geometry import VerifiedLayer, position_limit, quantisation
 from kvdistill.attention.hooks import OnLayer, Site, capture
 from kvdistill.attention.language_head import OutputHead
+from kvdistill.attention.prompt_template import (
+    SEGMENTS,
+    SOURCE,
+    TARGET,
+    chat_template,
+    parse_template,
+)
 from kvdistill.attention.tokens import padding_id, tokenizer_fingerprint
 from kvdistill.attention.verification import CACHE, forward_through_cache
 from kvdistill.config.experiment import Experiment
@@ -44,13 +51,6 @@ from kvdistill.extract.loading import (
     weights_fingerprint,
 )
 from kvdistill.extract.predictions import output_head
-from kvdistill.extract.prompt_template import (
-    SEGMENTS,
-    SOURCE,
-    TARGET,
-    chat_template,
-    parse_template,
-)
 from kvdistill.extract.tokenise import (
     Bos,
     PromptTokenizer,

@@ -31,9 +31,9 @@ from torch import Tensor
 
 from kvdistill.attention.adapters import QKV
 from kvdistill.attention.hooks import OnLayer
+from kvdistill.attention.prompt_template import PLAIN_TEXT, PromptTemplate, RenderedPrompt
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
-from kvdistill.extract.prompt_template import PLAIN_TEXT, PromptTemplate, RenderedPrompt
 from kvdistill.types import SEGMENT_SPECIAL
 
 Bos = Literal["keep", "add", "remove"]
@@ -160,13 +160,9 @@ class PromptTokenizer:
 def _map_back(
     ids: Sequence[int], offsets: NDArray[np.int32], prompt: RenderedPrompt, sample: Sample
 ) -> TokenisedSample:
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    _check_offsets(starts, ends, prompt, sample)
-    char_start, char_end = np.zeros_like(starts), np.zeros_like(starts)
-    for start, end, origin in prompt.ranges:
-        inside = (np.maximum(starts, start) < np.minimum(ends, end)) & (char_start == char_end)
-        char_start[inside] = np.maximum(starts[inside], start) - start + origin
-        char_end[inside] = np.minimum(ends[inside], end) - start + origin
+    starts = offsets[:, 0]
+    _check_offsets(starts, offsets[:, 1], prompt, sample)
+    char_start, char_end = prompt.characters(offsets).T
     is_special = char_start == char_end
     segment = np.where(is_special, SEGMENT_SPECIAL, _token_segments(char_start, sample))
     # An empty span lies where the text before it ends, so that positions stay in order.

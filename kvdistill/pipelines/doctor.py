@@ -29,7 +29,7 @@ from kvdistill.distill.align.layers import layer_map
 from kvdistill.distill.losses.attention_maps import AttentionMaps
 from kvdistill.distill.losses.fused_residual import kernel_fault
 from kvdistill.distill.losses.load_balancing import LoadBalancing
-from kvdistill.distill.student.build import load_student_tokenizer, outlined_student
+from kvdistill.distill.student.build import outlined_student, tokenizer_of
 from kvdistill.distill.student.latent.model import LatentStudent
 from kvdistill.errors import ConfigError, KVDistillError, SlurmError, StoreNotFound, TeacherError
 from kvdistill.pipelines.outlook import (
@@ -211,15 +211,13 @@ def _teacher(outline: Callable[[str], Outline], name: str, config: TeacherConfig
 
 def _student(experiment: Experiment) -> str:
     found = student_outline(experiment)
-    return f"{found.model_type}, {found.shape}, {found.num_parameters:,} parameters"
+    return f"{found.model_type}, {found.shape}, {found.size}"
 
 
 def _losses(outline: Callable[[str], Outline], experiment: Experiment) -> str:
     """Losses and layer maps that this student and these teachers can have."""
     config, losses, latent = experiment.student, experiment.losses, experiment.latent
-    tokenizer = load_student_tokenizer(
-        config.tokenizer or str(config.model), config.trust_remote_code
-    )
+    tokenizer = tokenizer_of(config)
     # These read or run the student's weights, which may be random ones.
     device = "meta" if latent is None and not losses.attention_kl else "cpu"
     student = outlined_student(config, tokenizer, experiment.training.max_length, device)

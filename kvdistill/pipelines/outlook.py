@@ -23,7 +23,7 @@ from kvdistill.attention.geometry import Heads
 from kvdistill.attention.kv_capture import KVCapture
 from kvdistill.config.experiment import Experiment
 from kvdistill.corpus.samples import Sample
-from kvdistill.distill.student.build import load_student_tokenizer, outlined_student
+from kvdistill.distill.student.build import outlined_student, tokenizer_of
 from kvdistill.errors import AdapterError, StoreNotFound, TeacherError
 from kvdistill.extract.loading import outlined_teacher
 from kvdistill.extract.teacher import prompt_tokenizer_of
@@ -53,6 +53,11 @@ class Outline:
     num_parameters: int
     """But for the embeddings."""
     prompts: PromptTokenizer
+
+    @property
+    def size(self) -> str:
+        """Parameters that compute: ``106,203,456 parameters without embeddings``."""
+        return f"{self.num_parameters:,} parameters without embeddings"
 
     @property
     def shape(self) -> str:
@@ -93,8 +98,7 @@ def teacher_outline(experiment: Experiment, name: str) -> Outline:
 def student_outline(experiment: Experiment) -> Outline:
     """The student without its weights; raises StudentError as ``check_student``."""
     config, max_length = experiment.student, experiment.training.max_length
-    source = config.tokenizer or str(config.model)
-    tokenizer = load_student_tokenizer(source, config.trust_remote_code)
+    tokenizer = tokenizer_of(config)
     student = outlined_student(config, tokenizer, max_length)
     heads = {site.layer_idx: site.heads for site in KVCapture(student).sites}
     return Outline(student.config.model_type, heads, _size(student), PromptTokenizer(tokenizer))
@@ -155,8 +159,7 @@ def outlook(experiment: Experiment) -> Iterator[str]:
         )
     student, training = student_outline(experiment), experiment.training
     start = f"from {experiment.student.model or 'scratch'}"
-    weights = f"{student.num_parameters:,} parameters"
-    yield f"student: {student.model_type}, {start}, {student.shape}, {weights}"
+    yield f"student: {student.model_type}, {start}, {student.shape}, {student.size}"
     batch = training.batch_size * training.gradient_accumulation_steps
     steps = training.max_steps or math.ceil(training.epochs * math.ceil(len(samples) / batch))
     yield f"training: {steps:,} steps of {batch} samples, up to {training.max_length} tokens each"

@@ -24,7 +24,7 @@ from kvdistill.corpus.samples import Sample, Shard, cut_into_shards
 from kvdistill.distill.align.band import AlignmentQuality, quality
 from kvdistill.distill.align.character_iou import Spans, align_tokens
 from kvdistill.distill.align.layers import LayerMap, layer_map
-from kvdistill.distill.student.build import check_student, load_student_tokenizer
+from kvdistill.distill.student.build import check_student, tokenizer_of
 from kvdistill.errors import StudentError
 from kvdistill.extract.encode import fit_bases
 from kvdistill.extract.extract_shard import ExtractedShard, extract_samples, token_table
@@ -270,13 +270,10 @@ def _measure_size(
 
 def _student_layers(experiment: Experiment) -> tuple[PromptTokenizer, int] | None:
     """Its tokenizer, and its layers with keys; None where there is no such student yet."""
-    config = experiment.student
-    source = config.tokenizer or config.model
-    if source is None:
-        return None
     try:
-        tokenizer = load_student_tokenizer(source, config.trust_remote_code)
-        return PromptTokenizer(tokenizer), check_student(config, tokenizer).num_layers
+        tokenizer = tokenizer_of(experiment.student)
+        layers = check_student(experiment.student, tokenizer).num_layers
+        return PromptTokenizer(tokenizer), layers
     except StudentError:
         # The estimate may precede the training of the student's tokenizer.
         return None

@@ -131,12 +131,10 @@ def require_trainable_student(experiment: Experiment) -> None:
 
     Called before extraction, which may take hours.
     """
-    from kvdistill.distill.student.build import check_student, load_student_tokenizer
+    from kvdistill.distill.student.build import check_student, tokenizer_of
 
-    config = experiment.student
-    name = config.tokenizer or str(config.model)
-    tokenizer = load_student_tokenizer(name, config.trust_remote_code)
-    check_student(config, tokenizer, experiment.training.max_length)
+    tokenizer = tokenizer_of(experiment.student)
+    check_student(experiment.student, tokenizer, experiment.training.max_length)
 
 
 def require_matching_store(store: KVStore, experiment: Experiment, splits: Splits) -> None:

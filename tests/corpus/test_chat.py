@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvdistill.attention.prompt_template import chat_template, parse_template
 from kvdistill.config.distill import AlignmentConfig, LossConfig
 from kvdistill.corpus.readers import conversation, read_files
 from kvdistill.corpus.samples import Sample
@@ -18,7 +19,6 @@ from kvdistill.distill.evaluate.answers import is_gradable
 from kvdistill.distill.evaluate.perplexity import score_texts
 from kvdistill.distill.student.build import train_tokenizer
 from kvdistill.errors import CorpusError, TeacherError
-from kvdistill.extract.prompt_template import chat_template, parse_template
 from kvdistill.extract.tokenise import PromptTokenizer
 
 TURNS = [

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvdistill.attention.prompt_template import SEGMENTS
 from kvdistill.config.extraction import TeacherConfig
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.align.character_iou import Spans, align_tokens
 from kvdistill.distill.data.collate import StudentTokens, tokenize
 from kvdistill.distill.student.build import load_student_tokenizer
 from kvdistill.extract.loading import load_teacher_tokenizer
-from kvdistill.extract.prompt_template import SEGMENTS
 from kvdistill.extract.tokenise import PromptTokenizer, TokenisedSample
 from kvdistill.types import TokenMethod
 from tests.extract.tokenizers_of_every_kind import BYTE_LEVEL, EVERY_KIND, save_tokenizer

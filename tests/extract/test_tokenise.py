@@ -6,14 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from kvdistill.corpus.samples import Sample
-from kvdistill.errors import TeacherError
-from kvdistill.extract.prompt_template import (
+from kvdistill.attention.prompt_template import (
     PLAIN_TEXT,
     PromptTemplate,
     chat_template,
     parse_template,
 )
+from kvdistill.corpus.samples import Sample
+from kvdistill.errors import TeacherError
 from kvdistill.extract.tokenise import Bos, PromptTokenizer, TokenisedSample
 from tests.extract.models import tiny_tokenizer
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kvdistill.attention.prompt_template import chat_template
 from kvdistill.config.extraction import TeacherConfig
 from kvdistill.config.training import StudentConfig
 from kvdistill.distill.student.build import build_student, check_student, load_student_tokenizer
@@ -17,7 +18,6 @@ from kvdistill.distill.student.latent.model import LatentStudent
 from kvdistill.errors import StudentError, TeacherError
 from kvdistill.extract.extract_shard import extract_samples
 from kvdistill.extract.loading import load_teacher_tokenizer
-from kvdistill.extract.prompt_template import chat_template
 from kvdistill.extract.teacher import load_teacher
 from kvdistill.pipelines.fetch import fetch
 from tests.attention.test_families import SAMPLES

@@ -10,10 +10,10 @@ import pytest
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
+from kvdistill.attention import prompt_template
+from kvdistill.attention.prompt_template import chat_template
 from kvdistill.config.experiment import Experiment
 from kvdistill.errors import ConfigError, StoreMismatch, TeacherError
-from kvdistill.extract import prompt_template
-from kvdistill.extract.prompt_template import chat_template
 from kvdistill.pipelines import extract as pipeline
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.extract_tasks import other_extraction

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvdistill.attention.prompt_template import RenderedPrompt, own_prompt
 from kvdistill.attention.tokens import with_ends
 from kvdistill.config.distill import AlignmentConfig, LossConfig
 from kvdistill.corpus.samples import Sample
@@ -46,13 +47,15 @@ class Item:
 class StudentTokens:
     """One sample tokenised for the student; all arrays are int64 ``[T]``.
 
-    ``segment`` is -1 for tokens that stand for no character (BOS, EOS).
+    ``segment`` is -1 for tokens that stand for no character (BOS, EOS, a chat template's).
     """
 
     input_ids: NDArray[np.int64]
     char_start: NDArray[np.int64]
     char_end: NDArray[np.int64]
     segment: NDArray[np.int64]
+    is_label: NDArray[np.bool_]
+    """False for a chat template's tokens but the one after an answer, by which a turn ends."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,26 +168,24 @@ class Collate:
 
 
 def tokenize(tokenizer: Any, samples: Sequence[Sample], max_length: int) -> list[StudentTokens]:
-    """Tokenise whole texts as ``BOS text EOS``, truncated; see ``with_ends``.
+    """Tokenise whole texts as ``BOS text EOS``, or in a chat template of their own, truncated.
 
     Args:
-        tokenizer: a fast tokenizer.
+        tokenizer: a fast tokenizer; see ``with_ends`` and ``own_prompt``.
         samples: texts; an empty one gives only the special tokens.
         max_length: tokens kept per sample, special ones included. A truncated text loses its EOS,
             since it does not end there.
     """
+    prompts = [own_prompt(tokenizer, sample) for sample in samples]
     encoded = tokenizer(
-        [sample.text for sample in samples],
+        [(prompt or sample).text for prompt, sample in zip(prompts, samples, strict=True)],
         add_special_tokens=False,
         return_offsets_mapping=True,
         return_attention_mask=False,
         verbose=False,
     )
-    rows = zip(samples, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    return [
-        _student_tokens(tokenizer, sample, ids, offsets, max_length)
-        for sample, ids, offsets in rows
-    ]
+    rows = zip(samples, prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [_student_tokens(tokenizer, *row, limit=max_length) for row in rows]
 
 
 def require_text(tokenizer: Any, samples: Sequence[Sample], max_length: int) -> None:
@@ -207,30 +208,42 @@ def scored_tokens(sample: Sample, tokens: StudentTokens) -> NDArray[np.int64]:
 
 
 def _student_tokens(
-    tokenizer: Any, sample: Sample, ids: list[int], offsets: list[tuple[int, int]], limit: int
+    tokenizer: Any,
+    sample: Sample,
+    prompt: RenderedPrompt | None,
+    ids: list[int],
+    offsets: list[tuple[int, int]],
+    *,
+    limit: int,
 ) -> StudentTokens:
-    whole, num_before = with_ends(tokenizer, ids)
-    input_ids = np.array(whole, np.int64)
+    whole, num_before = (ids, 0) if prompt else with_ends(tokenizer, ids)
     text = slice(num_before, num_before + len(ids))
     spans = np.zeros((len(whole), 2), np.int64)
     spans[text] = np.reshape(offsets, (-1, 2))
+    if prompt:
+        spans = prompt.characters(spans)
     char_start, char_end = spans.T
-    segment = np.full(len(input_ids), SEGMENT_SPECIAL, np.int64)
+    segment = np.full(len(whole), SEGMENT_SPECIAL, np.int64)
     filled = [span for span in sample.spans if span[1] > span[0]]
     if filled:
         starts, _, segment_ids = np.array(filled).T
         first = np.searchsorted(starts, char_start[text], side="right") - 1
         segment[text] = segment_ids[first]
-    return StudentTokens(input_ids[:limit], char_start[:limit], char_end[:limit], segment[:limit])
+    is_label = np.ones(len(whole), bool)
+    if prompt:
+        segment[char_start == char_end] = SEGMENT_SPECIAL
+        before = np.append(SEGMENT_SPECIAL, segment[:-1])
+        is_label = (segment >= 0) | (before > SEGMENT_IDS["prompt"])
+    columns = np.array(whole, np.int64), char_start, char_end, segment, is_label
+    return StudentTokens(*[column[:limit] for column in columns])
 
 
 def token_counts(tokenizer: Any, samples: Sequence[Sample], max_length: int) -> NDArray[np.int64]:
     """Tokens of every sample as ``tokenize`` gives them: ``[N]``. Costs a pass over the texts."""
     counts, per_call = [], 1000  # a call spreads its texts over the cores
     for start in range(0, len(samples), per_call):
-        texts = [sample.text for sample in samples[start : start + per_call]]
-        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        counts += [min(len(with_ends(tokenizer, row)[0]), max_length) for row in ids["input_ids"]]
+        some = samples[start : start + per_call]
+        counts += [len(tokens.input_ids) for tokens in tokenize(tokenizer, some, max_length)]
     return np.array(counts, np.int64)
 
 
@@ -241,12 +254,13 @@ def student_batch(tokens: Sequence[StudentTokens], pad_id: int) -> Batch:
     input_ids = padded([t.input_ids for t in tokens], pad_id, longest)
     present = padded([np.ones_like(t.input_ids) for t in tokens], 0, longest).bool()
     segment = padded([t.segment for t in tokens], SEGMENT_SPECIAL, longest)
+    labels = [t.is_label for t in tokens]
     attention_mask = present.clone()
     attention_mask[:, 0] = True
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask.long(),
-        "labels": input_ids.masked_fill(~present, IGNORED_LABEL),
+        "labels": input_ids.masked_fill(~padded(labels, 0, longest).bool(), IGNORED_LABEL),
         "text_mask": segment >= 0,
     }
 

@@ -24,7 +24,7 @@ from kvdistill.corpus.samples import Sample
 from kvdistill.distill.evaluate.answers import Answer, ExactMatch, grade, is_gradable, target
 from kvdistill.distill.evaluate.over_ranks import over_ranks
 from kvdistill.distill.evaluate.perplexity import by_task, score_texts
-from kvdistill.distill.student.build import prompt_ids
+from kvdistill.distill.student.build import question_ids
 from kvdistill.distill.student.latent.model import LatentStudent, Think, answer
 from kvdistill.distill.student.latent.questions import question_and_answer
 from kvdistill.errors import StudentError
@@ -187,13 +187,13 @@ def _truncated_prompts(
     student: Any, tokenizer: Any, samples: Sequence[Sample], max_new_tokens: int
 ) -> list[list[int]]:
     """Token ids of every prompt, left-truncated after BOS to the model's positions."""
-    prompts = prompt_ids(tokenizer, [sample.question for sample in samples])
+    prompts = question_ids(tokenizer, samples)
     budget = prompt_budget(student, max_new_tokens)
     if budget is None:
         return prompts
-    num_bos = int(tokenizer.bos_token_id is not None)
-    kept = max(budget - num_bos, 0)
-    return [ids[:num_bos] + ids[max(len(ids) - kept, num_bos) :] for ids in prompts]
+    bos = [int(ids[:1] == [tokenizer.bos_token_id]) for ids in prompts]
+    kept = [max(n, len(x) - max(budget - n, 0)) for n, x in zip(bos, prompts, strict=True)]
+    return [x[:n] + x[k:] for n, k, x in zip(bos, kept, prompts, strict=True)]
 
 
 def prompt_budget(student: Any, max_new_tokens: int) -> int | None:

@@ -28,8 +28,10 @@ from kvdistill.attention.model_folder import (
     weights_fault,
     without_progress_bars,
 )
+from kvdistill.attention.prompt_template import OWN_TEMPLATE, own_prompt, own_template
 from kvdistill.attention.tokens import num_token_ids, report_whole_offsets, with_ends
 from kvdistill.config.training import StudentConfig
+from kvdistill.corpus.samples import Sample
 from kvdistill.distill.student.lora import adapt
 from kvdistill.errors import KVDistillError, StudentError
 from kvdistill.text import brief, near
@@ -182,6 +184,24 @@ def load_student_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
+def tokenizer_of(config: StudentConfig) -> Any:
+    """The student's tokenizer, which records whether it reads in its own chat template.
+
+    Raises:
+        StudentError: as ``load_student_tokenizer``, or a chat template that cannot be used.
+    """
+    tokenizer = load_student_tokenizer(
+        config.tokenizer or str(config.model), config.trust_remote_code
+    )
+    tokenizer.init_kwargs.pop(OWN_TEMPLATE, None)  # of the run that saved it
+    if config.chat_template == "own":
+        day = config.template_date
+        tokenizer.init_kwargs[OWN_TEMPLATE] = day.isoformat() if day else ""
+        with one_line_errors("use student.chat_template", config.model, "tokenizer.json"):
+            own_template(tokenizer)
+    return tokenizer
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     """Train a byte-level BPE tokenizer; every text round-trips and has exact offsets.
 
@@ -229,6 +249,14 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
     )["input_ids"]
     return ids
+
+
+def question_ids(tokenizer: Any, samples: Sequence[Sample]) -> list[list[int]]:
+    """Token ids of what an answer is generated from, in the student's chat template or as it is."""
+    if own_template(tokenizer) is None:
+        return prompt_ids(tokenizer, [sample.question for sample in samples])
+    pairs = ((sample, own_prompt(tokenizer, sample)) for sample in samples)
+    return token_ids(tokenizer, [p.until(len(s.question)) if p else s.text for s, p in pairs])
 
 
 def prompt_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

@@ -34,6 +34,7 @@ from kvdistill.distill.student.build import (
     build_student,
     load_student_tokenizer,
     require_positions,
+    tokenizer_of,
 )
 from kvdistill.distill.student.latent.latent_distiller import LatentDistiller, nearest_layers
 from kvdistill.distill.student.latent.model import LatentStudent, question_room
@@ -93,9 +94,7 @@ def assemble(
         StudentError, StoreError, ConfigError, CorpusError: see the parts.
     """
     config, training = experiment.student, experiment.training
-    tokenizer = load_student_tokenizer(
-        config.tokenizer or str(config.model), config.trust_remote_code
-    )
+    tokenizer = tokenizer_of(config)
     require_text(tokenizer, samples, training.max_length)
     student = build_student(config, tokenizer, experiment.seed)
     verify_student(student)

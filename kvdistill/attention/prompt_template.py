@@ -1,19 +1,22 @@
-r"""How a sample is put to a teacher.
+r"""How a sample is put to a model.
 
 A prompt template is a string such as ``"Question: {prompt}\nAnswer:{rationale}{answer}"``, or a
-tokenizer's chat template; without one a teacher reads the sample's text as it is. Rendering keeps
+tokenizer's chat template; without one a model reads the sample's text as it is. Rendering keeps
 track of which characters come from where, so templates differ freely and still align.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
-from functools import cache
+from functools import cache, lru_cache
 from string import Formatter
 from types import SimpleNamespace
 from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
@@ -25,6 +28,10 @@ Pieces = tuple["str | Placeholder", ...]
 Turns = tuple[tuple[str, tuple[int, ...]], ...]
 """Role and segments of every turn of a conversation."""
 _ROLES: Final = ("user", "assistant")
+_REMEDY: Final = "set `template` instead of `chat`"
+OWN_TEMPLATE: Final = "kvdistill_chat_template"
+"""Setting of the tokenizer of a student that reads prompts and answers in its chat template: the
+date that the template prints, or an empty string."""
 _SIDES: Final = {"": "", "l": "lstrip", "r": "rstrip", "lr": "strip"}
 
 
@@ -54,6 +61,23 @@ class RenderedPrompt:
 
     text: str
     ranges: tuple[tuple[int, int, int], ...]
+
+    def until(self, stop: int) -> str:
+        """The text up to where the sample's text goes on at or after character ``stop``."""
+        for start, end, origin in self.ranges:
+            if origin + end - start > stop:
+                return self.text[: start + max(stop - origin, 0)]
+        return self.text
+
+    def characters(self, offsets: NDArray[Any]) -> NDArray[Any]:
+        """Token offsets in ``text``, ``[T, 2]``, in the sample's text; 0, 0 where in neither."""
+        found = np.zeros_like(offsets)
+        starts, ends = offsets.T
+        for start, end, origin in self.ranges:
+            inside = np.maximum(starts, start) < np.minimum(ends, end)
+            inside &= found[:, 0] == found[:, 1]
+            found[inside] = offsets[inside].clip(start, end) - start + origin
+        return found
 
 
 @dataclass(frozen=True)
@@ -153,7 +177,7 @@ def parse_template(template: str | None) -> PromptTemplate:
 
 
 def chat_template(
-    tokenizer: Any, system: str | None = None, day: date | None = None
+    tokenizer: Any, system: str | None = None, day: date | None = None, remedy: str = _REMEDY
 ) -> PromptTemplate:
     """A tokenizer's chat template as a prompt template: a user turn, then an assistant turn.
 
@@ -166,10 +190,8 @@ def chat_template(
             changes its turns.
     """
     if not getattr(tokenizer, "chat_template", None):
-        raise TeacherError(
-            f"{_owner(tokenizer)} has no chat template; set `template` instead of `chat`"
-        )
-    (before, between, after), prints_date = _around_turns(tokenizer, _ROLES, system, day)
+        raise TeacherError(f"{_owner(tokenizer)} has no chat template; {remedy}")
+    (before, between, after), prints_date = _around_turns(tokenizer, _ROLES, system, day, remedy)
     turn = (Placeholder("rationale", "lstrip"), Placeholder("answer", "rstrip"))
     pieces = (before, Placeholder("prompt", "strip"), between, *turn, after)
     source = f"{before}{{prompt:strip}}{between}{{rationale:lstrip}}{{answer:rstrip}}{after}"
@@ -179,7 +201,7 @@ def chat_template(
     def of_turns(turns: Turns) -> Pieces:
         roles = tuple(role for role, _ in turns)
         own = None if roles[0] == "system" else system
-        literals, _ = _around_turns(tokenizer, roles, own, day)
+        literals, _ = _around_turns(tokenizer, roles, own, day, remedy)
         pieces: list[str | Placeholder] = [literals[0]]
         for (_, numbers), literal in zip(turns, literals[1:], strict=True):
             for number in numbers:
@@ -191,8 +213,34 @@ def chat_template(
     return PromptTemplate(tuple(piece for piece in pieces if piece), source, printed, of_turns)
 
 
+@lru_cache(maxsize=8)
+def own_template(tokenizer: Any) -> PromptTemplate | None:
+    """The chat template in which a student reads; None for one that reads the bare text.
+
+    Raises:
+        TeacherError: as ``chat_template``, or the template prints a date and none is set.
+    """
+    day = getattr(tokenizer, "init_kwargs", {}).get(OWN_TEMPLATE)
+    if day is None:
+        return None
+    remedy = "set student.chat_template to corpus"
+    found = chat_template(tokenizer, None, date.fromisoformat(day) if day else None, remedy)
+    if found.date and not day:
+        raise TeacherError(
+            f"the chat template of {_owner(tokenizer)} prints today's date, and a resumed run "
+            f"would read other texts; set student.template_date, or {remedy}"
+        )
+    return found
+
+
+def own_prompt(tokenizer: Any, sample: Sample) -> RenderedPrompt | None:
+    """A sample as a student reads it in its chat template; None where it reads the bare text."""
+    template = own_template(tokenizer) if "text" not in dict(sample.segments) else None
+    return None if template is None else template.render(replace(sample, chat=True))
+
+
 def _around_turns(
-    tokenizer: Any, roles: Sequence[str], system: str | None, day: date | None
+    tokenizer: Any, roles: Sequence[str], system: str | None, day: date | None, remedy: str
 ) -> tuple[list[str], bool]:
     """What a chat template prints before, between and after turns, and whether it prints a date.
 
@@ -202,7 +250,7 @@ def _around_turns(
     turns = [{"role": "system", "content": system}] if system is not None else []
     marks = [f"KVDISTILL-TURN-{number}-{role}" for number, role in enumerate(roles)]
     turns += [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-    rest, prints_date = _render_on(day, tokenizer, turns)
+    rest, prints_date = _render_on(day, tokenizer, turns, remedy)
     literals = []
     for mark in marks:
         literal, found, rest = rest.partition(mark)
@@ -210,13 +258,13 @@ def _around_turns(
         if not found or mark in rest:
             raise TeacherError(
                 f"the chat template of {_owner(tokenizer)} does not render each turn exactly "
-                "once; set `template` instead of `chat`"
+                f"once; {remedy}"
             )
     literals.append(rest)
     if system is not None and system.strip() not in "".join(literals):
         raise TeacherError(
             f"the chat template of {_owner(tokenizer)} does not render the system turn; remove "
-            "`system`, or set `template` instead of `chat`"
+            f"`system`, or {remedy}"
         )
     return literals, prints_date
 
@@ -226,7 +274,7 @@ def _owner(tokenizer: Any) -> str:
 
 
 def _render_on(
-    day: date | None, tokenizer: Any, turns: Sequence[dict[str, str]]
+    day: date | None, tokenizer: Any, turns: Sequence[dict[str, str]], remedy: str
 ) -> tuple[str, bool]:
     """A chat template rendered on a day, and whether the day matters.
 
@@ -245,7 +293,7 @@ def _render_on(
         cause = shorten(str(error), 150)
         raise TeacherError(
             f"the chat template of {_owner(tokenizer)} refuses these turns: {cause}; change "
-            "`system`, or set `template` instead of `chat`"
+            f"`system`, or {remedy}"
         ) from error
     finally:
         chat_template_utils.datetime = clock
