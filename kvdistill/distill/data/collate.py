@@ -234,8 +234,9 @@ def _student_tokens(
         segment[char_start == char_end] = SEGMENT_SPECIAL
         before = np.append(SEGMENT_SPECIAL, segment[:-1])
         is_label = (segment >= 0) | (before > SEGMENT_IDS["prompt"])
-    columns = np.array(whole, np.int64), char_start, char_end, segment, is_label
-    return StudentTokens(*[column[:limit] for column in columns])
+    kept = slice(limit)
+    columns = np.array(whole, np.int64)[kept], char_start[kept], char_end[kept], segment[kept]
+    return StudentTokens(*columns, is_label[kept])
 
 
 def token_counts(tokenizer: Any, samples: Sequence[Sample], max_length: int) -> NDArray[np.int64]:
