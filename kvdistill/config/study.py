@@ -42,6 +42,8 @@ class AblationConfig(Section):
 
     name: Name
     """Name of the study, and of its folder inside the experiment's `output_dir`."""
+    question: str = ""
+    """What the study is to find out, in one sentence, for the top of its report."""
     experiment: Path | Settings
     """Experiment file, relative to this one, or its content."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)

@@ -195,6 +195,7 @@ def write_record(design: StudyDesign) -> Path:
     ]
     record = {
         "name": design.config.name,
+        "question": design.config.question,
         "baseline": design.baseline,
         "seeds": list(design.config.seeds),
         "may_differ": list(design.config.may_differ),

@@ -2,7 +2,7 @@
 
 A figure is drawn with three inks (text, secondary text, rules). A PNG keeps them; an SVG in a page
 replaces them by CSS variables of the page's theme. Series have the colour-blind-safe palette of
-Okabe and Ito, which contrasts with both themes; where colours run out, markers change. SVG text
+Okabe and Ito, which contrasts with both themes, and differ in their markers too. SVG text
 stays text: small, sharp at any size, and searchable.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -35,7 +36,14 @@ QUIET: Final = "#5b6873"
 RULE: Final = "#d6dce2"
 VARIABLES: Final = {INK: "var(--ink)", QUIET: "var(--quiet)", RULE: "var(--rule)"}
 PALETTE: Final = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c6d31")
-MARKERS: Final = "os^Dv"
+MARKERS: Final = {
+    "o": "M9 6a5 5 0 1 0 10 0a5 5 0 1 0-10 0",
+    "^": "M14 1l5 10H9z",
+    "D": "M14 0l6 6-6 6-6-6z",
+    "v": "M14 11l5-10H9z",
+    "s": "M9 1h10v10H9z",
+}
+"""Each marker as an SVG path, around the middle of 28 by 12."""
 # From transparent to blue, so that zero has the colour of the page in either theme.
 SHADES: Final = LinearSegmentedColormap.from_list(
     "shades", [(0, 0.447, 0.698, 0), (0, 0.447, 0.698, 1)]
@@ -44,8 +52,10 @@ WIDEST_ON_A_PHONE: Final = 480
 """Pixels. A figure wider than this, such as an alignment's tokens, scrolls and does not shrink."""
 WIDTH: Final = 4.4
 """Inches. At 9 points the text is still readable when a phone shrinks the figure to 340 pixels."""
-FEW_POINTS: Final = 30
-"""Curves with fewer points have markers."""
+NUM_MARKERS: Final = 12
+"""Of a curve of many points, about so many have a marker."""
+MANY_CURVES: Final = 6
+"""More curves than this have no bands, which would hide one another."""
 
 mpl.rc("font", size=9)
 mpl.rc("text", color=INK)
@@ -73,8 +83,19 @@ def look(idx: int, *, baseline: bool = False, placebo: bool = False) -> Look:
     """The look of the idx-th series: the baseline in ink, placebos dashed."""
     if baseline:
         return Look(INK, "s")
-    marker = MARKERS[idx // len(PALETTE) % len(MARKERS)]
+    marker = [*MARKERS][idx % len(MARKERS)]
     return Look(PALETTE[idx % len(PALETTE)], marker, "--" if placebo else "-")
+
+
+def swatch(style: Look) -> str:
+    """Line and marker of a series as an ``<svg>`` for a legend, in the theme of its page."""
+    color = VARIABLES.get(style.color, style.color)
+    dashes = "" if style.line == "-" else ' stroke-dasharray="5 3"'
+    return (
+        f'<svg aria-hidden="true" class="swatch" viewBox="0 0 28 12" fill="{color}">'
+        f'<path d="M0 6h28" stroke="{color}" stroke-width="2"{dashes}/>'
+        f'<path d="{MARKERS[style.marker]}"/></svg>'
+    )
 
 
 def canvas(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
@@ -120,22 +141,29 @@ def svg(figure: Figure, name: str, label: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}" style="{size}"', 1)
 
 
-def bands(series: Mapping[str, Sequence[Points]], looks: Looks, y_label: str, title: str) -> Figure:
+def bands(
+    series: Mapping[str, Sequence[Points]],
+    looks: Looks,
+    y_label: str,
+    title: str,
+    *,
+    legend: bool = False,
+) -> Figure:
     """Mean over seeds of each arm's curves, in a band from the lowest seed to the highest."""
-    figure, axes = canvas(3.2)
+    figure, axes = canvas(3.0)
     for name, curves in series.items():
         steps = sorted(set.intersection(*(set(x) for x, _ in curves)))
         points = [dict(zip(*curve, strict=True)) for curve in curves]
         values = np.array([[by_step[step] for step in steps] for by_step in points])
         values = values.reshape(len(curves), len(steps))
-        few = len(steps) < FEW_POINTS
-        _line(axes, (steps, list(values.mean(0))), name, looks[name], marked=few)
-        if len(curves) > 1:
+        _line(axes, (steps, list(values.mean(0))), name, looks[name])
+        if len(curves) > 1 and len(series) <= MANY_CURVES:
             axes.fill_between(
                 steps, values.min(0), values.max(0), color=looks[name].color, alpha=0.18, lw=0
             )
     axes.set(xlabel="optimizer step", ylabel=y_label, title=title)
-    legend_below(figure)
+    if legend:
+        legend_below(figure)
     return figure
 
 
@@ -166,19 +194,6 @@ def dots(values: ByName, looks: Looks, x_label: str, title: str) -> Figure:
     return figure
 
 
-def bars(values: ByName, looks: Looks, x_label: str, title: str) -> Figure:
-    """Horizontal bars: each arm's mean, with a line from its lowest run to its highest."""
-    figure, axes = _rows(list(values), x_label, title)
-    for row, (name, found) in enumerate(values.items()):
-        style = looks[name]
-        hatch = "////" if style.line != "-" else None
-        axes.barh(row, np.mean(found), 0.62, color=style.color, alpha=0.8, hatch=hatch, ec=RULE)
-        if len(found) > 1:
-            axes.plot([min(found), max(found)], [row, row], color=INK, lw=1.4)
-    axes.axvline(0, color=QUIET, lw=0.8)
-    return figure
-
-
 def reliability(series: Mapping[str, Points], looks: Looks) -> Figure:
     """Accuracy over confidence, one line per arm; the diagonal is perfect calibration."""
     figure, axes = canvas(3.2)
@@ -186,7 +201,6 @@ def reliability(series: Mapping[str, Points], looks: Looks) -> Figure:
     for name, points in series.items():
         _line(axes, points, name, looks[name])
     axes.set(xlabel="confidence", ylabel="accuracy", title="Reliability")
-    legend_below(figure)
     return figure
 
 
@@ -199,7 +213,7 @@ def over_layers(
     reference: float | None = None,
     limits: tuple[float | None, float | None] = (None, None),
 ) -> Figure:
-    """One line per arm or teacher over the student's layers; ``reference`` is a dotted line."""
+    """One line per series over the student's layers; without ``looks`` with a legend."""
     figure, axes = canvas(3.0)
     for idx, (name, values) in enumerate(series.items()):
         style = look(idx) if looks is None else looks[name]
@@ -209,7 +223,8 @@ def over_layers(
     axes.set(xlabel="student layer", ylabel=y_label, title=title)
     axes.set_ylim(*limits)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend_below(figure)
+    if looks is None:
+        legend_below(figure)
     return figure
 
 
@@ -262,17 +277,17 @@ def alignment(example: Mapping[str, Any], teacher: str) -> Figure:
     return figure
 
 
-def _line(axes: Axes, points: Points, name: str, style: Look, *, marked: bool = True) -> None:
+def _line(axes: Axes, points: Points, name: str, style: Look) -> None:
     axes.plot(
-        *points, label=name, color=style.color, ls=style.line, lw=1.4,
-        marker=style.marker if marked else None, markersize=3,
+        *points, label=name, color=style.color, ls=style.line, lw=1.4, marker=style.marker,
+        markersize=4, markevery=max(1, len(points[0]) // NUM_MARKERS),
     )  # fmt: skip
 
 
 def _rows(names: Sequence[str], x_label: str, title: str) -> tuple[Figure, Axes]:
     """An empty figure with one row per name, the first on top."""
     figure, axes = canvas(1.1 + 0.28 * len(names))
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [textwrap.fill(name, 26) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)

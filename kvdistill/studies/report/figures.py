@@ -5,7 +5,7 @@ A study gets the figures that its runs have data for; ``kvdistill plot`` draws t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -52,32 +52,7 @@ CURVES: Final = {
         "predicting the mean scores 1.",
     ),
 }
-BEHAVIOUR: Final = {
-    "eval_calibration_error": (
-        "Calibration",
-        "expected calibration error",
-        "Expected calibration error: the mean gap between a student's confidence in its next token "
-        "and its accuracy, over all tokens (Guo et al., arXiv 1706.04599). Lower is better.",
-    ),
-    "eval_exact_match": (
-        "Exact match",
-        "share of correct answers",
-        "Share of held-out problems whose generated answer is correct. Higher is better; the line "
-        "spans the lowest to the highest seed.",
-    ),
-}
-FOLDED: Final = "Alignments and projectors"
-"""Heading of the section that is collapsed until the reader opens it."""
 CALIBRATION_BINS: Final = 15
-BAND: Final = " Lines are means over seeds; bands span the lowest to the highest seed."
-INTERVALS: Final = (
-    " Dots are the measured change, lines its 95 % confidence interval over seeds and texts; an "
-    "interval that includes zero is compatible with no effect."
-)
-PLACEBOS: Final = (
-    " Placebos (dashed) have targets unrelated to the text: a gain that they share is "
-    "regularisation."
-)
 
 
 @dataclass(frozen=True)
@@ -91,23 +66,39 @@ class ReportFigure:
     runs: tuple[Run, ...]
 
 
+def arm_looks(study: Study) -> dict[str, Look]:
+    """How each arm is drawn, by label, in the order of the arms."""
+    others = [arm.label for arm in study.arms if arm.name != study.baseline]
+    return {
+        arm.label: look(0, baseline=True)
+        if arm.name == study.baseline
+        else look(others.index(arm.label), placebo=arm.placebo)
+        for arm in study.arms
+    }
+
+
+def headline_figure(study: Study, rows: Sequence[Row]) -> ReportFigure | None:
+    """The first figure: every arm's change, or else a curve; None of runs that logged nothing."""
+    looks = arm_looks(study)
+    return next((f for f in (*_changes(study, rows, looks), *_curves(study, looks))), None)
+
+
 def sections(study: Study, rows: Sequence[Row]) -> dict[str, list[ReportFigure]]:
-    """All figures that the study's runs have data for, by heading."""
-    others = [arm for arm in study.arms if arm.name != study.baseline]
-    looks = {arm.label: look(idx, placebo=arm.placebo) for idx, arm in enumerate(others)}
-    looks[study.arm(study.baseline).label] = look(0, baseline=True)
+    """All other figures that the study's runs have data for, by heading."""
+    looks, first = arm_looks(study), headline_figure(study, rows)
     found = {
-        "Change against the baseline": _results(study, rows, looks),
+        "Every run": _every_run(study, looks),
         "What each teacher adds": _left_out(study),
         "Training curves": _curves(study, looks),
-        "Calibration and exact match": _behaviour(study, looks),
+        "Calibration": _reliability(study, looks),
         "Errors and fusion weights by layer": [
             *_errors(study, looks), *_explained(study), *_routing(study), *_layer_maps(study)
         ],
-        FOLDED: [*_alignments(study), *_spectra(study)],
-        "Cost": _cost(study, looks),
+        "Alignments and projectors": [*_alignments(study), *_spectra(study)],
     }  # fmt: skip
-    return {heading: figures for heading, figures in found.items() if figures}
+    shown = first.name if first is not None else ""
+    rest = {heading: [f for f in figures if f.name != shown] for heading, figures in found.items()}
+    return {heading: figures for heading, figures in rest.items() if figures}
 
 
 def run_figures(run: Run) -> dict[str, Figure]:
@@ -148,27 +139,36 @@ def _runs(study: Study, labels: Mapping[str, object] | None = None) -> tuple[Run
     )
 
 
-def _results(study: Study, rows: Sequence[Row], looks: Mapping[str, Look]) -> list[ReportFigure]:
-    found = []
-    in_perplexity = {
-        row.arm.label: row.perplexity_change for row in rows if row.perplexity_change is not None
-    }
-    in_bits = {row.arm.label: row.comparison.change for row in rows if row.comparison is not None}
-    if changes := in_perplexity or in_bits:
-        label = "change in perplexity, %" if in_perplexity else "change in bits per character"
-        scale = 100 if in_perplexity else 1
-        figure = plots.forest(changes, looks, label, f"Against {study.baseline}", scale)
-        caption = f"Each arm against {study.baseline}; left of zero is better." + INTERVALS
-        caption += PLACEBOS if any(arm.placebo for arm in study.arms) else ""
-        found.append(ReportFigure("forest", caption, figure, _runs(study)))
-    if bits := _by_label(study, BITS.of_run):
-        figure = plots.dots(bits, looks, "bits per character", "Every run")
-        caption = (
-            "One dot per run, a bar at each arm's mean: the results before any statistics. Lower "
-            "is better. Where two rows overlap, other seeds could reverse the order of the arms."
-        )
-        found.append(ReportFigure("runs", caption, figure, _runs(study)))
-    return found
+def _changes(
+    study: Study, rows: Sequence[Row], looks: Mapping[str, Look]
+) -> Iterator[ReportFigure]:
+    """Every arm's change against the baseline, the best first."""
+    ranked = [row for row in sorted(rows, key=lambda row: -row.gain) if row.judged is not None]
+    if not ranked:
+        return
+    _, unit, scale = ranked[0].change
+    measures = {" %": "perplexity, %", " points": "exact match, points"}
+    better = "right" if unit == " points" else "left"
+    x_label = f"change in {measures.get(unit, unit.strip())} ({better} is better)"
+    estimates = {row.arm.label: row.change[0] for row in ranked}
+    figure = plots.forest(estimates, looks, x_label, f"Against {study.baseline}", scale)
+    caption = (
+        f"Each arm against {study.baseline}. Dots are the measured change, lines its 95 % "
+        "confidence interval; one that includes zero is compatible with no effect."
+    )
+    yield ReportFigure("forest", caption, figure, _runs(study))
+
+
+def _every_run(study: Study, looks: Mapping[str, Look]) -> list[ReportFigure]:
+    bits = _by_label(study, BITS.of_run)
+    if not bits or len(_runs(study)) == 1:
+        return []
+    caption = (
+        "One dot per run, a bar at each arm's mean: the results before any statistics. Lower is "
+        "better. Where two rows overlap, other seeds could reverse the order of the arms."
+    )
+    figure = plots.dots(bits, looks, "bits per character", "Every run")
+    return [ReportFigure("runs", caption, figure, _runs(study))]
 
 
 def _left_out(study: Study) -> list[ReportFigure]:
@@ -186,7 +186,7 @@ def _left_out(study: Study) -> list[ReportFigure]:
         figure = plots.forest(estimates, looks, "change in perplexity, %", title, 100)
         caption = (
             f"The arm {full} against the same arm without one of its teachers. Left of zero, the "
-            "teacher adds something that the others lack; at zero, it is redundant." + INTERVALS
+            "teacher adds something that the others lack; at zero, it is redundant."
         )
         runs = study.arm(full).runs + tuple(run for arm in without.values() for run in arm.runs)
         found.append(ReportFigure(f"left-out-{full}", caption, figure, runs))
@@ -199,37 +199,35 @@ def _curves(study: Study, looks: Mapping[str, Look]) -> list[ReportFigure]:
         series = {
             arm.label: curves
             for arm in study.arms
-            if (curves := [run.curve(key) for run in arm.runs if run.curve(key)[0]])
+            if len(_common_steps(curves := [run.curve(key) for run in arm.runs])) > 1
         }
         if series:
             figure = plots.bands(series, looks, y_label, title)
             name = key.replace("_", "-")
-            found.append(ReportFigure(name, caption + BAND, figure, _runs(study, series)))
+            found.append(ReportFigure(name, caption, figure, _runs(study, series)))
     return found
 
 
-def _behaviour(study: Study, looks: Mapping[str, Look]) -> list[ReportFigure]:
-    found = []
+def _common_steps(curves: Sequence[plots.Points]) -> set[float]:
+    """Runs that stopped at different steps may have none in common, and one makes no curve."""
+    return set.intersection(*(set(steps) for steps, _ in curves))
+
+
+def _reliability(study: Study, looks: Mapping[str, Look]) -> list[ReportFigure]:
     bins = {
         arm.label: _pooled(of_runs)
         for arm in study.arms
         if (of_runs := [b for run in arm.runs for b in run.record.get("calibration", ())])
     }
-    if bins:
-        caption = (
-            "Accuracy of the students' most likely next token by its confidence, tokens of all "
-            f"seeds pooled, in {CALIBRATION_BINS} bins. The dotted line is perfect calibration: "
-            "below it a student is overconfident, above it underconfident."
-        )
-        figure = plots.reliability(bins, looks)
-        found.append(ReportFigure("reliability", caption, figure, _runs(study, bins)))
-    for key, (title, label, caption) in BEHAVIOUR.items():
-        values = _by_label(study, lambda run, key=key: run.metrics.get(key))  # type: ignore[misc]
-        if values:
-            figure = plots.bars(values, looks, label, title)
-            name = key.removeprefix("eval_").replace("_", "-")
-            found.append(ReportFigure(name, caption, figure, _runs(study, values)))
-    return found
+    if not bins:
+        return []
+    caption = (
+        "Accuracy of the students' most likely next token by its confidence, tokens of all seeds "
+        f"pooled, in {CALIBRATION_BINS} bins. The dotted line is perfect calibration: below it a "
+        "student is overconfident, above it underconfident."
+    )
+    figure = plots.reliability(bins, looks)
+    return [ReportFigure("reliability", caption, figure, _runs(study, bins))]
 
 
 def _pooled(bins: Sequence[Mapping[str, float]]) -> tuple[list[float], list[float]]:
@@ -242,16 +240,6 @@ def _pooled(bins: Sequence[Mapping[str, float]]) -> tuple[list[float], list[floa
             sums[which] += found["num_tokens"] * value
     ordered = [totals[idx] for idx in sorted(totals)]
     return [c / num for num, c, _ in ordered], [a / num for num, _, a in ordered]
-
-
-def _cost(study: Study, looks: Mapping[str, Look]) -> list[ReportFigure]:
-    minutes = _by_label(study, lambda run: run.record["seconds"] / 60)
-    caption = (
-        "Wall-clock time of training one student, evaluations included and extraction excluded (it "
-        "is in the table below). Runs that shared a machine with others are slower."
-    )
-    figure = plots.bars(minutes, looks, "minutes", "Time of a run")
-    return [ReportFigure("time", caption, figure, _runs(study))]
 
 
 def _errors(study: Study, looks: Mapping[str, Look]) -> list[ReportFigure]:
@@ -287,7 +275,7 @@ def _explained(study: Study) -> list[ReportFigure]:
             if None not in layers[kind]
         }
         if series:
-            title = f"Variance of the {kind}s explained before the first step"
+            title = f"Variance of {kind}s explained at the start"
             figure = plots.over_layers(series, "share of the variance", title, limits=(None, 1))
             caption = (
                 f"Share of the variance of each layer's target {kind}s that the maps fitted to a "
@@ -319,7 +307,7 @@ def _routing(study: Study) -> list[ReportFigure]:
             if all(task in w["by_task"] for w in weights)
         }  # fmt: skip
         caption = f"Fusion weight of each teacher in {arm.label}; the weights sum to 1. "
-        curves = "During training; constant weights mean that the router learned nothing." + BAND
+        curves = "During training; constant weights mean that the router learned nothing."
         drawn = {
             "weights": (curves, _weight_curves(arm.runs, arm.label)),
             "weights-by-layer": (
@@ -338,7 +326,8 @@ def _weight_curves(runs: Sequence[Run], title: str) -> Figure:
     teachers = list(runs[0].diagnostics["teachers"])
     curves = {name: [run.curve(f"weight_{name}") for run in runs] for name in teachers}
     looks = {name: look(idx) for idx, name in enumerate(teachers)}
-    return plots.bands(curves, looks, "fusion weight", f"Fusion weights: {title}")
+    title = f"Fusion weights: {title}"
+    return plots.bands(curves, looks, "fusion weight", title, legend=True)
 
 
 def _teachers(arm: Arm) -> dict[str, Any]:

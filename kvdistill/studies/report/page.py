@@ -11,12 +11,12 @@ import jinja2
 
 from kvdistill.errors import ConfigError
 from kvdistill.store.commit import replace_file
-from kvdistill.studies.plots import svg
-from kvdistill.studies.report import tables
+from kvdistill.studies.plots import svg, swatch
+from kvdistill.studies.report import figures, results, tables
 from kvdistill.studies.report.comparison import unfair_arms
-from kvdistill.studies.report.figures import FOLDED, ReportFigure, run_figures, sections
+from kvdistill.studies.report.figures import ReportFigure
 from kvdistill.studies.report.reading import Run, Study, read_run, read_study
-from kvdistill.studies.report.results import Row, csv_line, result_rows, summary
+from kvdistill.studies.report.results import Row
 from kvdistill.text import markdown_text
 
 
@@ -38,7 +38,7 @@ def write_report(
         ConfigError: no finished run, or no arm of that name.
     """
     study = read_study(paths, baseline, title)
-    rows = result_rows(study)
+    rows = results.result_rows(study)
     content = _content(study, rows)
     output.parent.mkdir(parents=True, exist_ok=True)
     environment = jinja2.Environment(
@@ -53,9 +53,10 @@ def write_report(
     by_run = output.with_name(f"{output.stem}-runs.csv")
     for path, template in ((output, "report.html.j2"), (markdown, "report.md.j2")):
         replace_file(path, environment.get_template(template).render(content))
-    _write_csv(by_arm, [csv_line(row) for row in rows])
+    _write_csv(by_arm, [results.csv_line(row) for row in rows])
     _write_csv(by_run, [_run_line(arm.name, run) for arm in study.arms for run in arm.runs])
-    return [output, markdown, by_arm, by_run], content["notes"]
+    notes = (*content["notes"], *content["missing_stores"])
+    return [output, markdown, by_arm, by_run], notes
 
 
 def write_plots(path: Path, output: Path) -> list[Path]:
@@ -64,12 +65,12 @@ def write_plots(path: Path, output: Path) -> list[Path]:
     Raises:
         ConfigError: not a finished run, or one without teachers.
     """
-    figures = run_figures(read_run(path))
-    if not figures:
+    drawn = figures.run_figures(read_run(path))
+    if not drawn:
         raise ConfigError(f"{path} was trained without teachers; there is nothing to plot")
     output.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, figure in figures.items():
+    for name, figure in drawn.items():
         written.append(output / f"{name}.png")
         figure.savefig(written[-1], dpi=150)
     return written
@@ -80,16 +81,26 @@ def _content(study: Study, rows: Sequence[Row]) -> dict[str, Any]:
     runs = [run for arm in study.arms for run in arm.runs]
     numbers = {id(run): number for number, run in enumerate(runs, 1)}
     savings, missing_stores = tables.savings_table(study)
+    first = figures.headline_figure(study, rows)
+    texts = max((int(run.metrics.get("eval_num_samples", 0)) for run in runs), default=0)
     return {
         "study": study,
-        "summary": summary(study, rows),
-        "notes": (*study.notes, *unfair_arms(study), *missing_stores),
+        "question": results.question(study),
+        "answer": results.answer(study, rows),
+        "headline": tables.headline_table(rows, study.baseline),
+        "first": first and _page_figure(first, numbers),
+        "looks": {label: swatch(look) for label, look in figures.arm_looks(study).items()},
+        "num_seeds": len({run.seed for run in runs}),
+        "num_texts": texts,
+        "limits": results.limits(rows),
+        "notes": [*study.notes, *unfair_arms(study)],
+        "missing_stores": missing_stores,
         "results": tables.result_table(rows, study.baseline),
         "significance": tables.significance_table(rows),
         "answers": tables.answer_table(rows),
         "sections": [
-            (heading, heading == FOLDED, [_page_figure(figure, numbers) for figure in figures])
-            for heading, figures in sections(study, rows).items()
+            (heading, [_page_figure(figure, numbers) for figure in drawn])
+            for heading, drawn in figures.sections(study, rows).items()
         ],
         "costs": tables.cost_table(study),
         "savings": savings,
@@ -105,7 +116,7 @@ def _page_figure(drawn: ReportFigure, numbers: Mapping[int, int]) -> dict[str, s
     configs = sorted({run.config_hash for run in drawn.runs})
     versions = sorted({run.record["attempts"][-1]["versions"]["kvdistill"] for run in drawn.runs})
     made_by = (
-        f"seeds {_ranges([run.seed for run in drawn.runs])}; "
+        f"{_ranges('seed', [run.seed for run in drawn.runs])}; "
         f"commit {', '.join(sorted({run.commit for run in drawn.runs}))}; "
         f"kvdistill {', '.join(versions)}; "
         f"config {', '.join(configs[:3])}{' …' if len(configs) > 3 else ''}"
@@ -113,20 +124,21 @@ def _page_figure(drawn: ReportFigure, numbers: Mapping[int, int]) -> dict[str, s
     return {
         "caption": drawn.caption,
         "svg": svg(drawn.figure, drawn.name, label),
-        "runs": _ranges([numbers[id(run)] for run in drawn.runs]),
+        "runs": _ranges("Run", [numbers[id(run)] for run in drawn.runs]),
         "made_by": made_by,
     }
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """``1–3, 7`` for 1, 2, 3, 7."""
+def _ranges(noun: str, numbers: Sequence[int]) -> str:
+    """``seeds 1–3, 7`` for 1, 2, 3, 7."""
     groups: list[list[int]] = []
     for number in sorted(set(numbers)):
         if groups and number == groups[-1][-1] + 1:
             groups[-1].append(number)
         else:
             groups.append([number])
-    return ", ".join(f"{g[0]}–{g[-1]}" if len(g) > 1 else str(g[0]) for g in groups)
+    listed = ", ".join(f"{g[0]}–{g[-1]}" if len(g) > 1 else str(g[0]) for g in groups)
+    return f"{noun}{'s' if len(set(numbers)) > 1 else ''} {listed}"
 
 
 def _run_line(arm: str, run: Run) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Read finished runs as a study: arms, each one configuration under several seeds, and a baseline.
 
 The arms are those of an ablation folder's ``ablation.json`` (``design.write_record``), of which the
-report needs ``name`` and ``runs`` (``seed`` and ``path``, relative to the folder); ``baseline``,
-``description`` and ``placebo`` are optional. Runs that no such file lists are grouped by their
-configurations: those that differ only in seed and name are one arm.
+report needs ``name`` and ``runs`` (``seed`` and ``path``, relative to the folder); ``question``,
+``baseline``, ``description`` and ``placebo`` are optional. Runs that no such file lists are grouped
+by their configurations: those that differ only in seed and name are one arm.
 
 Beside its ``run.json`` a run may hold ``eval_samples.jsonl``, one held-out text a line
 (``sample_id``, ``nll`` in nats, ``num_tokens``, ``num_chars``, optionally ``correct``), which
@@ -121,6 +121,8 @@ class Study:
     name: str
     arms: tuple[Arm, ...]
     baseline: str
+    question: str = ""
+    """In its authors' words; empty if they gave none."""
     notes: tuple[str, ...] = ()
     """Runs left out, with the reason, and declared differences between arms."""
 
@@ -145,7 +147,7 @@ def read_study(
     """
     notes: list[str] = []
     arms: list[Arm] = []
-    loose, names = [], []
+    loose, names, question = [], [], ""
     for path in paths:
         if not (path / ABLATION_FILE).is_file():
             loose += _run_folders(path)
@@ -159,6 +161,7 @@ def read_study(
             raise ConfigError(f"{file}: {error}; run `kvdistill ablate` to rewrite it") from None
         names.append(body.get("name", path.name))
         baseline = baseline or body.get("baseline")
+        question = question or body.get("question", "")
         if body.get("may_differ"):
             listed = ", ".join(body["may_differ"])
             notes.append(f"arms of {names[-1]} differ by design in {listed}")
@@ -170,7 +173,7 @@ def read_study(
         )
     if not (name := title or " and ".join(names)):
         name = " vs. ".join(arm.name for arm in arms) if len(arms) < 4 else f"{len(arms)} arms"
-    return Study(name, tuple(arms), _choose_baseline(arms, baseline), tuple(notes))
+    return Study(name, tuple(arms), _choose_baseline(arms, baseline), question, tuple(notes))
 
 
 def read_run(path: Path) -> Run:

@@ -50,9 +50,28 @@ class Row:
     exact_match_comparison: Comparison | None
 
     @property
+    def judged(self) -> Comparison | None:
+        """What the verdict is on: bits per character, or exact match of runs that have no other."""
+        return self.comparison if self.bits is not None else self.exact_match_comparison
+
+    @property
+    def gain(self) -> float:
+        """Improvement of what is judged: positive is better, 0 where nothing was compared."""
+        change = 0.0 if self.judged is None else self.judged.change.value
+        return change if self.bits is None else -change
+
+    @property
+    def change(self) -> tuple[Estimate, str, float]:
+        """Change of the perplexity, or else of what is judged; its unit, and that as a factor."""
+        if self.perplexity_change is not None:
+            return self.perplexity_change, " %", 100
+        found = UNKNOWN if self.judged is None else self.judged.change
+        return (found, " points", 100) if self.bits is None else (found, " bits per character", 1)
+
+    @property
     def p(self) -> float | None:
         """Corrected p-value of the most demanding test that could be made."""
-        found = self.comparison
+        found = self.judged
         if found is None or found.main_test is None:
             return None
         return found.corrected[found.main_test]
@@ -62,13 +81,13 @@ class Row:
         """Better, worse or no significant difference, or why there is no verdict."""
         if self.is_baseline:
             return "baseline"
-        if self.comparison is None:
+        if self.judged is None:
             return "not comparable"
         if self.p is None:
             return "one seed: not tested"
         if self.p >= ALPHA:
             return "no significant difference"
-        return "better" if self.comparison.change.value < 0 else "worse"
+        return "better" if self.gain > 0 else "worse"
 
 
 def result_rows(study: Study) -> list[Row]:
@@ -182,81 +201,95 @@ def format_p(p: float | None) -> str:
     return f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
 
 
-def summary(study: Study, rows: Sequence[Row]) -> list[str]:
-    """The findings in a few sentences, with their limits."""
-    compared = [row for row in rows if row.comparison is not None]
-    real = sorted((row for row in compared if not row.arm.placebo), key=_bits_change)
-    sentences = []
-    if real:
-        best = real[0]
-        place = "the best arm is" if _bits_change(best) < 0 else "no arm is better; the closest is"
-        change = f"{_change(best)}{_significance(best)}"
-        sentences.append(f"Against {study.baseline}, {place} {best.arm.name}: {change}.")
-        better = [row for row in real[1:] if row.verdict == "better"]
-        if better:
-            listed = ", ".join(f"{row.arm.name} ({_change(row)})" for row in better)
-            sentences.append(f"Also significantly better: {listed}.")
-        worse = [row.arm.name for row in reversed(real) if row.verdict == "worse"]
-        if worse:
-            sentences.append(f"Significantly worse: {', '.join(worse)}.")
-    sentences += [_placebo_sentence(row, study.baseline) for row in compared if row.arm.placebo]
-    return sentences + _limits(compared)
+def question(study: Study) -> str:
+    """What the study asks: its own words, or what its arms amount to."""
+    baseline = study.arm(study.baseline)
+    real = [arm for arm in study.arms if arm is not baseline and not arm.placebo]
+    if study.question or len(study.arms) == 1:
+        return study.question or f"How good is the student of {baseline.name}?"
+    if not baseline.teachers and any(arm.teachers for arm in study.arms):
+        return "Does a student learn more with its teachers than from the text alone?"
+    names = real[0].name if len(real) == 1 else f"any of {len(real)} other arms"
+    return f"Is {names} better than {study.baseline}?"
 
 
-def _bits_change(row: Row) -> float:
-    return row.comparison.change.value if row.comparison is not None else 0.0
+def answer(study: Study, rows: Sequence[Row]) -> str:
+    """The result in a sentence or two, as far as it goes."""
+    if len(rows) == 1:
+        return _alone(rows[0])
+    real = [row for row in rows if row.judged is not None and not row.arm.placebo]
+    if not real:
+        return f"Open: no arm but placebos was scored on the texts of {study.baseline}."
+    best = max(real, key=lambda row: (row.verdict == "better", row.gain))
+    name, change = best.arm.name, f"{_change(best)}{_significance(best)}"
+    if best.p is None:
+        return f"Not tested, with one seed. The best arm is {name}: {change}."
+    if best.verdict != "better":
+        if best.gain <= 0:
+            return f"No: no arm is better than {study.baseline}; the closest is {name}: {change}."
+        return f"Not shown: the best arm is {name}: {change}."
+    placebos = [row for row in rows if row.arm.placebo and row.p is not None]
+    gaining = [row.arm.name for row in placebos if row.verdict == "better"]
+    if gaining:
+        rest = f" Part of it is no knowledge of a teacher: so is the placebo {', '.join(gaining)}."
+    else:
+        rest = " No placebo is better." if placebos else ""
+    return f"Yes: {name} is better than {study.baseline}: {change}.{rest}"
+
+
+def _alone(row: Row) -> str:
+    """The figures of a study of one arm."""
+    run = row.arm.runs[0]
+    steps, name = run.record["steps"], row.arm.name
+    if row.perplexity is None:
+        if row.exact_match is None:
+            return f"{name} was trained for {steps} steps; no held-out text scores it."
+        right = percent(row.exact_match, signed=False)
+        return f"After {steps} steps {name} answers {right} of the held-out problems correctly."
+    earlier = [(step, value) for step, value in zip(*run.curve("eval_perplexity"), strict=True)]
+    before = ""
+    if earlier and earlier[0][0] < steps:
+        before = f" ({format_number(earlier[0][1], 1)} after {earlier[0][0]:.0f})"
+    return (
+        f"After {steps} steps the perplexity of {name} on held-out text is "
+        f"{format_number(row.perplexity, 1)}{before}."
+    )
 
 
 def _change(row: Row) -> str:
-    if row.perplexity_change is not None:
-        interval = format_interval(row.perplexity_change.interval, scale=100, unit=" %")
-        change = f"perplexity {percent(row.perplexity_change.value)}"
-    else:
-        bits = UNKNOWN if row.comparison is None else row.comparison.change
-        interval = format_interval(bits.interval, 3)
-        change = f"{format_number(bits.value, signed=True)} bits per character"
-    return f"{change}, 95 % CI {interval}" if interval else change
+    (found, unit, scale), digits = row.change, 1 if row.change[2] == 100 else 3
+    interval = format_interval(found.interval, digits, scale=scale, unit=unit)
+    measure = {" %": "perplexity ", " points": "exact match "}.get(unit, "")
+    value = format_number(found.value, digits, signed=True, scale=scale, unit=unit)
+    return f"{measure}{value}" + (f", 95 % CI {interval}" if interval else "")
 
 
 def _significance(row: Row) -> str:
-    test = row.comparison and row.comparison.main_test
+    test = row.judged and row.judged.main_test
     if not test:
-        return "; from one seed, so not tested"
+        return ""
     significant = "significant" if row.verdict in {"better", "worse"} else "not significant"
     return f"; {significant} {OVER[test]} (corrected p {format_p(row.p)})"
 
 
-def _placebo_sentence(row: Row, baseline: str) -> str:
-    name = row.arm.name if "placebo" in row.arm.name else f"The placebo {row.arm.name}"
-    if row.p is None:
-        return f"{name} has one seed and is not tested ({_change(row)})."
-    if row.verdict == "better":
-        return (
-            f"{name} is better too ({_change(row)}): that much of any gain is regularisation, not "
-            "knowledge of the teacher."
-        )
-    if row.verdict == "worse":
-        return f"{name} is worse than {baseline} ({_change(row)})."
-    return f"{name} shows no significant difference from {baseline} ({_change(row)})."
-
-
-def _limits(compared: Sequence[Row]) -> list[str]:
-    found = [row.comparison for row in compared if row.comparison is not None]
+def limits(rows: Sequence[Row]) -> list[str]:
+    """What the comparisons cannot show, in sentences."""
+    found = [row.judged for row in rows if row.judged is not None]
     if not found:
         return []
     num_seeds = min(comparison.num_seeds for comparison in found)
     least_p = statistics.smallest_p(num_seeds)
-    limits = []
+    sentences = []
     if num_seeds == 1:
-        limits.append(
+        sentences.append(
             "An arm shares a single seed with the baseline: its interval is over texts alone, and "
             "a small difference may be due to the seed."
         )
     elif least_p >= ALPHA:
-        limits.append(
+        sentences.append(
             f"With {num_seeds} seeds the test over seeds alone cannot give p < {least_p:.3g}, "
             "however large the gain."
         )
     if any(not comparison.num_texts for comparison in found):
-        limits.append("Some runs recorded no scores per text: they are compared by seed alone.")
-    return limits
+        sentences.append("Some runs recorded no scores per text: they are compared by seed alone.")
+    return sentences

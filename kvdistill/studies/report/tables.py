@@ -30,13 +30,52 @@ from kvdistill.text import format_bytes, format_duration
 
 @dataclass(frozen=True)
 class Table:
-    """Formatted cells; the first column names the row."""
+    """Formatted cells, of one line or two; the first column names the row."""
 
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     anchors: tuple[str, ...] = ()
     """HTML id of each row, if any."""
+
+
+def headline_table(rows: Sequence[Row], baseline: str) -> Table | None:
+    """The first table, best arm first; a cell's second line is what its first rests on."""
+    cells = []
+    for row in sorted(rows, key=lambda row: -row.gain):
+        made_of = f"teachers: {', '.join(row.arm.teachers)}" if row.arm.teachers else "no teacher"
+        line = {
+            "arm": f"{row.arm.label}\n{row.arm.description or made_of}",
+            "perplexity": format_number(row.perplexity, 1 if (row.perplexity or 0) >= 10 else 2),
+        }
+        if row.perplexity is None or len(rows) == 1:
+            line["exact match"] = percent(row.exact_match, signed=False)
+        cells.append(line | (_scores(row) if len(rows) == 1 else _judgement(row)))
+    several = "mean over seeds; " if len(rows[0].arm.runs) > 1 else ""
+    change = f"change against {baseline} and its 95 % confidence interval"
+    return _table(f"{several}{'scores' if len(rows) == 1 else change}", cells)
+
+
+def _scores(row: Row) -> dict[str, str]:
+    """Cells of a study of one arm."""
+    seconds = mean_of([float(run.record["seconds"]) for run in row.arm.runs]) or 0.0
+    return {
+        "bits per character": format_number((row.bits or UNKNOWN).value),
+        "steps": str(row.arm.runs[0].record["steps"]),
+        "time": format_duration(seconds),
+    }
+
+
+def _judgement(row: Row) -> dict[str, str]:
+    """Cells of an arm that is compared with another."""
+    (found, unit, scale), digits = row.change, 1 if row.change[2] == 100 else 3
+    interval = format_interval(found.interval, digits, scale=scale, unit=unit)
+    p = "" if row.p is None else f"\np {format_p(row.p)}"
+    value = format_number(found.value, digits, signed=True, scale=scale, unit=unit)
+    return {
+        "change": f"{value}\n{interval}",
+        "verdict": row.verdict.replace("no significant difference", "not significant") + p,
+    }
 
 
 def result_table(rows: Sequence[Row], baseline: str) -> Table | None:
@@ -225,7 +264,8 @@ def _table(
     if not lines:
         return None
     first, *others = lines[0]
-    filled = [name for name in others if any(line[name] not in {"", NONE} for line in lines)]
+    empty = {"", NONE, f"{NONE}\n"}
+    filled = [name for name in others if any(line[name] not in empty for line in lines)]
     columns = (first, *filled)
     rows = tuple(tuple(line[name] for name in columns) for line in lines)
     return Table(caption, columns, rows, anchors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -22,8 +23,14 @@ from kvdistill.studies.report import figures
 from kvdistill.studies.report.comparison import Comparison, unfair_arms
 from kvdistill.studies.report.page import write_plots, write_report
 from kvdistill.studies.report.reading import read_study
-from kvdistill.studies.report.results import Row, result_rows, summary
-from kvdistill.studies.report.tables import savings_table
+from kvdistill.studies.report.results import (
+    Row,
+    answer,
+    limits,
+    question,
+    result_rows,
+)
+from kvdistill.studies.report.tables import headline_table, savings_table
 from tests.studies.report.fabricate import ARMS, MadeUp, rewrite, write_ablation, write_run
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -49,7 +56,7 @@ class Page(HTMLParser):
         self.links += [
             value or "" for name, value in attrs if name in {"href", "src", "xlink:href"}
         ]
-        if tag == "svg":
+        if tag == "svg" and given.get("aria-hidden") != "true":  # a swatch stands beside its name
             assert given["role"] == "img"
             self.labels.append(given["aria-label"] or "")
         if tag == "th":
@@ -102,7 +109,7 @@ def test_every_figure_says_how_to_read_it_and_where_it_comes_from(written: Path)
         assert len(words) == 1
         assert len(words[0]) > 60
         assert re.search(
-            r'<a href="#runs">Runs [\d–, ]+</a>; seeds .*; commit 0123456789; ', figure
+            r'<a href="#runs">Runs? [\d–, ]+</a>; seeds? .*; commit 0123456789; ', figure
         )
         assert "config " in figure
     assert 'id="run-9"' in text
@@ -133,8 +140,8 @@ def test_the_table_holds_means_intervals_tests_and_effects(written: Path) -> Non
 def test_the_page_and_the_markdown_say_it_in_words(written: Path) -> None:
     for name in ("report.html", "report.md"):
         text = (written / name).read_text()
-        assert "Against cross-entropy, the best arm is both: perplexity −" in text
-        assert "The placebo shuffled shows no significant difference from cross-entropy" in text
+        assert "Yes: both is better than cross-entropy: perplexity −" in text.replace("\xa0", " ")
+        assert "No placebo is better." in text
         assert "shuffled (placebo)" in text
         assert "With 3 seeds the test over seeds alone cannot give p" in text
         assert "losses.key" in text
@@ -150,8 +157,8 @@ def test_a_baseline_that_nothing_beats_is_said_to_be_so(written: Path, tmp_path:
     write_report([folder], page, baseline="both", title="Which one?")
     text = page.read_text()
     assert "<h1>Which one?</h1>" in text
-    assert "Against both, no arm is better; the closest is cross-entropy: perplexity +" in text
-    assert "the best arm is" not in text
+    assert "No: no arm is better than both; the closest is cross-entropy: perplexity +" in text
+    assert "Yes" not in text
 
 
 def table(*paths: Path) -> dict[str, Row]:
@@ -161,12 +168,112 @@ def table(*paths: Path) -> dict[str, Row]:
 
 def said(path: Path) -> str:
     study = read_study([path])
-    return "\n".join(summary(study, result_rows(study)))
+    rows = result_rows(study)
+    return "\n".join([question(study), answer(study, rows), *limits(rows)])
+
+
+def test_the_first_page_is_question_answer_one_plot_and_one_table(written: Path) -> None:
+    """The rest is folded: a meeting sees, and prints, what is before the first ``<details>``."""
+    text = (written / "report.html").read_text()
+    first, rest = text.split("<details", 1)
+    assert first.count("<figure>") == first.count("<table>") == 1
+    assert "Does a student learn more with its teachers than from the text alone?" in first
+    assert first.index("Yes: both is better") < first.index("<figure>") < first.index("<table>")
+    rows = re.findall(r'<th scope="row">.*?</svg>\s*([^<]*?)<small>(.*?)</small>', first, re.DOTALL)
+    assert rows[0] == ("both", "two teachers, equal weights")  # the best first
+    assert {name for name, _ in rows} == {"both", "cross-entropy", "shuffled (placebo)"}
+    assert "Teachers</em> are other models" in first
+    assert "placebo</em> has targets" in first
+    assert rest.count("<details") == rest.count("</details>") - 1 > 6
+    assert "<details open" not in text
+    assert "@media print" in first
+    assert "max-width: 40rem" in first  # a phone
+
+
+def test_one_legend_serves_all_figures(written: Path) -> None:
+    text = (written / "report.html").read_text()
+    (legend,) = re.findall(r'<ul class="legend".*?</ul>', text, re.DOTALL)
+    for name in ("cross-entropy", "both", "shuffled (placebo)"):
+        assert f"</svg>{name}</li>" in legend
+    dashed = [item for item in legend.split("<li>") if "stroke-dasharray" in item]
+    assert len(dashed) == 1
+    assert "shuffled" in dashed[0]
+    for label in ("Held-out text", "Reliability", "Error of the keys by layer"):
+        (figure,) = re.findall(rf'aria-label="{label}.*?</svg>', text, re.DOTALL)
+        assert "legend_1" not in figure, label
+
+
+def test_arms_differ_without_colour_too(tmp_path: Path) -> None:
+    """In colour, marker and line together every arm is unlike every other, and unlike the next in
+    its marker alone."""
+    arms = [ARMS[0], *(MadeUp(f"arm-{i}", 0.01 * i, ("smollm2",)) for i in range(12))]
+    looks = list(figures.arm_looks(read_study([write_ablation(tmp_path, arms, (0,))])).values())
+    assert len({(look.color, look.marker) for look in looks}) == len(arms)
+    assert all(one.marker != two.marker for one, two in itertools.pairwise(looks[1:]))
+
+
+def test_a_study_asks_in_its_own_words(tmp_path: Path) -> None:
+    folder = write_ablation(tmp_path / "a", ARMS[:2])
+    body = json.loads((folder / "ablation.json").read_text()) | {"question": "Is it <b>?"}
+    (folder / "ablation.json").write_text(json.dumps(body))
+    assert said(folder).startswith("Is it <b>?\nYes: both")
+
+
+def test_one_run_has_a_page_of_its_own(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "alone", ARMS[1], 0)
+    write_report([run], tmp_path / "report.html")
+    first = (tmp_path / "report.html").read_text().split("<details", 1)[0]
+    assert re.search(r"After 300 steps the perplexity of alone on held-out text is \d+\.\d", first)
+    assert 'aria-label="Held-out text.' in first
+    assert "bits per character</th>" in first
+    assert "verdict" not in first
+    assert "an <em>arm</em>" not in first
+
+
+def test_students_that_only_answer_are_judged_by_their_answers(tmp_path: Path) -> None:
+    """A latent student has no likelihood of a text, only answers."""
+    arms = (ARMS[0], MadeUp("latent", 0.6), MadeUp("none", 0.0, ("minilm",)))
+    folder = write_ablation(tmp_path / "a", arms, (0, 1, 2, 3), num_texts=60)
+    for run in folder.glob("*-s*"):
+        rows = [json.loads(line) for line in (run / "eval_samples.jsonl").open()]
+        lines = [json.dumps({k: row[k] for k in ("sample_id", "correct")}) for row in rows]
+        (run / "eval_samples.jsonl").write_text("\n".join(lines))
+        metrics = json.loads((run / "run.json").read_text())["metrics"]
+        kept = ("eval_exact_match", "eval_num_answers", "eval_num_samples")
+        rewrite(run, metrics={key: metrics[key] for key in kept})
+    found = table(folder)
+    assert found["latent"].verdict == "better"
+    assert found["none"].verdict == "no significant difference"
+    assert re.search(r"Yes: latent is better .*: exact match \+\d+\.\d points,", said(folder))
+    study = read_study([folder])
+    first = figures.headline_figure(study, list(found.values()))
+    assert first is not None
+    assert first.figure.axes[0].get_xlabel() == "change in exact match, points (right is better)"
+    headline = headline_table(list(found.values()), study.baseline)
+    assert headline is not None
+    assert headline.columns == ("arm", "exact match", "change", "verdict")
+
+
+def test_runs_that_stopped_at_different_steps_have_no_empty_curve(tmp_path: Path) -> None:
+    folder = write_ablation(tmp_path / "a", ARMS[:2], (0, 1))
+    for seed in (0, 1):
+        log = folder / f"both-s{seed}/training_log.jsonl"
+        row = {"step": 300 + seed, "eval_bits_per_character": 2.0}
+        rows = [line for line in log.read_text().splitlines() if "eval_" not in line]
+        log.write_text("\n".join([*rows, json.dumps(row)]))
+    drawn = figures.sections(study := read_study([folder]), result_rows(study))["Training curves"]
+    (held_out,) = (f.figure for f in drawn if f.name == "eval-bits-per-character")
+    assert [line.get_label() for line in held_out.axes[0].get_lines()] == ["cross-entropy"]
 
 
 def test_a_placebo_that_gains_is_called_regularisation(tmp_path: Path) -> None:
     arms = (ARMS[0], MadeUp("noise", 0.2, placebo=True))
-    assert "is better too" in said(write_ablation(tmp_path / "a", arms))
+    found = said(write_ablation(tmp_path / "a", arms))
+    assert "Open: no arm but placebos" in found  # of placebos alone
+    arms = (*arms, MadeUp("real", 0.3))
+    found = said(write_ablation(tmp_path / "b", arms))
+    assert "Yes: real is better" in found
+    assert "so is the placebo noise" in found
 
 
 def test_leaving_one_teacher_out_and_routing_are_shown(tmp_path: Path) -> None:
