@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from kvdistill.commands.options import json_option, overrides_option
+from kvdistill.commands.options import end_with_report, json_option, overrides_option
 from kvdistill.errors import ConfigError
 from kvdistill.studies import controls, design, runs
 from kvdistill.studies.design import StudyDesign, StudyRun
@@ -87,4 +87,5 @@ def _print_outcome(study: StudyDesign, as_json: bool) -> None:
         click.echo(json.dumps({"folder": str(study.folder), "metrics": body}))
         return
     click.echo(f"{len(finished)} of {len(study.runs)} runs are finished, and comparable")
-    click.echo(f"next: kvdistill report {study.folder}")
+    if finished:
+        end_with_report([study.folder], study.folder / "report.html")

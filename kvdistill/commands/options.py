@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from kvdistill.errors import ConfigError
+from kvdistill.errors import ConfigError, KVDistillError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -39,6 +39,18 @@ class Location(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """A ``Path``, or the URL."""
         return str(value) if "://" in str(value) else Path(str(super().convert(value, param, ctx)))
+
+
+def end_with_report(runs: Sequence[Path], output: Path) -> None:
+    """Write the report of finished runs and name it; one that cannot be written fails no run."""
+    from kvdistill.studies.report.page import write_report
+
+    try:
+        write_report(runs, output)
+    except (KVDistillError, OSError) as error:
+        click.echo(f"no report was written: {error}", err=True)
+    else:
+        click.echo(f"report: {output}; open it in a browser")
 
 
 store_argument: Decorator = click.argument("store", type=Location())

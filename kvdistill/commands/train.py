@@ -12,6 +12,7 @@ from kvdistill.commands.extract import distribute, extraction_progress, print_ex
 from kvdistill.commands.options import (
     Execution,
     config_argument,
+    end_with_report,
     execution_options,
     ignore_option,
     json_option,
@@ -19,7 +20,7 @@ from kvdistill.commands.options import (
 )
 from kvdistill.config.load import load_experiment
 from kvdistill.pipelines.run import run
-from kvdistill.pipelines.run_folder import RunFolder, learned
+from kvdistill.pipelines.run_folder import RunFolder, learned, text_alone
 from kvdistill.pipelines.train import TrainingReport, train
 
 
@@ -37,6 +38,7 @@ def train_command(config: Path, overrides: tuple[str, ...], as_json: bool) -> No
         click.echo(json.dumps({"folder": str(report.folder), "metrics": report.metrics}))
     else:
         _print_training(report)
+        click.echo(f"next: kvdistill report {report.folder}")
 
 
 @click.command("run")
@@ -46,9 +48,9 @@ def train_command(config: Path, overrides: tuple[str, ...], as_json: bool) -> No
 def run_command(*, config: Path, overrides: tuple[str, ...], execution: Execution) -> None:
     """Extract with every teacher, then train: `extract` and `train` in one.
 
-    Begins with what it is about to do, and ends with what was learned. Both stages skip what is
-    done, so the same command resumes what was interrupted. With --slurm, arrays extract, and a job
-    trains once they have ended.
+    Begins with what it is about to do, and ends with what was learned and a report. Both stages
+    skip what is done, so the same command resumes what was interrupted. With --slurm, arrays
+    extract, and a job trains once they have ended.
     """
     experiment = load_experiment(config, overrides)
     if execution.on_this_machine:
@@ -61,7 +63,12 @@ def run_command(*, config: Path, overrides: tuple[str, ...], execution: Executio
         distribute(experiment, config, (), execution, train=True)
         if not execution.on_this_machine:
             return
-    _print_training(run(experiment, extraction_progress(), print_extraction))
+    report = run(experiment, extraction_progress(), print_extraction)
+    _print_training(report)
+    if (folder := RunFolder(report.folder)).read_record().get("finished"):  # rank 0 has written it
+        alone = text_alone(folder)
+        compared = [folder.path] if alone is None else [folder.path, alone.path]
+        end_with_report(compared, folder.path / "report.html")
 
 
 @click.command("evaluate")
@@ -151,4 +158,4 @@ def _print_training(report: TrainingReport) -> None:
     click.echo(f"training {state}: {report.folder}")
     for name, figure in learned(RunFolder(report.folder)).items():
         click.echo(f"  held-out {name}: {figure}")
-    click.echo(f"next: kvdistill report {report.folder}; the student is in {report.folder}/student")
+    click.echo(f"the student is in {report.folder}/student")

@@ -10,6 +10,7 @@ RUN/best/                 the best student so far, while the run goes on
 RUN/student/              the final student: a Hugging Face folder, and its checksums
 RUN/eval_samples.jsonl    the final evaluation, one object per held-out sample
 RUN/diagnostics.json      layer maps, an alignment, per-layer errors, for the report
+RUN/report.html           that `kvdistill run` ends with; its tables beside it
 """
 
 from __future__ import annotations
@@ -193,7 +194,8 @@ def learned(folder: RunFolder) -> dict[str, str]:
     record, found, rows = folder.read_record(), dict[str, str](), list[dict[str, Any]]()
     if not record.get("finished"):
         return {}
-    alone = _text_alone(folder, record)
+    other = text_alone(folder)
+    alone = None if other is None else other.read_record()
     with suppress(OSError, ValueError):  # a log that cannot be read is no comparison
         rows = [json.loads(line) for line in folder.log.read_text(encoding="utf-8").splitlines()]
     for name, value in record["metrics"].items():
@@ -208,17 +210,18 @@ def learned(folder: RunFolder) -> dict[str, str]:
     return found
 
 
-def _text_alone(folder: RunFolder, record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record of a comparable run without teachers in the same parent folder."""
+def text_alone(folder: RunFolder) -> RunFolder | None:
+    """A finished run without teachers in the same parent folder that this one compares with."""
+    record = folder.read_record()
     if not parse_experiment(folder.read_config()).losses.uses_teachers:
         return None
     for path in sorted(folder.path.parent.glob("*/run.json")):
         other = RunFolder(path.parent)
         with suppress(KVDistillError, OSError):  # a folder that cannot be read is no comparison
             found = other.read_record()
-            equal = found.get("finished") and found.get("controls") == record["controls"]
+            equal = found.get("finished") and found.get("controls") == record.get("controls")
             if equal and not parse_experiment(other.read_config()).losses.uses_teachers:
-                return found
+                return other
     return None
 
 

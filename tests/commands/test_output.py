@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kvdistill.cli import cli
 from kvdistill.errors import MissingExtra, NonFiniteError, StudentError
 from kvdistill.pipelines import export as exporting
 from kvdistill.pipelines.export import export_onnx
@@ -108,3 +110,25 @@ def test_export_needs_its_extra_and_a_student(
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(MissingExtra, match=r"kvdistill\[onnx\]"):
         export_onnx(finished / "student", tmp_path / "onnx")
+
+
+def test_a_run_ends_with_its_report_beside_text_alone(extracted: Path, tmp_path: Path) -> None:
+    settings = {"output_dir": str(tmp_path), "training": {"max_steps": 2, "device": "cpu"}}
+    body = yaml.safe_load(extracted.read_text(encoding="utf-8")) | settings
+    config = tmp_path / "experiment.yaml"
+    config.write_text(yaml.safe_dump(body, sort_keys=False))
+    page = tmp_path / "both/report.html"
+
+    def run(name: str, *more: str) -> str:
+        done = CliRunner().invoke(cli, ["run", str(config), "--set", f"name={name}", *more])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    run("text", "--set", "losses.key=0", "--set", "losses.value=0")
+    assert f"report: {page}" in run("both").splitlines()[-1]
+    assert "<h1>both vs. text</h1>" in page.read_text(encoding="utf-8")
+    page.unlink()
+    page.mkdir()  # nothing can be written there
+    again = run("both")
+    assert "training was already finished" in again
+    assert "no report was written" in again.splitlines()[-1]

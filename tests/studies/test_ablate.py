@@ -199,8 +199,10 @@ def test_a_study_runs_records_itself_and_computes_nothing_twice(study: Any) -> N
         "shuffled": {"settings": {"placebo.method": "shuffled"}, "placebo": True},
     }
     path = study(arms=arms)
-    invoke(str(path), "--arm", "alone")
+    printed = invoke(str(path), "--arm", "alone").output
     design = load_study(path)
+    assert f"report: {design.folder / 'report.html'}" in printed
+    assert "How good is the student of alone?" in (design.folder / "report.html").read_text()
     assert [run.name for run in design.missing] == ["shuffled-s0", "shuffled-s1"]
     alone = design.runs[0].folder.record.read_bytes()
     printed = json.loads(invoke(str(path), "--json").output.splitlines()[-1])

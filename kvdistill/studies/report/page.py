@@ -86,7 +86,7 @@ def _content(study: Study, rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "study": study,
         "question": results.question(study),
-        "answer": results.answer(study, rows),
+        "answer": results.answer_of(study, rows),
         "headline": tables.headline_table(rows, study.baseline),
         "first": first and _page_figure(first, numbers),
         "looks": {label: swatch(look) for label, look in figures.arm_looks(study).items()},

@@ -213,10 +213,10 @@ def question(study: Study) -> str:
     return f"Is {names} better than {study.baseline}?"
 
 
-def answer(study: Study, rows: Sequence[Row]) -> str:
+def answer_of(study: Study, rows: Sequence[Row]) -> str:
     """The result in a sentence or two, as far as it goes."""
     if len(rows) == 1:
-        return _alone(rows[0])
+        return _figures_of(rows[0])
     real = [row for row in rows if row.judged is not None and not row.arm.placebo]
     if not real:
         return f"Open: no arm but placebos was scored on the texts of {study.baseline}."
@@ -237,7 +237,7 @@ def answer(study: Study, rows: Sequence[Row]) -> str:
     return f"Yes: {name} is better than {study.baseline}: {change}.{rest}"
 
 
-def _alone(row: Row) -> str:
+def _figures_of(row: Row) -> str:
     """The figures of a study of one arm."""
     run = row.arm.runs[0]
     steps, name = run.record["steps"], row.arm.name

@@ -50,13 +50,13 @@ def headline_table(rows: Sequence[Row], baseline: str) -> Table | None:
         }
         if row.perplexity is None or len(rows) == 1:
             line["exact match"] = percent(row.exact_match, signed=False)
-        cells.append(line | (_scores(row) if len(rows) == 1 else _judgement(row)))
+        cells.append(line | (_own_figures(row) if len(rows) == 1 else _judgement(row)))
     several = "mean over seeds; " if len(rows[0].arm.runs) > 1 else ""
     change = f"change against {baseline} and its 95 % confidence interval"
     return _table(f"{several}{'scores' if len(rows) == 1 else change}", cells)
 
 
-def _scores(row: Row) -> dict[str, str]:
+def _own_figures(row: Row) -> dict[str, str]:
     """Cells of a study of one arm."""
     seconds = mean_of([float(run.record["seconds"]) for run in row.arm.runs]) or 0.0
     return {

@@ -25,7 +25,7 @@ from kvdistill.studies.report.page import write_plots, write_report
 from kvdistill.studies.report.reading import read_study
 from kvdistill.studies.report.results import (
     Row,
-    answer,
+    answer_of,
     limits,
     question,
     result_rows,
@@ -169,7 +169,7 @@ def table(*paths: Path) -> dict[str, Row]:
 def said(path: Path) -> str:
     study = read_study([path])
     rows = result_rows(study)
-    return "\n".join([question(study), answer(study, rows), *limits(rows)])
+    return "\n".join([question(study), answer_of(study, rows), *limits(rows)])
 
 
 def test_the_first_page_is_question_answer_one_plot_and_one_table(written: Path) -> None:
