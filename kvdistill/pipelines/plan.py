@@ -177,9 +177,11 @@ def _estimate_teacher(
     share = float(lengths.sum()) / max(_num_characters(pilot), 1)
     tokens = round(_num_characters(read) * share)
     limit = teacher.max_length or math.inf
-    sized = [s for s, length in zip(pilot, lengths, strict=True) if 0 < length <= limit]
-    sized = spread(sized, num_sized)
-    bytes_per_token, rate, nats = _sizes(experiment, teacher, sized)
+    readable = [s for s, length in zip(pilot, lengths, strict=True) if 0 < length <= limit]
+    sized = spread(readable, num_sized)
+    per_batch = experiment.extraction.batch_tokens / max(float(lengths.mean()), 1.0)
+    timed = spread(readable, max(num_sized, round(per_batch)))
+    bytes_per_token, rate, nats = _sizes(experiment, teacher, sized, timed)
     rationale = np.array([int((s.segment == SEGMENT_IDS["rationale"]).sum()) for s in encoded])
     budgeted = np.where(rationale > 0, rationale, lengths)
     mapped = None if student is None else _map_of(experiment, teacher, student[1])
@@ -230,26 +232,30 @@ def _num_characters(samples: Sequence[Sample]) -> int:
 
 
 def _sizes(
-    experiment: Experiment, teacher: Teacher, samples: Sequence[Sample]
+    experiment: Experiment, teacher: Teacher, samples: Sequence[Sample], timed: Sequence[Sample]
 ) -> tuple[dict[str, float], float, dict[str, float]]:
-    """Bytes on disk per token by codec; of the configured one tokens per second, and confidence."""
+    """Bytes on disk per token by codec; of the configured one tokens per second, and confidence.
+
+    The configured codec comes last, on the samples ``timed``: the others warm up the model, and
+    forward passes are as large as those of the extraction.
+    """
     own = teacher.manifest.codec
     found: dict[str, float] = {}
     rate, nats = 0.0, dict[str, float]()
-    for spec in (own, *SINGLE):
-        if codec_name(spec) in found or not samples:
-            continue
+    others = [spec for spec in SINGLE if codec_name(spec) != codec_name(own)]
+    for spec in (*others, own) if samples else ():
+        read = timed if spec == own else samples
         chosen = replace(teacher, manifest=teacher.manifest.model_copy(update={"codec": spec}))
         if spec.transforms:  # bytes of a token do not depend on the pilot
-            bases = fit_bases(chosen, samples, experiment.extraction.batch_tokens)
+            bases = fit_bases(chosen, read, experiment.extraction.batch_tokens)
             chosen = replace(chosen, transforms=with_bases(chosen.manifest, bases))
-        size, extracted = _measure_size(experiment, chosen, samples)
+        size, extracted = _measure_size(experiment, chosen, read)
         found[codec_name(spec)] = size / max(extracted.num_read, 1)
         if spec == own:
             rate, shard = extracted.num_read / extracted.seconds, extracted.shard
             if (nll := shard.arrays.get("nll")) is not None:
                 own_text = shard.texts is not None
-                nats = mean_likelihoods([(samples, shard.tokens, nll)], own_text=own_text)
+                nats = mean_likelihoods([(read, shard.tokens, nll)], own_text=own_text)
     return found or {codec_name(own): 0.0}, rate, nats
 
 

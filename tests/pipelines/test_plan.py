@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,7 +13,11 @@ from click.testing import CliRunner
 
 from kvdistill.commands.prepare import fetch_command, plan_command
 from kvdistill.config.load import dump_experiment, load_experiment, parse_experiment
+from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
+from kvdistill.extract.extract_shard import ExtractedShard, extract_samples
+from kvdistill.extract.teacher import Teacher
+from kvdistill.pipelines import plan
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.fetch import fetch, needs
 from kvdistill.pipelines.plan import DISK_MARGIN, estimate_extraction
@@ -48,6 +54,28 @@ def test_the_projection_is_what_extraction_then_makes(tmp_path: Path) -> None:
     assert projected.needed_gigabytes == pytest.approx(DISK_MARGIN * teacher.gigabytes["int8"])
     assert projected.fits
     assert projected.shards == 1
+
+
+def test_the_rate_is_that_of_a_warm_model_and_of_full_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_teacher(tmp_path / "t")
+    experiment = make(tmp_path, {}, ROWS)
+    extraction = experiment.extraction.model_copy(update={"batch_tokens": 300})
+    experiment, calls = experiment.model_copy(update={"extraction": extraction}), []
+
+    def record(teacher: Teacher, samples: Sequence[Sample], **kwargs: Any) -> ExtractedShard:
+        extracted = extract_samples(teacher, samples, **kwargs)
+        calls.append((teacher.manifest.codec.key, extracted))
+        return extracted
+
+    monkeypatch.setattr(plan, "extract_samples", record)
+    (teacher,) = estimate_extraction(experiment, 24, 2).teachers
+    *others, (codec, timed) = calls
+    assert codec == "int8"
+    assert {codec for codec, _ in others} == {"bf16", "fp16", "int4", "fp8_e4m3"}
+    assert timed.num_read >= 200 > 3 * max(extracted.num_read for _, extracted in others)
+    assert teacher.tokens_per_second == timed.num_read / timed.seconds
 
 
 def test_a_few_samples_stand_for_all(tmp_path: Path) -> None:
