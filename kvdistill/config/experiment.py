@@ -51,6 +51,9 @@ class Experiment(Section):
     each time that it is due; the store then needs only the first shards, for statistics."""
     output_dir: Path = Path("runs")
     """Parent folder of the run's folder."""
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] | None = None
+    """Where curves go beside the run's own logs, through transformers' callbacks. If not given,
+    TensorBoard, and Weights & Biases where it is installed and its environment enables it."""
     seed: NonNegative = 0
     """Seed of the student's initialisation, the data order and dropout."""
     corpus: CorpusConfig

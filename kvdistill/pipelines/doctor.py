@@ -31,6 +31,7 @@ from kvdistill.distill.losses.fused_residual import kernel_fault
 from kvdistill.distill.losses.load_balancing import LoadBalancing
 from kvdistill.distill.student.build import outlined_student, tokenizer_of
 from kvdistill.distill.student.latent.model import LatentStudent
+from kvdistill.distill.train.set_up import trackers
 from kvdistill.errors import ConfigError, KVDistillError, SlurmError, StoreNotFound, TeacherError
 from kvdistill.pipelines.outlook import (
     Outline,
@@ -71,6 +72,8 @@ def examine(config: Path | None = None, overrides: Sequence[str] = ()) -> Iterat
         outline = cache(partial(teacher_outline, experiment))
         looks["store"] = partial(_store, experiment)
         looks["runs"] = partial(_disk, experiment.output_dir)
+        if experiment.report_to:
+            looks["report_to"] = lambda: ", ".join(trackers(experiment))
         looks["corpus"] = partial(_corpus, experiment)
         for name, teacher in experiment.teachers.items():
             looks[f"teacher {name}"] = partial(_teacher, outline, name, teacher)

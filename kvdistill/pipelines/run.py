@@ -43,12 +43,15 @@ def run(
 
     Raises:
         StudentError: the student cannot be trained; found before anything is extracted.
+        MissingExtra: a tracker of ``report_to`` is not installed; found before that, too.
         KVDistillError: see ``extract`` and ``train``.
     """
     # Not above: these import torch, which a submission does without.
+    from kvdistill.distill.train.set_up import trackers
     from kvdistill.pipelines.extract import extract
     from kvdistill.pipelines.train import require_trainable_student, train
 
+    trackers(experiment)
     require_trainable_student(experiment)
     if experiment.teachers:
         with progress as on_progress:

@@ -159,7 +159,7 @@ def begin(experiment: Experiment) -> RunFolder:
 
 
 def refuse_other_config(folder: RunFolder, experiment: Experiment) -> None:
-    """Refuse a folder whose run has another configuration; ``slurm`` settings do not count.
+    """Refuse a folder whose run has another configuration, but for ``slurm`` and ``report_to``.
 
     Raises:
         ConfigError: names the folder, the setting and both values.
@@ -173,8 +173,8 @@ def refuse_other_config(folder: RunFolder, experiment: Experiment) -> None:
     for name, teacher in experiment.teachers.items():
         if teacher.dtype == "auto" and name in earlier.teachers:  # what the store has
             expected[f"teachers.{name}.dtype"] = stored[f"teachers.{name}.dtype"]
-    # Slurm's resources change no number, and may change between two attempts.
-    keys = {key for key in stored | expected if not key.startswith("slurm.")}
+    # These change no number, and may change between two attempts.
+    keys = {key for key in stored | expected if not key.startswith(("slurm.", "report_to"))}
     different = sorted(key for key in keys if stored.get(key) != expected.get(key))
     if different:
         key = different[0]

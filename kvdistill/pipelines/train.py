@@ -239,7 +239,7 @@ def build_trainer(
             JsonLines(folder.log),
             human_log,
             ProgressBar(experiment.name),
-            *log_callbacks(folder.path),
+            *log_callbacks(experiment, folder.path),
             Commits(folder.path, experiment.training.keep_checkpoints),
         ],
     )

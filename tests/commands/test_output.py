@@ -13,10 +13,10 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvdistill.cli import cli
-from kvdistill.errors import MissingExtra, NonFiniteError, StudentError
+from kvdistill.errors import ConfigError, MissingExtra, NonFiniteError, StudentError
 from kvdistill.pipelines import export as exporting
 from kvdistill.pipelines.export import export_onnx
-from kvdistill.pipelines.run_folder import RunFolder
+from kvdistill.pipelines.run_folder import RunFolder, refuse_other_config
 from kvdistill.pipelines.train import train
 from tests.pipelines.tiny import variant
 
@@ -57,6 +57,14 @@ def test_a_run_that_fails_says_so_and_lets_go(extracted: Path, tmp_path: Path) -
         train(variant(extracted, tmp_path, **wild))
     assert "NonFiniteError" in (tmp_path / "tiny" / "training.log").read_text(encoding="utf-8")
     assert logging.getLogger("kvdistill").handlers == handlers
+
+
+def test_a_run_may_be_resumed_under_another_tracker(extracted: Path, finished: Path) -> None:
+    changes = {"training__log_steps": 2, "training__eval_steps": 3, "report_to": []}
+    refuse_other_config(RunFolder(finished), variant(extracted, finished.parent, **changes))
+    other = variant(extracted, finished.parent, **changes | {"training__log_steps": 1})
+    with pytest.raises(ConfigError, match=r"training\.log_steps"):
+        refuse_other_config(RunFolder(finished), other)
 
 
 def test_the_model_card_says_what_it_learned_from_and_runs(finished: Path) -> None:

@@ -7,7 +7,9 @@ import logging
 import os
 import shutil
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,11 +23,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.integrations import (
+    MLflowCallback,
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+)
 
 from kvdistill.store.commit import commit_folder, replace_file
 from kvdistill.store.format import COMMIT
-from kvdistill.text import format_duration
+from kvdistill.text import format_duration, shorten
 
 TIME_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
 package_log = logging.getLogger("kvdistill")
@@ -183,25 +190,72 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
         self.progress.stop()
 
 
-class RunTensorBoard(TensorBoardCallback):  # type: ignore[misc]
+class _Tracker(TrainerCallback):  # type: ignore[misc]
+    """A tracker's callback, of one run: what comes next in a subclass's bases.
+
+    A failure of the tracker is one warning, after which the run goes on without it. Its run ends
+    at ``close``: the last evaluation comes after the end of training.
+    """
+
+    def __init__(self, run: Path) -> None:
+        super().__init__()
+        self._has_failed = False
+        self._end: Callable[[], None] = lambda: None
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        try:
+            if not self._has_failed:
+                write()
+        except Exception as error:  # whatever the tracker, its server or its disk raises
+            self._has_failed = True
+            name = next(name for name, kind in TRACKERS.items() if isinstance(self, kind))
+            reason = shorten(f"{type(error).__name__}: {error}", 300)
+            package_log.warning("report_to: %s gets no more curves (%s)", name, reason)
+
+    def on_train_begin(self, *args: Any, **rest: Any) -> None:
+        """Open the tracker's run."""
+        self._attempt(lambda: super(_Tracker, self).on_train_begin(*args, **rest))
+
+    def on_log(self, *args: Any, **rest: Any) -> None:
+        """Send the figures."""
+        self._attempt(lambda: super(_Tracker, self).on_log(*args, **rest))
+
+    def on_train_end(self, *args: Any, **rest: Any) -> None:
+        """Put off the end."""
+        self._end = lambda: super(_Tracker, self).on_train_end(*args, **rest)
+
+    def close(self) -> None:
+        """End the tracker's run."""
+        self._attempt(self._end)
+
+
+class RunTensorBoard(_Tracker, TensorBoardCallback):  # type: ignore[misc]
     """Writes to the run's own folder: a process may train many runs, one after another.
 
     The folder is ``tensorboard`` of the run's, or the run's name in ``TENSORBOARD_LOGGING_DIR``.
     """
 
     def __init__(self, run: Path) -> None:
-        super().__init__()
+        super().__init__(run)
         shared = os.environ.get("TENSORBOARD_LOGGING_DIR")
         folder = run / "tensorboard" if shared is None else Path(shared).expanduser() / run.name
         self.logging_dir = str(folder)
+        self._hook = threading.excepthook
+        threading.excepthook = self._of_thread
+
+    def _of_thread(self, failed: Any) -> None:
+        """Drop the writer thread's traceback: the next call to the writer raises the same error."""
+        of_writer = type(failed.thread).__module__.startswith("tensorboard.")
+        if not (of_writer and isinstance(failed.exc_value, OSError)):
+            self._hook(failed)
 
     def close(self) -> None:
-        """Close the file; the last evaluation opens it after the end of training."""
-        if self.tb_writer is not None:
-            self.tb_writer.close()
+        """Close the file."""
+        super().close()
+        threading.excepthook = self._hook
 
 
-class RunWandb(WandbCallback):  # type: ignore[misc]
+class RunWandb(_Tracker, WandbCallback):  # type: ignore[misc]
     """Gives every training run a Weights & Biases run of its own, unless the user opened one."""
 
     def setup(self, args: Any, state: Any, model: Any, **rest: Any) -> None:
@@ -211,5 +265,23 @@ class RunWandb(WandbCallback):  # type: ignore[misc]
 
     def close(self) -> None:
         """End the run, so that the next one of this process does not continue it."""
+        super().close()
         if self._initialized and self.is_own:
-            self._wandb.finish()
+            self._attempt(self._wandb.finish)
+
+
+class RunMLflow(_Tracker, MLflowCallback):  # type: ignore[misc]
+    """MLflow as its environment configures it; within a run that the user opened, if any."""
+
+
+class RunTrackio(_Tracker, TrackioCallback):  # type: ignore[misc]
+    """Trackio: on this machine, or in the Space that its environment names."""
+
+
+TRACKERS: Final[dict[str, Any]] = {
+    "tensorboard": RunTensorBoard,
+    "wandb": RunWandb,
+    "mlflow": RunMLflow,
+    "trackio": RunTrackio,
+}
+"""By name in ``report_to``, which is also that of the package."""

@@ -40,7 +40,7 @@ from kvdistill.distill.student.latent.latent_distiller import LatentDistiller, n
 from kvdistill.distill.student.latent.model import LatentStudent, question_room
 from kvdistill.distill.student.latent.questions import LatentCollate
 from kvdistill.distill.targets import TeacherHead, TeacherSpace, check_alignment, teacher_space
-from kvdistill.distill.train.callbacks import RunTensorBoard, RunWandb
+from kvdistill.distill.train.callbacks import TRACKERS
 from kvdistill.distill.train.devices import OneDeviceArguments, chosen_precision
 from kvdistill.distill.train.pilot import (
     Explained,
@@ -49,7 +49,7 @@ from kvdistill.distill.train.pilot import (
     measuring,
     pilot_of,
 )
-from kvdistill.errors import ConfigError
+from kvdistill.errors import ConfigError, MissingExtra
 from kvdistill.store.reader import KVStore
 
 SourceOf = Callable[[KVStore, Mapping[str, Sequence[int]]], Source]
@@ -278,6 +278,7 @@ def training_arguments(experiment: Experiment, folder: Path, evaluates: bool) ->
         use_cpu=training.device == "cpu" or not torch.accelerator.is_available(),
         report_to=[],  # their callbacks belong to the run: `log_callbacks`
         run_name=experiment.name,
+        project=os.environ.get("TRACKIO_PROJECT", "kvdistill"),
         remove_unused_columns=False,
         disable_tqdm=True,
     )
@@ -285,10 +286,27 @@ def training_arguments(experiment: Experiment, folder: Path, evaluates: bool) ->
     return arguments
 
 
-def log_callbacks(folder: Path) -> list[Any]:
-    """TensorBoard; Weights & Biases too where it is installed and its environment enables it."""
+def trackers(experiment: Experiment) -> tuple[str, ...]:
+    """Where the run's curves go; by default W&B too, where its environment enables it.
+
+    Raises:
+        MissingExtra: a tracker that ``report_to`` names is not installed.
+    """
+    there = {name for name in TRACKERS if importlib.util.find_spec(name) is not None}
+    for name in experiment.report_to or ():
+        if name not in there:
+            raise MissingExtra(
+                f"report_to: {name} is not installed; pip install {name}, or remove it there"
+            )
     enabled = any(os.environ.get(name) for name in ("WANDB_PROJECT", "WANDB_API_KEY"))
-    disabled = os.environ.get("WANDB_MODE") == "disabled"
-    if enabled and not disabled and importlib.util.find_spec("wandb") is not None:
-        return [RunTensorBoard(folder), RunWandb()]
-    return [RunTensorBoard(folder)]
+    wandb = enabled and os.environ.get("WANDB_MODE") != "disabled" and "wandb" in there
+    default = ("tensorboard", "wandb") if wandb else ("tensorboard",)
+    return default if experiment.report_to is None else experiment.report_to
+
+
+def log_callbacks(experiment: Experiment, folder: Path) -> list[Any]:
+    """The callbacks of a run's ``trackers``; MissingExtra where one cannot be imported."""
+    try:
+        return [TRACKERS[name](folder) for name in trackers(experiment)]
+    except ImportError as error:
+        raise MissingExtra(f"report_to: {error}; install it, or change report_to") from error

@@ -33,7 +33,7 @@ from kvdistill.distill.distiller import Distiller
 from kvdistill.distill.evaluate.held_out import HeldOut, score_held_out, score_latent
 from kvdistill.distill.losses.absorption import AbsorptionMonitor, gradient_share
 from kvdistill.distill.losses.weighting import annealed_scale
-from kvdistill.distill.train.callbacks import HumanLog, RunTensorBoard, RunWandb
+from kvdistill.distill.train.callbacks import TRACKERS, HumanLog
 from kvdistill.distill.train.checkpoint import (
     GUARD,
     STREAM,
@@ -245,7 +245,7 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]
     def close(self) -> None:
         """Close the logs of the run, after its last evaluation."""
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, (RunTensorBoard, RunWandb)):
+            if type(callback) in TRACKERS.values():
                 callback.close()
 
     def _figures_are_due(self) -> bool:

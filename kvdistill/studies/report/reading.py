@@ -29,7 +29,7 @@ from kvdistill.store.manifest import json_object, unsealed_json
 from kvdistill.studies.design import ABLATION_FILE
 from kvdistill.text import shorten
 
-NOT_OF_AN_ARM: Final = ("name", "seed", "output_dir", "slurm", "store")
+NOT_OF_AN_ARM: Final = ("name", "seed", "output_dir", "report_to", "slurm", "store")
 """Settings that two runs of one arm may differ in."""
 
 

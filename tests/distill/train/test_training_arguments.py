@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.machinery
 import logging
 import os
+import re
+import resource
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -20,16 +23,21 @@ from kvdistill.config.load import parse_experiment
 from kvdistill.config.training import TrainingConfig
 from kvdistill.distill.train.callbacks import RunTensorBoard, RunWandb
 from kvdistill.distill.train.devices import chosen_precision
-from kvdistill.distill.train.set_up import log_callbacks, training_arguments
+from kvdistill.distill.train.set_up import log_callbacks, trackers, training_arguments
+from kvdistill.errors import ConfigError, MissingExtra
 
 
-def arguments(folder: Path, name: str = "x", **training: Any) -> Any:
+def experiment_of(name: str = "x", report_to: list[str] | None = None, **training: Any) -> Any:
     body = {
-        "name": name, "store": "s", "corpus": {"path": "c.jsonl"},
+        "name": name, "store": "s", "corpus": {"path": "c.jsonl"}, "report_to": report_to,
         "student": {"model": "m"}, "losses": {"key": 0, "value": 0},
         "training": {"device": "cpu", **training},
     }  # fmt: skip
-    return training_arguments(parse_experiment(body), folder, evaluates=True)
+    return parse_experiment(body)
+
+
+def arguments(folder: Path, **settings: Any) -> Any:
+    return training_arguments(experiment_of(**settings), folder, evaluates=True)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +63,7 @@ def test_weights_and_biases_is_used_where_it_is_asked_for_and_there(
         monkeypatch.setenv(name, value)
     if installed:
         fake_wandb(monkeypatch)
-    assert [type(callback) for callback in log_callbacks(tmp_path)] == wanted
+    assert [type(callback) for callback in log_callbacks(experiment_of(), tmp_path)] == wanted
 
 
 def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -72,16 +80,63 @@ def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
     wandb.init = init
     wandb.finish = lambda: setattr(wandb, "run", None)
     wandb.log = lambda row: wandb.logged.append((wandb.run.name, row))
-    for module in (wandb, errors):
-        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    install(monkeypatch, wandb, errors)
     return wandb
 
 
-def finished_run(folder: Path, **training: Any) -> None:
+def install(monkeypatch: pytest.MonkeyPatch, *modules: types.ModuleType) -> None:
+    for module in modules:
+        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def fake_mlflow(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A stand-in for ``mlflow``; as there, a figure without a run starts one of any name."""
+    mlflow: Any = types.ModuleType("mlflow")
+    limits = types.SimpleNamespace(MAX_PARAM_VAL_LENGTH=9999, MAX_PARAMS_TAGS_PER_BATCH=100)
+    mlflow.utils = types.SimpleNamespace(validation=limits)
+    mlflow.__version__, mlflow.logged, mlflow.open = "3.17", [], []
+    mlflow.is_tracking_uri_set = lambda: True
+    mlflow.get_tracking_uri = lambda: "file:mlruns"
+    mlflow.active_run = lambda: mlflow.open[-1] if mlflow.open else None
+
+    def start_run(run_name: str, nested: bool) -> None:
+        mlflow.open.append(
+            types.SimpleNamespace(name=run_name, info=types.SimpleNamespace(run_id=1))
+        )
+
+    def log_metrics(metrics: dict[str, float], step: int, synchronous: bool) -> None:
+        mlflow.logged.append((mlflow.open[-1].name if mlflow.open else "any name", metrics))
+
+    mlflow.start_run, mlflow.log_metrics = start_run, log_metrics
+    mlflow.log_params = lambda *_, **__: None
+    mlflow.end_run = mlflow.open.pop
+    install(monkeypatch, mlflow)
+    return mlflow
+
+
+def fake_trackio(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A stand-in for ``trackio``: ``init`` opens a run of a project, ``finish`` closes it."""
+    trackio: Any = types.ModuleType("trackio")
+    trackio.logged, trackio.open = [], []
+    current = types.SimpleNamespace(get=lambda: None)
+    trackio.context_vars = types.SimpleNamespace(current_space_id=current)
+    trackio.config = types.SimpleNamespace(update=lambda *_, **__: None)
+
+    def init(project: str, name: str, **_: Any) -> None:
+        trackio.open.append(f"{project}/{name}")
+
+    trackio.init, trackio.finish = init, trackio.open.pop
+    trackio.log = lambda row: trackio.logged.append((trackio.open[-1], row))
+    install(monkeypatch, trackio)
+    return trackio
+
+
+def finished_run(folder: Path, **settings: Any) -> None:
     """What the trainer does with its logs in one run, the last evaluation included."""
-    made, state, control = arguments(folder, **training), TrainerState(), TrainerControl()
-    callbacks = log_callbacks(folder)
+    made, state, control = arguments(folder, **settings), TrainerState(), TrainerControl()
+    state.is_world_process_zero = True
+    callbacks = log_callbacks(experiment_of(**settings), folder)
     for callback in callbacks:
         callback.on_train_begin(made, state, control)
         callback.on_log(made, state, control, logs={"loss": 1.0})
@@ -109,6 +164,74 @@ def test_every_run_of_a_process_has_its_own_logs(
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "shared"))
     finished_run(tmp_path / "d", name="d")
     assert [*(tmp_path / "shared" / "d").iterdir()]
+
+
+def test_mlflow_and_trackio_have_a_run_per_run_with_its_last_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow, trackio = fake_mlflow(monkeypatch), fake_trackio(monkeypatch)
+    for name in ("a-s0", "b-s0"):
+        finished_run(tmp_path / name, name=name, report_to=["mlflow", "trackio"])
+        assert not (tmp_path / name / "tensorboard").exists()
+    assert [name for name, _ in mlflow.logged] == ["a-s0", "a-s0", "b-s0", "b-s0"]
+    assert mlflow.logged[1][1] == {"eval_perplexity": 2.0}
+    projects = ["kvdistill/a-s0", "kvdistill/a-s0", "kvdistill/b-s0", "kvdistill/b-s0"]
+    assert [name for name, _ in trackio.logged] == projects
+    assert trackio.logged[1][1]["eval/perplexity"] == 2.0
+    assert mlflow.open == trackio.open == []
+    mlflow.start_run("the user's", nested=False)
+    finished_run(tmp_path / "c", name="c", report_to=["mlflow"])
+    assert mlflow.open[-1].name == mlflow.logged[-1][0] == "the user's"
+
+
+def test_a_tracker_that_is_not_installed_is_named_with_the_remedy() -> None:
+    with pytest.raises(MissingExtra, match="report_to: wandb is not installed; pip install wandb"):
+        trackers(experiment_of(report_to=["tensorboard", "wandb"]))
+    assert trackers(experiment_of(report_to=[])) == ()
+    with pytest.raises(ConfigError, match=r"report_to.*'tensorboard', 'wandb', 'mlflow' or"):
+        experiment_of(report_to=["tensorbored"])
+
+
+def test_a_server_that_is_gone_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    mlflow = fake_mlflow(monkeypatch)
+
+    def refuse(**_: Any) -> None:
+        raise RuntimeError("no answer from\n  http://nowhere")
+
+    mlflow.start_run = refuse
+    finished_run(tmp_path / "a", name="a", report_to=["mlflow", "tensorboard"])
+    (record,) = caplog.records
+    assert "mlflow gets no more curves (RuntimeError: no answer from http" in record.message
+    assert [*(tmp_path / "a/tensorboard").iterdir()]
+
+
+def test_curves_that_cannot_be_written_are_one_warning_and_no_traceback(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A limit on the size of files stands for a full disk: the writer's thread meets it."""
+    hook, limit = threading.excepthook, resource.getrlimit(resource.RLIMIT_FSIZE)
+    threading.excepthook = threading.__excepthook__  # prints, where pytest's would collect
+    made, state, control = arguments(tmp_path), TrainerState(), TrainerControl()
+    state.is_world_process_zero = True
+    (callback,) = log_callbacks(experiment_of(), tmp_path)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))
+        callback.on_train_begin(made, state, control)
+        for step in range(200):
+            state.global_step = step
+            callback.on_log(made, state, control, logs={"loss": 1.0})
+        callback.on_train_end(made, state, control)
+        callback.on_log(made, state, control, logs={"eval_perplexity": 2.0})
+        callback.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        restored, threading.excepthook = threading.excepthook, hook
+    (record,) = caplog.records
+    assert re.search(r"tensorboard gets no more curves \(OSError.*File too large", record.message)
+    assert "Traceback" not in capfd.readouterr().err
+    assert restored is threading.__excepthook__
 
 
 @pytest.mark.parametrize(
