@@ -1,11 +1,40 @@
-"""Rules about token ids and offsets that teachers and the student share."""
+"""Tokenizers, and rules about token ids and offsets that teachers and the student share."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from kvdistill.attention.model_folder import loading_fault
+from kvdistill.errors import KVDistillError
+
+
+def load_fast_tokenizer(
+    source: str, refused: Callable[[str], KVDistillError], **options: Any
+) -> Any:
+    """Load a fast tokenizer from a folder or hub id; its offsets are whole ones.
+
+    Args:
+        source: where it is.
+        refused: makes the error to raise, of what is wrong: it cannot be loaded, or is not fast.
+        **options: passed on to ``from_pretrained``.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # of any library or of the tokenizer's own code
+        fault = loading_fault(source, error, "tokenizer.json")
+        raise refused(f"cannot load the tokenizer {source!r}: {fault}") from error
+    if not tokenizer.is_fast:
+        raise refused(
+            f"the tokenizer {source!r} ({type(tokenizer).__name__}) gives no character offsets, "
+            "which alignment needs; use a fast tokenizer (one with a tokenizer.json)"
+        )
+    report_whole_offsets(tokenizer)
+    return tokenizer
 
 
 def report_whole_offsets(tokenizer: Any) -> None:

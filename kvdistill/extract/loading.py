@@ -23,7 +23,7 @@ from kvdistill.attention.model_folder import (
     weights_fault,
     without_progress_bars,
 )
-from kvdistill.attention.tokens import report_whole_offsets
+from kvdistill.attention.tokens import load_fast_tokenizer
 from kvdistill.attention.verification import TOLERANCE, probe_ids, run_probe
 from kvdistill.config.extraction import TeacherConfig
 from kvdistill.errors import TeacherError
@@ -266,28 +266,16 @@ def load_teacher_tokenizer(name: str, config: TeacherConfig) -> Any:
     Raises:
         TeacherError: not found, or without character offsets.
     """
-    from transformers import AutoTokenizer
-
-    source = config.tokenizer or config.model
-    is_own = config.tokenizer is None
-    options: dict[str, Any] = {"gguf_file": config.gguf_file} if is_own and config.gguf_file else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source,
-            revision=config.revision if is_own else None,
-            trust_remote_code=config.trust_remote_code,
-            **options,
-        )
-    except Exception as error:  # of any library or of the tokenizer's own code
-        fault = loading_fault(source, error, "tokenizer.json")
-        raise TeacherError(f"teacher {name!r}: cannot load {source!r}: {fault}") from error
-    if not tokenizer.is_fast:
-        raise TeacherError(
-            f"teacher {name!r}: {type(tokenizer).__name__} has no character offsets, which "
-            f"alignment needs; set teachers.{name}.tokenizer to one with a tokenizer.json"
-        )
-    report_whole_offsets(tokenizer)
-    return tokenizer
+    source, own = config.tokenizer or config.model, dict[str, Any]()
+    if config.tokenizer is None:
+        own = {"revision": config.revision}
+        own |= {"gguf_file": config.gguf_file} if config.gguf_file else {}
+    return load_fast_tokenizer(
+        source,
+        lambda fault: TeacherError(f"teacher {name!r}: {fault}"),
+        trust_remote_code=config.trust_remote_code,
+        **own,
+    )
 
 
 def _cannot_load(

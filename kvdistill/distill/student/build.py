@@ -29,7 +29,7 @@ from kvdistill.attention.model_folder import (
     without_progress_bars,
 )
 from kvdistill.attention.prompt_template import OWN_TEMPLATE, own_prompt, own_template
-from kvdistill.attention.tokens import num_token_ids, report_whole_offsets, with_ends
+from kvdistill.attention.tokens import load_fast_tokenizer, num_token_ids, with_ends
 from kvdistill.config.training import StudentConfig
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.student.lora import adapt
@@ -171,17 +171,7 @@ def load_student_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     Raises:
         StudentError: not found, or a tokenizer without character offsets.
     """
-    from transformers import AutoTokenizer
-
-    with one_line_errors(f"load the tokenizer {name!r}", name, "tokenizer.json"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    if not tokenizer.is_fast:
-        raise StudentError(
-            f"the tokenizer {name!r} ({type(tokenizer).__name__}) gives no character offsets, "
-            "which alignment needs; use a fast tokenizer (one with a tokenizer.json)"
-        )
-    report_whole_offsets(tokenizer)
-    return tokenizer
+    return load_fast_tokenizer(name, StudentError, trust_remote_code=trust_remote_code)
 
 
 def tokenizer_of(config: StudentConfig) -> Any:
