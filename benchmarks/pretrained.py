@@ -23,14 +23,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-from quality import STUDENT
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.quality import STUDENT
+from benchmarks.study_files import ablate, kvdistill, write_study, write_yaml
 from kvdistill.corpus.readers import read_files
 from kvdistill.distill.student.build import train_tokenizer
 
@@ -142,9 +142,7 @@ def warm_student(folder: Path, student: dict[str, Any], seed: int) -> str:
     name, steps = f"warm-{seed}", WARM_STEPS
     body = scratch_experiment(folder, student, steps)
     body |= {"name": name, "seed": seed, "teachers": {}, "losses": {"key": 0, "value": 0}}
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(body, sort_keys=False), encoding="utf-8")
-    kvdistill("train", str(path))
+    kvdistill("train", write_yaml(folder / f"{name}.yaml", body))
     return str(folder / name / "student")
 
 
@@ -184,21 +182,7 @@ def study(
 ) -> Path:
     """Write a study file and return its path; ``shared`` is the experiment that arms share."""
     evaluation = "validation" if name == "search" else "test"
-    body = {
-        "name": name,
-        "experiment": experiment(folder, evaluation) if shared is None else shared,
-        "seeds": seeds,
-        "arms": arms,
-        "may_differ": ["training.learning_rate"],
-    }
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(body, sort_keys=False), encoding="utf-8")
-    return path
-
-
-def kvdistill(*arguments: str) -> None:
-    """Run a command of kvdistill."""
-    subprocess.run([sys.executable, "-m", "kvdistill.cli", *arguments], check=True)
+    return write_study(folder, name, shared or experiment(folder, evaluation), arms, seeds)
 
 
 def scratch_studies(folder: Path) -> dict[str, Path]:
@@ -265,14 +249,12 @@ def main() -> None:
     }
     if asked.only in (None, "extract"):
         for name, body in {"extract": both, "extract-second": second}.items():
-            path = asked.folder / f"{name}.yaml"
-            path.write_text(yaml.safe_dump(body), encoding="utf-8")
-            kvdistill("extract", str(path))
+            kvdistill("extract", write_yaml(asked.folder / f"{name}.yaml", body))
     if asked.only in (None, "scratch"):
         studies |= scratch_studies(asked.folder)
     for name, path in studies.items():
         if asked.only in (None, name, name.partition("-")[0]):
-            kvdistill("ablate", str(path), "--workers", str(asked.workers))
+            ablate(path, asked.workers)
     summary(asked.folder)
 
 

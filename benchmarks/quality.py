@@ -18,14 +18,14 @@ Results, negative ones included: ``docs/quality.md``.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.study_files import ablate, kvdistill, write_study
 from kvdistill.corpus.readers import read_files
 from kvdistill.distill.student.build import train_tokenizer
 
@@ -257,18 +257,8 @@ def described(arms: dict[str, Any]) -> dict[str, Any]:
 
 def study(folder: Path, name: str, seeds: Sequence[int], arms: dict[str, Any]) -> Path:
     """Write a study file and return its path."""
-    body = {
-        "name": name,
-        "experiment": experiment(folder, name),
-        "teachers": TEACHERS,
-        "baseline": "cross-entropy",
-        "seeds": list(seeds),
-        "arms": arms,
-        "may_differ": ["training.learning_rate"],
-    }
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(body, sort_keys=False), encoding="utf-8")
-    return path
+    more = {"teachers": TEACHERS, "baseline": "cross-entropy"}
+    return write_study(folder, name, experiment(folder, name), arms, seeds, **more)
 
 
 def prepare(folder: Path) -> None:
@@ -293,18 +283,11 @@ def prepare(folder: Path) -> None:
         train_tokenizer(texts, VOCABULARY).save_pretrained(str(folder / "tokenizer"))
 
 
-def ablate(path: Path, workers: int) -> None:
-    """Run a study through the command line; finished runs and extracted teachers are reused."""
-    command = [sys.executable, "-m", "kvdistill.cli", "ablate", str(path), "--extract"]
-    subprocess.run([*command, "--workers", str(workers)], check=True)
-
-
 def report(runs: Path) -> None:
     """Write the report; the baseline is the better of the two arms without a teacher."""
-    command = [sys.executable, "-m", "kvdistill.cli", "report", str(runs)]
-    command += ["--output", f"{runs}.html", "--baseline", "cross-entropy-slower"]
-    command += ["--title", f"The reference experiment: {STEPS[runs.name][0]} steps"]
-    subprocess.run(command, check=True)
+    options = ["--output", f"{runs}.html", "--baseline", "cross-entropy-slower"]
+    title = f"The reference experiment: {STEPS[runs.name][0]} steps"
+    kvdistill("report", runs, *options, "--title", title)
 
 
 def main() -> None:
@@ -324,7 +307,7 @@ def main() -> None:
     }
     for name, path in studies.items():
         if asked.only in (None, name):
-            ablate(path, asked.workers)
+            ablate(path, asked.workers, "--extract")
     for name in ("final", "longer"):
         if asked.only in (None, "report"):
             report(asked.folder / name)

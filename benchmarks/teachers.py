@@ -24,7 +24,6 @@ import ast
 import json
 import math
 import random
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -32,8 +31,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import yaml
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.study_files import ablate, kvdistill, write_study, write_yaml
 from kvdistill.corpus.readers import read_files
 from kvdistill.distill.student.build import train_tokenizer
 from kvdistill.studies.statistics import crossed_test
@@ -273,20 +274,14 @@ def final_arms() -> dict[str, Any]:
     }
 
 
-def study(folder: Path, name: str) -> str:
+def study(folder: Path, name: str) -> Path:
     """Write a study file and return its path."""
     evaluation = "validation" if name == "search" else "test"
     arms = search_arms() if name == "search" else final_arms()
     if name in ("narrow", "wide"):
         arms = {chosen: arms[chosen] for chosen in FEW_ARMS}
-    body = {
-        "name": name,
-        "experiment": experiment(folder, evaluation, WIDTHS.get(name, WIDTHS["final"])),
-        "seeds": list(range(SEEDS[name])),
-        "arms": arms,
-        "may_differ": ["training.learning_rate"],
-    }
-    return write_yaml(folder / f"{name}.yaml", body)
+    shared = experiment(folder, evaluation, WIDTHS.get(name, WIDTHS["final"]))
+    return write_study(folder, name, shared, arms, range(SEEDS[name]))
 
 
 def merge_branches(folder: Path) -> None:
@@ -361,17 +356,6 @@ def flat(terms: dict[str, np.ndarray]) -> np.ndarray:
     return np.concatenate([terms[domain] for domain in DOMAINS]) / len(DOMAINS)
 
 
-def write_yaml(path: Path, body: dict[str, Any]) -> str:
-    """Write a settings file and return its path."""
-    path.write_text(yaml.safe_dump(body, sort_keys=False), encoding="utf-8")
-    return str(path)
-
-
-def kvdistill(*arguments: str) -> None:
-    """Run a command of kvdistill."""
-    subprocess.run([sys.executable, "-m", "kvdistill.cli", *arguments], check=True)
-
-
 def main() -> None:
     """Texts, specialists, extraction, search, final runs, summary."""
     stages = ("specialists", "extract", *SEEDS, "branches")
@@ -395,7 +379,7 @@ def main() -> None:
         kvdistill("extract", write_yaml(folder / "extract.yaml", body))
     for name in SEEDS:
         if wanted(name):
-            kvdistill("ablate", study(folder, name), "--workers", str(asked.workers))
+            ablate(study(folder, name), asked.workers)
     if wanted("branches"):
         merge_branches(folder)
     for name in SEEDS:
