@@ -1,10 +1,11 @@
-"""What should a byte of the store hold: keys and values, at which rate, or predictions?
+"""What should a byte of the store hold: keys and values, at which rate, hidden states, predictions?
 
 SmolLM2 teaches the student of ``quality.py`` from stores of 50 to 3,000 bytes a token: keys and
 values of the four layers that the student reads in fp16, int8, int4 and ``klt`` at four rates; its
-8, 32 or 128 most likely tokens; and both. Every arm takes equal steps. Weights and rates are
-searched on validation texts under one seed with the same number of runs for each kind of target
-(``search``), and scored on test texts unseen by the search (``final``).
+8, 32 or 128 most likely tokens; both; and the outputs of the four layers in int8 and int4. Every
+arm takes equal steps. Weights and rates are searched on validation texts under one seed with the
+same number of runs for each kind of target (``search``), and scored on test texts unseen by the
+search (``final``).
 
     make models
     python benchmarks/frontier.py frontier-output            # everything; prints a table
@@ -22,17 +23,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import quality
 from benchmarks.quality import arm, text_alone
+from benchmarks.study_files import ablate, write_study
 from kvdistill.store.reader import KVStore
 from kvdistill.studies.statistics import crossed_test
 
@@ -53,12 +55,17 @@ CODECS: Final[dict[str, dict[str, Any]]] = {
     },
 }
 NUM_LOGITS: Final = (8, 32, 128)
+HIDDEN: Final = ("int8", "int4")
+"""Codecs of hidden states."""
 KV_WEIGHTS: Final = (2, 5, 10, 20)
 LOGIT_WEIGHTS: Final = (0.5, 1, 2, 4)
+HIDDEN_WEIGHTS: Final = (1, 3, 10, 30)
 TEXT_RATES: Final = (1e-3, 2e-3, 4e-3, 6e-3)
 OTHER_RATES: Final = (2e-3, 6e-3)
 TUNED: Final[dict[str, Any]] = {"text": 6e-3, "kv": (5, 6e-3), "logits": (1, 4e-3)}
 """The rate of text alone, and weight and rate of the others, as the search selected them."""
+TUNED_HIDDEN: Final = (10, 6e-3)
+"""Weight and rate of hidden states, until their search has been run."""
 BOTH: Final = 32
 """Predictions in the arm that has keys and values as well, at the rate ``klt-1``."""
 
@@ -73,45 +80,41 @@ def logits_alone(weight: float, **settings: Any) -> dict[str, Any]:
     return arm("smollm2", weight=0, losses__logits=weight, **settings)
 
 
+def hidden_alone(codec: str, weight: float, **settings: Any) -> dict[str, Any]:
+    """An arm that learns from the outputs of the four layers."""
+    return arm(f"hidden-{codec}", weight=0, losses__hidden=weight, **settings)
+
+
 def at_rate(rate: float) -> dict[str, float]:
     """Another learning rate than ``quality.py``'s."""
     return {"training__learning_rate": rate}
 
 
-def write_study(
+def study(
     folder: Path,
     name: str,
-    evaluation: str,
     arms: dict[str, Any],
     *,
     store: str,
     teachers: dict[str, Any],
-    logits: int = 0,
+    layers: Sequence[int] = LAYERS,
+    **extraction: Any,
 ) -> Path:
-    """Write a study over one store; returns its path."""
-    body = quality.experiment(folder, "search" if evaluation == "validation" else "final")
-    extraction = {"importance": False, "logits": logits}
-    body |= {"store": str(folder / store), "extraction": extraction}
+    """Write a study over one store, of a search or final; returns its path."""
+    stage = name.partition("-")[0]
+    body = quality.experiment(folder, stage)
+    body |= {"store": str(folder / store), "extraction": {"importance": False, **extraction}}
     body["alignment"] = {
         "layers": "explicit",
-        "explicit_layers": {known: list(LAYERS) for known in teachers},
+        "explicit_layers": {known: list(layers) for known in teachers},
     }
-    seeds = [0] if evaluation == "validation" else [0, 1, 2]
-    study = {
-        "name": name,
-        "experiment": body | {"teachers": teachers},
-        "seeds": seeds,
-        "arms": arms,
-        "may_differ": ["training.learning_rate"],
-    }
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
-    return path
+    seeds = [0] if stage == "search" else [0, 1, 2]
+    return write_study(folder, name, body | {"teachers": teachers}, arms, seeds)
 
 
 def studies(folder: Path) -> dict[str, list[Path]]:
     """Study files of the two stages."""
-    kv_store = {"store": "kv", "teachers": {name: teacher(name) for name in CODECS}}
+    kv_store = {"store": "kv", "teachers": {name: teacher(name) for name in CODECS}, "logits": 0}
     predicted = {
         k: {"store": "predictions", "teachers": {"smollm2": teacher("klt-1")}, "logits": k}
         for k in sorted(NUM_LOGITS, reverse=True)  # the first one extracts
@@ -128,10 +131,10 @@ def studies(folder: Path) -> dict[str, list[Path]]:
     final["int8-shuffled"] = arm("int8", weight=weight, **at_rate(rate), **shuffled)
     found = {
         "search": [
-            write_study(folder, "search-kv", "validation", rates | search, **kv_store),
-            write_study(folder, "search-logits", "validation", by_logits, **predicted[128]),
+            study(folder, "search-kv", rates | search, **kv_store),
+            study(folder, "search-logits", by_logits, **predicted[128]),
         ],
-        "final": [write_study(folder, "final-kv", "test", final, **kv_store)],
+        "final": [study(folder, "final-kv", final, **kv_store)],
     }
     of_logits, logits_rate = TUNED["logits"]
     alone = at_rate(logits_rate)
@@ -140,18 +143,36 @@ def studies(folder: Path) -> dict[str, list[Path]]:
         if k == BOTH:
             arms["both"] = arm("smollm2", weight=weight, losses__logits=of_logits, **at_rate(rate))
             arms["logits-shuffled"] = logits_alone(of_logits, **alone, **shuffled)
-        found["final"].append(write_study(folder, f"final-{k}", "test", arms, **store))
+        found["final"].append(study(folder, f"final-{k}", arms, **store))
     return found
 
 
-def bytes_per_token(store: Path, name: str) -> float:
-    """Bytes on disk per token of a teacher's keys and values."""
+def hidden_studies(folder: Path) -> dict[str, list[Path]]:
+    """Study files of hidden states, in both stages."""
+    teachers = {
+        f"hidden-{codec}": {**teacher("int4"), "codec": {**CODECS["int4"], "hidden": codec}}
+        for codec in HIDDEN
+    }
+    store: dict[str, Any] = {"store": "hidden", "teachers": teachers, "hidden": True}
+    search = {f"hidden-{weight}": hidden_alone("int8", weight) for weight in HIDDEN_WEIGHTS}
+    for rate in OTHER_RATES:
+        search[f"hidden-10-{rate:g}"] = hidden_alone("int8", 10, **at_rate(rate))
+    weight, rate = TUNED_HIDDEN
+    final = {f"hidden-{codec}": hidden_alone(codec, weight, **at_rate(rate)) for codec in HIDDEN}
+    return {
+        "search": [study(folder, "search-hidden", search, **store)],
+        "final": [study(folder, "final-hidden", final, **store)],
+    }
+
+
+def bytes_per_token(store: Path, name: str, kinds: tuple[str, ...] = ("key", "value")) -> float:
+    """Bytes on disk per token of what a teacher's store holds of some kinds."""
     opened = KVStore.open(store)
     size = sum(
         file.stat().st_size
         for shard_id in opened.shard_ids
         for array in opened.paths.shard(name, shard_id).iterdir()
-        if array.is_dir() and array.name.startswith(("key", "value"))
+        if array.is_dir() and array.name.startswith(kinds)
         if "statistics" not in array.name
         for file in array.rglob("*")
         if file.is_file()
@@ -169,6 +190,8 @@ def held_bytes(folder: Path, name: str) -> float:
         return predictions
     if name == "both":
         return predictions + bytes_per_token(folder / "predictions", "smollm2")
+    if known == "hidden":
+        return bytes_per_token(folder / "hidden", name, ("hidden",))
     return bytes_per_token(folder / "kv", name.removesuffix("-shuffled"))
 
 
@@ -209,9 +232,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="parallel runs")
     asked = parser.parse_args()
     quality.prepare(asked.folder)
+    hidden = hidden_studies(asked.folder)
     for name, paths in studies(asked.folder).items():
-        for path in paths if asked.only in (None, name) else ():
-            quality.ablate(path, asked.workers)
+        for path in (*paths, *hidden[name]) if asked.only in (None, name) else ():
+            ablate(path, asked.workers, "--extract")
     summary(asked.folder)
 
 

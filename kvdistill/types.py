@@ -22,8 +22,10 @@ from pydantic import (
     model_validator,
 )
 
-Kind = Literal["key", "value"]
+Kind = Literal["key", "value", "hidden"]
+"""What is stored of every layer and token; ``hidden`` is the layer's output, as one head."""
 KINDS: Final[tuple[Kind, Kind]] = ("key", "value")
+"""What every store has."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 """A name that is also a folder: no separators and no leading dot, so it stays inside its parent."""
@@ -101,6 +103,8 @@ class CodecSpec(BaseModel):
     """Codec of keys."""
     value: CodecName = "int8"
     """Codec of values."""
+    hidden: Literal["bf16", "fp16", "int8", "int4", "fp8_e4m3"] = "int8"
+    """Codec of hidden states, with `extraction.hidden`; scales are those of keys."""
     key_bits: Annotated[float, Field(gt=0, le=8)] = 1.7
     """Bits per element of keys in `klt`."""
     value_bits: Annotated[float, Field(gt=0, le=8)] = 2.5
@@ -124,8 +128,11 @@ class CodecSpec(BaseModel):
 
     @model_serializer(mode="wrap")
     def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without settings of ``klt`` where nothing is stored in it, as in earlier stores."""
-        unused = set() if self.transforms else _OF_KLT
+        """Without what earlier stores did not have: settings of ``klt`` where nothing is stored in
+        it, and ``hidden`` at its default.
+        """
+        unused = set() if self.transforms else set(_OF_KLT)
+        unused |= {"hidden"} if self.hidden == "int8" else set()
         return {name: value for name, value in dump(self).items() if name not in unused}
 
 

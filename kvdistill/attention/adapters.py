@@ -33,6 +33,15 @@ class QKV(NamedTuple):
     value: Tensor
 
 
+class LayerStates(NamedTuple):
+    """``QKV``, and the layer's output ``[B, 1, T, E]``."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    hidden: Tensor
+
+
 TeacherKind = Literal["decoder", "encoder", "encoder_decoder"]
 
 Cut = Callable[[tuple[Tensor, ...], Heads], QKV]

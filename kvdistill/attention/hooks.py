@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from kvdistill.attention.adapters import QKV, Adapter
+from kvdistill.attention.adapters import QKV, Adapter, LayerStates
 from kvdistill.attention.attention_rule import MaskRule, read_mask_function
 from kvdistill.attention.geometry import Heads, read_heads
 from kvdistill.errors import AdapterError
@@ -111,10 +111,31 @@ def attached(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 @contextmanager
-def capture(sites: Sequence[Site], on_layer: OnLayer) -> Iterator[None]:
-    """While inside, call ``on_layer`` for every site as soon as its Q, K and V are computed."""
-    with attached(handle for site in sites for handle in _tap(site, on_layer)):
+def capture(sites: Sequence[Site], on_layer: OnLayer, *, hidden: bool = False) -> Iterator[None]:
+    """While inside, call ``on_layer`` for every site as soon as its Q, K and V are computed.
+
+    With ``hidden``, for ``LayerStates``, when the layer has ended.
+    """
+    tap = _tap_with_output if hidden else _tap
+    with attached(handle for site in sites for handle in tap(site, on_layer)):
         yield
+
+
+def _tap_with_output(site: Site, on_layer: OnLayer) -> Iterator[RemovableHandle]:
+    waiting: list[QKV] = []
+
+    def ended(module: nn.Module, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.ndim != 3:
+            raise AdapterError(
+                f"extraction.hidden: {type(module).__name__} returns several hidden states a token "
+                f"({list(hidden.shape)}); set it to false, and losses.hidden to 0"
+            )
+        states: Any = LayerStates(*waiting.pop(), hidden.unsqueeze(1))
+        on_layer(site.layer_idx, states)
+
+    yield from _tap(site, lambda _, qkv: waiting.append(qkv))
+    yield site.layer.register_forward_hook(ended)
 
 
 def _tap(site: Site, on_layer: OnLayer) -> Iterator[RemovableHandle]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kvdistill.attention.adapters import QKV, Adapter, adapters_for
+from kvdistill.attention.adapters import QKV, Adapter, LayerStates, adapters_for
 from kvdistill.attention.fitting import Verified, first_fitting
 from kvdistill.attention.geometry import HeadShape, StudentGeometry, text_model
 from kvdistill.attention.hooks import Site, attached, capture, find_sites
@@ -145,18 +145,25 @@ class KVCapture:
         )
 
     @contextmanager
-    def __call__(self, *, queries: bool = False) -> Iterator[list[CapturedLayer]]:
-        """While inside, collect what every layer computes, layer by layer."""
+    def __call__(
+        self, *, queries: bool = False, outputs: list[Tensor] | None = None
+    ) -> Iterator[list[CapturedLayer]]:
+        """While inside, collect what every layer computes, layer by layer.
+
+        The layer's own output ``[B, 1, T, E]`` is appended to ``outputs``.
+        """
         found: list[CapturedLayer] = []
 
-        def collect(layer_idx: int, qkv: QKV) -> None:
+        def collect(layer_idx: int, qkv: QKV | LayerStates) -> None:
             if not self.replaying:
                 query = qkv.query if queries else None
                 found.append(CapturedLayer(query, qkv.key, qkv.value))
+                if isinstance(qkv, LayerStates) and outputs is not None:
+                    outputs.append(qkv.hidden)
 
         self.capturing = True
         try:
-            with capture(self.sites, collect):
+            with capture(self.sites, collect, hidden=outputs is not None):
                 yield found
         finally:
             self.capturing = False
@@ -284,4 +291,6 @@ def _geometry(student: Any, sites: list[Site]) -> StudentGeometry:
         )
     dims: dict[Kind, int] = {"key": heads.head_dim, "value": heads.value_head_dim}
     shapes = {kind: HeadShape(heads.num_key_value, dim) for kind, dim in dims.items()}
-    return StudentGeometry(len(sites), shapes, student.config.get_text_config().hidden_size)
+    hidden_size = student.config.get_text_config().hidden_size
+    shapes["hidden"] = HeadShape(1, hidden_size)
+    return StudentGeometry(len(sites), shapes, hidden_size)

@@ -184,11 +184,12 @@ def verify_command(
         for path in moved:
             click.echo(f"moved to {path}")
         for line in compared:
-            predicted = line["prediction_error"]
+            others = (("hidden states", "hidden_error"), ("predictions", "prediction_error"))
+            shown = [(what, line[key]) for what, key in others if line[key] is not None]
             click.echo(
                 f"{line['teacher']}: {line['samples']} samples read again, relative error of keys "
                 f"{line['key_error']:.1e}, of values {line['value_error']:.1e}"
-                + (f", of predictions {predicted:.1e}" if predicted is not None else "")
+                + "".join(f", of {what} {error:.1e}" for what, error in shown)
             )
     differing = [line["teacher"] for line in compared if not line["agrees"]]
     if differing:

@@ -16,10 +16,12 @@ from kvdistill.config.base import (
     Section,
 )
 from kvdistill.types import (
+    KINDS,
     Distance,
     EvictionMethod,
     FusionMethod,
     Granularity,
+    Kind,
     LayerMethod,
     Name,
     ProjectionInit,
@@ -32,11 +34,12 @@ from kvdistill.types import (
 )
 
 TEACHER_LOSSES: Final = (
-    "key", "value", "cosine", "attention_kl", "relation", "inject", "round_trip", "codi", "logits"
+    "key", "value", "cosine", "attention_kl", "relation", "inject", "round_trip", "codi", "logits",
+    "hidden",
 )  # fmt: skip
 """Losses that read the store."""
 ANNEALED_LOSSES: Final = (
-    "key", "value", "cosine", "attention_kl", "relation", "codi", "logits"
+    "key", "value", "cosine", "attention_kl", "relation", "codi", "logits", "hidden"
 )  # fmt: skip
 """Losses that compare the student with a teacher."""
 TEXT_LOSSES: Final = ("cross_entropy", "rationale", "router_aux")
@@ -259,8 +262,8 @@ class LossConfig(Section):
     """Error of values; 0.3 by default for a pretrained student."""
     anneal_by: Annotated[float, Field(gt=0, le=1)] | None = None
     """Fraction of training over which the losses that compare the student with a teacher (`key`,
-    `value`, `cosine`, `attention_kl`, `relation`, `codi`, `logits`) are annealed linearly to zero;
-    constant weights if not given."""
+    `value`, `cosine`, `attention_kl`, `relation`, `codi`, `logits`, `hidden`) are annealed linearly
+    to zero; constant weights if not given."""
     distance: Distance = "mse"
     """Pointwise error between keys or values of student and target."""
     layer_std: bool = False
@@ -283,6 +286,9 @@ class LossConfig(Section):
     (needs `extraction.logits`)."""
     logits_temperature: PositiveFloat = 1.0
     """Temperature of `logits`; at any but 1 over the stored tokens alone."""
+    hidden: NonNegativeFloat = 0.0
+    """Error of a linear map of every layer's output to the teacher layer's (needs
+    `extraction.hidden`)."""
     inject: NonNegativeFloat = 0.0
     """Cross-entropy of what follows when the student runs on the fused KV of its teachers."""
     inject_style: Literal["residual", "replace"] = "residual"
@@ -313,8 +319,13 @@ class LossConfig(Section):
 
     @property
     def of_kv(self) -> list[str]:
-        """Enabled losses that compare keys and values."""
+        """Enabled losses that compare keys and values, or hidden states in their manner."""
         return [name for name in self.of_teachers if name not in ("codi", "logits")]
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What is read of a store."""
+        return (*KINDS, "hidden") if self.hidden else KINDS
 
     @property
     def uses_teachers(self) -> bool:

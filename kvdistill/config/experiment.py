@@ -149,6 +149,16 @@ def _check_losses(experiment: Experiment) -> None:
             "losses.logits reads predictions that extraction must store; set extraction.logits to "
             "a number of tokens, such as 32, and extract under new teacher names"
         )
+    if losses.hidden and not experiment.extraction.hidden:
+        raise ValueError(
+            "losses.hidden reads layers' outputs that extraction must store; set "
+            "extraction.hidden: true, and extract under new teacher names"
+        )
+    if losses.hidden and experiment.projection.mode != "student_to_teacher":
+        raise ValueError(
+            "losses.hidden maps the student's hidden states to the teacher's, in projection.mode "
+            f"student_to_teacher alone; got {experiment.projection.mode}"
+        )
     if losses.logits and experiment.placebo.method == "noise":
         raise ValueError("placebo.method noise replaces no predictions; use shuffled")
     if not (losses.uses_teachers or losses.cross_entropy or losses.rationale):
@@ -186,7 +196,7 @@ def _check_fusion(experiment: Experiment) -> None:
                 f"fusion.balance.{name} names {unknown}, but the teachers are "
                 f"{sorted(experiment.teachers)}"
             )
-    others = [name for name in ("cosine", "relation") if getattr(losses, name)]
+    others = [name for name in ("cosine", "relation", "hidden") if getattr(losses, name)]
     if balanced.active and (others or experiment.projection.mode != "student_to_teacher"):
         raise ValueError(
             "fusion.balance acts on losses.key and losses.value in projection.mode "
@@ -238,10 +248,10 @@ def _check_evictions(experiment: Experiment) -> None:
                 "extraction.importance and an eviction are undefined; set importance to false and "
                 "remove the eviction, or truncate"
             )
-        if teacher.eviction is not None and extraction.stores_predictions:
+        if teacher.eviction and (extraction.stores_predictions or extraction.hidden):
             raise ValueError(
                 f"teachers.{name}.eviction keeps other tokens in every layer and head, which have "
-                "no extraction.confidence or extraction.logits; remove it, and evict in training"
+                "no extraction.confidence, .logits or .hidden; remove it, and evict in training"
             )
         if teacher.eviction is not None and experiment.codec(name).transforms:
             raise ValueError(
@@ -266,7 +276,7 @@ def _check_latent(experiment: Experiment) -> None:
             if getattr(losses, name):
                 raise ValueError(f"losses.{name} needs a student with a `latent` section")
         return
-    undefined = ("inject", "attention_kl", "relation", "logits")
+    undefined = ("inject", "attention_kl", "relation", "logits", "hidden")
     refused = [f"losses.{name}" for name in undefined if getattr(losses, name)]
     refused += ["student.chat_template"] * (experiment.student.chat_template == "own")
     if refused:

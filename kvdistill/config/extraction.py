@@ -136,6 +136,9 @@ class ExtractionConfig(Section):
     logits: NonNegative = 0
     """Number of most likely tokens to store with their log-probabilities in place of every token,
     6 bytes each, and the log of the others' mass."""
+    hidden: bool = False
+    """Store the output of every kept layer at every token, for `losses.hidden`; `codec.hidden` is
+    its codec."""
     writers: Positive = 1
     """Background threads that compress and write finished shards."""
     device: str = "auto"

@@ -17,7 +17,7 @@ Where the target comes from, and what may move it (``docs/projection.md``):
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
 
@@ -80,12 +80,14 @@ class StudentOutput:
     key_BLHTD: Tensor
     value_BLHTD: Tensor
     hidden: Tensor | None  # last state [B, T, E], where a router needs it
-    router_aux: Tensor | None = field(default=None, kw_only=True)
-    """Load-balancing loss of this pass, where it has a weight."""
+    _: KW_ONLY
+    router_aux: Tensor | None = None  # load-balancing loss of this pass, where it has a weight
+    hidden_BLHTD: Tensor | None = None  # layers' outputs as one head, where a loss compares them
 
     def kind(self, kind: Kind) -> Tensor:
-        """Keys or values ``[B, L, H, T, D]``."""
-        return self.key_BLHTD if kind == "key" else self.value_BLHTD
+        """Keys, values or layers' outputs ``[B, L, H, T, D]``."""
+        found: Tensor = getattr(self, f"{kind}_BLHTD")
+        return found
 
 
 class Distiller(nn.Module):
@@ -123,12 +125,12 @@ class Distiller(nn.Module):
         if not teachers:
             return
         if self.regresses and projection.init == "ridge":
-            for kind in KINDS:
+            for kind in losses.kinds:
                 shape = geometry.shapes[kind]
                 self.standardise_student[kind] = unmeasured(geometry.num_layers, shape)
         for teacher in teachers:
             heads = nn.ModuleDict()
-            for kind in KINDS:
+            for kind in losses.kinds:
                 own = geometry.shapes[kind]
                 heads[kind] = TeacherHead(teacher, kind, own, projection, self.projects)
             self.heads[_module_name(teacher.name)] = heads
@@ -225,7 +227,8 @@ class Distiller(nn.Module):
     def run_student(self, batch: Batch) -> StudentOutput:
         """One forward pass of the student: logits, unrotated Q, K and V, last hidden state."""
         needs_hidden = bool(self.teachers) and self.weigh.needs_hidden
-        with self.capture(queries=self.losses.attention_kl > 0) as captured:
+        outputs: list[Tensor] | None = [] if self.losses.hidden else None
+        with self.capture(queries=self.losses.attention_kl > 0, outputs=outputs) as captured:
             output, logits = self.language_head.run(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
@@ -239,7 +242,8 @@ class Distiller(nn.Module):
             form = f"one hidden state a token, the student gives {list(hidden.shape)}"
             raise StudentError(f"fusion.method {self.fusion.method} reads {form}; use fixed")
         aux = self.balance(output, batch["attention_mask"])
-        return StudentOutput(logits, query, key, value, hidden, router_aux=aux)
+        own = torch.stack(outputs, dim=1) if outputs else None
+        return StudentOutput(logits, query, key, value, hidden, router_aux=aux, hidden_BLHTD=own)
 
     def text_losses(self, batch: Batch, output: StudentOutput, counts: Counts) -> dict[str, Tensor]:
         """Losses that need no teacher."""
@@ -252,7 +256,7 @@ class Distiller(nn.Module):
     def _teacher_losses(
         self, batch: Batch, output: StudentOutput, counts: Counts, *, figures: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Losses against teachers by name, and what ``figures`` of ``forward`` requests."""
+        """Losses against teachers by name, and what ``figures`` requests."""
         mixture = self.weigh(batch, output.hidden)
         alpha = mixture.alpha()
         targets = self.targets(batch["teachers"]) if self.needs_all_layers else {}
@@ -280,7 +284,7 @@ class Distiller(nn.Module):
             parts["inject"] = self._inject(batch, projected, mixture, counts)
         if not figures:
             return parts, {}
-        kinds = [kind for kind in KINDS if kind in parts] or list(KINDS)
+        kinds = [kind for kind in self.losses.kinds if kind in parts] or list(KINDS)
         rows: Mapping[Kind, Any] = targets or {k: self.layers(k, batch["teachers"]) for k in kinds}
         compared = (x for k in kinds for x in self.compared(k, rows, alpha, fused.get(k)))
         errors = [parts[kind] for kind in kinds if kind in parts]
@@ -309,7 +313,7 @@ class Distiller(nn.Module):
             kind: [[partial(torch.select, x, 1) for x in groups] for groups in targets[kind]]
             if targets
             else self.layers(kind, teachers)
-            for kind in KINDS
+            for kind in self.losses.kinds
         }
 
     def regressed(self, output: StudentOutput, kind: Kind) -> Tensor:
@@ -323,7 +327,7 @@ class Distiller(nn.Module):
             kind: [
                 [layers.stacked() for layers in groups] for groups in self.layers(kind, teachers)
             ]
-            for kind in KINDS
+            for kind in self.losses.kinds
         }
 
     def projected(self, targets: Targets) -> dict[Kind, list[Tensor]]:
@@ -336,13 +340,10 @@ class Distiller(nn.Module):
     def regression_sums(
         self, output: StudentOutput, teachers: Batch, targets: Targets, alpha_NBLT: Tensor
     ) -> dict[str, Tensor]:
-        """In mode ``student_to_teacher``: errors of keys and of values, as in ``kv_losses``.
-
-        Targets are made layer by layer where ``targets`` is empty.
-        """
+        """In mode ``student_to_teacher``, errors by kind; without ``targets``, layer by layer."""
         sums: dict[str, Tensor] = {}
         rows = self.target_rows(teachers, targets)
-        for kind in KINDS:
+        for kind in self.losses.kinds:
             if not self.losses.weights()[kind]:
                 continue
             heads = enumerate(zip(self.heads_of(kind), rows[kind], alpha_NBLT, strict=True))

@@ -106,7 +106,13 @@ class TeacherSpace:
 
 
 def teacher_space(
-    store: KVStore, name: str, mapping: LayerMap, fusion: FusionConfig, num_prototypes: int = 8
+    store: KVStore,
+    name: str,
+    mapping: LayerMap,
+    fusion: FusionConfig,
+    num_prototypes: int = 8,
+    *,
+    kinds: Sequence[Kind] = KINDS,
 ) -> TeacherSpace:
     """Shapes, statistics and prototypes of one stored teacher under a layer map.
 
@@ -120,14 +126,13 @@ def teacher_space(
     for group_idx, student_layers, part in by_group(mapping, manifest.groups):
         group, prefix = manifest.groups[group_idx], group_prefix(manifest, group_idx)
         rows = [group.layers.index(layer) for layer in part.needed]
-        heads = group.num_key_value_heads
-        shapes = {kind: HeadShape(heads, group.head_dim(kind)) for kind in KINDS}
+        shapes = {kind: HeadShape(*manifest.shape(group, kind)) for kind in kinds}
         statistics = {
             kind: TargetStatistics(
                 torch.from_numpy(stored[f"{prefix}{kind}"].mean[rows]),
                 torch.from_numpy(stored[f"{prefix}{kind}"].variance[rows]),
             )
-            for kind in KINDS
+            for kind in kinds
         }
         transforms = {
             stem: codec.select(part.needed)

@@ -93,16 +93,15 @@ class ShardPacker:
                 manifest.codec, kind, transforms or {}, group_prefix(manifest, group_idx)
             )
             for group_idx in range(len(manifest.groups))
-            for kind in KINDS
+            for kind in manifest.kinds
         }
         self.text_counts = np.zeros(tokens.num_samples, np.int64)
         self.moments = {
             (group_idx, kind): np.zeros(
-                (2, tokens.num_samples, len(group.layers), group.num_key_value_heads, dim)
+                (2, tokens.num_samples, len(group.layers), *manifest.shape(group, kind))
             )
             for group_idx, group in enumerate(manifest.groups)
-            for kind in KINDS
-            for dim in (group.head_dim(kind),)
+            for kind in manifest.kinds
         }
         """Mean and M2 per sample: ``[2, N, L, H, D]`` of every group and kind."""
 
@@ -190,8 +189,8 @@ class BatchPacker:
         if masks.slots is not None:
             kept = masks.slots.choose(qkv.key, received, row.layer.rotary, layer_idx)
             self._collect(row, "kept", kept.index_BLHM[:, 0].int())
-        for kind in KINDS:
-            x_BHTD = qkv.key if kind == "key" else qkv.value
+        for kind in self._shard.manifest.kinds:
+            x_BHTD = getattr(qkv, kind)
             mean, m2 = moments(x_BHTD, masks.text_mask_BT)
             self._moments.append((row, kind, start_copy(mean), start_copy(m2)))
             if kept is not None:

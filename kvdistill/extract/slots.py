@@ -113,4 +113,5 @@ def keep_heads(qkv: QKV, heads: Sequence[int] | None) -> QKV:
     index = torch.tensor(heads, device=qkv.key.device)
     grouped = qkv.query.unflatten(1, (qkv.key.shape[1], -1))  # type: ignore[no-untyped-call]
     query = grouped.index_select(1, index).flatten(1, 2)
-    return QKV(query, qkv.key.index_select(1, index), qkv.value.index_select(1, index))
+    key, value = (x.index_select(1, index) for x in (qkv.key, qkv.value))
+    return qkv._replace(query=query, key=key, value=value)

@@ -191,7 +191,7 @@ class Teacher:
         if self.manifest.adapter == CACHE.name:
             inputs = (batch.input_ids, batch.attention_mask)
             return forward_through_cache(self.model, *inputs, self.layers, on_layer)
-        with capture(self.sites, on_layer):
+        with capture(self.sites, on_layer, hidden=self.manifest.has_hidden):
             return self.forward(batch)
 
     @torch.inference_mode()
@@ -331,16 +331,17 @@ def _chosen_layers(name: str, config: TeacherConfig, layers: Sequence[VerifiedLa
 def _refuse_unavailable(
     name: str, extraction: ExtractionConfig, model: Any, verified: Verified
 ) -> None:
-    if verified.adapter.stream == "cross" and extraction.hidden_at_cue:
+    hidden = [name for name in ("hidden_at_cue", "hidden") if getattr(extraction, name)]
+    if verified.adapter.stream == "cross" and hidden:
         raise TeacherError(
-            f"teacher {name!r}: extraction.hidden_at_cue does not apply to stream cross, whose "
+            f"teacher {name!r}: extraction.{hidden[0]} does not apply to stream cross, whose "
             "tokens are the encoder's; leave it off, or set stream to encoder or decoder"
         )
-    if not verified.sites and (extraction.importance or extraction.hidden_at_cue):
+    if not verified.sites and (extraction.importance or hidden):
         raise TeacherError(
             f"teacher {name!r}: no adapter fits {type(model).__name__}, so it is read from its "
-            "cache, which has no queries and no hidden states; set extraction.importance and "
-            "extraction.hidden_at_cue to false, or write an adapter "
+            "cache, which has no queries and no hidden states; set extraction.importance, "
+            ".hidden_at_cue and .hidden to false, or write an adapter "
             "(kvdistill/attention/adapters.py)"
         )
     problem = unexplained(verified.layers, model.dtype)
@@ -404,6 +405,7 @@ def _manifest(
         hidden_size=model.config.get_text_config().hidden_size,
         has_importance=extraction.importance and adapter.stream != "cross",
         has_hidden_at_cue=extraction.hidden_at_cue,
+        has_hidden=extraction.hidden,
         has_summaries=extraction.summaries,
         parts=config.parts,
         own_text=config.generate is not None,

@@ -342,6 +342,7 @@ class Windows:
         """
 
         def stitched(layer_idx: int, qkv: QKV) -> None:
-            on_layer(layer_idx, QKV(*[self.stitch(x.transpose(1, 2)).transpose(1, 2) for x in qkv]))
+            states = [self.stitch(x.transpose(1, 2)).transpose(1, 2) for x in qkv]
+            on_layer(layer_idx, type(qkv)(*states))
 
         return self.stitch(model(self.batch, stitched))

@@ -20,7 +20,7 @@ from kvdistill.store.format import group_prefix
 from kvdistill.store.manifest import TeacherManifest
 from kvdistill.store.reader import KVStore
 from kvdistill.store.shard import EncodedShard
-from kvdistill.types import KINDS, Kind
+from kvdistill.types import Kind
 
 TOLERANCE: Final = {"float32": 0.01, "float16": 0.03, "bfloat16": 0.05}
 """Largest relative error by the teacher's dtype: another batch size rounds differently, and may
@@ -46,11 +46,14 @@ class Reextraction:
     prediction_error: float | None = None
     """Relative error of ``nll``, ``entropy`` and the probabilities of the most likely tokens and of
     the rest, the worst sample and array; None where none is stored."""
+    hidden_error: float | None = None
+    """As ``key_error``, of hidden states."""
 
     @property
     def agrees(self) -> bool:
         """Whether the errors are within ``tolerance``, and at most ``MOVED`` are others."""
-        worst = max(self.key_error, self.value_error, self.prediction_error or 0.0)
+        others = (self.prediction_error or 0.0, self.hidden_error or 0.0)
+        worst = max(self.key_error, self.value_error, *others)
         return worst <= self.tolerance and self.moved <= MOVED
 
 
@@ -65,7 +68,7 @@ def reextract(store: KVStore, experiment: Experiment, name: str, count: int) -> 
     """
     chosen = _spread_samples(store, name, count)
     teacher = open_teacher(store, experiment, name)
-    errors: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
+    errors: dict[Kind, float] = dict.fromkeys(teacher.manifest.kinds, 0.0)
     moved, num_tokens, predicted = 0.0, 0, list[float]()
     for shard_id, sample_idx, sample in chosen:
         budget = experiment.extraction.batch_tokens
@@ -84,12 +87,12 @@ def reextract(store: KVStore, experiment: Experiment, name: str, count: int) -> 
         others, found = _other_predictions(store, name, shard_id, table.span(sample_idx), fresh)
         moved = max([moved, others, *(1 - float(layer_HT.mean()) for layer_HT in layers)])
         predicted += found
-        for kind in KINDS:
+        for kind in teacher.manifest.kinds:
             error = _relative_error(store, teacher.manifest, sample, kind, fresh=fresh, same=same)
             errors[kind] = max(errors[kind], error)
     tolerance = TOLERANCE[teacher.manifest.dtype]
     worst = (errors["key"], errors["value"], tolerance, moved, max(predicted, default=None))
-    return Reextraction(name, len(chosen), num_tokens, *worst)
+    return Reextraction(name, len(chosen), num_tokens, *worst, errors.get("hidden"))
 
 
 def _spread_samples(store: KVStore, name: str, count: int) -> list[tuple[str, int, Sample]]:

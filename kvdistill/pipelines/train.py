@@ -265,19 +265,17 @@ def _with_precision(experiment: Experiment, folder: RunFolder) -> Experiment:
 
 def _shards_of(
     experiment: Experiment, store: KVStore, folder: RunFolder, rank: int
-) -> tuple[KVStore, SourceOf]:
-    """The store of a run, perhaps with a part of its plan, and what makes a source of it."""
-    from kvdistill.distill.data.stream import StoreSource
-
+) -> tuple[KVStore, SourceOf | None]:
+    """The store of a run, perhaps with a part of its plan, and what else makes a source of it."""
     if not experiment.losses.uses_teachers:
-        return store, StoreSource
+        return store, None
     if experiment.kv_source == "live":
         from kvdistill.pipelines.live import live_source
 
         return to_extract(store, experiment), live_source(experiment, store)
     if not experiment.training.partial_store:
-        return store, StoreSource
-    return store.only(_shards_at_the_start(experiment, store, folder, rank)), StoreSource
+        return store, None
+    return store.only(_shards_at_the_start(experiment, store, folder, rank)), None
 
 
 def _shards_at_the_start(

@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,7 +29,7 @@ from kvdistill.store.codecs.klt import layer_blocks, token_bytes
 from kvdistill.store.codecs.parts import part_name
 from kvdistill.store.manifest import TeacherManifest
 from kvdistill.store.shard import BLOCK_TOKENS
-from kvdistill.types import KINDS, CodecSpec, Kind, LayerGroup
+from kvdistill.types import CodecSpec, Kind, LayerGroup
 
 MANIFEST: Final = "kvstore.json"
 
@@ -237,8 +237,9 @@ def _group_specs(
     manifest: TeacherManifest, counts: Counts, group: LayerGroup, prefix: str
 ) -> Iterator[ArraySpec]:
     lead = (len(group.layers), group.num_key_value_heads)
-    for kind in KINDS:
-        codec = CODECS[manifest.codec.key if kind == "key" else manifest.codec.value]
+    for kind in manifest.kinds:
+        codec, (num_heads, dim) = CODECS[getattr(manifest.codec, kind)], manifest.shape(group, kind)
+        heads = (len(group.layers), num_heads)
         for part in codec.parts(kind):
             attributes: dict[str, str | int] = {
                 "role": part.suffix or "codes",
@@ -250,8 +251,8 @@ def _group_specs(
             length: int = getattr(counts, f"num_{part.per}s")
             place: dict[str, Any] = {
                 "axes": ("layer", "head", part.per, "dim"),
-                "shape": (*lead, length, part.width(group.head_dim(kind))),
-                "group": group,
+                "shape": (*heads, length, part.width(dim)),
+                "group": replace(group, num_key_value_heads=num_heads),
             }
             if part.channels == "packed":
                 place = _packed_spec(manifest.codec, group, kind, length)
@@ -260,7 +261,7 @@ def _group_specs(
         yield ArraySpec(
             f"{prefix}{kind}_statistics",
             ("count_mean_m2", "layer", "head", "dim"),
-            (3, *lead, group.head_dim(kind)),
+            (3, *heads, dim),
             "float64",
         )
     if manifest.has_importance:

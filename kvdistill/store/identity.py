@@ -34,11 +34,12 @@ NAMES: Final = ("model", "revision", "gguf_file", "tokenizer")
 _NO_SETTINGS: Final = {"trust_remote_code", "device_map", "tp_plan", "template_date"}
 _OF_EXTRACTION: Final = (
     "long_text", "window_overlap", "max_length", "importance", "hidden_at_cue",
-    "summaries", "confidence", "logits",
+    "summaries", "confidence", "logits", "hidden",
 )  # fmt: skip
 _AT_LEAST: Final = {
     "importance": "has_importance", "hidden_at_cue": "has_hidden_at_cue",
     "summaries": "has_summaries", "confidence": "has_confidence", "logits": "num_logits",
+    "hidden": "has_hidden",
 }  # fmt: skip
 """Settings of which a store may have more than is asked, and the manifest's fields of what it has:
 arrays beside keys and values, which nothing reads but what asks for them. Other layers, heads,

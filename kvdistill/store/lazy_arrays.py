@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kvdistill.errors import GeometryError
 from kvdistill.store.format import UNPREDICTED, ArraySpec, Counts, common_group, shard_arrays
 from kvdistill.store.reader import KVStore
-from kvdistill.types import KINDS, Kind
+from kvdistill.types import Kind
 
 if TYPE_CHECKING:
     import xarray
@@ -42,16 +42,13 @@ def dask_array(
     """
     manifest = store.teacher(teacher)
     group = manifest.groups[common_group(manifest, None if layer is None else [layer])]
-    if head is not None and not 0 <= head < group.num_key_value_heads:
-        raise GeometryError(
-            f"head {head} requested of layers with {group.num_key_value_heads} key/value heads"
-        )
+    num_heads, dim = manifest.shape(group, kind)
+    if head is not None and not 0 <= head < num_heads:
+        raise GeometryError(f"head {head} requested of layers with {num_heads} heads of {kind}s")
     layers = group.layers if layer is None else (layer,)
     heads = None if head is None else [head]
-    num_heads = group.num_key_value_heads if head is None else 1
-    array = _stack(
-        store, teacher, (kind, layers, heads), (num_heads, group.head_dim(kind)), shard_ids
-    )
+    sizes = (num_heads if head is None else 1, dim)
+    array = _stack(store, teacher, (kind, layers, heads), sizes, shard_ids)
     index = (0 if layer is not None else slice(None), 0 if head is not None else slice(None))
     return array[index]
 
@@ -63,10 +60,11 @@ def dataset(
     layers: Sequence[int] | None = None,
     shard_ids: Sequence[str] | None = None,
 ) -> xarray.Dataset:
-    """Keys, values, importance, predictions and the token table with named dimensions.
+    """Keys, values, hidden states, importance, predictions, token table: with named dimensions.
 
-    Dimensions ``layer, head, token, key_dim, value_dim``; coordinates ``layer`` (the teacher's
-    own index) and per token ``sample``, ``token_id``, ``segment``, ``char_start``, ``char_end``.
+    Dimensions ``layer, head, token, key_dim, value_dim``, for hidden states ``layer, one, token,
+    hidden_dim``; coordinates ``layer`` (the teacher's own index) and per token ``sample``,
+    ``token_id``, ``segment``, ``char_start``, ``char_end``.
     The token table is read immediately, everything else when it is computed.
 
     Raises:
@@ -79,10 +77,11 @@ def dataset(
     group = manifest.groups[common_group(manifest, layers)]
     chosen = tuple(sorted(layers)) if layers is not None else group.layers
     variables: dict[str, Any] = {}
-    for kind in KINDS:
-        sizes: tuple[int, ...] = (group.num_key_value_heads, group.head_dim(kind))
+    for kind in manifest.kinds:
+        sizes: tuple[int, ...] = manifest.shape(group, kind)
         array = _stack(store, teacher, (kind, chosen, None), sizes, shard_ids)
-        variables[kind] = (("layer", "head", "token", f"{kind}_dim"), array)
+        heads = "one" if kind == "hidden" else "head"
+        variables[kind] = (("layer", heads, "token", f"{kind}_dim"), array)
     if manifest.has_importance:
         sizes = (group.num_key_value_heads,)
         array = _stack(store, teacher, ("importance", chosen, None), sizes, shard_ids)
@@ -145,7 +144,7 @@ def _read_chunk(
 ) -> NDArray[np.float32]:
     store = KVStore.open(root)
     name, layers, heads = selection
-    if name in KINDS:
+    if name in store.teacher(teacher).kinds:
         return store.read_decoded(teacher, shard_id, name, layers, heads)
     arrays = store.read_shard(teacher, shard_id, layers, heads, kinds=()).arrays
     (array,) = (array for key, array in arrays.items() if key.rpartition("/")[2] == name)

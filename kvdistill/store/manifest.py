@@ -19,7 +19,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from kvdistill.errors import StoreFormatError
 from kvdistill.text import brief, parse_json, shorten
-from kvdistill.types import Backend, CodecSpec, LayerGroup, Name, StoredEviction
+from kvdistill.types import (
+    KINDS,
+    Backend,
+    CodecSpec,
+    Kind,
+    LayerGroup,
+    Name,
+    StoredEviction,
+)
 
 FORMAT_VERSION: Final = 3
 """2: values in int4 have scales and zeros of a byte (``int4_v1`` is what 1 called ``int4``).
@@ -195,6 +203,8 @@ class TeacherManifest(Document):
     has_hidden_at_cue: bool = False
     has_summaries: bool = False
     """Shards hold ``hidden_summary``: every sample's mean and first hidden state."""
+    has_hidden: bool = False
+    """Shards hold every layer's output, beside its keys and values."""
     has_confidence: bool = False
     """Shards hold ``nll`` and ``entropy`` of every token."""
     num_logits: int = Field(0, ge=0, le=MAX_VOCABULARY)
@@ -243,6 +253,17 @@ class TeacherManifest(Document):
     def predicts_text(self) -> bool:
         """Whether what is read are tokens that the model predicts; no encoder's are."""
         return self.kind != "encoder" and self.stream in ("self", "decoder")
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What is stored of every layer and token."""
+        return (*KINDS, "hidden") if self.has_hidden else KINDS
+
+    def shape(self, group: LayerGroup, kind: Kind) -> tuple[int, int]:
+        """Heads and channels of a kind in one group."""
+        if kind == "hidden":
+            return 1, self.hidden_size
+        return group.num_key_value_heads, group.head_dim(kind)
 
     @property
     def layers(self) -> tuple[int, ...]:

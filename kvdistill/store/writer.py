@@ -166,11 +166,9 @@ def publish_shard(
 
 
 def _raw_bytes(manifest: TeacherManifest, counts: Counts) -> int:
-    """Size of the keys and values in bf16."""
-    per_token = sum(
-        len(group.layers) * group.num_key_value_heads * (group.key_head_dim + group.value_head_dim)
-        for group in manifest.groups
-    )
+    """Size of the keys, values and hidden states in bf16."""
+    shapes = ((g, manifest.shape(g, kind)) for g in manifest.groups for kind in manifest.kinds)
+    per_token = sum(len(group.layers) * heads * dim for group, (heads, dim) in shapes)
     return 2 * per_token * counts.num_tokens
 
 

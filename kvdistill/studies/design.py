@@ -250,19 +250,25 @@ def baselines(body: Body) -> Arms:
             "preset baselines has an arm that learns from the teachers' predictions, and the "
             "experiment stores none; set extraction.logits, such as to 32"
         )
-    weight = (body.get("losses") or {}).get("logits") or 1.0
-    no_kv = {**NO_TEACHER_LOSSES, "projection": {}}
-    return {
+    losses = body.get("losses") or {}
+    weight, no_kv = losses.get("logits") or 1.0, {**NO_TEACHER_LOSSES, "projection": {}}
+    arms = {
         "cross-entropy": _arm("no teacher", {**no_kv, "fusion": {}, "placebo": {}}, ()),
         "logits": _arm("predictions alone", {**no_kv, "losses.logits": weight}),
-        "kv": _arm("keys and values alone", {"losses.logits": 0.0}),
-        "kv-and-logits": _arm("keys and values, and predictions", {"losses.logits": weight}),
+        "kv": _arm("keys and values alone", {"losses.logits": 0.0, "losses.hidden": 0.0}),
+        "kv-and-logits": _arm(
+            "keys and values, and predictions", {"losses.logits": weight, "losses.hidden": 0.0}
+        ),
         "logits-shuffled": _arm(
             "predictions for another text of similar length",
             {**no_kv, "losses.logits": weight, "placebo.method": "shuffled"},
             placebo=True,
         ),
     }
+    if body["extraction"].get("hidden"):
+        regressed = {**NO_TEACHER_LOSSES, "losses.hidden": losses.get("hidden") or 1.0}
+        arms["hidden"] = _arm("hidden states alone", regressed)
+    return arms
 
 
 def eight_arms(body: Body) -> Arms:

@@ -123,6 +123,12 @@ def test_baselines_need_predictions(study: Any) -> None:
         "logits-shuffled": logits,
     }  # fmt: skip
     assert [name for name, arm in design.arms.items() if arm.placebo] == ["logits-shuffled"]
+    changes["extraction"]["hidden"], changes["losses"]["hidden"] = True, 0.5
+    design = checked(study(changes=changes, preset="baselines"))
+    weights["hidden"] = text | {"hidden": 0.5}
+    for name, arm in weights.items():
+        found = design.of_arm(name)[0].experiment.losses.weights()
+        assert {k: v for k, v in found.items() if v} == arm
 
 
 def test_e1_to_e5_needs_a_latent_student(study: Any) -> None:

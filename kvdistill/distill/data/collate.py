@@ -29,7 +29,7 @@ from kvdistill.errors import CorpusError
 from kvdistill.store.codecs import CODECS
 from kvdistill.store.codecs.parts import part_name
 from kvdistill.store.shard import EncodedShard
-from kvdistill.types import KINDS, SEGMENT_IDS, SEGMENT_SPECIAL, CodecSpec, Kind
+from kvdistill.types import SEGMENT_IDS, SEGMENT_SPECIAL, CodecSpec, Kind
 
 Batch = dict[str, Any]
 
@@ -80,8 +80,8 @@ class Collate:
         ``task``        ``[B]``: task ids, 0 where a sample has none
         ``teacher``     ``[B]``, where a sample of the batch names its teacher: from 1 on, 0 where
                         it names none, -1 for a teacher that does not take part
-        ``teachers``    per teacher ``key`` and ``value`` parts ``[B, L, H, T_t, D]`` as stored,
-                        by group, the band ``start``, ``weight``, ``covered`` of the alignment,
+        ``teachers``    per teacher the parts of each kind ``[B, L, H, T_t, D]`` as stored, by
+                        group, the band ``start``, ``weight``, ``covered`` of the alignment,
                         and ``summary [B, E]`` where it is kept; ``nats`` per character
                         (``by_confidence.py``) for fusion by confidence; ``predictions``
                         (``vocabulary.py``) for ``losses.logits``
@@ -153,7 +153,7 @@ class Collate:
                 method, causal = self.alignment.tokens, self.alignment.causal
                 band = align_tokens(student, teacher, method, causal)
         batch: Batch = {"start": band.start, "weight": band.weight, "covered": band.covered}
-        for kind in KINDS:
+        for kind in self.losses.kinds:
             batch[kind] = {
                 group.prefix: padded_parts(rows, group.prefix, kind, space.codec)
                 for group in space.groups
@@ -303,7 +303,7 @@ def padded_parts(
 
     Quantisation blocks restart at every sample, so block ``t // 64`` is valid in a padded row too.
     """
-    codec = CODECS[spec.key if kind == "key" else spec.value]
+    codec = CODECS[getattr(spec, kind)]
     out = {}
     for part in codec.parts(kind):
         name = part_name(f"{prefix}{kind}", part.suffix)

@@ -35,7 +35,7 @@ from kvdistill.store.codecs.parts import part_name
 from kvdistill.store.format import group_prefix
 from kvdistill.store.reader import KVStore
 from kvdistill.store.shard import EncodedShard
-from kvdistill.types import KINDS, CodecSpec
+from kvdistill.types import CodecSpec, Kind
 
 NEIGHBOURS: Final = 8
 """Texts of similar length among which partners are drawn."""
@@ -196,9 +196,10 @@ def noise(
     tokens = shard.tokens
     arrays = dict(shard.arrays)
     coders = {}
+    moments = {name: x for name, x in moments.items() if name in arrays}
     for name in moments:
-        kind = KINDS[name.endswith("value")]
-        coders[name] = kind, CODECS[codec.key if kind == "key" else codec.value]
+        kind: Kind = name.rpartition("/")[2]  # type: ignore[assignment]
+        coders[name] = kind, CODECS[getattr(codec, kind)]
         for part in coders[name][1].parts(kind):
             array = part_name(name, part.suffix)
             arrays[array] = arrays[array].copy()
@@ -224,7 +225,7 @@ def _moments(
     found = {}
     for group_idx, group in enumerate(manifest.groups):
         rows = [group.layers.index(layer) for layer in sorted(layers) if layer in group.layers]
-        for kind in KINDS if rows else ():
+        for kind in manifest.kinds if rows else ():
             name = f"{group_prefix(manifest, group_idx)}{kind}"
             mean, std = stored[name].mean[rows], stored[name].std[rows]
             found[name] = torch.from_numpy(mean).float(), torch.from_numpy(std).float()

@@ -29,6 +29,7 @@ from kvdistill.errors import IncompleteStore, StoreMismatch
 from kvdistill.store.prefetch import ShardRequest, prefetch, prefetch_items
 from kvdistill.store.reader import KVStore
 from kvdistill.store.shard import EncodedShard
+from kvdistill.types import KINDS, Kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +72,7 @@ class StoreSource:
     store: KVStore
     layers: Mapping[str, Sequence[int]]
     """Per teacher, the layers that the student's layer map needs."""
+    kinds: Sequence[Kind] = KINDS
 
     def __post_init__(self) -> None:
         for teacher in self.layers:
@@ -90,8 +92,10 @@ class StoreSource:
     def load(self, shard_idx: int) -> LoadedShard:
         """Read one shard, now and in this thread."""
         shard_id = self.store.shard_ids[shard_idx]
-        read = self.store.read_shard
-        teachers = {name: read(name, shard_id, layers) for name, layers in self.layers.items()}
+        teachers = {
+            name: self.store.read_shard(name, shard_id, layers, kinds=self.kinds)
+            for name, layers in self.layers.items()
+        }
         return self._loaded(shard_id, teachers)
 
     def load_all(
@@ -102,7 +106,7 @@ class StoreSource:
             yield from (self.load(i) for i in shard_idx)
             return
         requests = (
-            ShardRequest(name, self.store.shard_ids[i], layers)
+            ShardRequest(name, self.store.shard_ids[i], layers, kinds=self.kinds)
             for i in shard_idx
             for name, layers in self.layers.items()
         )

@@ -15,7 +15,6 @@ from kvdistill.distill.align.band import band_of
 from kvdistill.distill.data.collate import Batch, tokenize
 from kvdistill.distill.data.stream import KVStream
 from kvdistill.distill.distiller import Distiller
-from kvdistill.types import KINDS
 
 NUM_BATCHES: Final = 4
 """Training batches that errors and weights are averaged over."""
@@ -57,12 +56,13 @@ def diagnose(distiller: Distiller, stream: KVStream) -> dict[str, Any]:
 
 def _errors_by_layer(distiller: Distiller, batches: list[Batch]) -> dict[str, list[float | None]]:
     num_layers = distiller.capture.geometry.num_layers
-    totals = {kind: torch.zeros(2, num_layers) for kind in KINDS}
+    kinds = distiller.losses.kinds
+    totals = {kind: torch.zeros(2, num_layers) for kind in kinds}
     for batch in batches:
         view = distiller.run_student(batch)
         alpha = distiller.weigh(batch, view.hidden).alpha()
         targets = distiller.targets(batch["teachers"])
-        for kind in KINDS:
+        for kind in kinds:
             sides = zip(
                 distiller.predictions(view, kind),
                 distiller.compared(kind, targets, alpha),
@@ -105,7 +105,7 @@ def _singular_values(distiller: Distiller) -> dict[str, list[float]]:
     """Singular values of every projector's maps, the mean over layers, largest first."""
     found = {}
     for space in distiller.teachers:
-        for kind in KINDS:
+        for kind in distiller.losses.kinds:
             head = distiller.head(space.name, kind)
             for maps in (head.regress, head.project):
                 for name, weight in maps.named_parameters():

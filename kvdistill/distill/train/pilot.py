@@ -118,7 +118,8 @@ def fit_projections(
         ConfigError: no token of the pilot is covered by a teacher.
     """
     layers, names = distiller.capture.geometry.num_layers, [t.name for t in distiller.teachers]
-    explained: Explained = {name: {kind: [None] * layers for kind in KINDS} for name in names}
+    kinds = distiller.losses.kinds
+    explained: Explained = {name: {kind: [None] * layers for kind in kinds} for name in names}
     standardised: set[tuple[Kind, int]] = set()
     for chunk in (*_chunks(_own_fits(distiller)), *_chunks(_fits(distiller, init))):
         for fit, moments in zip(chunk, _measure(distiller, pilot, chunk), strict=True):
@@ -145,7 +146,7 @@ def fit_projections(
 
 
 def _fits(distiller: Distiller, init: Literal["pca", "ridge"]) -> Iterator[_Fit]:
-    for (idx, teacher), kind in product(enumerate(distiller.teachers), KINDS):
+    for (idx, teacher), kind in product(enumerate(distiller.teachers), distiller.losses.kinds):
         head = distiller.head(teacher.name, kind)
         for group_idx, group in enumerate(head.groups):
             for row, layer in enumerate(group.student_layers):
@@ -192,7 +193,8 @@ def _measure(distiller: Distiller, pilot: Iterable[Batch], fits: list[_Fit]) -> 
         num_texts += len(texts_B)
         stacked = distiller.targets(teachers) if distiller.needs_all_layers else {}
         targets = distiller.target_rows(teachers, stacked)
-        compared = {k: distiller.in_target_space(output.kind(k), k) for k in KINDS}
+        kinds = distiller.losses.kinds
+        compared = {k: distiller.in_target_space(output.kind(k), k) for k in kinds}
         for fit, found in zip(fits, moments, strict=True):
             own_BHTD = output.kind(fit.kind)[:, fit.layer]
             if fit.teacher_idx is None:
@@ -216,8 +218,9 @@ def _masked_tokens(kv_BHTD: Tensor, mask_BT: Tensor) -> Tensor:
 def explained_lines(explained: Explained) -> list[str]:
     """One line per teacher and kind that was fitted by ridge, for the log."""
     lines = []
-    for (teacher, kinds), kind in product(explained.items(), KINDS):
-        if found := [share for share in kinds[kind] if share is not None]:
+    rows = ((name, *row) for name, kinds in explained.items() for row in kinds.items())
+    for teacher, kind, shares in rows:
+        if found := [share for share in shares if share is not None]:
             what = f"{teacher}: variance of {kind}s explained before step 1, on texts held out"
             layers = " ".join(f"{share:.2f}" for share in found)
             lines.append(f"{what} from the fit: {mean(found):.2f} (by layer {layers})")

@@ -11,6 +11,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def assemble(
     rank: Rank,
     *,
     resuming: bool = False,
-    source_of: SourceOf = StoreSource,
+    source_of: SourceOf | None = None,
     device: torch.device | str = "cpu",
 ) -> Assembled:
     """Build a run from its config and its store, which is complete for all teachers of the run.
@@ -87,7 +88,7 @@ def assemble(
         samples: the training samples; the task ids are taken from them.
         rank: this process among those that train together.
         resuming: skip closed-form projectors, since a checkpoint will overwrite all weights.
-        source_of: where shards come from.
+        source_of: where shards come from; the store if None.
         device: where pilots run; the distiller is returned on the CPU.
 
     Raises:
@@ -120,13 +121,14 @@ def assemble(
         )
         for name in names
     }
-    fusion = experiment.fusion, experiment.extraction.prototypes
-    teachers = [teacher_space(store, name, maps[name], *fusion) for name in maps]
+    fusion, kinds = (experiment.fusion, experiment.extraction.prototypes), experiment.losses.kinds
+    teachers = [teacher_space(store, name, maps[name], *fusion, kinds=kinds) for name in maps]
     if experiment.losses.logits:
         teachers = _with_vocabularies(teachers, experiment, store, tokenizer)
     collate = replace(collate, teachers=teachers)
     layers = {space.name: space.needed for space in teachers}
-    source = with_placebo(source_of(store, layers), store, layers, experiment.placebo)
+    made = (source_of or partial(StoreSource, kinds=kinds))(store, layers)
+    source = with_placebo(made, store, layers, experiment.placebo)
     distiller = _distiller(experiment, student, teachers, store, task_ids)
     explained: Explained = {}
     if not resuming and experiment.fitted is not None:
@@ -142,7 +144,7 @@ def _fuse(experiment: Experiment, distiller: Distiller, device: torch.device | s
     fault = experiment.unfused or kernel_fault(torch.device(device))
     for module in distiller.modules():
         if isinstance(module, TeacherHead):
-            module.is_fused = fault is None
+            module.is_fused = fault is None and module.kind != "hidden"
     return fault
 
 
@@ -228,8 +230,8 @@ def _layer_map_of(
     alignment, layers = experiment.alignment, store.teacher(name).layers
     if alignment.layers == "cka":
         itself = LayerMap(layers, layers, (0.0,) * len(layers))
-        space = teacher_space(store, name, itself, FusionConfig())
-        source = StoreSource(store, {name: layers})
+        space = teacher_space(store, name, itself, FusionConfig(), kinds=collate.losses.kinds)
+        source = StoreSource(store, {name: layers}, collate.losses.kinds)
         pilot = pilot_of(source, replace(collate, teachers=[space]), experiment)
         with measuring(student, device):
             return cka_map(student, space, pilot)

@@ -96,7 +96,7 @@ class Symmetric:
         import torch
 
         x = x.float()
-        if kind == "key":
+        if kind != "value":
             scale = half_at_least(as_blocks(x).abs().amax(dim=-2) / self.largest)
             steps = per_token(scale, x.shape[-2])
         else:
@@ -112,13 +112,13 @@ class Symmetric:
     ) -> Array:
         """Codes ``[..., T, D]`` and scales, numpy or torch → float32 ``[..., T, D]``, same bits.
 
-        Key scales are ``[..., blocks, D]``, value scales ``[..., T, 1]``. ``block_idx [T]`` is
+        Value scales are ``[..., T, 1]``, others ``[..., blocks, D]``. ``block_idx [T]`` is
         every token's block where samples are packed; ``token // 64`` when None.
         """
         stored, scale = parts[""], to_float32(parts["scale"])
         is_int = self.name == "int8"
         codes = to_float32(stored) if is_int else bits_to_float32(stored, "float8_e4m3fn")
-        if kind == "key":
+        if kind != "value":
             scale = per_token(scale, stored.shape[-2], block_idx)
         decoded: Array = codes * scale
         return decoded
@@ -142,7 +142,7 @@ Transforms = Mapping[str, Transform]
 
 def codec_of(spec: CodecSpec, kind: Kind, transforms: Transforms, prefix: str = "") -> Codec:
     """The codec of a kind in one group of a teacher's layers."""
-    name = spec.key if kind == "key" else spec.value
+    name: CodecName = getattr(spec, kind)
     return transforms[f"{prefix}{kind}"] if name == "klt" else CODECS[name]
 
 

@@ -70,7 +70,7 @@ class Asymmetric:
     def parts(self, kind: Kind) -> tuple[Part, ...]:
         """The stored arrays."""
         packed = Part("", "uint8", "uint4 pairs (i, i + D/2)", channels="pairs")
-        if kind == "key" or self.half_values:
+        if kind != "value" or self.half_values:
             return (packed, half_part("scale", kind), half_part("zero", kind))
         scale = Part("scale", "uint8", _STEP, channels="all")
         zero = Part("zero", "int8", "middle in quarters of a step", channels="all")
@@ -83,7 +83,7 @@ class Asymmetric:
             GeometryError: D is odd.
         """
         half = self.parts(kind)[0].width(x.shape[-1])
-        encode = _encode_keys if kind == "key" else self._encode_values
+        encode = _encode_keys if kind != "value" else self._encode_values
         codes, scale, zero = encode(x.float())
         return {"": codes[..., :half] | codes[..., half:] << 4, "scale": scale, "zero": zero}
 
@@ -96,7 +96,7 @@ class Asymmetric:
         """
         packed, scale, zero = (parts[suffix] for suffix in ("", "scale", "zero"))
         codes = to_float32(concatenate([packed & _LAST_CODE, packed >> 4], axis=-1))
-        if kind == "key":
+        if kind != "value":
             num_tokens = packed.shape[-2]
             decoded: Array = codes * per_token(to_float32(scale), num_tokens, block_idx)
             decoded += per_token(to_float32(zero), num_tokens, block_idx)

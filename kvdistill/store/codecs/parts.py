@@ -60,8 +60,8 @@ class Part:
 
 
 def half_part(suffix: str, kind: Kind) -> Part:
-    """Scales or zeros in fp16: of keys per block and channel, of values per token."""
-    if kind == "key":
+    """Scales or zeros in fp16: of values per token, of others per block and channel."""
+    if kind != "value":
         return Part(suffix, "float16", "float16", "block")
     return Part(suffix, "float16", "float16", channels="all")
 

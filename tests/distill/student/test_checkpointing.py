@@ -33,11 +33,13 @@ def step(student: Any, capture: KVCapture, *, inside: bool = False) -> dict[str,
     for parameter in student.parameters():
         parameter.grad = None
     torch.manual_seed(2)  # dropout of GPT-2
-    with capture(queries=True) as found:
+    outputs: list[Tensor] = []
+    with capture(queries=True, outputs=outputs) as found:
         plain = student(input_ids=IDS, labels=IDS, use_cache=False).loss
         if inside:  # layers are computed again while capture listens
             plain.backward(retain_graph=True)
     kv = sum(q.square().mean() + 2 * k.square().mean() + v.pow(3).mean() for q, k, v in found)
+    kv += sum(x.pow(3).mean() for x in outputs)
     with injecting(capture, *given, mask, gate):
         injected = student(input_ids=IDS, labels=IDS, use_cache=False).loss
         if inside:
