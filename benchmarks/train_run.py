@@ -38,11 +38,13 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     )
     waits: list[float] = []
     trainer.get_batch_samples = timed(trainer.get_batch_samples, waits)
-    ready = time.perf_counter()
+    ready, used = time.perf_counter(), time.process_time()
     trainer.train()
     ended = time.perf_counter()
     return {
         "setup_s": ready - STARTED,
+        "setup_wall_s": ready - STARTED,
+        "setup_cpu_s": used,
         "train_s": ended - ready,
         "waits_s": waits,
         "steps": trainer.state.global_step,
@@ -50,11 +52,13 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def timed(work: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+def timed(
+    work: Callable[..., Any], seconds: list[float], clock: Callable[[], float] = time.perf_counter
+) -> Callable[..., Any]:
     def measured(*args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
+        started = clock()
         result = work(*args, **kwargs)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
         return result
 
     return measured
@@ -63,12 +67,18 @@ def timed(work: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
 def extract(spec: dict[str, Any]) -> dict[str, Any]:
     """Stage 1 of an experiment, including loading of the teachers."""
     from kvdistill.config.load import parse_experiment
-    from kvdistill.pipelines.extract import extract as extract_all
+    from kvdistill.pipelines import extract as stage
 
-    report = extract_all(parse_experiment(spec["experiment"]))
+    loading: list[float] = []
+    stage.open_teacher = timed(stage.open_teacher, loading, time.process_time)
+    used = time.process_time()
+    report = stage.extract(parse_experiment(spec["experiment"]))
+    seconds, reading = time.perf_counter() - STARTED, sum(x.seconds for x in report.teachers)
     return {
-        "extract_s": time.perf_counter() - STARTED,
-        "reading_s": sum(teacher.seconds for teacher in report.teachers),
+        "extract_s": seconds,
+        "reading_s": reading,
+        "setup_wall_s": seconds - reading,
+        "setup_cpu_s": used + sum(loading),
         "tokens": {teacher.teacher: teacher.tokens for teacher in report.teachers},
     }
 

@@ -366,6 +366,7 @@ def plan_command(
     disk: str | None,
 ) -> None:
     """Estimate disk space, time and lengths per teacher before anything is extracted."""
+    from kvdistill.pipelines.outlook import savings_line
     from kvdistill.pipelines.plan import estimate_extraction
     from kvdistill.pipelines.store_options import disk_lines
 
@@ -390,6 +391,8 @@ def plan_command(
         click.echo("\n" + "\n".join(_estimate_lines(teacher, tasks)))
     remedy = "" if estimate.fits else "; does not fit: choose a smaller codec or fewer layers"
     click.echo(f"\nneeded: {format_bytes(needed * 1e9)}, free: {format_bytes(free * 1e9)}{remedy}")
+    if (saved := savings_line(experiment)) is not None:
+        click.echo(saved)
     if limit is not None:
         depths = {x.teacher: x.mapped_depths for x in estimate.teachers}
         length = min(x.tokens for x in estimate.teachers) / max(estimate.samples, 1)

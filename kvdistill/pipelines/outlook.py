@@ -24,7 +24,7 @@ from kvdistill.attention.kv_capture import KVCapture
 from kvdistill.config.experiment import Experiment
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.student.build import outlined_student, tokenizer_of
-from kvdistill.errors import AdapterError, StoreNotFound, TeacherError
+from kvdistill.errors import AdapterError, StoreNotFound, StudentError, TeacherError
 from kvdistill.extract.loading import outlined_teacher
 from kvdistill.extract.teacher import prompt_tokenizer_of
 from kvdistill.extract.tokenise import PromptTokenizer
@@ -41,6 +41,34 @@ PILOT: Final = 64
 """Texts that are tokenised."""
 REACHED: Final = 0.5
 """Share of a matrix product's speed that a model's passes reach, roughly."""
+OVERHEAD: Final = 0.1
+"""What extraction adds to its teachers' passes, as a share of them, roughly."""
+
+
+@dataclass(frozen=True)
+class Savings:
+    """What a store saves over teachers that read every text in every run.
+
+    A run with teachers in memory costs ``epochs · read + trained``, one from a store ``trained``;
+    the store costs ``(1 + overhead) · read``, once. All in one unit: operations or seconds.
+    """
+
+    read: float
+    """One forward pass of all teachers over the corpus."""
+    trained: float
+    """A run's training steps, all epochs of them."""
+    epochs: float
+    overhead: float = OVERHEAD
+
+    def ratio(self, num_runs: float) -> float:
+        """Cost of this many runs with teachers in memory, over that with a store."""
+        live = num_runs * (self.epochs * self.read + self.trained)
+        return live / ((1 + self.overhead) * self.read + num_runs * self.trained)
+
+    @property
+    def crossover(self) -> float:
+        """Runs at which both cost the same; below 1, the first run pays for its store."""
+        return (1 + self.overhead) / self.epochs
 
 
 @dataclass(frozen=True)
@@ -53,6 +81,9 @@ class Outline:
     num_parameters: int
     """But for the embeddings."""
     prompts: PromptTokenizer
+    hidden_size: int
+    num_tied: int = 0
+    """Of a language head that is the embeddings."""
 
     @property
     def size(self) -> str:
@@ -91,8 +122,8 @@ def teacher_outline(experiment: Experiment, name: str) -> Outline:
     if config.heads is not None:
         num = len(config.heads)
         heads = {i: head._replace(num_key_value=num) for i, head in heads.items()}
-    kind = model.config.model_type
-    return Outline(kind, heads, _size(model), prompt_tokenizer_of(name, config, kind))
+    kind, width = model.config.model_type, model.config.get_text_config().hidden_size
+    return Outline(kind, heads, _size(model), prompt_tokenizer_of(name, config, kind), width)
 
 
 def student_outline(experiment: Experiment) -> Outline:
@@ -100,8 +131,52 @@ def student_outline(experiment: Experiment) -> Outline:
     config, max_length = experiment.student, experiment.training.max_length
     tokenizer = tokenizer_of(config)
     student = outlined_student(config, tokenizer, max_length)
-    heads = {site.layer_idx: site.heads for site in KVCapture(student).sites}
-    return Outline(student.config.model_type, heads, _size(student), PromptTokenizer(tokenizer))
+    capture = KVCapture(student)
+    heads = {site.layer_idx: site.heads for site in capture.sites}
+    head, embeddings = student.get_output_embeddings(), student.get_input_embeddings()
+    tied = head.weight.numel() if head is not None and head.weight is embeddings.weight else 0
+    shown = (student.config.model_type, heads, _size(student), PromptTokenizer(tokenizer))
+    return Outline(*shown, capture.geometry.hidden_size, tied)
+
+
+def savings(experiment: Experiment) -> Savings:
+    """What the experiment's store saves, in operations: 2 per parameter and token of a forward pass
+    and 6 of a training step. Attention itself, and the losses against teachers, are left out.
+
+    Raises:
+        CorpusError, ConfigError: as ``prepare_store``.
+        StudentError, TeacherError: one of the models cannot be outlined.
+    """
+    samples, training = texts_to_extract(experiment), experiment.training
+    read = sum(
+        2 * outline.num_parameters * outline.num_tokens([s for s in samples if s.is_of(parts)])
+        for name, parts in ((name, config.parts) for name, config in experiment.teachers.items())
+        for outline in [teacher_outline(experiment, name)]
+    )
+    epochs = training.epochs
+    if training.max_steps:
+        batch = training.batch_size * training.gradient_accumulation_steps
+        epochs = training.max_steps * batch / len(samples)
+    student = student_outline(experiment)
+    length = min(student.num_tokens(samples) / len(samples), training.max_length)
+    size = student.num_parameters + student.num_tied
+    return Savings(read, 6 * size * length * len(samples) * epochs, epochs)
+
+
+def savings_line(experiment: Experiment) -> str | None:
+    """``savings`` in a sentence; None without teachers, a store, or a student that can be built."""
+    if not experiment.teachers or experiment.kv_source != "store":
+        return None
+    try:
+        found = savings(experiment)
+    except (StudentError, TeacherError):  # the student's tokenizer may be trained later
+        return None
+    first = math.floor(found.crossover) + 1
+    return (
+        f"against teachers in memory the store pays from run {first}; by operations, 8 such runs "
+        f"are {found.ratio(8):.1f} times cheaper (reading {found.read:.1e}, training "
+        f"{found.trained:.1e})"
+    )
 
 
 def _size(model: Any) -> int:
@@ -111,16 +186,18 @@ def _size(model: Any) -> int:
 
 
 @cache
-def _bytes_per_token(heads: Heads, codec: CodecSpec, length: int = 256) -> float:
-    """What one token of one layer takes in a codec, before compression."""
-    dims: dict[Kind, int] = {"key": heads.head_dim, "value": heads.value_head_dim}
+def _bytes_per_token(heads: Heads, codec: CodecSpec, hidden: int, length: int = 256) -> float:
+    """What one token of one layer takes in a codec, before compression; ``hidden`` channels."""
+    num = heads.num_key_value
+    shapes: dict[Kind, tuple[int, int]] = {"hidden": (1, hidden)} if hidden else {}
+    shapes |= {"key": (num, heads.head_dim), "value": (num, heads.value_head_dim)}
     total = 0.0
-    for kind, dim in dims.items():
-        name, numbers = getattr(codec, kind), heads.num_key_value * dim
+    for kind, (num, dim) in shapes.items():
+        name, numbers = getattr(codec, kind), num * dim
         if name == "klt":
             total += numbers * getattr(codec, f"{kind}_bits") / 8
             continue
-        parts = CODECS[name].encode(torch.ones(heads.num_key_value, length, dim), kind)
+        parts = CODECS[name].encode(torch.ones(num, length, dim), kind)
         total += sum(part.nbytes for part in parts.values()) / length
     return total
 
@@ -149,7 +226,9 @@ def outlook(experiment: Experiment) -> Iterator[str]:
             yield f"teacher {name}: unknown ({shorten(str(error), 200)})"
             continue
         tokens = outline.num_tokens([s for s in to_read if s.is_of(config.parts)])
-        size = tokens * sum(_bytes_per_token(heads, codec) for heads in outline.heads.values())
+        hidden = outline.hidden_size if experiment.extraction.hidden else 0
+        rows = (_bytes_per_token(heads, codec, hidden) for heads in outline.heads.values())
+        size = tokens * sum(rows)
         needed += size * left / len(shards)
         work += 2 * outline.num_parameters * tokens * left / len(shards)
         yield (

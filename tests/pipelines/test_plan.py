@@ -20,6 +20,7 @@ from kvdistill.extract.teacher import Teacher
 from kvdistill.pipelines import plan
 from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.fetch import fetch, needs
+from kvdistill.pipelines.outlook import savings
 from kvdistill.pipelines.plan import DISK_MARGIN, estimate_extraction
 from kvdistill.store.reader import KVStore
 from tests.extract.models import BASE, save_teacher
@@ -198,3 +199,36 @@ def test_fetching_what_is_not_there_is_one_line(
     )
     result = CliRunner().invoke(fetch_command, [str(config)])
     assert "all 1 are on this machine" in result.output
+
+
+def test_what_a_store_saves_follows_from_operations(tmp_path: Path) -> None:
+    from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
+
+    model = AutoModel.from_pretrained(save_teacher(tmp_path / "t", num_hidden_layers=5))
+    body = make(tmp_path, {}, ROWS).model_dump(mode="json")
+    architecture = {**BASE, "model_type": "llama", "tie_word_embeddings": True}
+    body["student"] = {"tokenizer": str(tmp_path / "t"), "architecture": architecture}
+    body["training"]["epochs"] = 2
+    config = tmp_path / "e.yaml"
+    config.write_text(yaml.safe_dump(body), encoding="utf-8")
+    experiment = load_experiment(config)
+    found = savings(experiment)
+    extract(experiment)
+    tokens = KVStore.open(experiment.store).token_table("t", "00000").num_tokens
+    size = model.num_parameters() - model.get_input_embeddings().weight.numel()
+    assert found.read == pytest.approx(2 * size * tokens, rel=0.03)
+    vocabulary = model.config.vocab_size
+    options = {k: v for k, v in architecture.items() if k != "model_type"}
+    student = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **options))  # the head counts
+    assert found.trained == pytest.approx(6 * student.num_parameters() * 2 * tokens, rel=0.05)
+    for runs in (1, 8):
+        live = runs * (2 * found.read + found.trained)
+        cached = 1.1 * found.read + runs * found.trained
+        assert found.ratio(runs) == pytest.approx(live / cached)
+    assert found.ratio(found.crossover) == pytest.approx(1)
+    for epochs, first in ((1, 2), (2, 1)):
+        arguments = [str(config), "--sized", "2", "--set", f"training.epochs={epochs}"]
+        output = CliRunner().invoke(plan_command, arguments).output
+        assert f"the store pays from run {first}; " in output
+    live = CliRunner().invoke(plan_command, [*arguments, "--set", "kv_source=live"]).output
+    assert "pays from" not in live
