@@ -60,6 +60,8 @@ def init_command(
         raise ConfigError(f"{path} already exists; choose another name, or remove it first")
     samples, columns = ([], {}) if corpus is None else _readable(corpus)
     blocks = _blocks("experiment")
+    if path.stem != "experiment":  # several in one folder share no store and no runs
+        blocks["name"] = blocks["name"].replace("my-experiment", _as_name(path.stem))
     is_chat = start == "chat" or any(sample.chat for sample in samples)
     models = teachers or tuple(
         teacher["model"] for teacher in yaml.safe_load(blocks["teachers"])["teachers"].values()
@@ -75,7 +77,7 @@ def init_command(
     if teachers or is_chat:
         blocks["teachers"] = _teachers_block(teachers or models, is_chat)
     if student is not None:
-        _pretrain(blocks, student)
+        _pretrain(blocks, student, is_chat)
     elif not Path("tokenizer").exists():
         own = f"tokenizer: {json.dumps(models[0])}   "  # so that the file runs as it is
         blocks["student"] = re.sub("tokenizer: tokenizer +", lambda _: own, blocks["student"])
@@ -125,25 +127,38 @@ def _teachers_block(models: Sequence[str], is_chat: bool) -> str:
     """Teachers under names of their own; what a local folder requires is read off its files."""
     lines, names = ["teachers:                       # each is extracted once"], set[str]()
     for model in models:
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).strip("-._") or "teacher"
+        name = _as_name(Path(model).name)
         name = name if name not in names else f"{name}-{len(names) + 1}"
         names.add(name)
         lines += [f"  {name}:", f"    model: {json.dumps(model)}"]
-        files = [Path(model) / file for file in ("config.json", "tokenizer_config.json")]
-        described = "".join(x.read_text(encoding="utf-8") for x in files if x.is_file())
-        if '"is_encoder_decoder": true' in described:
+        if '"is_encoder_decoder": true' in _described(model):
             lines.append("    stream: encoder             # or decoder, cross")
-        has_template = (
-            "chat_template" in described or (Path(model) / "chat_template.jinja").exists()
-        )
-        if is_chat and (has_template or re.search("(?i)instruct|chat|-it$", model)):
+        if is_chat and _has_template(model):
             lines.append("    chat: true                  # its tokenizer's chat template")
     return "\n".join(lines)
 
 
-def _pretrain(blocks: dict[str, str], student: str) -> None:
+def _as_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._") or "unnamed"
+
+
+def _described(model: str) -> str:
+    files = [Path(model) / file for file in ("config.json", "tokenizer_config.json")]
+    return "".join(x.read_text(encoding="utf-8") for x in files if x.is_file())
+
+
+def _has_template(model: str) -> bool:
+    """Whether a model reads chats: by a folder's files, or a hub id's name."""
+    if "chat_template" in _described(model) or (Path(model) / "chat_template.jinja").exists():
+        return True
+    return bool(re.search("(?i)instruct|chat|-it$", model)) and not Path(model).is_dir()
+
+
+def _pretrain(blocks: dict[str, str], student: str, is_chat: bool) -> None:
     """Give a template a pretrained student, and the defaults that differ for it."""
     blocks["student"] = f"student:\n  model: {json.dumps(student)}   # with its own tokenizer"
+    if is_chat and _has_template(student):
+        blocks["student"] += "\n  chat_template: own           # or corpus: the bare turns"
     for section, defaults in PRETRAINED.items():
         for key, value in defaults.items():
             written = f"{value:.1e}" if value < 0.01 else f"{value}"

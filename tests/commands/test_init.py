@@ -77,12 +77,31 @@ def test_names_are_distinct_and_local_folders_are_looked_into(folder: Path) -> N
     assert body["student"]["tokenizer"] == "tokenizer"
 
 
+def test_experiments_in_one_folder_share_no_store(folder: Path) -> None:
+    found = {}
+    for name in ("experiment.yaml", "my chats.yaml", "b/.yaml"):
+        done = CliRunner().invoke(cli, ["init", name])
+        assert done.exit_code == 0, done.output
+        body = load_experiment(Path(name))
+        found[body.name] = body.store
+    assert found == {
+        "my-experiment": Path("stores/my-experiment"),
+        "my-chats": Path("stores/my-chats"),
+        "yaml": Path("stores/yaml"),
+    }
+
+
 def test_a_corpus_decides_what_is_held_out_and_whether_it_is_a_chat(folder: Path) -> None:
     rows = [json.dumps({"messages": TURNS})] * 30
     (folder / "a-0.jsonl").write_text("\n".join(rows))
     body = init("--corpus", "a-*.jsonl")
     assert body["corpus"] == {"path": "a-*.jsonl", "eval_samples": 3}
     assert body["teachers"]["SmolLM2-135M-Instruct"]["chat"] is True
+    (folder / "base-instruct").mkdir()  # a folder's files count, not its name
+    for student, chat_template in (("org/small-it", "own"), ("base-instruct", None)):
+        body = init("--corpus", "a-*.jsonl", "--student", student, "--teacher", student)
+        assert body["student"].get("chat_template") == chat_template
+        assert [x.get("chat") for x in body["teachers"].values()] == [chat_template and True]
     rows = [{"problem": "a", "solution": "b"}, {"problem": "c", "solution": "d", "url": "e"}]
     (folder / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
     body = init("--corpus", "b.jsonl")
@@ -110,7 +129,7 @@ def run(folder: Path, *sets: str) -> Result:
     options = [x for assignment in (*toy, *sets) for x in ("--set", assignment)]
     done = CliRunner().invoke(cli, ["run", "new.yaml", *options])
     assert done.exit_code == 0, (done.output, done.exception)
-    assert RunFolder(folder / "runs/my-experiment").read_record()["finished"]
+    assert RunFolder(folder / "runs/new").read_record()["finished"]
     return done
 
 
