@@ -28,7 +28,7 @@ from kvdistill.text import shorten
 DISK_REMEDY: Final = "check the path, its permissions and free space, then run it again"
 
 COMMANDS: Final = {
-    "init": ("prepare", "Write a commented experiment file."),
+    "init": ("init", "Write a commented experiment file."),
     "config": ("prepare", "Show an experiment with its defaults, or the JSON schema."),
     "data": ("prepare", "Make corpora and tokenizers."),
     "fetch": ("prepare", "Download every model and data set of an experiment."),
