@@ -53,6 +53,7 @@ COMMANDS: Final = {
     "evaluate": ("train", "Perplexity, bits per character and exact match of a student."),
     "merge-students": ("report", "Average the weights of students of one checkpoint."),
     "export": ("report", "Export a student to ONNX, verified against torch."),
+    "push-student": ("report", "Upload a run's student and its card to the hub."),
     "plot": ("report", "Plot a run: layer map, alignment, errors, weights, spectra."),
     "report": ("report", "Compare finished runs on one HTML page."),
 }

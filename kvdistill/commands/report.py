@@ -1,4 +1,4 @@
-"""``kvdistill report``, ``plot``, ``export`` and ``merge-students``."""
+"""``kvdistill report``, ``plot``, ``export``, ``push-student`` and ``merge-students``."""
 
 from __future__ import annotations
 
@@ -71,6 +71,18 @@ def export_command(form: str, student: Path, output: Path, as_json: bool) -> Non
         click.echo(json.dumps({"path": str(path), "error": error, "form": form}))
         return
     click.echo(f"wrote {path}; its logits differ from torch's by {error:.1e} at most")
+
+
+@click.command("push-student")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("repo", metavar="[USER/]NAME")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--license", "license_id", metavar="ID", help="For the card, such as apache-2.0.")
+def push_student_command(run: Path, repo: str, private: bool, license_id: str | None) -> None:
+    """Upload the student of a finished RUN, with its card, to the Hugging Face hub."""
+    from kvdistill.pipelines.export import push_student
+
+    click.echo(f"pushed {push_student(run, repo, private=private, license_id=license_id)}")
 
 
 @click.command("merge-students")

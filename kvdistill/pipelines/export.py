@@ -1,7 +1,8 @@
-"""Export of a student to ONNX, kept only if onnxruntime reproduces torch's logits."""
+"""A student for others: in ONNX, if onnxruntime reproduces torch's logits, or on the hub."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import warnings
@@ -15,6 +16,9 @@ from kvdistill.config.training import StudentConfig
 from kvdistill.distill.student.build import build_student, load_student_tokenizer
 from kvdistill.errors import MissingExtra, StudentError
 from kvdistill.pipelines.evaluate import require_student_folder
+from kvdistill.pipelines.merge_students import OF_ONE_RUN
+from kvdistill.pipelines.run_folder import IN_THIS_FOLDER, RunFolder
+from kvdistill.store.hub import hub_errors, hub_remedy
 
 SHAPES: Final = ((2, 9), (1, 16), (3, 5))
 """``[B, T]`` that are compared; the first one is traced."""
@@ -63,6 +67,45 @@ def export_onnx(student: Path, output: Path) -> tuple[Path, float]:
         model.student.config.save_pretrained(folder)
         shutil.move(folder, output)
     return output / "model.onnx", error
+
+
+def push_student(run: Path, repo: str, *, private: bool, license_id: str | None) -> str:
+    """Upload a finished run's student and its card to the model ``repo`` of the hub, in one commit.
+
+    A repository that does not exist is made, ``private`` or not. The card names ``repo`` and, if
+    given, ``license_id``. Projectors and what only the run needs stay here.
+
+    Returns:
+        The address of the model.
+
+    Raises:
+        StudentError: no finished run, a damaged student, or the hub refuses or is not there.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    folder = RunFolder(run)
+    if not folder.read_record().get("finished"):
+        raise StudentError(
+            f"{run}: not a finished run; `kvdistill train` with its config makes one"
+        )
+    require_student_folder(folder.student)
+    card = (folder.student / "README.md").read_text(encoding="utf-8")
+    if license_id is not None:
+        card = card.replace("---\n", f"---\nlicense: {license_id}\n", 1)
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+    try:
+        made = api.create_repo(repo, private=private, exist_ok=True)
+        card = card.replace(IN_THIS_FOLDER, made.repo_id)
+        files = [path for path in folder.student.rglob("*") if path.is_file()]
+        names = {path.relative_to(folder.student).as_posix(): path for path in files}
+        operations = [CommitOperationAdd("README.md", card.encode())] + [
+            CommitOperationAdd(name, names[name]) for name in sorted(names.keys() - set(OF_ONE_RUN))
+        ]
+        message = f"Student of {folder.read_record()['name']}, trained with kvdistill"
+        api.create_commit(made.repo_id, operations, commit_message=message)
+    except hub_errors() as error:
+        raise StudentError(f"{repo}: {hub_remedy(error, 'model')}") from error
+    return str(made)
 
 
 class _LogitsOnly(nn.Module):

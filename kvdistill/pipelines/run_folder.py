@@ -225,13 +225,14 @@ def text_alone(folder: RunFolder) -> RunFolder | None:
     return None
 
 
-_HOW_TO_LOAD: Final = """\
+IN_THIS_FOLDER: Final = "path/to/this/folder"
+_HOW_TO_LOAD: Final = f"""\
 ## How to load it
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-student = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+student = AutoModelForCausalLM.from_pretrained("{IN_THIS_FOLDER}")
+tokenizer = AutoTokenizer.from_pretrained("{IN_THIS_FOLDER}")
 ```"""
 _HOW_TO_LOAD_LATENT: Final = """
 
@@ -249,8 +250,12 @@ def model_card(
     ``teachers`` are those whose keys and values were used, ``record`` is the finished run's.
     """
     last = record["attempts"][-1]
+    corpus = experiment.corpus
+    sources = [c.dataset or (c.path and c.path.name) for c in (corpus, *corpus.parts.values())]
     origin = {
-        "corpus": f"`{corpus_fingerprint[:12]}` (SHA-256 of its samples)",
+        "corpus": ", ".join(markdown_text(source) for source in sources if source),
+        "its samples": f"`{corpus_fingerprint[:12]}` (SHA-256)",
+        "command": markdown_text(last["command"]),
         "commit": last["git_commit"] or "–",
         "started": last["started"],
         **last["versions"],
@@ -260,13 +265,16 @@ def model_card(
         for name, value in record["metrics"].items()
     }
     base = experiment.student.model
+    on_hub = base is not None and not Path(base).exists()
     parts = [
-        card_head(experiment.name, {} if base is None else {"base_model": base}),
+        card_head(experiment.name, {"base_model": base} if base is not None and on_hub else {}),
         _summary(experiment, teachers),
         _HOW_TO_LOAD + (_HOW_TO_LOAD_LATENT if experiment.latent is not None else ""),
         _teacher_section(teachers),
         _training_section(experiment, record),
         markdown_table("Held-out samples", metrics) if metrics else "",
+        "## Licence\n\nThe terms of what this was made from apply: the models above, and the "
+        "corpus. A field `license` is the uploader's choice.",
         markdown_table("Provenance", origin),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

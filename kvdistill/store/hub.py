@@ -156,31 +156,33 @@ class Hub(Bucket):
         return Path(self._call(lambda: self._api.hf_hub_download(**kwargs)))
 
     def _call(self, request: Callable[[], T], *missing: Any) -> T:
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            HfHubHTTPError,
-            HFValidationError,
-            RepositoryNotFoundError,
-        )
+        from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
-        network: Any = HfHubHTTPError.__mro__[1]  # of the HTTP library that this version uses
         try:
             return request()
-        except (network, OSError, HFValidationError) as error:
+        except hub_errors() as error:
             if missing and isinstance(error, EntryNotFoundError):
                 return missing[0]  # type: ignore[no-any-return]
             kind = StoreNotFound if isinstance(error, RepositoryNotFoundError) else StoreError
-            raise kind(f"{self.url}: {_remedy(error)}") from error
+            raise kind(f"{self.url}: {hub_remedy(error, 'data set')}") from error
 
 
 def _is_file(entry: Any) -> bool:
     return hasattr(entry, "size")
 
 
-def _remedy(error: Exception) -> str:
-    """An error and its remedy, in one line."""
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What ``huggingface_hub`` raises where the hub refuses or cannot be reached."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    network: Any = HfHubHTTPError.__mro__[1]  # of the HTTP library that this version uses
+    return network, OSError, HFValidationError
+
+
+def hub_remedy(error: Exception, kind: str) -> str:
+    """An error about a repository of a ``kind``, and its remedy, in one line."""
     text = shorten(str(error), 200)
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403, 404):
-        return f"no such data set, or no right to it ({text}); log in by `hf auth login`"
+        return f"no such {kind}, or no right to it ({text}); log in by `hf auth login`"
     return f"{text}; check HF_ENDPOINT and the network, then run it again to continue"

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvdistill.cli import cli
-from kvdistill.errors import ConfigError, MissingExtra, NonFiniteError, StudentError
+from kvdistill.errors import (
+    ConfigError,
+    KVDistillError,
+    MissingExtra,
+    NonFiniteError,
+    StudentError,
+)
 from kvdistill.pipelines import export as exporting
 from kvdistill.pipelines.export import export_onnx
-from kvdistill.pipelines.run_folder import RunFolder, refuse_other_config
+from kvdistill.pipelines.run_folder import IN_THIS_FOLDER, RunFolder, refuse_other_config
 from kvdistill.pipelines.train import train
+from tests.hub_server import TOKEN, HubServer
 from tests.pipelines.tiny import variant
 
 
@@ -72,8 +81,10 @@ def test_the_model_card_says_what_it_learned_from_and_runs(finished: Path) -> No
     _, head, body = card.split("---\n", 2)
     assert yaml.safe_load(head)["library_name"] == "transformers"
     record = RunFolder(finished).read_record()
+    corpus = Path(RunFolder(finished).read_config()["corpus"]["path"])
     for words in (
         "models/llama", "models/bert", "3 · key", "student_to_teacher", torch.__version__,
+        f"| corpus | {corpus.name} |", "| command |", "## Licence",
         f"{record['metrics']['eval_bits_per_character']:.6g}",
     ):  # fmt: skip
         assert words in body, words
@@ -140,3 +151,59 @@ def test_a_run_ends_with_its_report_beside_text_alone(extracted: Path, tmp_path:
     again = run("both")
     assert "training was already finished" in again
     assert "no report was written" in again.splitlines()[-1]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("HF_ENDPOINT", server.address)
+        yield server
+
+
+def pushed(*arguments: str) -> str:
+    done = CliRunner().invoke(cli, ["push-student", *arguments])
+    if isinstance(done.exception, KVDistillError):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_a_pushed_student_loads_and_its_card_says_how(
+    finished: Path, hub: HubServer, tmp_path: Path
+) -> None:
+    said = pushed(str(finished), "me/small", "--private", "--license", "apache-2.0")
+    assert said.strip() == f"pushed {hub.address}/models/me/small"
+    (repository,) = hub.repositories.values()
+    assert repository.private
+    assert len(repository.commits) == 1
+    assert {"model.safetensors", "config.json", "tokenizer.json"} < repository.files.keys()
+    of_the_run = {"projectors.safetensors", "stream.json", "recent_losses.json", "COMMIT.json"}
+    assert not of_the_run & repository.files.keys()
+    for name, content in repository.files.items():
+        (tmp_path / name).write_bytes(content)
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+    head, body = (tmp_path / "README.md").read_text(encoding="utf-8").split("---\n", 2)[1:]
+    assert yaml.safe_load(head)["license"] == "apache-2.0"
+    assert 'from_pretrained("me/small")' in body
+    assert IN_THIS_FOLDER not in body
+
+
+def test_a_push_that_cannot_be_is_one_line(
+    finished: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StudentError, match="not a finished run"):
+        pushed(str(tmp_path), "me/small")
+    with pytest.raises(StudentError, match="me/a b"):
+        pushed(str(finished), "me/a b")
+    for name, value, remedy in (
+        ("HF_TOKEN", "hf_wrong", "me/small: no such model, or no right to it .* `hf auth login`"),
+        ("HF_ENDPOINT", "http://127.0.0.1:9", "me/small: .*; check HF_ENDPOINT and the network"),
+    ):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(StudentError, match=remedy) as caught:
+            pushed(str(finished), "me/small")
+        assert len(str(caught.value)) <= 500
+        assert "\n" not in str(caught.value)
+    assert not hub.repositories
