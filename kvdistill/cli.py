@@ -54,7 +54,7 @@ COMMANDS: Final = {
     "merge-students": ("report", "Average the weights of students of one checkpoint."),
     "export": ("report", "Export a student to ONNX, verified against torch."),
     "push-student": ("report", "Upload a run's student and its card to the hub."),
-    "plot": ("report", "Plot a run: layer map, alignment, errors, weights, spectra."),
+    "plot": ("report", "Draw the figures of a run's report as PNG."),
     "report": ("report", "Compare finished runs on one HTML page."),
 }
 

@@ -50,7 +50,7 @@ def report_command(
     "--output", type=click.Path(path_type=Path), help="Folder for the PNGs; RUN/plots if not given."
 )
 def plot_command(run: Path, output: Path | None) -> None:
-    """Draw a finished RUN: layer map, alignment, errors, weights, spectra."""
+    """Draw the figures of a finished RUN's report."""
     from kvdistill.studies.report.page import write_plots
 
     for path in write_plots(run, output or run / "plots"):

@@ -228,16 +228,6 @@ def over_layers(
     return figure
 
 
-def layer_map_lines(depths: ByName) -> Figure:
-    """The (real-valued) teacher layer that each student layer is trained against."""
-    return over_layers(depths, "teacher layer", "Layer map (fractions interpolate)")
-
-
-def weights_by_layer(teachers: ByName) -> Figure:
-    """Fusion weight of each teacher, by student layer."""
-    return over_layers(teachers, "fusion weight", "Fusion weights by layer", limits=(0, 1))
-
-
 def weights_by_task(tasks: Mapping[str, Mapping[str, float]]) -> Figure:
     """Stacked bars: each teacher's fusion weight, by task."""
     figure, axes = canvas(3.0)

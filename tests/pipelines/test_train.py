@@ -222,12 +222,17 @@ def test_plots_are_drawn_and_weights_only_where_they_are_learned(
     changes = {"fusion__method": "mlp", "fusion__granularity": "layer", "training__log_steps": 1}
     run = train(variant(extracted, tmp_path, training__diagnostic_steps=2, **changes))
     drawn = {path.stem for path in write_plots(run.folder, tmp_path / "plots")}
-    common = {"layer-map", "error-by-layer", "spectra", "alignment-llama", "alignment-bert"}
-    assert drawn == common | {"weights", "weights-by-layer", "weights-by-task"}
+    curves = {"loss-cross-entropy", "loss-key", "loss-value"}
+    taught = {"layer-map", "error-by-layer-key", "error-by-layer-value", "spectra"}
+    taught |= {"alignment-llama", "alignment-bert", "loss-key", "loss-value"}
+    assert drawn - taught - curves == {"reliability", "weights", "weights-by-layer"}
+    assert taught | curves <= drawn
     assert all((tmp_path / "plots" / f"{name}.png").stat().st_size > 5000 for name in drawn)
-    plain = train(variant(extracted, tmp_path, name="ce", losses__key=0, losses__value=0))
-    with pytest.raises(ConfigError, match="without teachers"):
-        write_plots(plain.folder, tmp_path / "none")
+    ce = {"losses__key": 0, "losses__value": 0, "training__log_steps": 1}
+    plain = train(variant(extracted, tmp_path, name="ce", **ce))
+    drawn = {path.stem for path in write_plots(plain.folder, tmp_path / "none")}
+    assert "loss-cross-entropy" in drawn
+    assert not drawn & taught
 
 
 def test_report_refuses_what_is_no_finished_run(extracted: Path, tmp_path: Path) -> None:

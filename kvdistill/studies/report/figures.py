@@ -1,6 +1,6 @@
 """Every figure of a report, each with a caption that can be read without the code.
 
-A study gets the figures that its runs have data for; ``kvdistill plot`` draws those of one run.
+A study gets the figures that its runs have data for.
 """
 
 from __future__ import annotations
@@ -99,33 +99,6 @@ def sections(study: Study, rows: Sequence[Row]) -> dict[str, list[ReportFigure]]
     shown = first.name if first is not None else ""
     rest = {heading: [f for f in figures if f.name != shown] for heading, figures in found.items()}
     return {heading: figures for heading, figures in rest.items() if figures}
-
-
-def run_figures(run: Run) -> dict[str, Figure]:
-    """Every figure of one run, by a name fit for a file; none without teachers."""
-    diagnostics = run.diagnostics
-    if not diagnostics:
-        return {}
-    teachers = diagnostics["teachers"]
-    found = {
-        "layer-map": plots.layer_map_lines({name: t["layer_map"] for name, t in teachers.items()}),
-        "error-by-layer": plots.over_layers(
-            diagnostics["error_by_layer"],
-            "error (1 = the mean)",
-            "KV error by layer",
-            reference=1.0,
-            limits=(0, None),
-        ),
-        "spectra": plots.spectra(diagnostics["spectra"]),
-    }
-    if _has_routing(run):
-        weights = diagnostics["weights"]
-        found["weights"] = _weight_curves([run], run.name)
-        found["weights-by-layer"] = plots.weights_by_layer(weights["by_layer"])
-        found["weights-by-task"] = plots.weights_by_task(weights["by_task"])
-    for name, teacher in teachers.items():
-        found[f"alignment-{name}"] = plots.alignment(teacher["alignment"], name)
-    return found
 
 
 def _by_label(study: Study, figure: Callable[[Run], float | None]) -> dict[str, list[float]]:
@@ -311,7 +284,8 @@ def _routing(study: Study) -> list[ReportFigure]:
         drawn = {
             "weights": (curves, _weight_curves(arm.runs, arm.label)),
             "weights-by-layer": (
-                "By layer of the student, after training.", plots.weights_by_layer(layers)
+                "By layer of the student, after training.",
+                plots.over_layers(layers, "fusion weight", "Fusion weights by layer"),
             ),
         }  # fmt: skip
         if len(tasks) > 1:
@@ -350,7 +324,8 @@ def _layer_maps(study: Study) -> list[ReportFigure]:
         "between its two neighbours."
     )
     runs = tuple(run for arm in study.arms if _teachers(arm) for run in arm.runs)
-    return [ReportFigure("layer-map", caption, plots.layer_map_lines(depths), runs)]
+    figure = plots.over_layers(depths, "teacher layer", "Layer map (fractions interpolate)")
+    return [ReportFigure("layer-map", caption, figure, runs)]
 
 
 def _alignments(study: Study) -> list[ReportFigure]:

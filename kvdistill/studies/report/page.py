@@ -9,13 +9,12 @@ from typing import Any
 
 import jinja2
 
-from kvdistill.errors import ConfigError
 from kvdistill.store.commit import replace_file
 from kvdistill.studies.plots import svg, swatch
 from kvdistill.studies.report import figures, results, tables
 from kvdistill.studies.report.comparison import unfair_arms
 from kvdistill.studies.report.figures import ReportFigure
-from kvdistill.studies.report.reading import Run, Study, read_run, read_study
+from kvdistill.studies.report.reading import Arm, Run, Study, read_run, read_study
 from kvdistill.studies.report.results import Row
 from kvdistill.text import markdown_text
 
@@ -60,19 +59,21 @@ def write_report(
 
 
 def write_plots(path: Path, output: Path) -> list[Path]:
-    """Write every figure of a run as a PNG into the folder ``output``.
+    """Write every figure of a run's report as a PNG into the folder ``output``.
 
     Raises:
-        ConfigError: not a finished run, or one without teachers.
+        ConfigError: not a finished run.
     """
-    drawn = figures.run_figures(read_run(path))
-    if not drawn:
-        raise ConfigError(f"{path} was trained without teachers; there is nothing to plot")
+    run = read_run(path)
+    study = Study(run.name, (Arm(run.name, (run,)),), run.name)
+    first = figures.headline_figure(study, [])
+    drawn = [] if first is None else [first]
+    drawn += [figure for found in figures.sections(study, []).values() for figure in found]
     output.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, figure in drawn.items():
-        written.append(output / f"{name}.png")
-        figure.savefig(written[-1], dpi=150)
+    for figure in drawn:
+        written.append(output / f"{figure.name.removesuffix(f'-{run.name}')}.png")
+        figure.figure.savefig(written[-1], dpi=150)
     return written
 
 
@@ -81,13 +82,13 @@ def _content(study: Study, rows: Sequence[Row]) -> dict[str, Any]:
     runs = [run for arm in study.arms for run in arm.runs]
     numbers = {id(run): number for number, run in enumerate(runs, 1)}
     savings, missing_stores = tables.savings_table(study)
-    first = figures.headline_figure(study, rows)
+    first, all_measures = figures.headline_figure(study, rows), tables.result_table(rows, study)
     texts = max((int(run.metrics.get("eval_num_samples", 0)) for run in runs), default=0)
     return {
         "study": study,
         "question": results.question(study),
         "answer": results.answer_of(study, rows),
-        "headline": tables.headline_table(rows, study.baseline),
+        "headline": tables.headline_table(rows, study.baseline) if len(rows) > 1 else all_measures,
         "first": first and _page_figure(first, numbers),
         "looks": {label: swatch(look) for label, look in figures.arm_looks(study).items()},
         "num_seeds": len({run.seed for run in runs}),
@@ -95,7 +96,7 @@ def _content(study: Study, rows: Sequence[Row]) -> dict[str, Any]:
         "limits": results.limits(rows),
         "notes": [*study.notes, *unfair_arms(study)],
         "missing_stores": missing_stores,
-        "results": tables.result_table(rows, study.baseline),
+        "results": all_measures,
         "significance": tables.significance_table(rows),
         "answers": tables.answer_table(rows),
         "sections": [

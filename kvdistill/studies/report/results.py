@@ -69,6 +69,13 @@ class Row:
         return (found, " points", 100) if self.bits is None else (found, " bits per character", 1)
 
     @property
+    def shown_change(self) -> tuple[str, str]:
+        """Change and interval as text."""
+        (found, unit, scale), digits = self.change, 1 if self.change[2] == 100 else 3
+        value = format_number(found.value, digits, signed=True, scale=scale, unit=unit)
+        return value, format_interval(found.interval, digits, scale=scale, unit=unit)
+
+    @property
     def p(self) -> float | None:
         """Corrected p-value of the most demanding test that could be made."""
         found = self.judged
@@ -257,10 +264,8 @@ def _figures_of(row: Row) -> str:
 
 
 def _change(row: Row) -> str:
-    (found, unit, scale), digits = row.change, 1 if row.change[2] == 100 else 3
-    interval = format_interval(found.interval, digits, scale=scale, unit=unit)
-    measure = {" %": "perplexity ", " points": "exact match "}.get(unit, "")
-    value = format_number(found.value, digits, signed=True, scale=scale, unit=unit)
+    value, interval = row.shown_change
+    measure = {" %": "perplexity ", " points": "exact match "}.get(row.change[1], "")
     return f"{measure}{value}" + (f", 95 % CI {interval}" if interval else "")
 
 

@@ -44,41 +44,22 @@ def headline_table(rows: Sequence[Row], baseline: str) -> Table | None:
     cells = []
     for row in sorted(rows, key=lambda row: -row.gain):
         made_of = f"teachers: {', '.join(row.arm.teachers)}" if row.arm.teachers else "no teacher"
+        p = "" if row.p is None else f"\np {format_p(row.p)}"
         line = {
             "arm": f"{row.arm.label}\n{row.arm.description or made_of}",
             "perplexity": format_number(row.perplexity, 1 if (row.perplexity or 0) >= 10 else 2),
+            "exact match": percent(
+                row.exact_match if row.perplexity is None else None, signed=False
+            ),
+            "change": "\n".join(row.shown_change),
+            "verdict": row.verdict.replace("no significant difference", "not significant") + p,
         }
-        if row.perplexity is None or len(rows) == 1:
-            line["exact match"] = percent(row.exact_match, signed=False)
-        cells.append(line | (_own_figures(row) if len(rows) == 1 else _judgement(row)))
+        cells.append(line)
     several = "mean over seeds; " if len(rows[0].arm.runs) > 1 else ""
-    change = f"change against {baseline} and its 95 % confidence interval"
-    return _table(f"{several}{'scores' if len(rows) == 1 else change}", cells)
+    return _table(f"{several}change against {baseline} and its 95 % confidence interval", cells)
 
 
-def _own_figures(row: Row) -> dict[str, str]:
-    """Cells of a study of one arm."""
-    seconds = mean_of([float(run.record["seconds"]) for run in row.arm.runs]) or 0.0
-    return {
-        "bits per character": format_number((row.bits or UNKNOWN).value),
-        "steps": str(row.arm.runs[0].record["steps"]),
-        "time": format_duration(seconds),
-    }
-
-
-def _judgement(row: Row) -> dict[str, str]:
-    """Cells of an arm that is compared with another."""
-    (found, unit, scale), digits = row.change, 1 if row.change[2] == 100 else 3
-    interval = format_interval(found.interval, digits, scale=scale, unit=unit)
-    p = "" if row.p is None else f"\np {format_p(row.p)}"
-    value = format_number(found.value, digits, signed=True, scale=scale, unit=unit)
-    return {
-        "change": f"{value}\n{interval}",
-        "verdict": row.verdict.replace("no significant difference", "not significant") + p,
-    }
-
-
-def result_table(rows: Sequence[Row], baseline: str) -> Table | None:
+def result_table(rows: Sequence[Row], study: Study) -> Table | None:
     """Scores of each arm, its change against the baseline and the verdict."""
     cells = []
     for row in rows:
@@ -87,10 +68,10 @@ def result_table(rows: Sequence[Row], baseline: str) -> Table | None:
             "arm": row.arm.label,
             "seeds": str(len(row.arm.runs)),
             "perplexity": format_number(row.perplexity, 2),
-            f"vs. {baseline}": percent(change.value),
+            f"vs. {study.baseline}": percent(change.value),
             "95 % CI": format_interval(change.interval, scale=100, unit=" %"),
             "p (Holm)": format_p(row.p),
-            "verdict": row.verdict,
+            "verdict": row.verdict if len(rows) > 1 else "",
             "bits per character": format_number(bits.value, 4),
             "its 95 % CI": format_interval(bits.interval, 4),
             "calibration error": format_number(row.calibration),

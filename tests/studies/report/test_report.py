@@ -225,7 +225,7 @@ def test_one_run_has_a_page_of_its_own(tmp_path: Path) -> None:
     first = (tmp_path / "report.html").read_text().split("<details", 1)[0]
     assert re.search(r"After 300 steps the perplexity of alone on held-out text is \d+\.\d", first)
     assert 'aria-label="Held-out text.' in first
-    assert "bits per character</th>" in first
+    assert re.search(r"bits per\s*character</th>", first)
     assert "verdict" not in first
     assert "an <em>arm</em>" not in first
 
@@ -477,7 +477,8 @@ def test_plots_of_one_run(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", MadeUp("routed", method="mlp"), 0)
     drawn = {path.stem for path in write_plots(run, tmp_path / "plots")}
     assert drawn == {
-        "layer-map", "error-by-layer", "spectra", "weights", "weights-by-layer",
-        "weights-by-task", "alignment-smollm2", "alignment-minilm",
+        "eval-bits-per-character", "loss-cross-entropy", "loss-key", "loss-value", "reliability",
+        "error-by-layer-key", "error-by-layer-value", "layer-map", "spectra", "weights",
+        "weights-by-layer", "weights-by-task", "alignment-smollm2", "alignment-minilm",
     }  # fmt: skip
     assert all(path.stat().st_size > 3000 for path in (tmp_path / "plots").iterdir())
