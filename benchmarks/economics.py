@@ -46,7 +46,10 @@ ARCHITECTURE: Final = {
     "head_dim": 64,
     "tie_word_embeddings": True,
 }
-LARGE: Final = {"7B → 0.5B": (6.5e9, 0.49e9), "70B → 7B": (69e9, 7.1e9)}
+LARGE: Final = {
+    "Qwen2.5 7B → 0.5B": (6.53e9, 0.494e9),
+    "Llama 2 70B → 7B": (68.5e9, 6.61e9),
+}
 """Parameters of one teacher without embeddings, and of a student with its language head."""
 
 

@@ -26,6 +26,7 @@ Kind = Literal["key", "value", "hidden"]
 """What is stored of every layer and token; ``hidden`` is the layer's output, as one head."""
 KINDS: Final[tuple[Kind, Kind]] = ("key", "value")
 """What every store has."""
+PLURALS: Final[dict[Kind, str]] = {"key": "keys", "value": "values", "hidden": "hidden states"}
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 """A name that is also a folder: no separators and no leading dot, so it stays inside its parent."""

@@ -45,7 +45,7 @@ from kvdistill.store.derived import blocks_of
 from kvdistill.store.format import TOKEN_COLUMNS, UNPREDICTED, Counts, group_prefix, shard_arrays
 from kvdistill.store.manifest import RotarySpec, TeacherManifest
 from kvdistill.store.shard import TokenTable, block_ptr
-from kvdistill.types import KINDS, SEGMENT_SPECIAL, Kind
+from kvdistill.types import KINDS, PLURALS, SEGMENT_SPECIAL, Kind
 
 _LEAST_TOKENS: Final = 8
 """Fewer give no second moments."""
@@ -257,8 +257,8 @@ class BatchPacker:
         sample_id = self._shard.tokens.sample_ids[self._batch.sample_idx[row]]
         raise NonFiniteError(
             f"teacher {self._shard.manifest.name!r}, layer {layer.layer_idx}, head {head}, "
-            f"sample {sample_id!r}: {kind}s are not finite in {self._shard.manifest.dtype}; "
-            "try dtype float32 or bfloat16"
+            f"sample {sample_id!r}: {PLURALS[kind]} are not finite in "
+            f"{self._shard.manifest.dtype}; try dtype float32 or bfloat16"
         )
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kvdistill.errors import GeometryError
 from kvdistill.store.format import UNPREDICTED, ArraySpec, Counts, common_group, shard_arrays
 from kvdistill.store.reader import KVStore
-from kvdistill.types import Kind
+from kvdistill.types import PLURALS, Kind
 
 if TYPE_CHECKING:
     import xarray
@@ -44,7 +44,8 @@ def dask_array(
     group = manifest.groups[common_group(manifest, None if layer is None else [layer])]
     num_heads, dim = manifest.shape(group, kind)
     if head is not None and not 0 <= head < num_heads:
-        raise GeometryError(f"head {head} requested of layers with {num_heads} heads of {kind}s")
+        what = PLURALS[kind]
+        raise GeometryError(f"head {head} requested of layers with {num_heads} heads of {what}")
     layers = group.layers if layer is None else (layer,)
     heads = None if head is None else [head]
     sizes = (num_heads if head is None else 1, dim)

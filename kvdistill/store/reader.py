@@ -33,7 +33,7 @@ from kvdistill.store.open_place import open_place
 from kvdistill.store.open_shard import OpenedShard, open_shard, read_samples
 from kvdistill.store.place import Place
 from kvdistill.store.shard import EncodedShard, TokenTable
-from kvdistill.types import KINDS, Kind
+from kvdistill.types import Kind
 
 OPEN_SHARDS: Final = 16
 """Shards that stay open for random access."""
@@ -269,7 +269,7 @@ class KVStore:
         shard_id: str,
         layers: Sequence[int] | None = None,
         heads: Sequence[int] | None = None,
-        kinds: Sequence[Kind] = KINDS,
+        kinds: Sequence[Kind] | None = None,
     ) -> EncodedShard:
         """A shard, or some layers, heads and kinds of it, as stored codes.
 
@@ -283,9 +283,9 @@ class KVStore:
             GeometryError: the teacher has no such layer or head.
         """
         opened = self._opened(teacher, shard_id)
-        return EncodedShard(
-            opened.token_table(), opened.read(layers, heads, kinds), opened.own_texts()
-        )
+        chosen = opened.manifest.kinds if kinds is None else kinds
+        arrays = opened.read(layers, heads, chosen)
+        return EncodedShard(opened.token_table(), arrays, opened.own_texts())
 
     def read(
         self,

@@ -16,9 +16,10 @@ from kvdistill.pipelines.extract import extract
 from kvdistill.pipelines.reextract import reextract
 from kvdistill.pipelines.train import train
 from kvdistill.store.lazy_arrays import dataset
-from kvdistill.store.maintenance import verify_store
+from kvdistill.store.maintenance import convert_store, verify_store
 from kvdistill.store.reader import KVStore
-from kvdistill.studies.report.reading import read_run
+from kvdistill.studies.report.figures import sections
+from kvdistill.studies.report.reading import read_run, read_study
 from tests.extract.models import save_teacher
 from tests.pipelines.test_live import losses as logged_losses
 from tests.pipelines.test_parts import assembled
@@ -76,6 +77,9 @@ def test_what_is_stored_is_the_output_of_every_layer(
     assert again.agrees
     assert again.hidden_error is not None
     assert again.hidden_error < 1e-3
+    others = {"zarr": "safetensors", "safetensors": "zarr"}
+    store = convert_store(store, tmp_path / "other", others[backend])
+    assert not verify_store(store)
     assert dataset(store, "t")["hidden"].shape == (2, 1, table.num_tokens, model.config.hidden_size)
     found = store.read_sample("t", sample_id, "hidden")
     wanted = torch.stack([outputs[0], outputs[2]])  # [L, 1, T, E]
@@ -232,3 +236,14 @@ def test_what_cannot_be_is_refused(extracted: Path, tmp_path: Path) -> None:
     body["llama"]["eviction"] = {"budget": 5}
     with pytest.raises(ConfigError, match=r"extraction.confidence, .logits or .hidden"):
         variant(extracted, tmp_path, teachers=body)
+
+
+def test_a_report_shows_it(extracted: Path, tmp_path: Path) -> None:
+    student = {"model": str(extracted.parent / "models/llama")}  # whose maps are fitted by ridge
+    settings = {"training__max_steps": 2, "student": student, **ALONE}
+    train(variant(extracted, tmp_path, name="h", **settings))
+    train(variant(extracted, tmp_path, name="kv", training__max_steps=2))
+    study = read_study([tmp_path])
+    figures = {figure.name: figure for shown in sections(study, []).values() for figure in shown}
+    assert {"error-by-layer-hidden", "explained-hidden", "error-by-layer-key"} <= figures.keys()
+    assert "target hidden states" in figures["explained-hidden"].caption

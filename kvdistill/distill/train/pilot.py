@@ -29,7 +29,7 @@ from kvdistill.distill.data.stream import Source
 from kvdistill.distill.distiller import Distiller
 from kvdistill.distill.project.closed_form import Map, PilotMoments, fit_layer
 from kvdistill.distill.targets import TeacherHead, TeacherSpace
-from kvdistill.types import KINDS, Kind
+from kvdistill.types import KINDS, PLURALS, Kind
 
 MOMENT_BYTES: Final = 2 * 2**30
 """Moments that are held at once; a layer whose moments are larger has a pass of its own."""
@@ -221,9 +221,11 @@ def explained_lines(explained: Explained) -> list[str]:
     rows = ((name, *row) for name, kinds in explained.items() for row in kinds.items())
     for teacher, kind, shares in rows:
         if found := [share for share in shares if share is not None]:
-            what = f"{teacher}: variance of {kind}s explained before step 1, on texts held out"
             layers = " ".join(f"{share:.2f}" for share in found)
-            lines.append(f"{what} from the fit: {mean(found):.2f} (by layer {layers})")
+            lines.append(
+                f"{teacher}: variance of {PLURALS[kind]} explained before step 1, on texts held "
+                f"out from the fit: {mean(found):.2f} (by layer {layers})"
+            )
     return lines
 
 

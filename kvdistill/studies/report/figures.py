@@ -24,6 +24,7 @@ from kvdistill.studies.report.comparison import (
 )
 from kvdistill.studies.report.reading import Arm, Run, Study
 from kvdistill.studies.report.results import Row
+from kvdistill.types import PLURALS
 
 CURVES: Final = {
     "eval_bits_per_character": (
@@ -217,15 +218,15 @@ def _pooled(bins: Sequence[Mapping[str, float]]) -> tuple[list[float], list[floa
 
 def _errors(study: Study, looks: Mapping[str, Look]) -> list[ReportFigure]:
     found = []
-    for kind in ("key", "value"):
+    for kind, plural in PLURALS.items():
         series = {
             arm.label: _mean_rows([run.diagnostics["error_by_layer"][kind] for run in arm.runs])
             for arm in study.arms
-            if arm.runs[0].diagnostics
+            if kind in arm.runs[0].diagnostics.get("error_by_layer", ())
         }
         if series:
             figure = plots.over_layers(
-                series, "error (1 = the mean)", f"Error of the {kind}s by layer", looks=looks
+                series, "error (1 = the mean)", f"Error of the {plural} by layer", looks=looks
             )
             caption = (
                 f"Error of each layer of the trained students against its {kind} target, mean over "
@@ -240,18 +241,18 @@ def _errors(study: Study, looks: Mapping[str, Look]) -> list[ReportFigure]:
 def _explained(study: Study) -> list[ReportFigure]:
     """Per kind, a line per arm and teacher whose maps were fitted before the first step."""
     found = []
-    for kind in ("key", "value"):
+    for kind, plural in PLURALS.items():
         series = {
             f"{arm.label}: {teacher}": [float(share) for share in layers[kind]]
             for arm in study.arms
             for teacher, layers in arm.runs[0].record.get("explained_at_start", {}).items()
-            if None not in layers[kind]
+            if None not in layers.get(kind, (None,))
         }
         if series:
-            title = f"Variance of {kind}s explained at the start"
+            title = f"Variance of {plural} explained at the start"
             figure = plots.over_layers(series, "share of the variance", title, limits=(None, 1))
             caption = (
-                f"Share of the variance of each layer's target {kind}s that the maps fitted to a "
+                f"Share of the variance of each layer's target {plural} that the maps fitted to a "
                 "pilot explain on texts that they were not fitted to: how much of a teacher the "
                 "initial student already holds, linearly. The rest is what there is left to teach."
             )
