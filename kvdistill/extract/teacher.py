@@ -28,17 +28,17 @@ from kvdistill.attention.fitting import Verified, fit_adapter
 from kvdistill.attention.geometry import VerifiedLayer, position_limit, quantisation
 from kvdistill.attention.hooks import OnLayer, Site, capture
 from kvdistill.attention.language_head import OutputHead
-from kvdistill.attention.tokens import padding_id, tokenizer_fingerprint
-from kvdistill.attention.verification import CACHE, forward_through_cache
-from kvdistill.config.experiment import Experiment
-from kvdistill.config.extraction import ExtractionConfig, GenerateConfig, TeacherConfig
-from kvdistill.corpus.prompt_template import (
+from kvdistill.attention.prompt_template import (
     SEGMENTS,
     SOURCE,
     TARGET,
     chat_template,
     parse_template,
 )
+from kvdistill.attention.tokens import padding_id, tokenizer_fingerprint
+from kvdistill.attention.verification import CACHE, forward_through_cache
+from kvdistill.config.experiment import Experiment
+from kvdistill.config.extraction import ExtractionConfig, GenerateConfig, TeacherConfig
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
 from kvdistill.extract.loading import (

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from kvdistill.attention.adapters import QKV
 from kvdistill.attention.hooks import OnLayer
-from kvdistill.corpus.prompt_template import PLAIN_TEXT, PromptTemplate, RenderedPrompt
+from kvdistill.attention.prompt_template import PLAIN_TEXT, PromptTemplate, RenderedPrompt
 from kvdistill.corpus.samples import Sample
 from kvdistill.errors import TeacherError
 from kvdistill.types import SEGMENT_SPECIAL

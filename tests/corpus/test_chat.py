@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvdistill.attention.prompt_template import chat_template, parse_template
 from kvdistill.config.distill import AlignmentConfig, LossConfig
-from kvdistill.corpus.prompt_template import chat_template, parse_template
 from kvdistill.corpus.readers import conversation, read_files
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.data.collate import Collate, Item

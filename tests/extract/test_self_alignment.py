@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvdistill.attention.prompt_template import SEGMENTS
 from kvdistill.config.extraction import TeacherConfig
-from kvdistill.corpus.prompt_template import SEGMENTS
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.align.character_iou import Spans, align_tokens
 from kvdistill.distill.data.collate import StudentTokens, tokenize

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from kvdistill.corpus.prompt_template import (
+from kvdistill.attention.prompt_template import (
     PLAIN_TEXT,
     PromptTemplate,
     chat_template,

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from kvdistill.attention.prompt_template import chat_template
 from kvdistill.config.extraction import TeacherConfig
 from kvdistill.config.training import StudentConfig
-from kvdistill.corpus.prompt_template import chat_template
 from kvdistill.distill.student.build import build_student, check_student, load_student_tokenizer
 from kvdistill.distill.student.latent.model import LatentStudent
 from kvdistill.errors import StudentError, TeacherError

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
 from kvdistill.attention import prompt_template
+from kvdistill.attention.prompt_template import chat_template
 from kvdistill.config.experiment import Experiment
-from kvdistill.corpus.prompt_template import chat_template
 from kvdistill.errors import ConfigError, StoreMismatch, TeacherError
 from kvdistill.pipelines import extract as pipeline
 from kvdistill.pipelines.extract import extract

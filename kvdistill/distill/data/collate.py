@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvdistill.attention.prompt_template import RenderedPrompt, own_prompt
 from kvdistill.attention.tokens import with_ends
 from kvdistill.config.distill import AlignmentConfig, LossConfig
-from kvdistill.corpus.prompt_template import RenderedPrompt, own_prompt
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.align.character_iou import Spans, align_tokens
 from kvdistill.distill.align.resample import align_global, align_segments

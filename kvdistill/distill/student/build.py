@@ -28,9 +28,9 @@ from kvdistill.attention.model_folder import (
     weights_fault,
     without_progress_bars,
 )
+from kvdistill.attention.prompt_template import OWN_TEMPLATE, own_prompt, own_template
 from kvdistill.attention.tokens import load_fast_tokenizer, num_token_ids, with_ends
 from kvdistill.config.training import StudentConfig
-from kvdistill.corpus.prompt_template import OWN_TEMPLATE, own_prompt, own_template
 from kvdistill.corpus.samples import Sample
 from kvdistill.distill.student.lora import adapt
 from kvdistill.errors import KVDistillError, StudentError
