@@ -5,17 +5,18 @@ values of the four layers that the student reads in fp16, int8, int4 and ``klt``
 8, 32 or 128 most likely tokens; both; and the outputs of the four layers in int8 and int4. Every
 arm takes equal steps. Weights and rates are searched on validation texts under one seed with the
 same number of runs for each kind of target (``search``), and scored on test texts unseen by the
-search (``final``).
+search (``final``, three seeds). The rate that the search selects turned out to be at the edge of
+stability, so keys and values are also run at the rate of ``quality.py`` (``steady``, five seeds).
 
     make models
-    python benchmarks/frontier.py frontier-output            # everything; prints a table
-    python benchmarks/frontier.py frontier-output --only summary
+    python benchmarks/frontier.py frontier-output            # everything; prints tables
+    python benchmarks/frontier.py frontier-output --only summary --plot frontier.png
 
 Bytes of keys and values are those on disk, scales and checksums included, over the store's tokens;
-of k predictions, 6k + 2: one store of the most serves the runs with fewer. The table has the mean
-log-perplexity of the test texts in nats per token, its difference from text alone at its best rate,
-and that difference's p-value over seeds and texts. Every run is a folder; finished runs are not
-repeated, and the same command resumes.
+of k predictions, 6k + 2: one store of the most serves the runs with fewer. Tables have the mean
+log-perplexity of the test texts in nats per token, its difference from text alone at 2e-3, which
+is text alone's best rate there, and that difference's p-value over seeds and texts. Every run is a
+folder; finished runs are not repeated, and the same command resumes.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from matplotlib import pyplot
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -66,6 +68,10 @@ TUNED: Final[dict[str, Any]] = {"text": 6e-3, "kv": (5, 6e-3), "logits": (1, 4e-
 """The rate of text alone, and weight and rate of the others, as the search selected them."""
 TUNED_HIDDEN: Final = (10, 6e-3)
 """Weight and rate of hidden states, until their search has been run."""
+SHUFFLED: Final = {"placebo": True, "placebo__method": "shuffled"}
+SEEDS: Final = {"search": 1, "final": 3, "steady": 5}
+STEADY: Final = 4e-3
+"""The rate of ``steady``."""
 BOTH: Final = 32
 """Predictions in the arm that has keys and values as well, at the rate ``klt-1``."""
 
@@ -85,6 +91,13 @@ def hidden_alone(codec: str, weight: float, **settings: Any) -> dict[str, Any]:
     return arm(f"hidden-{codec}", weight=0, losses__hidden=weight, **settings)
 
 
+def by_codec(rate: float) -> dict[str, Any]:
+    """An arm per codec, and a placebo."""
+    weight, _ = TUNED["kv"]
+    arms = {name: arm(name, weight=weight, **at_rate(rate)) for name in CODECS}
+    return arms | {"int8-shuffled": arm("int8", weight=weight, **at_rate(rate), **SHUFFLED)}
+
+
 def at_rate(rate: float) -> dict[str, float]:
     """Another learning rate than ``quality.py``'s."""
     return {"training__learning_rate": rate}
@@ -102,18 +115,17 @@ def study(
 ) -> Path:
     """Write a study over one store, of a search or final; returns its path."""
     stage = name.partition("-")[0]
-    body = quality.experiment(folder, stage)
+    body = quality.experiment(folder, "search" if stage == "search" else "final")
     body |= {"store": str(folder / store), "extraction": {"importance": False, **extraction}}
     body["alignment"] = {
         "layers": "explicit",
         "explicit_layers": {known: list(layers) for known in teachers},
     }
-    seeds = [0] if stage == "search" else [0, 1, 2]
-    return write_study(folder, name, body | {"teachers": teachers}, arms, seeds)
+    return write_study(folder, name, body | {"teachers": teachers}, arms, range(SEEDS[stage]))
 
 
 def studies(folder: Path) -> dict[str, list[Path]]:
-    """Study files of the two stages."""
+    """Study files by stage."""
     kv_store = {"store": "kv", "teachers": {name: teacher(name) for name in CODECS}, "logits": 0}
     predicted = {
         k: {"store": "predictions", "teachers": {"smollm2": teacher("klt-1")}, "logits": k}
@@ -125,16 +137,15 @@ def studies(folder: Path) -> dict[str, list[Path]]:
     by_logits = {f"logits-{weight:g}": logits_alone(weight) for weight in LOGIT_WEIGHTS}
     by_logits |= {f"logits-1-{rate:g}": logits_alone(1, **at_rate(rate)) for rate in OTHER_RATES}
     weight, rate = TUNED["kv"]
-    final = {"text": text_alone(TUNED["text"]), "text-slower": text_alone(2e-3)}
-    final |= {name: arm(name, weight=weight, **at_rate(rate)) for name in CODECS}
-    shuffled = {"placebo": True, "placebo__method": "shuffled"}
-    final["int8-shuffled"] = arm("int8", weight=weight, **at_rate(rate), **shuffled)
+    text = {"text": text_alone(2e-3)}
+    final = text | {"text-fast": text_alone(TUNED["text"])} | by_codec(rate)
     found = {
         "search": [
             study(folder, "search-kv", rates | search, **kv_store),
             study(folder, "search-logits", by_logits, **predicted[128]),
         ],
         "final": [study(folder, "final-kv", final, **kv_store)],
+        "steady": [study(folder, "steady-kv", text | by_codec(STEADY), **kv_store)],
     }
     of_logits, logits_rate = TUNED["logits"]
     alone = at_rate(logits_rate)
@@ -142,13 +153,13 @@ def studies(folder: Path) -> dict[str, list[Path]]:
         arms = {f"logits-{k}": logits_alone(of_logits, **alone)}
         if k == BOTH:
             arms["both"] = arm("smollm2", weight=weight, losses__logits=of_logits, **at_rate(rate))
-            arms["logits-shuffled"] = logits_alone(of_logits, **alone, **shuffled)
+            arms["logits-shuffled"] = logits_alone(of_logits, **alone, **SHUFFLED)
         found["final"].append(study(folder, f"final-{k}", arms, **store))
     return found
 
 
 def hidden_studies(folder: Path) -> dict[str, list[Path]]:
-    """Study files of hidden states, in both stages."""
+    """Study files of hidden states, by stage."""
     teachers = {
         f"hidden-{codec}": {**teacher("int4"), "codec": {**CODECS["int4"], "hidden": codec}}
         for codec in HIDDEN
@@ -202,19 +213,29 @@ def losses(run: Path) -> NDArray[np.float64]:
     return np.array([(row["nll"], row["num_tokens"]) for row in rows])
 
 
-def summary(folder: Path) -> None:
-    """Print the table of the final runs."""
-    runs: dict[str, dict[int, NDArray[np.float64]]] = {}
-    for scored in sorted(folder.glob("final-*/*/eval_samples.jsonl")):
-        name, _, seed = scored.parent.name.rpartition("-s")
-        runs.setdefault(name, {})[int(seed)] = losses(scored.parent)
+def scored(folder: Path, stage: str) -> dict[str, dict[int, NDArray[np.float64]]]:
+    """``losses`` of every finished run of a stage, by arm and seed."""
+    found: dict[str, dict[int, NDArray[np.float64]]] = {}
+    for path in sorted(folder.glob(f"{stage}-*/*/eval_samples.jsonl")):
+        name, _, seed = path.parent.name.rpartition("-s")
+        found.setdefault(name, {})[int(seed)] = losses(path.parent)
+    return found
+
+
+def mean_nats(runs: Mapping[int, NDArray[np.float64]]) -> float:
+    """Mean over seeds of nats per token."""
+    return float(np.mean([rows[:, 0].sum() / rows[:, 1].sum() for rows in runs.values()]))
+
+
+def summary(folder: Path, stage: str) -> None:
+    """Print the table of a stage's runs."""
+    runs = scored(folder, stage)
     base = runs.get("text", {})
-    print("| arm | bytes a token | nats a token | against text | p | seeds |")
+    print(f"\n{stage}\n\n| arm | bytes a token | nats a token | against text | p | seeds |")
     print("|---|---|---|---|---|---|")
     for held, name in sorted((held_bytes(folder, name), name) for name in runs):
         found = runs[name]
-        nats = np.mean([rows[:, 0].sum() / rows[:, 1].sum() for rows in found.values()])
-        line = f"| {name} | {held:,.0f} | {nats:.4f} | "
+        line = f"| {name} | {held:,.0f} | {mean_nats(found):.4f} | "
         if name == "text" or len(shared := sorted(found.keys() & base.keys())) < 2:
             print(line + f"| | {len(found)} |")
             continue
@@ -224,19 +245,46 @@ def summary(folder: Path) -> None:
         print(line + f"{test.estimate:+.4f} | {test.p:.4f} | {len(shared)} |")
 
 
+def plot(folder: Path, path: Path) -> None:
+    """Perplexity of the student over bytes per token of what it learns from."""
+    final, steady = scored(folder, "final"), scored(folder, "steady")
+    shown = {
+        "keys and values": {name: runs for name, runs in steady.items() if name in CODECS},
+        "hidden states": {n: r for n, r in final.items() if n.startswith("hidden")},
+        "predictions": {f"logits-{k}": final[f"logits-{k}"] for k in NUM_LOGITS},
+    }
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for (label, arms), marker in zip(shown.items(), "osD", strict=True):
+        points = sorted((held_bytes(folder, name), name) for name in arms)
+        means = [np.exp(mean_nats(arms[name])) for _, name in points]
+        axes.plot([held for held, _ in points], means, marker=marker, label=label)
+        for (held, name), mean in zip(points, means, strict=True):
+            axes.annotate(name, (held, mean), (0, 7), textcoords="offset points", ha="center")
+    for name, style in (("text", "--"), ("int8-shuffled", ":")):
+        level = np.exp(mean_nats(steady[name]))
+        axes.axhline(level, color="0.5", linestyle=style, label=name)
+    axes.set(xscale="log", xlabel="bytes per token", ylabel="perplexity of test texts")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
-    """Search, final runs, table."""
+    """Search, final and steady runs, tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, help="output folder")
-    parser.add_argument("--only", choices=("search", "final", "summary"))
+    parser.add_argument("--only", choices=(*SEEDS, "summary"))
+    parser.add_argument("--plot", type=Path, help="draw the runs' figures to this file")
     parser.add_argument("--workers", type=int, default=1, help="parallel runs")
     asked = parser.parse_args()
     quality.prepare(asked.folder)
     hidden = hidden_studies(asked.folder)
     for name, paths in studies(asked.folder).items():
-        for path in (*paths, *hidden[name]) if asked.only in (None, name) else ():
+        for path in (*paths, *hidden.get(name, ())) if asked.only in (None, name) else ():
             ablate(path, asked.workers, "--extract")
-    summary(asked.folder)
+    for name in ("final", "steady"):
+        summary(asked.folder, name)
+    if asked.plot is not None:
+        plot(asked.folder, asked.plot)
 
 
 if __name__ == "__main__":
