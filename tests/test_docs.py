@@ -39,7 +39,7 @@ TINY_TUTORIAL = {
     "num_attention_heads: 8": "num_attention_heads: 2",
     "num_key_value_heads: 2": "num_key_value_heads: 1",
     "head_dim: 32": "head_dim: 8",
-    "epochs: 6": "max_steps: 4",
+    "epochs: 8": "max_steps: 4",
     "max_length: 384": "max_length: 48",
     "eval_steps: 24": "eval_steps: 2",
     "seeds: [0, 1, 2]": "seeds: [0, 1]",

@@ -133,15 +133,16 @@ def _as_name(text: str) -> str:
 
 
 def _described(model: str) -> str:
-    files = [Path(model) / file for file in ("config.json", "tokenizer_config.json")]
-    return "".join(x.read_text(encoding="utf-8") for x in files if x.is_file())
+    names = ("config.json", "tokenizer_config.json", "chat_template.jinja")
+    files = [Path(model) / name for name in names]
+    return "".join(x.name + x.read_text(encoding="utf-8") for x in files if x.is_file())
 
 
 def _has_template(model: str) -> bool:
     """Whether a model reads chats: by a folder's files, or a hub id's name."""
-    if "chat_template" in _described(model) or (Path(model) / "chat_template.jinja").exists():
-        return True
-    return bool(re.search("(?i)instruct|chat|-it$", model)) and not Path(model).is_dir()
+    if Path(model).is_dir():
+        return "chat_template" in _described(model)
+    return bool(re.search("(?i)instruct|chat|-it$", model))
 
 
 def _pretrain(blocks: dict[str, str], student: str, is_chat: bool) -> None:

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvdistill.types import SEGMENT_IDS, SegmentName
 
 
@@ -46,6 +49,12 @@ class Sample:
         starts = [0, *ends[:-1]]
         ids = (SEGMENT_IDS[name] for name, _ in self.segments)
         return list(zip(starts, ends, ids, strict=True))
+
+    def segments_at(self, chars: NDArray[Any]) -> NDArray[Any]:
+        """Segment ids of characters ``[T]`` of the text; 0 where it is empty."""
+        spans = [span for span in self.spans if span[0] < span[1]] or [(0, 0, 0)]
+        starts, _, segments = np.array(spans).T
+        return np.take(segments, np.searchsorted(starts[1:], chars, side="right"))
 
     @property
     def question(self) -> str:

@@ -164,7 +164,7 @@ def _map_back(
     _check_offsets(starts, offsets[:, 1], prompt, sample)
     char_start, char_end = prompt.characters(offsets).T
     is_special = char_start == char_end
-    segment = np.where(is_special, SEGMENT_SPECIAL, _token_segments(char_start, sample))
+    segment = np.where(is_special, SEGMENT_SPECIAL, sample.segments_at(char_start))
     # An empty span lies where the text before it ends, so that positions stay in order.
     before = np.maximum.accumulate(np.where(is_special, 0, char_end)) if len(starts) else char_end
     return TokenisedSample(
@@ -173,14 +173,6 @@ def _map_back(
         np.where(is_special, before, char_end).astype(np.int32),
         segment.astype(np.int8),
     )
-
-
-def _token_segments(char_start: NDArray[np.int32], sample: Sample) -> NDArray[np.int8]:
-    spans = [span for span in sample.spans if span[0] < span[1]]
-    if not spans:
-        return np.zeros(char_start.shape, np.int8)
-    owner = np.searchsorted([start for start, _, _ in spans], char_start, side="right") - 1
-    return np.asarray([segment for _, _, segment in spans], np.int8)[np.maximum(owner, 0)]
 
 
 def _check_offsets(

@@ -79,6 +79,15 @@ def test_the_rate_is_that_of_a_warm_model_and_of_full_batches(
     assert teacher.tokens_per_second == timed.num_read / timed.seconds
 
 
+def test_what_is_measured_is_said_first(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "t")
+    experiment = make(tmp_path, {}, ROWS)
+    (tmp_path / "e.yaml").write_text(dump_experiment(experiment))
+    done = CliRunner().invoke(plan_command, [str(tmp_path / "e.yaml"), "--sized", "2"])
+    assert done.stderr.splitlines() == ["measuring t on 2 texts per codec; this takes a while"]
+    assert done.stdout.startswith("24 samples")
+
+
 def test_a_few_samples_stand_for_all(tmp_path: Path) -> None:
     save_teacher(tmp_path / "t")
     experiment = make(tmp_path, {}, ROWS)

@@ -224,11 +224,7 @@ def _student_tokens(
         spans = prompt.characters(spans)
     char_start, char_end = spans.T
     segment = np.full(len(whole), SEGMENT_SPECIAL, np.int64)
-    filled = [span for span in sample.spans if span[1] > span[0]]
-    if filled:
-        starts, _, segment_ids = np.array(filled).T
-        first = np.searchsorted(starts, char_start[text], side="right") - 1
-        segment[text] = segment_ids[first]
+    segment[text] = sample.segments_at(char_start[text])
     is_label = np.ones(len(whole), bool)
     if prompt:
         segment[char_start == char_end] = SEGMENT_SPECIAL
