@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvdistill.cli import cli
+from kvdistill.commands.options import end_with_report
 from kvdistill.errors import (
     ConfigError,
     KVDistillError,
@@ -131,26 +133,22 @@ def test_export_needs_its_extra_and_a_student(
         export_onnx(finished / "student", tmp_path / "onnx")
 
 
-def test_a_run_ends_with_its_report_beside_text_alone(extracted: Path, tmp_path: Path) -> None:
-    settings = {"output_dir": str(tmp_path), "training": {"max_steps": 2, "device": "cpu"}}
-    body = yaml.safe_load(extracted.read_text(encoding="utf-8")) | settings
-    config = tmp_path / "experiment.yaml"
-    config.write_text(yaml.safe_dump(body, sort_keys=False))
+def test_a_run_ends_with_its_report_beside_text_alone(
+    extracted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"training__max_steps": 2, "losses__key": 0, "losses__value": 0, "name": "text"}
+    text = train(variant(extracted, tmp_path, **changes))
+    body = yaml.safe_load((text.folder / "config.yaml").read_text(encoding="utf-8"))
+    body["losses"] |= {"key": 3, "value": 3}
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(body | {"name": "both"}))
+    done = CliRunner().invoke(cli, ["run", str(tmp_path / "both.yaml")])
+    assert done.exit_code == 0, done.output
     page = tmp_path / "both/report.html"
-
-    def run(name: str, *more: str) -> str:
-        done = CliRunner().invoke(cli, ["run", str(config), "--set", f"name={name}", *more])
-        assert done.exit_code == 0, done.output
-        return done.output
-
-    run("text", "--set", "losses.key=0", "--set", "losses.value=0")
-    assert f"report: {page}" in run("both").splitlines()[-1]
+    assert f"report: {page}" in done.output.splitlines()[-1]
     assert "<h1>both vs. text</h1>" in page.read_text(encoding="utf-8")
-    page.unlink()
-    page.mkdir()  # nothing can be written there
-    again = run("both")
-    assert "training was already finished" in again
-    assert "no report was written" in again.splitlines()[-1]
+    end_with_report([tmp_path / "nothing"], page)  # no failure, and one line
+    *_, last = capsys.readouterr().err.splitlines()
+    assert re.match(r"no report was written: .*no run\.json", last)
 
 
 @pytest.fixture
