@@ -173,8 +173,8 @@ def savings_line(experiment: Experiment) -> str | None:
         return None
     first = math.floor(found.crossover) + 1
     return (
-        f"against teachers in memory the store pays from run {first}; by operations, 8 such runs "
-        f"are {found.ratio(8):.1f} times cheaper (reading {found.read:.1e}, training "
+        f"against teachers in memory the store pays from run {first}, and 8 such runs are up to "
+        f"{found.ratio(8):.1f} times cheaper (by operations: reading {found.read:.1e}, training "
         f"{found.trained:.1e})"
     )
 

@@ -238,6 +238,6 @@ def test_what_a_store_saves_follows_from_operations(tmp_path: Path) -> None:
     for epochs, first in ((1, 2), (2, 1)):
         arguments = [str(config), "--sized", "2", "--set", f"training.epochs={epochs}"]
         output = CliRunner().invoke(plan_command, arguments).output
-        assert f"the store pays from run {first}; " in output
+        assert f"the store pays from run {first}, " in output
     live = CliRunner().invoke(plan_command, [*arguments, "--set", "kv_source=live"]).output
     assert "pays from" not in live
