@@ -11,6 +11,10 @@ student from scratch (``former``).
     python examples/get_models.py models qwen2.5-coder
     python benchmarks/pretrained.py pretrained-output
 
+``elsewhere`` scores the students of ``final`` and the untouched model on text of another domain,
+functions of Python's standard library: what training has cost there. ``answers`` lets them answer
+the test questions, scored by exact match.
+
 ``scratch`` compares heads fitted by ridge with random ones for a small student from scratch: at its
 random start, and after ``WARM_STEPS`` steps of cross-entropy.
 
@@ -31,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.quality import STUDENT
 from benchmarks.study_files import ablate, kvdistill, write_study, write_yaml
+from benchmarks.teachers import texts
 from kvdistill.corpus.readers import read_files
 from kvdistill.distill.student.build import train_tokenizer
 
@@ -63,11 +68,17 @@ FORMER: Final = {
     "projection.learning_rate": 1e-4,
 }
 """The defaults of a student from scratch, at the rate of the others: random heads, weight 3."""
+NUM_ELSEWHERE: Final = 60
+SCORES: Final = {
+    "elsewhere": ["--max-length", "224"],
+    "answers": ["--generate", "--max-new-tokens", "160", "--batch-size", "16"],
+}
+"""What students are scored on after training, and the options of ``kvdistill evaluate``."""
 SCRATCH_RATE: Final = 4e-3
 SCRATCH_STEPS: Final = 150
 SCRATCH_SEEDS: Final = [0, 1]
 WARM_STEPS: Final = 30
-STAGES: Final = ("extract", "search", "second", "final", "former", "scratch")
+STAGES: Final = ("extract", "search", "second", "final", "former", "scratch", *SCORES)
 GOAL: Final = 1.01
 """Perplexity of the defaults over that of cross-entropy, at most."""
 
@@ -202,6 +213,29 @@ def scratch_studies(folder: Path) -> dict[str, Path]:
     return found
 
 
+def score(folder: Path, name: str) -> None:
+    """Score the untouched model and the students of ``final``, once each, to ``folder/name``."""
+    corpus, target = folder / "test.jsonl", folder / name
+    if name == "elsewhere":
+        corpus = folder / "elsewhere.jsonl"
+        rows = [json.dumps({"text": text}) + "\n" for text in texts("code", None)]
+        corpus.write_text("".join(rows[:NUM_ELSEWHERE]), encoding="utf-8")
+    target.mkdir(exist_ok=True)
+    students = {path.parent.name: path for path in sorted(folder.glob("final/*/student"))}
+    for arm, student in {"untouched": Path(STUDENT_MODEL), **students}.items():
+        if not (target / f"{arm}.json").exists():
+            found = kvdistill("evaluate", student, corpus, *SCORES[name], "--json")
+            (target / f"{arm}.json").write_text(found, encoding="utf-8")
+
+
+def print_scores(folder: Path, name: str) -> None:
+    """What ``score`` has found."""
+    for path in sorted((folder / name).glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        figures = {key: found[key] for key in ("perplexity", "exact_match") if key in found}
+        print(f"{name} {path.stem}: {figures}")
+
+
 def perplexities(folder: Path) -> dict[str, dict[int, float]]:
     """Perplexity of every finished run under ``folder``, by arm and seed."""
     found: dict[str, dict[int, float]] = {}
@@ -255,6 +289,10 @@ def main() -> None:
     for name, path in studies.items():
         if asked.only in (None, name, name.partition("-")[0]):
             ablate(path, asked.workers)
+    for name in SCORES:
+        if asked.only in (None, name):
+            score(asked.folder, name)
+        print_scores(asked.folder, name)
     summary(asked.folder)
 
 

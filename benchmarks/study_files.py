@@ -30,9 +30,11 @@ def write_study(
     return write_yaml(folder / f"{name}.yaml", body | {"may_differ": ["training.learning_rate"]})
 
 
-def kvdistill(*arguments: str | Path) -> None:
-    """Run a command of kvdistill."""
-    subprocess.run([sys.executable, "-m", "kvdistill.cli", *map(str, arguments)], check=True)
+def kvdistill(*arguments: str | Path) -> str:
+    """Run a command of kvdistill; with ``--json``, returns what it prints."""
+    command = [sys.executable, "-m", "kvdistill.cli", *map(str, arguments)]
+    output = subprocess.PIPE if "--json" in arguments else None
+    return subprocess.run(command, check=True, stdout=output, text=True).stdout or ""
 
 
 def ablate(path: Path, workers: int, *options: str) -> None:
