@@ -255,16 +255,21 @@ def plot(folder: Path, path: Path) -> None:
     }
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for (label, arms), marker in zip(shown.items(), "osD", strict=True):
+        if not arms:
+            continue
         points = sorted((held_bytes(folder, name), name) for name in arms)
         means = [np.exp(mean_nats(arms[name])) for _, name in points]
         axes.plot([held for held, _ in points], means, marker=marker, label=label)
-        for (held, name), mean in zip(points, means, strict=True):
-            axes.annotate(name, (held, mean), (0, 7), textcoords="offset points", ha="center")
-    for name, style in (("text", "--"), ("int8-shuffled", ":")):
+        for i, ((held, name), mean) in enumerate(zip(points, means, strict=True)):
+            place = {"xytext": (0, (8, -15)[i % 2]), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(name, (held, mean), **place)
+    levels = {"text": ("text alone", "--"), "int8-shuffled": ("int8 of other texts (placebo)", ":")}
+    for name, (label, style) in levels.items():
         level = np.exp(mean_nats(steady[name]))
-        axes.axhline(level, color="0.5", linestyle=style, label=name)
+        axes.axhline(level, color="0.5", linestyle=style, label=label)
     axes.set(xscale="log", xlabel="bytes per token", ylabel="perplexity of test texts")
-    axes.legend(frameon=False)
+    axes.set_ylim(bottom=110)
+    axes.legend(frameon=False, loc="center right")
     figure.savefig(path, dpi=150)
 
 

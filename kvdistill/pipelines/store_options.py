@@ -111,6 +111,12 @@ def joint_options(teachers: Mapping[str, Sequence[StoreOption]]) -> list[StoreOp
     return found
 
 
+LEARNED: Final = (
+    "the error is attention's; a student learned as much from klt at 1.1 bits as from int8 "
+    "(docs/frontier.md)"
+)
+
+
 def disk_lines(
     options: Sequence[StoreOptions],
     gigabytes: float,
@@ -132,6 +138,7 @@ def disk_lines(
         codec, layers, heads, tokens = row.kind
         total = format_bytes(row.gigabytes * 1e9)
         yield f"  {row.error:6.2%}  {total:>8}  {codec:<12} {layers:<7} {heads:<6} {tokens}"
+    yield LEARNED
     if fitting:
         yield f"for the first, set in the experiment file:\n{_settings_yaml(fitting[0], depths)}"
     else:
