@@ -64,10 +64,13 @@ LOGIT_WEIGHTS: Final = (0.5, 1, 2, 4)
 HIDDEN_WEIGHTS: Final = (1, 3, 10, 30)
 TEXT_RATES: Final = (1e-3, 2e-3, 4e-3, 6e-3)
 OTHER_RATES: Final = (2e-3, 6e-3)
-TUNED: Final[dict[str, Any]] = {"text": 6e-3, "kv": (5, 6e-3), "logits": (1, 4e-3)}
+TUNED: Final[dict[str, Any]] = {
+    "text": 6e-3,
+    "kv": (5, 6e-3),
+    "logits": (1, 4e-3),
+    "hidden": (3, 4e-3),
+}
 """The rate of text alone, and weight and rate of the others, as the search selected them."""
-TUNED_HIDDEN: Final = (10, 6e-3)
-"""Weight and rate of hidden states, until their search has been run."""
 SHUFFLED: Final = {"placebo": True, "placebo__method": "shuffled"}
 SEEDS: Final = {"search": 1, "final": 3, "steady": 5}
 STEADY: Final = 4e-3
@@ -168,7 +171,7 @@ def hidden_studies(folder: Path) -> dict[str, list[Path]]:
     search = {f"hidden-{weight}": hidden_alone("int8", weight) for weight in HIDDEN_WEIGHTS}
     for rate in OTHER_RATES:
         search[f"hidden-10-{rate:g}"] = hidden_alone("int8", 10, **at_rate(rate))
-    weight, rate = TUNED_HIDDEN
+    weight, rate = TUNED["hidden"]
     final = {f"hidden-{codec}": hidden_alone(codec, weight, **at_rate(rate)) for codec in HIDDEN}
     return {
         "search": [study(folder, "search-hidden", search, **store)],
