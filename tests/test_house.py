@@ -12,7 +12,7 @@ import kvdistill
 PACKAGE = Path(kvdistill.__file__).parent
 FILES = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
 TREES = {path: ast.parse(text) for path, text in FILES.items()}
-MAX_FILES, MAX_LINES, MAX_FILE_LINES, MAX_FUNCTION_P90 = 194, 34_740, 450, 40
+MAX_FILES, MAX_LINES, MAX_FILE_LINES, MAX_FUNCTION_P90 = 194, 34_800, 450, 40
 
 
 def test_the_package_can_be_held_in_mind():

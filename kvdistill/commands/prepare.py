@@ -228,7 +228,7 @@ def doctor_command(
 @json_option
 @click.option("--parallel", default=1, show_default=True, help="Processes that run at once.")
 @click.option("--samples", default=256, show_default=True, help="Samples to tokenise.")
-@click.option("--sized", default=12, show_default=True, help="Samples to extract per codec.")
+@click.option("--sized", default=12, show_default=True, help="Samples to extract, at least.")
 @click.option("--disk", metavar="SIZE", help="2TB: what fits, and the error that it costs.")
 def plan_command(
     *,

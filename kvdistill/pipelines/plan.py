@@ -1,8 +1,8 @@
 """Cost estimate of an extraction, from a pilot of a few hundred samples.
 
 Lengths come from tokenising the pilot. Sizes come from extracting a few samples into a scratch
-store, once per codec, so they include compression and scales. Both are extrapolated by
-characters, which are known for the whole corpus.
+store and encoding them again in every other codec, so they include compression and scales. Both are
+extrapolated by characters, which are known for the whole corpus.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,13 +44,20 @@ from kvdistill.pipelines.store_options import (
     try_codecs,
 )
 from kvdistill.store.bucket import local_folder
+from kvdistill.store.codecs import codec_of
+from kvdistill.store.codecs.parts import part_name
 from kvdistill.store.confidence import mean_likelihoods
-from kvdistill.store.derived import with_bases
+from kvdistill.store.derived import load_transforms, published_bases
+from kvdistill.store.format import group_prefix
+from kvdistill.store.manifest import TeacherManifest
+from kvdistill.store.reader import KVStore
+from kvdistill.store.shard import EncodedShard
 from kvdistill.store.writer import add_teacher, create, publish_shard
-from kvdistill.types import SEGMENT_IDS
+from kvdistill.types import SEGMENT_IDS, CodecSpec
 
 BUDGETS: Final = (8, 16, 24, 32, 64, 128, 256)
 """Eviction budgets in tokens; 24 is KaVa's (arXiv 2510.02312)."""
+PLAIN: Final = CodecSpec(key="bf16", value="bf16")
 QUANTILES: Final = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
@@ -178,16 +186,16 @@ def _estimate_teacher(
     tokens = round(_num_characters(read) * share)
     limit = teacher.max_length or math.inf
     readable = [s for s, length in zip(pilot, lengths, strict=True) if 0 < length <= limit]
-    sized = spread(readable, num_sized)
     per_batch = experiment.extraction.batch_tokens / max(float(lengths.mean()), 1.0)
-    timed = spread(readable, max(num_sized, round(per_batch)))
-    bytes_per_token, rate, nats = _sizes(experiment, teacher, sized, timed)
+    sized = spread(readable, max(num_sized, round(per_batch)))
+    bytes_per_token, rate, nats = _sizes(experiment, teacher, sized)
     rationale = np.array([int((s.segment == SEGMENT_IDS["rationale"]).sum()) for s in encoded])
     budgeted = np.where(rationale > 0, rationale, lengths)
     mapped = None if student is None else _map_of(experiment, teacher, student[1])
     needed, options = () if mapped is None else mapped.needed, tuple[StoreOption, ...]()
     if with_options and sized:
-        trials = try_codecs(teacher, sized, read, experiment.extraction.batch_tokens)
+        tried = spread(readable, num_sized)
+        trials = try_codecs(teacher, tried, read, experiment.extraction.batch_tokens)
         made = store_options(
             experiment,
             teacher,
@@ -232,46 +240,74 @@ def _num_characters(samples: Sequence[Sample]) -> int:
 
 
 def _sizes(
-    experiment: Experiment, teacher: Teacher, samples: Sequence[Sample], timed: Sequence[Sample]
+    experiment: Experiment, teacher: Teacher, samples: Sequence[Sample]
 ) -> tuple[dict[str, float], float, dict[str, float]]:
     """Bytes on disk per token by codec; of the configured one tokens per second, and confidence.
 
-    The configured codec comes last, on the samples ``timed``: the others warm up the model, and
-    forward passes are as large as those of the extraction.
+    The teacher reads once, after a warm-up, in batches as large as those of the extraction. The
+    other codecs encode what that has stored, or what a second pass has if it is too coarse.
     """
-    own = teacher.manifest.codec
-    found: dict[str, float] = {}
-    rate, nats = 0.0, dict[str, float]()
-    others = [spec for spec in SINGLE if codec_name(spec) != codec_name(own)]
-    for spec in (*others, own) if samples else ():
-        read = timed if spec == own else samples
-        chosen = replace(teacher, manifest=teacher.manifest.model_copy(update={"codec": spec}))
-        if spec.transforms:  # bytes of a token do not depend on the pilot
-            bases = fit_bases(chosen, read, experiment.extraction.batch_tokens)
-            chosen = replace(chosen, transforms=with_bases(chosen.manifest, bases))
-        size, extracted = _measure_size(experiment, chosen, read)
-        found[codec_name(spec)] = size / max(extracted.num_read, 1)
-        if spec == own:
-            rate, shard = extracted.num_read / extracted.seconds, extracted.shard
-            if (nll := shard.arrays.get("nll")) is not None:
-                own_text = shard.texts is not None
-                nats = mean_likelihoods([(read, shard.tokens, nll)], own_text=own_text)
-    return found or {codec_name(own): 0.0}, rate, nats
-
-
-def _measure_size(
-    experiment: Experiment, teacher: Teacher, samples: Sequence[Sample]
-) -> tuple[int, ExtractedShard]:
-    """Extract into a scratch store; returns bytes on disk, and what was extracted."""
-    extracted = extract_samples(teacher, samples, batch_tokens=experiment.extraction.batch_tokens)
-    name = teacher.manifest.name
+    manifest, batch_tokens = teacher.manifest, experiment.extraction.batch_tokens
+    sizes, nats = {codec_name(manifest.codec): 0.0}, dict[str, float]()  # which comes first
+    if not samples:
+        return sizes, 0.0, nats
     with tempfile.TemporaryDirectory(prefix="kvdistill-plan-") as folder:
-        store = create(Path(folder) / "store", [Shard("00000", 0, tuple(samples))])
-        add_teacher(store, teacher.manifest)
-        publish_shard(store, name, "00000", extracted.shard, extracted.statistics)
-        files = store.paths.shard(name, "00000").rglob("*")
-        size = sum(file.stat().st_size for file in files if file.is_file())
-    return size, extracted
+        shards = [Shard("00000", 0, tuple(samples))]
+        store = create(Path(folder) / "own", shards)
+        if manifest.codec.transforms:  # bytes of a token do not depend on the pilot
+            fit = partial(fit_bases, teacher, samples, batch_tokens)
+            checksum = published_bases(store.place, manifest.name, "plan", fit)
+            manifest = manifest.model_copy(update={"transform": checksum})
+            transforms = load_transforms(store.place, manifest)
+            teacher = replace(teacher, manifest=manifest, transforms=transforms)
+        extract_samples(teacher, samples[:1], batch_tokens=batch_tokens)
+        found = extract_samples(teacher, samples, batch_tokens=batch_tokens)
+        sizes[codec_name(manifest.codec)] = _published_bytes(store, manifest, found)
+        source = found.shard
+        if {manifest.codec.key, manifest.codec.value} & {"int4", "int4_v1", "klt"}:  # too coarse
+            plain = manifest.model_copy(update={"codec": PLAIN, "transform": None})
+            exact = replace(teacher, manifest=plain, transforms={})
+            again = extract_samples(exact, samples, batch_tokens=batch_tokens)
+            store, source = create(Path(folder) / "plain", shards), again.shard
+            sizes[codec_name(PLAIN)] = _published_bytes(store, plain, again)
+        for spec in (spec for spec in SINGLE if codec_name(spec) not in sizes):
+            other = manifest.model_copy(update={"codec": spec, "transform": None})
+            shard = replace(found, shard=_encoded_again(store, source, other))
+            into = create(Path(folder) / codec_name(spec), shards)
+            sizes[codec_name(spec)] = _published_bytes(into, other, shard)
+    if (nll := found.shard.arrays.get("nll")) is not None:
+        own_text = found.shard.texts is not None
+        nats = mean_likelihoods([(samples, found.shard.tokens, nll)], own_text=own_text)
+    per_token = {name: size / max(found.num_read, 1) for name, size in sizes.items()}
+    return per_token, found.num_read / found.seconds, nats
+
+
+def _published_bytes(store: KVStore, manifest: TeacherManifest, found: ExtractedShard) -> int:
+    """Publish a shard in a scratch store; returns its bytes on disk."""
+    add_teacher(store, manifest)
+    publish_shard(store, manifest.name, "00000", found.shard, found.statistics)
+    files = store.paths.shard(manifest.name, "00000").rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _encoded_again(store: KVStore, shard: EncodedShard, manifest: TeacherManifest) -> EncodedShard:
+    """A stored shard in the codec of a manifest that else is that of its teacher."""
+    own = store.teacher(manifest.name)
+    arrays = dict(shard.arrays)
+    for group_idx, group in enumerate(manifest.groups):
+        prefix = group_prefix(manifest, group_idx)
+        for kind in manifest.kinds:
+            for part in codec_of(own.codec, kind, store.transforms(own.name), prefix).parts(kind):
+                del arrays[part_name(f"{prefix}{kind}", part.suffix)]
+            codec = codec_of(manifest.codec, kind, {}, prefix)
+            read = partial(store.read_sample, own.name, kind=kind, layers=group.layers)
+            values = (torch.from_numpy(read(sample_id)) for sample_id in shard.tokens.sample_ids)
+            encoded = [codec.encode(x_LHTD, kind) for x_LHTD in values]
+            for part in codec.parts(kind):
+                pieces = [parts[part.suffix].numpy() for parts in encoded]
+                name = part_name(f"{prefix}{kind}", part.suffix)
+                arrays[name] = np.concatenate(pieces, axis=2)
+    return replace(shard, arrays=arrays)
 
 
 def _student_layers(experiment: Experiment) -> tuple[PromptTokenizer, int] | None:

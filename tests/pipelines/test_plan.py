@@ -66,26 +66,36 @@ def test_the_rate_is_that_of_a_warm_model_and_of_full_batches(
     experiment, calls = experiment.model_copy(update={"extraction": extraction}), []
 
     def record(teacher: Teacher, samples: Sequence[Sample], **kwargs: Any) -> ExtractedShard:
-        extracted = extract_samples(teacher, samples, **kwargs)
-        calls.append((teacher.manifest.codec.key, extracted))
-        return extracted
+        calls.append(extract_samples(teacher, samples, **kwargs))
+        return calls[-1]
 
     monkeypatch.setattr(plan, "extract_samples", record)
     (teacher,) = estimate_extraction(experiment, 24, 2).teachers
-    *others, (codec, timed) = calls
-    assert codec == "int8"
-    assert {codec for codec, _ in others} == {"bf16", "fp16", "int4", "fp8_e4m3"}
-    assert timed.num_read >= 200 > 3 * max(extracted.num_read for _, extracted in others)
+    warm_up, timed = calls
+    assert 0 < warm_up.num_read < 50
+    assert timed.num_read >= 200
     assert teacher.tokens_per_second == timed.num_read / timed.seconds
 
 
-def test_what_is_measured_is_said_first(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "codec",
+    [
+        {"key": "int4", "value": "int4"},
+        {"key": "klt", "value": "klt", "key_bits": 3, "value_bits": 4, "pilot_tokens": 1000},
+    ],
+    ids=["int4", "klt"],
+)
+def test_the_size_of_a_codec_does_not_depend_on_the_configured_one(
+    tmp_path: Path, codec: dict[str, Any]
+) -> None:
+    """Of int4 it would: compressed codes of values that were decoded from coarser ones."""
     save_teacher(tmp_path / "t")
-    experiment = make(tmp_path, {}, ROWS)
-    (tmp_path / "e.yaml").write_text(dump_experiment(experiment))
-    done = CliRunner().invoke(plan_command, [str(tmp_path / "e.yaml"), "--sized", "2"])
-    assert done.stderr.splitlines() == ["measuring t on 2 texts per codec; this takes a while"]
-    assert done.stdout.startswith("24 samples")
+    sizes = [
+        estimate_extraction(make(tmp_path, {"codec": chosen}, ROWS), 24, 24).teachers[0].gigabytes
+        for chosen in ({"key": "int8", "value": "int8"}, codec)
+    ]
+    for name in ("bf16", "fp16", "int8", "int4", "fp8_e4m3"):
+        assert sizes[0][name] == pytest.approx(sizes[1][name], rel=0.01)
 
 
 def test_a_few_samples_stand_for_all(tmp_path: Path) -> None:
