@@ -60,9 +60,9 @@ bench: models  ## all benchmarks; print ratios
 	$(BIN)/python benchmarks/align.py
 	$(BIN)/python benchmarks/train.py --models $(MODELS)
 
-docs: $(STAMP)  ## the pages, and the notebooks that are made from them, run
+docs: $(STAMP)  ## the pages, and what they and the notebooks made from them show, run
 	$(BIN)/mkdocs build --strict
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m notebook tests/test_docs.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m docs -n 2 --timeout 600 tests/test_docs.py
 
 dist: $(STAMP)  ## wheel and sdist, checked, and the wheel installed
 	rm -rf dist

@@ -2,8 +2,8 @@
 
 Pages share one set of names: ``experiment.yaml``, ``corpus.jsonl``, ``models/smollm2``,
 ``models/minilm``, ``models/gemma3``, ``tokenizer``, ``stores/my-experiment``. Blocks that show
-something without being commands for this machine are ```console or ```text. Pages that are
-notebooks as well are run as such, by `make docs`, since that takes longer.
+something without being commands for this machine are ```console or ```text. The README is run by
+`make test`, the other pages by `make docs`, those that are notebooks as well as such.
 """
 
 from __future__ import annotations
@@ -98,7 +98,12 @@ def run(folder: Path, programs: Path, language: str, code: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.stem not in NOTEBOOKS], ids=lambda page: page.stem
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=[] if page.stem == "README" else pytest.mark.docs)
+        for page in PAGES
+        if page.stem not in NOTEBOOKS
+    ],
 )
 def test_every_command_and_example_of_a_page_runs(
     page: Path, prepared: Path, programs: Path, tmp_path: Path
@@ -109,7 +114,7 @@ def test_every_command_and_example_of_a_page_runs(
         run(folder, programs, language, code)
 
 
-@pytest.mark.notebook
+@pytest.mark.docs
 @pytest.mark.parametrize("page", NOTEBOOKS)
 def test_a_notebook_runs(
     page: str, prepared: Path, programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

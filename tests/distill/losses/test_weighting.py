@@ -34,6 +34,7 @@ def test_only_losses_against_teachers_are_annealed_and_counted_as_kv():
     """A router's entropy and the shared space's round trip compare the student with no teacher."""
     annealed = {
         "key": 2, "value": 3, "cosine": 4, "attention_kl": 5, "relation": 6, "codi": 7, "logits": 8,
+        "hidden": 9,
     }  # fmt: skip
     constant = {
         "cross_entropy": 5, "rationale": 8, "inject": 7, "entropy": 9, "round_trip": 10,
