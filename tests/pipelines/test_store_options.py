@@ -142,7 +142,7 @@ def test_options_rank_codecs_and_heads(tmp_path: Path) -> None:
 
 def test_a_latent_student_needs_few_tokens(tmp_path: Path) -> None:
     config = config_file(tmp_path, **LATENT)
-    output = planned(config, "45kB")
+    output = planned(config, "35kB")
     assert {row[5] for row in rows_of(output)} == {"latent"}
     experiment = load_experiment(pasted(config, output))
     eviction = experiment.teachers["t"].eviction
@@ -153,7 +153,7 @@ def test_a_latent_student_needs_few_tokens(tmp_path: Path) -> None:
 
 def test_where_nothing_fits_what_would_is_said(tmp_path: Path) -> None:
     config = config_file(tmp_path, num_layers=5)
-    output = planned(config, "50kB")
+    output = planned(config, "38kB")
     assert "nothing fits" in output
     assert re.search(r"would fit: the same with teachers.t.layers \[0, \d.*\]", output)
     assert re.search(r"would fit: codec int4 .* keeps \d+ tokens of a text", output)
