@@ -272,7 +272,7 @@ def plot(folder: Path, path: Path) -> None:
         axes.axhline(level, color="0.5", linestyle=style, label=label)
     axes.set(xscale="log", xlabel="bytes per token", ylabel="perplexity of test texts")
     axes.set_ylim(bottom=110)
-    axes.legend(frameon=False, loc="center right")
+    axes.legend(frameon=False, loc="center left")
     figure.savefig(path, dpi=150)
 
 
