@@ -252,7 +252,9 @@ def plan_command(
     experiment = load_experiment(config, overrides)
     if not as_json:
         names = ", ".join(experiment.teachers)
-        click.echo(f"measuring {names} on {sized} texts per codec; this takes a while", err=True)
+        click.echo(
+            f"measuring {names} on {sized} texts or a full batch; this takes a while", err=True
+        )
     estimate = estimate_extraction(experiment, samples, sized, options=limit is not None)
     tasks = max(1, min(parallel, estimate.shards))
     needed, free = estimate.needed_gigabytes, estimate.free_gigabytes

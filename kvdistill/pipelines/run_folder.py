@@ -189,7 +189,7 @@ def learned(folder: RunFolder) -> dict[str, str]:
     """A finished run's held-out figures, each with what it is to be compared with, if known.
 
     That is its first evaluation, and a finished run beside it that learned the same text in the
-    same order from the same start without teachers. None where rank 0 has yet to write them.
+    same order from the same start without teachers. Empty where rank 0 has yet to write them.
     """
     record, found, rows = folder.read_record(), dict[str, str](), list[dict[str, Any]]()
     if not record.get("finished"):

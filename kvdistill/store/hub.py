@@ -92,8 +92,10 @@ class Hub(Bucket):
         """Delete a file, or everything below a folder."""
         from huggingface_hub import CommitOperationDelete
 
-        keys = [self._key(found) for found in self._listed(path) or [path]]
-        if self.read(path) is not None or self._listed(path):
+        found = [*self._listed(path)]
+        if not found and self.read(path) is not None:
+            found = [path]
+        if keys := [self._key(each) for each in found]:
             self._change(lambda: [CommitOperationDelete(key) for key in keys], f"Remove {keys[0]}")
 
     def _change(

@@ -5,7 +5,7 @@ A study gets the figures that its runs have data for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -81,25 +81,26 @@ def arm_looks(study: Study) -> dict[str, Look]:
 def headline_figure(study: Study, rows: Sequence[Row]) -> ReportFigure | None:
     """The first figure: every arm's change, or else a curve; None of runs that logged nothing."""
     looks = arm_looks(study)
-    return next((f for f in (*_changes(study, rows, looks), *_curves(study, looks))), None)
+    return _changes(study, rows, looks) or next(iter(_curves(study, looks)), None)
 
 
 def sections(study: Study, rows: Sequence[Row]) -> dict[str, list[ReportFigure]]:
     """All other figures that the study's runs have data for, by heading."""
-    looks, first = arm_looks(study), headline_figure(study, rows)
+    looks = arm_looks(study)
+    curves = _curves(study, looks)
+    if all(row.judged is None for row in rows):
+        curves = curves[1:]  # the first one is the headline
     found = {
         "Every run": _every_run(study, looks),
         "What each teacher adds": _left_out(study),
-        "Training curves": _curves(study, looks),
+        "Training curves": curves,
         "Calibration": _reliability(study, looks),
         "Errors and fusion weights by layer": [
             *_errors(study, looks), *_explained(study), *_routing(study), *_layer_maps(study)
         ],
         "Alignments and projectors": [*_alignments(study), *_spectra(study)],
     }  # fmt: skip
-    shown = first.name if first is not None else ""
-    rest = {heading: [f for f in figures if f.name != shown] for heading, figures in found.items()}
-    return {heading: figures for heading, figures in rest.items() if figures}
+    return {heading: figures for heading, figures in found.items() if figures}
 
 
 def _by_label(study: Study, figure: Callable[[Run], float | None]) -> dict[str, list[float]]:
@@ -113,13 +114,11 @@ def _runs(study: Study, labels: Mapping[str, object] | None = None) -> tuple[Run
     )
 
 
-def _changes(
-    study: Study, rows: Sequence[Row], looks: Mapping[str, Look]
-) -> Iterator[ReportFigure]:
+def _changes(study: Study, rows: Sequence[Row], looks: Mapping[str, Look]) -> ReportFigure | None:
     """Every arm's change against the baseline, the best first."""
     ranked = [row for row in sorted(rows, key=lambda row: -row.gain) if row.judged is not None]
     if not ranked:
-        return
+        return None
     _, unit, scale = ranked[0].change
     measures = {" %": "perplexity, %", " points": "exact match, points"}
     better = "right" if unit == " points" else "left"
@@ -130,7 +129,7 @@ def _changes(
         f"Each arm against {study.baseline}. Dots are the measured change, lines its 95 % "
         "confidence interval; one that includes zero is compatible with no effect."
     )
-    yield ReportFigure("forest", caption, figure, _runs(study))
+    return ReportFigure("forest", caption, figure, _runs(study))
 
 
 def _every_run(study: Study, looks: Mapping[str, Look]) -> list[ReportFigure]:
